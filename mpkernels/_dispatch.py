@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Define an op, choose the implementation that serves a call, and say why another cannot.
+
+An op is one schema, one fake and a table of implementations. `MPKERNELS_BACKEND` (auto | eager | triton | native, or
+`op=backend,...`) is the only environment variable read at run time, and this is the only place that reads it.
+"""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+BACKENDS = ("eager", "triton", "native")
+ENVIRONMENT_VARIABLE = "MPKERNELS_BACKEND"
+
+_library = torch.library.Library("mpkernels", "FRAGMENT")
+ops: dict[str, "Op"] = {}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an op: the module `<op folder>.impl_<backend>`, imported at its first use.
+
+    `device_types`: where the code exists. `auto_on`: where it was proven and may be chosen without being asked for;
+    a kernel that no committed result row shows on a GPU is never in `auto_on` for "cuda".
+    The module has a function named as the op and `why_not(device, dtype) -> str | None`.
+    """
+
+    backend: str
+    device_types: tuple[str, ...]
+    auto_on: tuple[str, ...] = ()
+
+
+class Op:
+    """An op with its schema and its implementations, in order of preference.
+
+    check: raises on bad input; runs before every call and in the fake.
+    fake: shapes and dtypes of the result, from the same arguments.
+    key: `(device, dtype)` of a call, which the selector chooses by.
+    mutated: the tensors that a call writes, whose version counters are moved (raw-pointer writes do not move them).
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        package: str,
+        implementations: tuple[Implementation, ...],
+        *,
+        check: Callable[..., None],
+        fake: Callable[..., object],
+        key: Callable[..., tuple[torch.device, torch.dtype]],
+        mutated: Callable[..., list[torch.Tensor]] | None = None,
+    ):
+        self.name = schema.split("(")[0]
+        self.package = package
+        self.implementations = {i.backend: i for i in implementations}
+        self.check, self.fake, self.key, self.mutated = check, fake, key, mutated
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"mpkernels::{self.name}", self._fake, lib=_library)
+        ops[self.name] = self
+
+    def _fake(self, *args, **kwargs):
+        self.check(*args, **kwargs)
+        return self.fake(*args, **kwargs)
+
+    def _run(self, *args, **kwargs):
+        self.check(*args, **kwargs)
+        result = self.select(*self.key(*args, **kwargs))(*args, **kwargs)
+        if self.mutated is not None and not torch.is_inference_mode_enabled():
+            torch.autograd.graph.increment_version(self.mutated(*args, **kwargs))
+        return result
+
+    def function(self, backend: str) -> Callable:
+        """The implementation's function, whatever `why_not` says of it."""
+        return getattr(self._module(backend), self.name)
+
+    def why_not(self, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        """One sentence why `backend` cannot run this op there, or None."""
+        implementation = self.implementations.get(backend)
+        if implementation is None:
+            return "not implemented"
+        if device.type not in implementation.device_types:
+            return f"not implemented for {device.type}"
+        return self._module(backend).why_not(device, dtype)
+
+    def select(self, device: torch.device, dtype: torch.dtype) -> Callable:
+        """The function that serves a call; raises when a forced backend cannot."""
+        return self.function(self.backend(device, dtype))
+
+    def backend(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Name of the backend that serves a call on `device`, its arithmetic in `dtype`."""
+        return _choose(self.name, device, dtype, os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
+
+    def _module(self, backend: str):
+        return importlib.import_module(f"{self.package}.impl_{backend}")
+
+
+@functools.cache
+def _choose(name: str, device: torch.device, dtype: torch.dtype, setting: str) -> str:
+    op, forced = ops[name], parse_setting(setting)
+    backend = forced.get(name)
+    if backend is None:
+        everywhere = forced.get("*")
+        implementation = op.implementations.get(everywhere)
+        if implementation is not None and device.type in implementation.device_types:
+            backend = everywhere
+    if backend is not None:
+        reason = op.why_not(backend, device, dtype)
+        if reason is not None:
+            raise RuntimeError(
+                f"{ENVIRONMENT_VARIABLE}={setting}: {name} on {device.type} cannot use {backend}: {reason}"
+            )
+        return backend
+    for implementation in op.implementations.values():
+        if device.type in implementation.auto_on and op.why_not(implementation.backend, device, dtype) is None:
+            return implementation.backend
+    return "eager"
+
+
+@functools.cache
+def parse_setting(setting: str) -> dict[str, str]:
+    """`"auto"` -> {}, `"eager"` -> {"*": "eager"}, `"adamw_=native"` -> {"adamw_": "native"}; ValueError otherwise."""
+    forced = {}
+    for part in setting.split(","):
+        name, equals, backend = part.strip().rpartition("=")
+        if backend not in ("auto", *BACKENDS) or (equals and name not in ops):
+            raise ValueError(
+                f"{ENVIRONMENT_VARIABLE}={setting!r}: expected one of auto, {', '.join(BACKENDS)}, "
+                f"or op=backend with an op of {', '.join(sorted(ops))}"
+            )
+        if backend != "auto":
+            forced[name or "*"] = backend
+    return forced
+
+
+@functools.cache
+def triton_why_not(device: torch.device) -> str | None:
+    """Why no Triton kernel runs on `device`: shared by every impl_triton."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton is not installed ({error})"
+    if triton.knobs.runtime.interpret:
+        return None
+    if device.type != "cuda":
+        return "needs a CUDA GPU (or TRITON_INTERPRET=1, which is slow)"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 0):
+        return f"needs sm80, got sm{major}{minor}"
+    return None
+
+
+def is_available(backend: str) -> tuple[bool, str]:
+    """Whether any op can run on `backend` on this machine, and if not, the reason."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reasons = []
+    for op in ops.values():
+        for where in {device, torch.device("cpu")}:
+            reason = op.why_not(backend, where, torch.float32)
+            if reason is None:
+                return True, ""
+            reasons.append(reason)
+    return False, max(set(reasons) - {"not implemented"} or {"not implemented"}, key=reasons.count)

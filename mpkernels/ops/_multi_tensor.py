@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ops over lists of tensors share: checks, and the one factor that unscales and clips."""
+
+import torch
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MASTER_DTYPES = (torch.float32, torch.float64)
+CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
+
+
+def check_list(op: str, name: str, tensors, like=None, *, dtypes=DTYPES, same_dtype=False, may_be_empty=False) -> None:
+    """Raise RuntimeError unless `tensors` is a list of dense tensors that matches `like`, tensor by tensor.
+
+    like: the list whose shapes, devices and (same_dtype) dtypes are wanted. may_be_empty: each may also have size 0.
+    """
+    if like is not None and len(tensors) != len(like):
+        raise RuntimeError(f"{op}: {name} has {len(tensors)} tensors, expected {len(like)}")
+    for i, tensor in enumerate(tensors):
+        if tensor.layout != torch.strided:
+            raise RuntimeError(f"{op}: {name}[{i}] must be a dense strided tensor, got layout {tensor.layout}")
+        if tensor.dtype not in dtypes:
+            allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+            raise RuntimeError(f"{op}: {name}[{i}] must be {allowed}, got {tensor.dtype}")
+        device = (like or tensors)[0].device
+        if tensor.device != device:
+            raise RuntimeError(f"{op}: {name}[{i}] is on {tensor.device}, expected {device}")
+        if like is None or (may_be_empty and tensor.numel() == 0):
+            continue
+        if tensor.shape != like[i].shape:
+            raise RuntimeError(f"{op}: {name}[{i}] has shape {tuple(tensor.shape)}, expected {tuple(like[i].shape)}")
+        if same_dtype and tensor.dtype != like[i].dtype:
+            raise RuntimeError(f"{op}: {name}[{i}] is {tensor.dtype}, expected {like[i].dtype}")
+
+
+def check_tensor(op: str, name: str, tensor, shape, dtype, device) -> None:
+    """Raise RuntimeError unless `tensor` is None or has this shape, dtype and device."""
+    if tensor is None:
+        return
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+        raise RuntimeError(
+            f"{op}: {name} must be {tuple(shape)} {dtype} on {device}, "
+            f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+        )
+
+
+def check_update(op, masters, grads, states, copies, steps, lr, grad_scale, found_inf, grad_norm, max_norm) -> None:
+    """The checks that every update op shares. `states` maps names to lists; an empty list of a dict is absent."""
+    if not masters:
+        raise RuntimeError(f"{op}: masters is empty")
+    device = masters[0].device
+    check_list(op, "masters", masters, dtypes=MASTER_DTYPES)
+    check_list(op, "grads", grads, masters)
+    for name, tensors in states.items():
+        if tensors:
+            check_list(op, name, tensors, masters, dtypes=MASTER_DTYPES, same_dtype=True)
+    check_list(op, "copies", copies, masters, may_be_empty=True)
+    check_tensor(op, "steps", steps, (len(masters),), torch.int64, device)
+    if lr.numel() != 1 or lr.dim() != 0 or lr.dtype not in MASTER_DTYPES:
+        raise RuntimeError(f"{op}: lr must be a 0-d float32 or float64 tensor, got {tuple(lr.shape)} {lr.dtype}")
+    if lr.device.type != "cpu" and lr.device != device:
+        raise RuntimeError(f"{op}: lr must be on the CPU or on {device}, got {lr.device}")
+    check_tensor(op, "grad_scale", grad_scale, (), torch.float32, device)
+    check_tensor(op, "found_inf", found_inf, (), torch.float32, device)
+    check_tensor(op, "grad_norm", grad_norm, (), torch.float64, device)
+    if (grad_norm is None) != (max_norm is None):
+        raise RuntimeError(f"{op}: grad_norm and max_norm go together")
+
+
+def inv_scale(grad_scale: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """1 / grad_scale as a 0-d fp64 tensor: the reciprocal is taken in fp64."""
+    if grad_scale is None:
+        return torch.ones((), dtype=torch.float64, device=device)
+    return grad_scale.double().reciprocal()
+
+
+def grad_factor(grad_scale, grad_norm, max_norm, device) -> torch.Tensor:
+    """What a gradient is multiplied by, 0-d fp64: 1 / grad_scale, times min(1, max_norm / (grad_norm + 1e-6))."""
+    factor = inv_scale(grad_scale, device)
+    if max_norm is not None:
+        factor = factor * (max_norm / (grad_norm + CLIP_EPS)).clamp(max=1.0)
+    return factor
+
+
+def where_taken(skip: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """`new`, or `old` bit for bit when the step is skipped; decided on the device."""
+    return new if skip is None else torch.where(skip, old, new)
+
+
+def skip_flag(found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None) -> torch.Tensor | None:
+    """0-d bool on the device: whether the step is skipped; None when nothing could ask for it."""
+    skip = None if found_inf is None else found_inf != 0
+    if grad_scale is None:
+        return skip
+    bad_scale = ~((grad_scale > 0) & grad_scale.isfinite())
+    return bad_scale if skip is None else skip | bad_scale

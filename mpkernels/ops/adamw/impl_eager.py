@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""adamw_ in plain torch, a tensor at a time: w -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)."""
+
+import torch
+
+from mpkernels.ops._cast import cast
+from mpkernels.ops._multi_tensor import grad_factor, skip_flag, where_taken
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def adamw_(
+    masters, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies, steps, lr, beta1, beta2, eps, weight_decay,
+    decoupled, maximize, grad_scale=None, found_inf=None, grad_norm=None, max_norm=None,
+):  # fmt: skip
+    device = steps.device
+    skip = skip_flag(found_inf, grad_scale)
+    if skip is not None and device.type == "cpu" and skip:
+        return
+    factor = grad_factor(grad_scale, grad_norm, max_norm, device)
+    factor = -factor if maximize else factor
+    lr = lr.to(device, torch.float64)
+    t = (steps + 1).double()
+    step_sizes, roots = lr / (1 - beta1**t), (1 - beta2**t).sqrt()
+    for i, master in enumerate(masters):
+        dtype, m, v = master.dtype, exp_avgs[i], exp_avg_sqs[i]
+        g = grads[i].to(dtype) * factor.to(dtype)
+        w = master
+        if decoupled:
+            w = w * (1 - lr * weight_decay).to(dtype)
+        elif weight_decay:
+            g = g + weight_decay * w
+        m_new = m + (1 - beta1) * (g - m)
+        v_new = beta2 * v + (1 - beta2) * g * g
+        v_used = v_new
+        if max_exp_avg_sqs:
+            v_used = torch.maximum(max_exp_avg_sqs[i], v_new)
+            max_exp_avg_sqs[i].copy_(where_taken(skip, v_used, max_exp_avg_sqs[i]))
+        w = w - step_sizes[i].to(dtype) * (m_new / (v_used.sqrt() / roots[i].to(dtype) + eps))
+        m.copy_(where_taken(skip, m_new, m))
+        v.copy_(where_taken(skip, v_new, v))
+        if copies[i].numel():
+            copies[i].copy_(where_taken(skip, cast(w, copies[i].dtype), copies[i]))  # round: master -> copy
+        master.copy_(where_taken(skip, w, master))
+    steps.add_(1 if skip is None else (~skip).long())

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""grad_stats_: read all gradients once and say whether the step can be taken, which tensor is bad, how long they are.
+
+    amax[i] = max |grads[i]| over what is not NaN              nonfinite[i] = count of inf, -inf and NaN in grads[i]
+    found_inf = 1 if any nonfinite[i], or amax[i] / grad_scale is not finite, or grad_scale is not positive and finite
+    grad_norm = sqrt(sum of squares of all gradients) / grad_scale
+
+Shapes and dtypes
+    | tensor     | shape        | dtype                                                     |
+    | grads      | any, a list  | fp16, bf16, fp32, fp64; any layout; read, never written   |
+    | grad_scale | ()           | fp32, on the device; the gradients are divided by it      |
+    | found_inf  | ()           | fp32: 0. or 1., overwritten                               |
+    | amax       | (len(grads),)| fp64, of the scaled gradients                             |
+    | nonfinite  | (len(grads),)| int64                                                     |
+    | grad_norm  | () or None   | fp64, unscaled, before clipping                           |
+
+Numerics
+    1 / grad_scale is taken in fp64; a gradient is unscaled in fp32 (fp64 for fp64), and must be finite there too. The norm
+    is an fp64 sum in a fixed order: the same bits every time.
+Raises
+    RuntimeError for an empty list, a tensor that is not dense, and shapes, dtypes or devices other than these.
+Source: torch.amp.GradScaler (`_amp_foreach_non_finite_check_and_unscale_`), which rewrites the gradients.
+"""
+
+import torch
+
+from mpkernels._dispatch import Implementation, Op
+from mpkernels.ops._multi_tensor import check_list, check_tensor
+
+
+def _check(grads, grad_scale, found_inf, amax, nonfinite, grad_norm=None) -> None:
+    op = "grad_stats_"
+    if not grads:
+        raise RuntimeError(f"{op}: grads is empty")
+    device = grads[0].device
+    check_list(op, "grads", grads)
+    check_tensor(op, "grad_scale", grad_scale, (), torch.float32, device)
+    check_tensor(op, "found_inf", found_inf, (), torch.float32, device)
+    check_tensor(op, "amax", amax, (len(grads),), torch.float64, device)
+    check_tensor(op, "nonfinite", nonfinite, (len(grads),), torch.int64, device)
+    check_tensor(op, "grad_norm", grad_norm, (), torch.float64, device)
+
+
+op = Op(
+    "grad_stats_(Tensor[] grads, Tensor? grad_scale, Tensor(a!) found_inf, Tensor(b!) amax, Tensor(c!) nonfinite, "
+    "Tensor(d!)? grad_norm=None) -> ()",
+    __name__,
+    (Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),),
+    check=_check,
+    fake=lambda *_: None,
+    key=lambda grads, *_: (grads[0].device, grads[0].dtype),
+    mutated=lambda grads, grad_scale, found_inf, amax, nonfinite, grad_norm=None: (
+        [found_inf, amax, nonfinite] + ([] if grad_norm is None else [grad_norm])
+    ),
+)
+
+grad_stats_ = torch.ops.mpkernels.grad_stats_

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear_act: a linear layer with its activation, one rounding at the end.
+
+    out = round(act(x @ weight.T + bias))              acc in fp32 (fp64 for fp64)
+    grad_z = select(saved, grad_out)                   grad_bias = grad_z.sum(0)
+    grad_x = grad_z @ weight                           grad_weight = grad_z.T @ x
+
+Shapes and dtypes
+    | tensor      | shape                | dtype                                                       |
+    | x           | (*, K)               | any; cast once to compute_dtype where it differs            |
+    | weight      | (N, K)               | any; cast to compute_dtype in the kernel, or weight_copy    |
+    | bias        | (N,)                 | any; added in the accumulator's dtype, never rounded before |
+    | weight_copy | (N, K)               | compute_dtype: the weight already cast (read in its place)  |
+    | out         | (*, N)               | out_dtype                                                   |
+    | saved       | (M, ceil(N/32)) or 0 | int32: bit j of word w is column 32w+j, tail bits 0         |
+    | x_compute   | (*, K) or 0          | compute_dtype: x as it was cast, kept for backward          |
+    "any" is fp16, bf16, fp32, fp64. M is the product of the leading dimensions. Any stride, any size, 0 included.
+
+Numerics
+    Operands are rounded to compute_dtype once; products and sums are fp32 (fp64 for fp64), no partial sum is narrower;
+    out, grad_x, grad_weight and grad_bias are rounded once, to their own dtype. grad_z is rounded to compute_dtype for
+    the two GEMMs; grad_bias sums it unrounded. Bounds: tests/bounds.py, forward and backward.
+
+Saved for backward
+    `save=1` writes the 1-bit mask of `not (out <= 0)`, taken from the rounded output: 0 at zeros and at underflow, 1 at
+    NaN. With `save=0` backward selects by `out` itself, which autograd keeps (the next layer's input anyway).
+
+Raises
+    RuntimeError for shapes, dtypes, devices or layouts that do not fit, as torch does, before anything is computed.
+    TypeError for what is not a tensor. RuntimeError for double backward.
+
+Source: torch.nn.functional.linear, torch.relu, ATen threshold_backward.
+"""
+
+import enum
+
+import torch
+
+from mpkernels._dispatch import Implementation, Op
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Activation(enum.IntEnum):
+    """The activation as the schema carries it: a `str` argument of a compiled op leaks."""
+
+    NONE = 0
+    RELU = 1
+
+
+def activation_of(name: str | None) -> Activation:
+    """`None` or `"relu"` as an Activation; ValueError for another name."""
+    names = {None: Activation.NONE, "relu": Activation.RELU}
+    if name not in names:
+        raise ValueError(f'activation must be None or "relu", got {name!r}')
+    return names[name]
+
+
+def acc_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """dtype of the accumulator."""
+    return torch.promote_types(compute_dtype, torch.float32)
+
+
+def linear_act(x, weight, bias=None, weight_copy=None, *, activation, compute_dtype, out_dtype, grad_dtype=None):
+    """`out` (*, N) in `out_dtype`; see the module. Differentiable once in x, weight and bias.
+
+    activation: an Activation. grad_dtype: dtype of the gradients of weight and bias; None means their own.
+    """
+    for name, value in (("x", x), ("weight", weight), ("bias", bias)):
+        if not isinstance(value, torch.Tensor) and not (value is None and name == "bias"):
+            raise TypeError(f"linear_act: {name} must be a Tensor, got {type(value).__name__}")
+    save = _save(x.device, compute_dtype, activation)
+    args = (x, weight, bias, weight_copy, int(activation), compute_dtype, out_dtype, save, grad_dtype)
+    if torch.compiler.is_compiling():
+        return torch.ops.mpkernels.linear_act(*args)[0]
+    return _LinearAct.apply(*args)[0]
+
+
+@torch.compiler.assume_constant_result
+def _save(device, compute_dtype, activation) -> int:
+    """Whether the forward writes the mask: kernels read 1 bit instead of 16; torch selects faster by `out` itself."""
+    if activation == Activation.NONE or not torch.is_grad_enabled():
+        return 0
+    return int(forward_op.backend(device, compute_dtype) != "eager")
+
+
+def mask_pitch(columns: int) -> int:
+    """Words from one row of the mask to the next: a multiple of 4, so that rows start at 16 bytes."""
+    return (columns + 127) // 128 * 4
+
+
+def empty_mask(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """An uninitialized mask for `rows` x `columns` outputs, on the device of `like`."""
+    words = (columns + 31) // 32
+    return like.new_empty_strided((rows, words), (mask_pitch(columns), 1), dtype=torch.int32)
+
+
+# ----- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
+    first = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+            raise RuntimeError(f"{op}: {name} must be a dense strided tensor, got layout {tensor.layout}")
+        if tensor.dtype not in DTYPES:
+            raise RuntimeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+        first = first or (name, tensor.device)
+        if tensor.device != first[1]:
+            raise RuntimeError(f"{op}: {first[0]} is on {first[1]} but {name} is on {tensor.device}")
+
+
+def _check_weight(op: str, weight, weight_copy, compute_dtype) -> None:
+    if weight.dim() != 2:
+        raise RuntimeError(f"{op}: weight must have shape (N, K), got {tuple(weight.shape)}")
+    if weight_copy is not None and (weight_copy.shape != weight.shape or weight_copy.dtype != compute_dtype):
+        raise RuntimeError(
+            f"{op}: weight_copy must be {tuple(weight.shape)} {compute_dtype}, "
+            f"got {tuple(weight_copy.shape)} {weight_copy.dtype}"
+        )
+
+
+def _check_dtypes(op: str, **dtypes: torch.dtype) -> None:
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            raise RuntimeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {dtype}")
+
+
+def _check(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, grad_dtype=None) -> None:
+    _check_tensors("linear_act", x=x, weight=weight, bias=bias, weight_copy=weight_copy)
+    _check_dtypes("linear_act", compute_dtype=compute_dtype, out_dtype=out_dtype)
+    _check_weight("linear_act", weight, weight_copy, compute_dtype)
+    if x.dim() == 0:
+        raise RuntimeError("linear_act: x must have shape (*, K), got a 0-d tensor")
+    if x.shape[-1] != weight.shape[1]:
+        raise RuntimeError(f"linear_act: x has last dimension {x.shape[-1]}, weight expects {weight.shape[1]}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise RuntimeError(f"linear_act: bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if activation not in tuple(Activation) or save not in (0, 1):
+        raise RuntimeError(f"linear_act: activation must be 0 or 1 and save 0 or 1, got {activation} and {save}")
+
+
+def _check_backward(
+    grad_out, x, weight, weight_copy, saved, activation, compute_dtype, grad_x_dtype, grad_weight_dtype, grad_bias_dtype,
+    output_mask,
+) -> None:  # fmt: skip
+    op = "linear_act_backward"
+    _check_tensors(op, grad_out=grad_out, x=x, weight=weight, weight_copy=weight_copy)
+    _check_dtypes(
+        op,
+        compute_dtype=compute_dtype,
+        grad_x_dtype=grad_x_dtype,
+        grad_weight_dtype=grad_weight_dtype,
+        grad_bias_dtype=grad_bias_dtype,
+    )
+    _check_weight(op, weight, weight_copy, compute_dtype)
+    N, K = weight.shape
+    if grad_out.dim() == 0 or grad_out.shape[-1] != N:
+        raise RuntimeError(f"{op}: grad_out must have shape (*, {N}), got {tuple(grad_out.shape)}")
+    if output_mask[1] and (x is None or x.dtype != compute_dtype or x.shape != (*grad_out.shape[:-1], K)):
+        got = "None" if x is None else f"{tuple(x.shape)} {x.dtype}"
+        raise RuntimeError(f"{op}: x must be {(*grad_out.shape[:-1], K)} {compute_dtype}, got {got}")
+    if activation == Activation.NONE:
+        return
+    rows = grad_out.shape[:-1].numel()
+    by_mask = saved is not None and saved.dtype == torch.int32 and saved.shape == (rows, (N + 31) // 32)
+    if not by_mask and (saved is None or saved.dtype not in DTYPES or saved.shape != grad_out.shape):
+        got = "None" if saved is None else f"{tuple(saved.shape)} {saved.dtype}"
+        raise RuntimeError(f"{op}: saved must be the mask ({rows}, {(N + 31) // 32}) int32 or the output, got {got}")
+
+
+# ----- fakes -----------------------------------------------------------------------------------------------------------
+
+
+def _fake(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, grad_dtype=None):
+    columns = weight.shape[0]
+    saved = x.new_empty(0, dtype=torch.int32)
+    if save and activation != Activation.NONE:
+        saved = empty_mask(x, x.shape[:-1].numel(), columns)
+    x_compute = x.new_empty(x.shape if x.dtype != compute_dtype else 0, dtype=compute_dtype)
+    return x.new_empty((*x.shape[:-1], columns), dtype=out_dtype), saved, x_compute
+
+
+def _fake_backward(
+    grad_out, x, weight, weight_copy, saved, activation, compute_dtype, grad_x_dtype, grad_weight_dtype, grad_bias_dtype,
+    output_mask,
+):  # fmt: skip
+    N, K = weight.shape
+    shapes = ((*grad_out.shape[:-1], K), (N, K), (N,))
+    dtypes = (grad_x_dtype, grad_weight_dtype, grad_bias_dtype)
+    return tuple(
+        grad_out.new_empty(shape if wanted else 0, dtype=dtype)
+        for shape, dtype, wanted in zip(shapes, dtypes, output_mask, strict=True)
+    )
+
+
+# ----- the ops ---------------------------------------------------------------------------------------------------------
+
+_IMPLEMENTATIONS = (Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),)
+
+forward_op = Op(
+    "linear_act(Tensor x, Tensor weight, Tensor? bias, Tensor? weight_copy, int activation, ScalarType compute_dtype, "
+    "ScalarType out_dtype, int save, ScalarType? grad_dtype=None) -> (Tensor out, Tensor saved, Tensor x_compute)",
+    __name__,
+    _IMPLEMENTATIONS,
+    check=_check,
+    fake=_fake,
+    key=lambda x, weight, bias, weight_copy, activation, compute_dtype, *_: (x.device, compute_dtype),
+)
+backward_op = Op(
+    "linear_act_backward(Tensor grad_out, Tensor? x, Tensor weight, Tensor? weight_copy, Tensor? saved, int activation, "
+    "ScalarType compute_dtype, ScalarType grad_x_dtype, ScalarType grad_weight_dtype, ScalarType grad_bias_dtype, "
+    "bool[3] output_mask) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    __name__,
+    _IMPLEMENTATIONS,
+    check=_check_backward,
+    fake=_fake_backward,
+    key=lambda grad_out, x, weight, weight_copy, saved, activation, compute_dtype, *_: (grad_out.device, compute_dtype),
+)
+
+# ----- autograd --------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, weight_copy, activation, compute_dtype, _, save, grad_dtype = inputs
+    out, saved, x_compute = output
+    selector = None if activation == Activation.NONE else saved if save else out
+    kept_x = None if not ctx.needs_input_grad[1] else x_compute if x.dtype != compute_dtype else x
+    ctx.save_for_backward(kept_x, weight, weight_copy, selector)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(saved, x_compute)
+    ctx.activation, ctx.compute_dtype, ctx.x_dtype = activation, compute_dtype, x.dtype
+    ctx.grad_weight_dtype = grad_dtype or weight.dtype
+    ctx.grad_bias_dtype = grad_dtype or (weight if bias is None else bias).dtype
+
+
+def _backward(ctx, grad_out, grad_saved, grad_x_compute):
+    wanted = ctx.needs_input_grad[:3]
+    if grad_out is None or not any(wanted):
+        return (None,) * 9
+    x, weight, weight_copy, selector = ctx.saved_tensors
+    op = torch.ops.mpkernels.linear_act_backward if torch.compiler.is_compiling() else _LinearActBackward.apply
+    grads = op(
+        grad_out, x, weight, weight_copy, selector, ctx.activation, ctx.compute_dtype,
+        ctx.x_dtype, ctx.grad_weight_dtype, ctx.grad_bias_dtype, list(wanted),
+    )  # fmt: skip
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 6
+
+
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError("linear_act: double backward is not supported")
+
+
+# The ops as functions for torch.func: with `register_autograd` alone `grad` raises there and `jvp` is silently zero.
+class _LinearAct(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args):
+        return torch.ops.mpkernels.linear_act(*args)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+
+class _LinearActBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args):
+        return torch.ops.mpkernels.linear_act_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    backward = staticmethod(_no_double_backward)
+
+
+# torch.compile, torch.export and callers of torch.ops.mpkernels differentiate the ops themselves.
+torch.library.register_autograd("mpkernels::linear_act", _backward, setup_context=_setup_context)
+torch.library.register_autograd("mpkernels::linear_act_backward", _no_double_backward)
+
+
+# ----- vmap ------------------------------------------------------------------------------------------------------------
+
+
+def _each(op, info, in_dims, args):
+    """The op once per sample, results stacked."""
+
+    def sample(i):
+        return [a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)]
+
+    return tuple(
+        torch.stack(results) for results in zip(*(op(*sample(i)) for i in range(info.batch_size)), strict=True)
+    )
+
+
+@torch.library.register_vmap("mpkernels::linear_act")
+def _vmap(info, in_dims, *args):
+    if any(dim is not None for dim in in_dims[1:4]):
+        return _each(torch.ops.mpkernels.linear_act, info, in_dims, args), (0, 0, 0)
+    out, saved, x_compute = torch.ops.mpkernels.linear_act(args[0].movedim(in_dims[0], 0), *args[1:])
+    if saved.dim() == 1:
+        return (out, saved, x_compute), (0, None, 0 if x_compute.dim() > 1 else None)
+    return (out, saved.unflatten(0, (info.batch_size, -1)), x_compute), (0, 0, 0 if x_compute.dim() > 1 else None)
+
+
+@torch.library.register_vmap("mpkernels::linear_act_backward")
+def _vmap_backward(info, in_dims, *args):
+    return _each(torch.ops.mpkernels.linear_act_backward, info, in_dims[: len(args)], args), (0, 0, 0)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear_act in plain torch: out = round(act(x @ weight.T + bias)), the sums in fp32 (fp64 for fp64).
+
+On a CPU 16-bit operands are upcast and multiplied by oneDNN in fp32: torch's own fp16 GEMM is 5 to 8 times slower and
+its backward 10 to 100 times. Weights are upcast a block of rows at a time, into memory that stays in the cache.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from mpkernels.ops._cast import cast
+from mpkernels.ops.linear_act import Activation, acc_dtype, empty_mask
+
+BLOCK_ELEMENTS = 1 << 20  # of a weight, upcast at a time: 4 MB, a fresh larger buffer costs page faults
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, grad_dtype=None):
+    lead, (N, K) = x.shape[:-1], weight.shape
+    x_compute = cast(x, compute_dtype) if x.dtype != compute_dtype else x.new_empty(0)
+    operand = x_compute if x.dtype != compute_dtype else x
+    out = _matmul_nt(
+        operand.reshape(lead.numel(), K), weight if weight_copy is None else weight_copy, compute_dtype, out_dtype,
+        bias=bias, relu=activation == Activation.RELU,
+    )  # fmt: skip
+    saved = x.new_empty(0, dtype=torch.int32)
+    if save and activation != Activation.NONE:
+        saved = pack_mask(out)
+    return out.view(*lead, N), saved, x_compute
+
+
+def linear_act_backward(
+    grad_out, x, weight, weight_copy, saved, activation, compute_dtype, grad_x_dtype, grad_weight_dtype, grad_bias_dtype,
+    output_mask,
+):  # fmt: skip
+    lead, (N, K) = grad_out.shape[:-1], weight.shape
+    M = lead.numel()
+    grad_z = grad_out.reshape(M, N)
+    if activation == Activation.RELU:
+        grad_z = _select(saved, grad_z)
+    grad_x = grad_weight = grad_bias = None
+    if output_mask[2]:
+        grad_bias = cast(grad_z.sum(0, dtype=acc_dtype(compute_dtype)), grad_bias_dtype)
+    grad_z = cast(grad_z, compute_dtype)
+    if output_mask[0]:
+        operand = weight if weight_copy is None else weight_copy
+        grad_x = _matmul_nt(grad_z, operand.t(), compute_dtype, grad_x_dtype).view(*lead, K)
+    if output_mask[1]:
+        grad_weight = _matmul_nt(grad_z.t(), x.reshape(M, K).t(), compute_dtype, grad_weight_dtype)
+    dtypes = (grad_x_dtype, grad_weight_dtype, grad_bias_dtype)
+    grads = (grad_x, grad_weight, grad_bias)
+    return tuple(g if g is not None else grad_out.new_empty(0, dtype=d) for g, d in zip(grads, dtypes, strict=True))
+
+
+def _matmul_nt(a, b, compute_dtype, out_dtype, *, bias=None, relu=False):
+    """round(act(a @ b.T + bias)) for a (M, K) and b (N, K); b is cast and multiplied a block of rows at a time."""
+    acc = acc_dtype(compute_dtype)
+    if a.device.type != "cpu" and compute_dtype.itemsize == 2:
+        return _matmul_nt_tensor_cores(a, b, compute_dtype, out_dtype, bias, relu)
+    a = a.to(acc)
+    bias = None if bias is None else bias.to(acc)
+    M, K, N = *a.shape, b.shape[0]
+    rows = N if b.dtype == acc else max(64, BLOCK_ELEMENTS // max(K, 1))
+    out = a.new_empty((M, N), dtype=out_dtype)
+    for n in range(0, N, max(rows, 1)):
+        block = _rows(b, n, rows, compute_dtype, acc)
+        z = _linear(a, block, None if bias is None else bias[n : n + rows])
+        if relu:
+            z = z.relu_()
+        out[:, n : n + rows] = cast(z, out_dtype)
+    return out
+
+
+def _rows(b, start, rows, compute_dtype, acc):
+    """b[start : start + rows] rounded to compute_dtype, in the accumulator's dtype; b's memory order is kept."""
+    block = b[start : start + rows]
+    transposed = block.stride(0) == 1
+    block = block.t() if transposed else block
+    block = cast(block, compute_dtype).to(acc, memory_format=torch.contiguous_format)
+    return block.t() if transposed else block
+
+
+def _linear(a, b, bias):
+    """a @ b.T + bias in the dtype of all three. oneDNN where it is there: on AMD CPUs MKL leaves AVX-512 unused.
+
+    NOTE: oneDNN's own ReLU turns NaN into 0, so the activation is applied afterwards.
+    """
+    if (
+        a.dtype == torch.float32
+        and a.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and a.numel()
+        and b.numel()
+    ):
+        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return F.linear(a, b, bias)
+
+
+def _matmul_nt_tensor_cores(a, b, compute_dtype, out_dtype, bias, relu):
+    """The same on a GPU: 16-bit operands, fp32 result of the GEMM, so that no split of K is reduced in 16 bits."""
+    z = torch.mm(a, cast(b, compute_dtype).t(), out_dtype=torch.float32)
+    if bias is not None:
+        z += bias.to(torch.float32)
+    return cast(z.relu_() if relu else z, out_dtype)
+
+
+def _select(saved, grad_z):
+    """grad_z where the output was positive or NaN, else 0; selects, so that an inf behind a 0 does not become NaN."""
+    if saved.dtype == torch.int32:
+        return torch.where(unpack_mask(saved, grad_z.shape[1]), grad_z, 0)
+    saved = saved.reshape(grad_z.shape)
+    if saved.dtype == grad_z.dtype:
+        return torch.ops.aten.threshold_backward(grad_z, saved, 0)
+    return torch.where(saved <= 0, 0, grad_z)
+
+
+def pack_mask(out: torch.Tensor) -> torch.Tensor:
+    """The mask of `not (out <= 0)` for out (M, N)."""
+    M, N = out.shape
+    mask = empty_mask(out, M, N)
+    bits = F.pad(~(out <= 0), (0, mask.shape[1] * 32 - N)).view(M, -1, 32).long()
+    weights = torch.ones((), dtype=torch.int64, device=out.device) << torch.arange(32, device=out.device)
+    words = (bits * weights).sum(-1)
+    mask.copy_(torch.where(words >= 1 << 31, words - (1 << 32), words))
+    return mask
+
+
+def unpack_mask(mask: torch.Tensor, columns: int) -> torch.Tensor:
+    """(M, columns) bool from the mask."""
+    bits = (mask.unsqueeze(-1) >> torch.arange(32, device=mask.device, dtype=torch.int32)) & 1
+    return bits.bool().flatten(1)[:, :columns]

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear_act in fp64 on the operands as they were rounded: act(x @ weight.T + bias), and its gradients."""
+
+import torch
+
+from mpkernels.ops.linear_act import Activation
+
+
+def linear_act(x, weight, bias, activation, compute_dtype):
+    """fp64 pre-rounding output (*, N) for operands rounded to compute_dtype."""
+    z = _rounded(x, compute_dtype) @ _rounded(weight, compute_dtype).T
+    if bias is not None:
+        z = z + bias.double()
+    return z.relu() if activation == Activation.RELU else z
+
+
+def linear_act_backward(grad_out, x, weight, positive, compute_dtype):
+    """fp64 (grad_x, grad_weight, grad_bias) for x (M, K); `positive` (M, N) bool: the implementation's own mask, or None."""
+    grad_z = grad_out.double()
+    if positive is not None:
+        grad_z = torch.where(positive, grad_z, 0)
+    grad_bias = grad_z.sum(0)
+    grad_z = _rounded(grad_z.to(grad_out.dtype), compute_dtype)
+    return grad_z @ _rounded(weight, compute_dtype), grad_z.T @ _rounded(x, compute_dtype), grad_bias
+
+
+def _rounded(tensor, dtype):
+    """`tensor` rounded once to `dtype`, in fp64 (through numpy, whose fp64 -> fp16 rounds once)."""
+    if tensor.dtype == torch.float64 and dtype == torch.float16:
+        return torch.from_numpy(tensor.cpu().numpy().astype("float16")).to(tensor.device).double()
+    return tensor.to(dtype).double()
+
+
+def self_check(backend: str, device: torch.device) -> str | None:
+    """Run both ops on small integers, where every sum is exact: None, or what came out wrong."""
+    from mpkernels.ops.linear_act import backward_op, forward_op
+
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, grad_out = (
+        torch.randint(-3, 4, shape, generator=generator).to(device, torch.float16)
+        for shape in ((33, 40), (50, 40), (50,), (33, 50))
+    )
+    f16, relu = torch.float16, Activation.RELU
+    out, saved, _ = forward_op.function(backend)(x, weight, bias, None, int(relu), f16, f16, 1)
+    if not torch.equal(out.double(), linear_act(x, weight, bias, relu, f16)):
+        return "linear_act differs from fp64"
+    grads = backward_op.function(backend)(grad_out, x, weight, None, saved, int(relu), f16, f16, f16, f16, [True] * 3)
+    expected = linear_act_backward(grad_out, x, weight, out > 0, f16)
+    if not all(torch.equal(g.double(), e) for g, e in zip(grads, expected, strict=True)):
+        return "linear_act_backward differs from fp64"
+    return None

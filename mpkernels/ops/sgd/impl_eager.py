@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""sgd_ in plain torch, a tensor at a time: b = momentum * b + (1 - dampening) * g; w -= lr * b."""
+
+import torch
+
+from mpkernels.ops._cast import cast
+from mpkernels.ops._multi_tensor import grad_factor, skip_flag, where_taken
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def sgd_(
+    masters, grads, momentum_buffers, copies, steps, lr, momentum, dampening, weight_decay, nesterov, maximize,
+    grad_scale=None, found_inf=None, grad_norm=None, max_norm=None,
+):  # fmt: skip
+    device = steps.device
+    skip = skip_flag(found_inf, grad_scale)
+    if skip is not None and device.type == "cpu" and skip:
+        return
+    factor = grad_factor(grad_scale, grad_norm, max_norm, device)
+    factor = -factor if maximize else factor
+    lr = lr.to(device, torch.float64)
+    first = steps == 0
+    for i, master in enumerate(masters):
+        dtype = master.dtype
+        g = grads[i].to(dtype) * factor.to(dtype)
+        if weight_decay:
+            g = g + weight_decay * master
+        if momentum_buffers:
+            buffer = momentum_buffers[i]
+            b = torch.where(first[i], g, momentum * buffer + (1 - dampening) * g)
+            g = g + momentum * b if nesterov else b
+            buffer.copy_(where_taken(skip, b, buffer))
+        w = master - lr.to(dtype) * g
+        if copies[i].numel():
+            copies[i].copy_(where_taken(skip, cast(w, copies[i].dtype), copies[i]))  # round: master -> copy
+        master.copy_(where_taken(skip, w, master))
+    steps.add_(1 if skip is None else (~skip).long())

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""update_scale_ in plain torch: scale * backoff at an overflow, * growth after growth_interval good steps."""
+
+import torch
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def update_scale_(
+    grad_scale, growth_tracker, hysteresis_tracker, skipped, found_inf, growth_factor, backoff_factor, growth_interval,
+    hysteresis, min_scale, max_scale,
+):  # fmt: skip
+    overflow = found_inf != 0
+    good_steps = torch.where(overflow, 0, growth_tracker + 1)
+    grow = good_steps >= growth_interval
+    lives = hysteresis_tracker - overflow.int()
+    back_off = overflow & (lives <= 0)
+
+    grown = (grad_scale * growth_factor).clamp(max=max_scale)
+    backed_off = (grad_scale * backoff_factor).clamp(min=min_scale)
+    grad_scale.copy_(torch.where(back_off, backed_off, torch.where(grow, grown, grad_scale)))
+    growth_tracker.copy_(torch.where(grow, 0, good_steps))
+    hysteresis_tracker.copy_(torch.where(grow, hysteresis, lives.clamp(min=0)))
+    in_a_row = torch.where(overflow, skipped[1] + 1, 0)
+    skipped.copy_(torch.stack([skipped[0] + overflow, in_a_row]))

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Policy: in which dtypes a layer stores, computes, returns and differentiates."""
+
+import contextlib
+import contextvars
+from dataclasses import dataclass, fields
+
+import torch
+
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+_NAMED = {  # name: (param, compute)
+    "float64": ("float64", "float64"),
+    "float32": ("float32", "float32"),
+    "mixed_float32": ("float64", "float32"),
+    "mixed_float16": ("float32", "float16"),
+    "mixed_bfloat16": ("float32", "bfloat16"),
+    "float16": ("float16", "float16"),
+    "bfloat16": ("bfloat16", "bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """In which dtypes a layer works. Frozen; `Policy.parse(str(policy)) == policy`.
+
+    param_dtype: the Parameters. compute_dtype: the operands of the GEMM (the accumulator is fp32, fp64 for fp64).
+    output_dtype: the result; None means the input's dtype under `mixed_*` (autocast's inside `torch.autocast`), else
+    the parameter's. grad_dtype: gradients of weight and bias; None means the parameter's dtype.
+    Raises ValueError for a dtype that is not floating point with 16 bits or more, a `compute_dtype` wider than
+    `param_dtype` and a `grad_dtype` narrower than `compute_dtype`.
+    """
+
+    param_dtype: torch.dtype
+    compute_dtype: torch.dtype
+    output_dtype: torch.dtype | None = None
+    grad_dtype: torch.dtype | None = None
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value not in _DTYPES.values() and not (value is None and field.default is None):
+                raise ValueError(f"{field.name} must be one of {', '.join(_DTYPES)}, got {value}")
+        if self.compute_dtype.itemsize > self.param_dtype.itemsize:
+            raise ValueError(f"compute_dtype {self.compute_dtype} is wider than param_dtype {self.param_dtype}")
+        if self.compute_dtype != self.param_dtype and self.compute_dtype.itemsize == self.param_dtype.itemsize:
+            raise ValueError(f"compute_dtype {self.compute_dtype} cannot hold param_dtype {self.param_dtype}")
+        if self.grad_dtype is not None and not _holds(self.grad_dtype, self.compute_dtype):
+            raise ValueError(f"grad_dtype {self.grad_dtype} is narrower than compute_dtype {self.compute_dtype}")
+
+    @property
+    def mixed(self) -> bool:
+        """Whether storage and arithmetic differ."""
+        return self.param_dtype != self.compute_dtype
+
+    @classmethod
+    def parse(cls, text: "str | Policy") -> "Policy":
+        """A policy from its name (`"mixed_float16"`) or its fields (`"param=float32,compute=float16,output=float32"`).
+
+        A name may be followed by fields: `"mixed_float16,grad=float16"`. Raises ValueError, naming what is allowed.
+        """
+        if isinstance(text, Policy):
+            return text
+        if not isinstance(text, str):
+            raise TypeError(f"policy must be a Policy or a string, got {type(text).__name__}")
+        values: dict[str, torch.dtype] = {}
+        for part in text.split(","):
+            key, equals, value = part.strip().partition("=")
+            if not equals and key in _NAMED and not values:
+                param, compute = _NAMED[key]
+                values = {"param_dtype": _DTYPES[param], "compute_dtype": _DTYPES[compute]}
+            elif equals and f"{key}_dtype" in {f.name for f in fields(cls)} and value in _DTYPES:
+                values[f"{key}_dtype"] = _DTYPES[value]
+            else:
+                raise ValueError(
+                    f"unknown policy {text!r}: expected one of {', '.join(_NAMED)}, or "
+                    f"param=, compute=, output=, grad= with one of {', '.join(_DTYPES)}"
+                )
+        if missing := {"param_dtype", "compute_dtype"} - values.keys():
+            raise ValueError(f"policy {text!r} lacks {', '.join(sorted(missing))}")
+        return cls(**values)
+
+    def __str__(self) -> str:
+        short = {f.name: str(getattr(self, f.name)).removeprefix("torch.") for f in fields(self)}
+        pair = (short.pop("param_dtype"), short.pop("compute_dtype"))
+        names = [name for name, dtypes in _NAMED.items() if dtypes == pair]
+        head = names if names else [f"param={pair[0]}", f"compute={pair[1]}"]
+        return ",".join(head + [f"{k.removesuffix('_dtype')}={v}" for k, v in short.items() if v != "None"])
+
+    def to_fsdp(self):
+        """The same for `torch.distributed.fsdp.fully_shard(mp_policy=...)`; gradients are reduced in `grad_dtype`, else fp32.
+
+        Raises ValueError for a `grad_dtype` other than the parameter's: FSDP2 refuses that mixture.
+        """
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        if self.grad_dtype not in (None, self.param_dtype) and self.grad_dtype.itemsize < self.param_dtype.itemsize:
+            raise ValueError(
+                f"FSDP2 refuses gradients of {self.grad_dtype} for {self.param_dtype}: use grad_dtype=None"
+            )
+        return MixedPrecisionPolicy(
+            param_dtype=self.compute_dtype,
+            reduce_dtype=self.grad_dtype or torch.promote_types(torch.float32, self.compute_dtype),
+            output_dtype=self.output_dtype,
+        )
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    return torch.promote_types(wide, narrow) == wide
+
+
+_default: contextvars.ContextVar[Policy | None] = contextvars.ContextVar("mpkernels_default_policy", default=None)
+
+
+def get_default_policy() -> Policy | None:
+    """The policy of layers that are made without one; None: they behave as `nn.Linear`."""
+    return _default.get()
+
+
+def set_default_policy(policy: "str | Policy | None") -> None:
+    """Set the policy of layers made from now on without one."""
+    _default.set(None if policy is None else Policy.parse(policy))
+
+
+@contextlib.contextmanager
+def default_policy(policy: "str | Policy | None"):
+    """The same inside a `with` block."""
+    token = _default.set(None if policy is None else Policy.parse(policy))
+    try:
+        yield
+    finally:
+        _default.reset(token)
