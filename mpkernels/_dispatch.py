@@ -111,9 +111,7 @@ def _choose(name: str, device: torch.device, dtype: torch.dtype, setting: str) -
     if backend is not None:
         reason = op.why_not(backend, device, dtype)
         if reason is not None:
-            raise RuntimeError(
-                f"{ENVIRONMENT_VARIABLE}={setting}: {name} on {device.type} cannot use {backend}: {reason}"
-            )
+            raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={setting}: {name} on {device.type} cannot use {backend}: {reason}")
         return backend
     for implementation in op.implementations.values():
         if device.type in implementation.auto_on and op.why_not(implementation.backend, device, dtype) is None:

@@ -99,9 +99,7 @@ class Policy:
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
         if self.grad_dtype not in (None, self.param_dtype) and self.grad_dtype.itemsize < self.param_dtype.itemsize:
-            raise ValueError(
-                f"FSDP2 refuses gradients of {self.grad_dtype} for {self.param_dtype}: use grad_dtype=None"
-            )
+            raise ValueError(f"FSDP2 refuses gradients of {self.grad_dtype} for {self.param_dtype}: use grad_dtype=None")
         return MixedPrecisionPolicy(
             param_dtype=self.compute_dtype,
             reduce_dtype=self.grad_dtype or torch.promote_types(torch.float32, self.compute_dtype),

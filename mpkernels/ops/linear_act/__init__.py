@@ -95,7 +95,7 @@ def empty_mask(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return like.new_empty_strided((rows, words), (mask_pitch(columns), 1), dtype=torch.int32)
 
 
-# ----- checks ----------------------------------------------------------------------------------------------------------
+# ----- checks ---------------------------------------------------------------
 
 
 def _check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
@@ -171,7 +171,7 @@ def _check_backward(
         raise RuntimeError(f"{op}: saved must be the mask ({rows}, {(N + 31) // 32}) int32 or the output, got {got}")
 
 
-# ----- fakes -----------------------------------------------------------------------------------------------------------
+# ----- fakes ---------------------------------------------------------------
 
 
 def _fake(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, grad_dtype=None):
@@ -196,7 +196,7 @@ def _fake_backward(
     )
 
 
-# ----- the ops ---------------------------------------------------------------------------------------------------------
+# ----- the ops ---------------------------------------------------------------
 
 _IMPLEMENTATIONS = (Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),)
 
@@ -220,7 +220,7 @@ backward_op = Op(
     key=lambda grad_out, x, weight, weight_copy, saved, activation, compute_dtype, *_: (grad_out.device, compute_dtype),
 )
 
-# ----- autograd --------------------------------------------------------------------------------------------------------
+# ----- autograd ---------------------------------------------------------------
 
 
 def _setup_context(ctx, inputs, output):
@@ -284,7 +284,7 @@ torch.library.register_autograd("mpkernels::linear_act", _backward, setup_contex
 torch.library.register_autograd("mpkernels::linear_act_backward", _no_double_backward)
 
 
-# ----- vmap ------------------------------------------------------------------------------------------------------------
+# ----- vmap ---------------------------------------------------------------
 
 
 def _each(op, info, in_dims, args):
@@ -293,9 +293,7 @@ def _each(op, info, in_dims, args):
     def sample(i):
         return [a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)]
 
-    return tuple(
-        torch.stack(results) for results in zip(*(op(*sample(i)) for i in range(info.batch_size)), strict=True)
-    )
+    return tuple(torch.stack(results) for results in zip(*(op(*sample(i)) for i in range(info.batch_size)), strict=True))
 
 
 @torch.library.register_vmap("mpkernels::linear_act")

@@ -88,13 +88,7 @@ def _linear(a, b, bias):
 
     NOTE: oneDNN's own ReLU turns NaN into 0, so the activation is applied afterwards.
     """
-    if (
-        a.dtype == torch.float32
-        and a.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and a.numel()
-        and b.numel()
-    ):
+    if a.dtype == torch.float32 and a.device.type == "cpu" and torch.backends.mkldnn.is_available() and a.numel() and b.numel():
         return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return F.linear(a, b, bias)
 

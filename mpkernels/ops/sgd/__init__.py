@@ -52,9 +52,7 @@ op = Op(
     check=_check,
     fake=lambda *_, **__: None,
     key=lambda masters, *_, **__: (masters[0].device, masters[0].dtype),
-    mutated=lambda masters, grads, momentum_buffers, copies, steps, *_, **__: (
-        [*masters, *momentum_buffers, *copies, steps]
-    ),
+    mutated=lambda masters, grads, momentum_buffers, copies, steps, *_, **__: ([*masters, *momentum_buffers, *copies, steps]),
 )
 
 sgd_ = torch.ops.mpkernels.sgd_

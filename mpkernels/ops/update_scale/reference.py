@@ -35,9 +35,7 @@ def self_check(backend: str, device: torch.device) -> str | None:
     """Twelve updates, overflows among them: None, or what came out wrong."""
     from mpkernels.ops.update_scale import op
 
-    options = dict(
-        growth_factor=2.0, backoff_factor=0.5, growth_interval=2, hysteresis=2, min_scale=2.0**-2, max_scale=2.0**6
-    )
+    options = dict(growth_factor=2.0, backoff_factor=0.5, growth_interval=2, hysteresis=2, min_scale=2.0**-2, max_scale=2.0**6)
     state = Scale(2.0**5, 0, 2)
     tensors = (
         torch.full((), state.scale, device=device),
