@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mpkernels: mixed-precision training for PyTorch, done in kernels."""
+
+from mpkernels import functional, nn, ops, optim
+from mpkernels._copies import refresh_
+from mpkernels._dispatch import is_available
+from mpkernels.amp import GradScaler
+from mpkernels.nn import MPLinear, cached_weights, convert, convert_report, revert
+from mpkernels.policy import Policy, default_policy, get_default_policy, set_default_policy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GradScaler",
+    "MPLinear",
+    "Policy",
+    "cached_weights",
+    "convert",
+    "convert_report",
+    "default_policy",
+    "functional",
+    "get_default_policy",
+    "is_available",
+    "nn",
+    "ops",
+    "optim",
+    "refresh_",
+    "revert",
+    "set_default_policy",
+]

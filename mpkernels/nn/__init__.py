@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers, and the conversion of models to them."""
+
+from mpkernels.nn.convert import convert, convert_report, revert
+from mpkernels.nn.linear import MPLinear, cached_weights
+
+__all__ = ["MPLinear", "cached_weights", "convert", "convert_report", "revert"]

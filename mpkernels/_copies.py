@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parameter has a compute copy or unrounded values, who owns it, and whether it still holds.
+
+A weight stored wide and multiplied narrow (`mixed_*`) has a compute copy once an optimizer of ours steps it: written in
+the optimizer's pass, read by the layer. It holds while the weight's version counter and address are those of the last
+write; after another write that torch can see it is made anew. Writes through `.data` are invisible: `refresh_`.
+"""
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+@dataclass(eq=False)
+class Copy:
+    """The compute copy of one weight. `tensor` is None until an optimizer claims it."""
+
+    dtype: torch.dtype
+    tensor: torch.Tensor | None = None
+    stamp: tuple[int, int] | None = None  # (version, address) of the weight when `tensor` was written
+
+
+_copies = WeakIdKeyDictionary()  # weight -> Copy
+_owners = WeakIdKeyDictionary()  # parameter -> weak reference to the optimizer of ours that steps it
+_unrounded = WeakIdKeyDictionary()  # 16-bit parameter -> (stamp, its values before they were rounded)
+_hook = None
+requests = 0  # how often a layer has asked for a copy that was not there: optimizers look again when it moves
+
+
+def stamp(tensor: torch.Tensor) -> tuple[int, int]:
+    """What changes when `tensor` is written visibly or its storage is replaced."""
+    return tensor._version, tensor.data_ptr()
+
+
+def for_layer(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """The copy of `weight` in `dtype` that a layer may multiply with, or None: cast.
+
+    Asking for it is what makes the optimizer of the weight keep one from its next step on.
+    """
+    global requests
+    copy = _copies.get(weight)
+    if copy is None:
+        if weight.is_leaf and weight.requires_grad:
+            _copies[weight] = Copy(dtype)
+            requests += 1
+        return None
+    owner = _owners.get(weight)
+    if copy.tensor is None or copy.dtype != dtype or owner is None or owner() is None:
+        return None
+    if copy.stamp != stamp(weight):
+        refresh(weight, copy)
+    return copy.tensor
+
+
+def refresh(weight: torch.Tensor, copy: Copy) -> None:
+    """Make the copy anew from the weight."""
+    with torch.no_grad():
+        if copy.tensor.device != weight.device or copy.tensor.shape != weight.shape:
+            copy.tensor = torch.empty_like(weight, dtype=copy.dtype)
+        copy.tensor.copy_(weight)
+    copy.stamp = stamp(weight)
+
+
+def claim(parameter: torch.Tensor, owner: torch.optim.Optimizer) -> Copy | None:
+    """Called by the optimizer that steps `parameter`: it owns the copy from now on; None where no layer asked for one."""
+    global _hook
+    _owners[parameter] = weakref.ref(owner)
+    _hook = _hook or register_optimizer_step_post_hook(_after_any_step)
+    copy = _copies.get(parameter)
+    if copy is None or copy.dtype.itemsize >= parameter.dtype.itemsize:
+        return None
+    if copy.tensor is None or copy.tensor.shape != parameter.shape or copy.tensor.device != parameter.device:
+        copy.tensor, copy.stamp = torch.empty_like(parameter, dtype=copy.dtype), None
+    return copy
+
+
+def _after_any_step(optimizer, args, kwargs) -> None:
+    """torch's fused optimizers, and those that write through `.data`, move no version: move it for what we watch."""
+    written = [
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if (owner := _owners.get(parameter)) is not None and owner() is not optimizer
+    ]
+    if written:
+        torch.autograd.graph.increment_version(written)
+
+
+def keep_unrounded(parameter: torch.Tensor, values: torch.Tensor) -> None:
+    """Remember what `parameter` was before it was rounded to 16 bits, for an optimizer to adopt as its master."""
+    _unrounded[parameter] = (stamp(parameter), values)
+
+
+def take_unrounded(parameter: torch.Tensor) -> torch.Tensor | None:
+    """The unrounded values, once, if nothing has written `parameter` since."""
+    kept = _unrounded.pop(parameter, None)
+    return None if kept is None or kept[0] != stamp(parameter) else kept[1]
+
+
+def refresh_(model: torch.nn.Module) -> None:
+    """Make every compute copy of `model` anew: the remedy after writes through `.data`, which torch does not show."""
+    for parameter in model.parameters():
+        copy = _copies.get(parameter)
+        if copy is not None and copy.tensor is not None:
+            refresh(parameter, copy)

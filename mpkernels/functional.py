@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear_act for people: dtypes from a policy, from autocast, or from the tensors themselves."""
+
+import torch
+
+from mpkernels.ops.linear_act import Activation, activation_of
+from mpkernels.ops.linear_act import linear_act as _linear_act
+from mpkernels.policy import Policy
+
+
+def linear_act(x, weight, bias=None, activation=None, policy=None):
+    """`act(x @ weight.T + bias)`, rounded once.
+
+    x: (*, K); weight: (N, K); bias: (N,) or None; returns (*, N). activation: None or "relu". policy: a Policy, its name,
+    or None: as `F.linear`, under `torch.autocast` too. With a policy its compute_dtype wins over autocast, and gradients
+    of weight and bias have its grad_dtype, else their own dtype.
+    Raises RuntimeError for shapes, dtypes, devices or layouts that do not fit, TypeError for what is not a tensor,
+    ValueError for an unknown activation or policy. Source: torch.nn.functional.linear.
+    """
+    policy = None if policy is None else Policy.parse(policy)
+    return forward(x, weight, bias, None, activation_of(activation), policy)
+
+
+def forward(x, weight, bias, weight_copy, activation: Activation, policy: Policy | None):
+    """`linear_act` with everything parsed: what the layers call. weight_copy: the weight in the compute dtype, or None."""
+    for name, value in (("x", x), ("weight", weight)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"linear_act: {name} must be a Tensor, got {type(value).__name__}")
+    if policy is None:
+        compute_dtype = out_dtype = _common_dtype(x, weight, bias)
+        grad_dtype = None
+    else:
+        compute_dtype, grad_dtype = policy.compute_dtype, policy.grad_dtype
+        out_dtype = policy.output_dtype or _output_dtype(x, weight, policy)
+    return _linear_act(
+        x, weight, bias, weight_copy,
+        activation=activation, compute_dtype=compute_dtype, out_dtype=out_dtype, grad_dtype=grad_dtype,
+    )  # fmt: skip
+
+
+def _output_dtype(x, weight, policy: Policy) -> torch.dtype:
+    if not policy.mixed:
+        return weight.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _common_dtype(x, weight, bias) -> torch.dtype:
+    """The dtype that F.linear would work in; RuntimeError where it would refuse."""
+    dtypes = [tensor.dtype for tensor in (x, weight, bias) if tensor is not None]
+    if torch.is_autocast_enabled(x.device.type):
+        narrow = torch.get_autocast_dtype(x.device.type)
+        dtypes = [narrow if d.is_floating_point and d != torch.float64 else d for d in dtypes]
+    if len(set(dtypes)) > 1:
+        names = ", ".join(f"{n} {d}" for n, d in zip(("x", "weight", "bias"), dtypes, strict=False))
+        raise RuntimeError(f"linear_act: dtypes differ ({names}) and there is no Policy to say which one to compute in")
+    return dtypes[0]

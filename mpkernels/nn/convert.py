@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""convert, revert, convert_report: nn.Linear and the ReLU after it become MPLinear, in place."""
+
+import fnmatch
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mpkernels import _copies
+from mpkernels.nn.edges import feeds_only_linears
+from mpkernels.nn.linear import MPLinear
+from mpkernels.ops._cast import cast
+from mpkernels.ops.linear_act import Activation
+from mpkernels.policy import Policy
+
+
+class FusedReLU(nn.Identity):
+    """Stands where a ReLU was that the linear before it now applies, so that indices and keys stay."""
+
+    def __init__(self, relu: nn.ReLU):
+        super().__init__()
+        self.replaced = (relu,)  # a tuple: not a submodule
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one linear."""
+
+    name: str
+    converted: bool
+    policy: Policy | None
+    activation: str | None
+    note: str
+
+    def __str__(self) -> str:
+        state = f"{self.policy}" if self.converted else "not converted"
+        return f"{self.name or '(model)':40} {state:24} {self.activation or '-':6} {self.note}".rstrip()
+
+
+class Report(tuple):
+    """The rows, one for each linear of the model; prints as a table."""
+
+    def __str__(self) -> str:
+        return "\n".join(str(row) for row in self)
+
+
+def convert(model: nn.Module, policy: "str | Policy | Mapping[str, str | Policy]" = "mixed_float16", *, keep=()) -> nn.Module:
+    """Make every nn.Linear of `model`, with the nn.ReLU after it in an nn.Sequential, an MPLinear. In place; returns it.
+
+    policy: one for all, or an ordered mapping from globs of module names, where the last match wins.
+    keep: globs of module names that stay as they are.
+    Parameters stay the same objects. Under `mixed_*` their dtype and the state_dict stay too. Under `float16` and
+    `bfloat16` all floating-point parameters and buffers are cast as `model.half()` does, and the optimizer made
+    afterwards starts its masters from the unrounded values. Converting again changes the policy.
+    Raises ValueError for an unknown policy, a glob that matches nothing, and mixed parameter dtypes in one mapping.
+    """
+    policies = {"*": policy} if isinstance(policy, str | Policy) else dict(policy)
+    policies = {glob: Policy.parse(p) for glob, p in policies.items()}
+    _check_globs(model, [g for g in policies if g != "*"] + list(keep))
+    revert(model)
+    for name, linear in _linears(model):
+        chosen = [p for glob, p in policies.items() if _matches(name, glob)]
+        if chosen and _why_not(model, name, linear) is None and not any(_matches(name, glob) for glob in keep):
+            _convert_linear(linear, chosen[-1])
+    _fuse_relus(model)
+    narrow = {p.param_dtype for p in policies.values() if not p.mixed and p.param_dtype.itemsize == 2}
+    if len(narrow) > 1 or (narrow and any(p.mixed for p in policies.values())):
+        raise ValueError(f"a model is stored in one dtype: {', '.join(map(str, policies.values()))} do not go together")
+    for dtype in narrow:
+        _cast_model(model, dtype, keep)
+    _narrow_inner_outputs(model)
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undo `convert`: every MPLinear it made is an nn.Linear again, every fused ReLU back. Dtypes stay as they are."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, FusedReLU):
+                setattr(module, name, child.replaced[0])
+        if type(module) is MPLinear and module.__dict__.pop("_converted", False):
+            for name in ("_activation", "policy", "_cached"):
+                module.__dict__.pop(name, None)
+            module.__class__ = nn.Linear
+    return model
+
+
+def convert_report(model: nn.Module) -> Report:
+    """What became of each linear of `model`, and why one was left alone."""
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, MPLinear):
+            rows.append(Row(name, True, module.policy, module.activation, _output_note(module)))
+        elif isinstance(module, nn.Linear):
+            rows.append(Row(name, False, None, None, _why_not(model, name, module) or "left as it was"))
+    return Report(rows)
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    return ((name, m) for name, m in list(model.named_modules()) if isinstance(m, nn.Linear))
+
+
+def _matches(name: str, glob: str) -> bool:
+    return fnmatch.fnmatchcase(name, glob)
+
+
+def _check_globs(model: nn.Module, globs: list[str]) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for glob in globs:
+        if not any(_matches(name, glob) for name in names):
+            raise ValueError(f"no module of the model matches {glob!r}")
+
+
+def _why_not(model: nn.Module, name: str, linear: nn.Linear) -> str | None:
+    if isinstance(linear, MPLinear):
+        return None
+    if hasattr(linear, "parametrizations"):
+        return "is parametrized"
+    if type(linear) is not nn.Linear:
+        return f"is a {type(linear).__name__}, which has its own forward"
+    if linear.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"has a weight of {linear.weight.dtype}"
+    parent = model.get_submodule(name.rpartition(".")[0]) if name else None
+    if isinstance(parent, nn.MultiheadAttention):
+        return "its weight is used by nn.MultiheadAttention without calling it"
+    return None
+
+
+def _convert_linear(linear: nn.Linear, policy: Policy) -> None:
+    """Change the class: the module stays the same object, with its Parameters, hooks and name."""
+    if type(linear) is nn.Linear:
+        linear.__class__ = MPLinear
+        linear._converted = True
+    linear.adopt(linear._activation, policy)
+
+
+def _fuse_relus(model: nn.Module) -> None:
+    """Where an MPLinear and an nn.ReLU are neighbours in an nn.Sequential and nobody can see what is between them."""
+    uses = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    for sequential in [m for m in model.modules() if type(m) is nn.Sequential]:
+        children = list(sequential.named_children())
+        for (_, linear), (name, relu) in zip(children, children[1:], strict=False):
+            if type(linear) is not MPLinear or type(relu) is not nn.ReLU or linear._activation != Activation.NONE:
+                continue
+            if max(uses[id(linear)], uses[id(relu)]) == 1 and not _has_hooks(linear) and not _has_hooks(relu):
+                linear._activation = Activation.RELU
+                setattr(sequential, name, FusedReLU(relu))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _cast_model(model: nn.Module, dtype: torch.dtype, keep) -> None:
+    """What `model.half()` does, but for `keep`; the Parameter objects stay and their unrounded values are kept."""
+    for name, module in model.named_modules():
+        if any(_matches(name, glob) for glob in keep):
+            continue
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
+                unrounded = parameter.data
+                parameter.data = cast(unrounded, dtype)
+                _copies.keep_unrounded(parameter, unrounded)
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[key] = cast(buffer, dtype)
+
+
+def _narrow_inner_outputs(model: nn.Module) -> None:
+    """Between two MPLinears nobody needs the wide output: there it is the compute dtype."""
+    for linear, narrow in feeds_only_linears(model).items():
+        if linear.policy is not None and linear.policy.mixed and linear.policy.output_dtype is None and narrow:
+            policy = linear.policy
+            linear.adopt(linear._activation, Policy(policy.param_dtype, policy.compute_dtype, narrow, policy.grad_dtype))
+
+
+def _output_note(linear: MPLinear) -> str:
+    if linear.policy is None or linear.policy.output_dtype is None:
+        return ""
+    return f"output {str(linear.policy.output_dtype).removeprefix('torch.')}: only linears read it"

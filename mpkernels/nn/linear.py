@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MPLinear: nn.Linear with a policy and an activation, computed by one op."""
+
+import contextlib
+
+import torch
+from torch import nn
+
+from mpkernels import _copies, functional
+from mpkernels.ops._cast import cast
+from mpkernels.ops.linear_act import Activation, activation_of
+from mpkernels.policy import Policy, get_default_policy
+
+
+class MPLinear(nn.Linear):
+    """`act(x @ weight.T + bias)` with parameters, arithmetic and output in the dtypes of a policy.
+
+    in_features, out_features, bias, device, dtype: as `nn.Linear`; dtype None means the policy's param_dtype.
+    activation: None or "relu". policy: a Policy, its name, or None: `mpk.set_default_policy`'s, else as `nn.Linear`.
+    The state_dict has the keys `weight` and `bias` and nothing else.
+    Raises TypeError and ValueError for sizes that are not natural numbers, ValueError for an unknown activation or policy.
+    """
+
+    # What a module that was an nn.Linear becomes without running __init__ (mpk.convert).
+    _activation: Activation = Activation.NONE
+    _cached: tuple[torch.Tensor, tuple[int, int]] | None = None
+    policy: Policy | None = None
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None, *, activation=None, policy=None
+    ):
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"MPLinear: {name} must be an int, got {size!r}")
+            if size < 0:
+                raise ValueError(f"MPLinear: {name} must not be negative, got {size}")
+        policy = get_default_policy() if policy is None else Policy.parse(policy)
+        activation = activation_of(activation)
+        if dtype is None and policy is not None:
+            dtype = policy.param_dtype
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.adopt(activation, policy)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, activation: str | None = None, policy=None) -> "MPLinear":
+        """An MPLinear that shares the Parameters of `linear`."""
+        with torch.device("meta"):
+            layer = cls(linear.in_features, linear.out_features, linear.bias is not None, activation=activation, policy=policy)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.train(linear.training)
+        layer.adopt(layer._activation, layer.policy)
+        return layer
+
+    def adopt(self, activation: Activation, policy: Policy | None) -> None:
+        """Set activation and policy, and tell the Parameters which dtype their gradients have."""
+        self._activation, self.policy = activation, policy
+        if policy is not None and policy.grad_dtype is not None:
+            for parameter in (self.weight, self.bias):
+                if parameter is not None and parameter.dtype != policy.grad_dtype:
+                    parameter.grad_dtype = policy.grad_dtype
+
+    @property
+    def activation(self) -> str | None:
+        """None or "relu"."""
+        return None if self._activation == Activation.NONE else self._activation.name.lower()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.forward(x, self.weight, self.bias, self._weight_copy(), self._activation, self.policy)
+
+    def _weight_copy(self) -> torch.Tensor | None:
+        """The weight in the compute dtype where one is kept. Only eager training reads the optimizer's."""
+        policy, weight = self.policy, self.weight
+        if policy is None or torch.compiler.is_compiling() or weight.dtype == policy.compute_dtype:
+            return None
+        if self._cached is not None:
+            if self._cached[1] != _copies.stamp(weight):
+                self._cached = _cast_and_stamp(weight, policy.compute_dtype)
+            return self._cached[0]
+        if torch.is_grad_enabled() and self.training and type(weight) is nn.Parameter:
+            return _copies.for_layer(weight, policy.compute_dtype)
+        return None
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}, policy={self.policy}"
+
+
+def _cast_and_stamp(weight, dtype):
+    return cast(weight.detach(), dtype), _copies.stamp(weight)
+
+
+@contextlib.contextmanager
+def cached_weights(model: nn.Module):
+    """Inside, every MPLinear of `model` casts its weight once instead of at each call: for evaluation and sampling.
+
+    A write that torch can see (load_state_dict, no_grad in-place) makes the cast anew; a write through `.data` does not.
+    """
+    layers = [m for m in model.modules() if isinstance(m, MPLinear) and m.policy is not None]
+    try:
+        for layer in layers:
+            if layer.weight.dtype != layer.policy.compute_dtype:
+                layer._cached = _cast_and_stamp(layer.weight, layer.policy.compute_dtype)
+        yield model
+    finally:
+        for layer in layers:
+            layer._cached = None

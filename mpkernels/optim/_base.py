@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the optimizers share: masters, compute copies, the check before the step, clipping, checkpoints.
+
+An optimizer here is one read of all gradients (only where a verdict or a norm is wanted) and one pass that updates.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mpkernels import _copies
+from mpkernels.ops._multi_tensor import MASTER_DTYPES, inv_scale
+from mpkernels.ops.grad_stats import grad_stats_
+
+
+@dataclass(eq=False)
+class GradStats:
+    """What one read of the gradients of one device found; see mpkernels.ops.grad_stats. All on the device."""
+
+    params: list[torch.Tensor]
+    found_inf: torch.Tensor
+    amax: torch.Tensor
+    nonfinite: torch.Tensor
+    grad_norm: torch.Tensor | None
+    grad_scale: torch.Tensor | None  # a copy: update() changes the scaler's
+
+
+@dataclass(eq=False)
+class _Rows:
+    """The parameters of one group and device that have a gradient, and everything a step of them needs, in order."""
+
+    params: list[torch.Tensor]
+    masters: list[torch.Tensor]
+    copies: list[torch.Tensor]  # the 16-bit parameter, its compute copy, or an empty tensor
+    states: dict[str, list[torch.Tensor]]
+    steps: torch.Tensor
+    compute_copies: list[tuple[torch.Tensor, _copies.Copy]]
+    mastered: list[int]  # rows whose master is not the parameter itself
+    requests: int  # _copies.requests when these rows were made
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Base of AdamW, Adam and SGD.
+
+    master_dtype: fp32 or fp64, what 16-bit parameters are updated in (None: fp32); moments have the master's dtype.
+    max_norm: clip the global norm over all groups inside the step. write_grads: leave `.grad` unscaled after a step
+    under a scaler, as torch does. skip_nonfinite: without a scaler, skip a step with inf or NaN gradients.
+    """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler then passes grad_scale and found_inf as attributes
+
+    def __init__(self, params, defaults, *, master_dtype, max_norm, write_grads, skip_nonfinite):
+        if master_dtype not in (None, *MASTER_DTYPES):
+            raise ValueError(f"master_dtype must be torch.float32 or torch.float64, got {master_dtype}")
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"Invalid max_norm: {max_norm}")
+        self.master_dtype, self.max_norm = master_dtype, max_norm
+        self.write_grads, self.skip_nonfinite = write_grads, skip_nonfinite
+        self._forget()
+        super().__init__(params, defaults)
+
+    def _forget(self) -> None:
+        """Start without anything that is tied to these Parameter objects: at construction, and in a copy."""
+        self.grad_norm: torch.Tensor | None = None
+        self.steps_called = 0
+        self._stats: dict[torch.device, GradStats] = {}
+        self._pending_clip: float | None = None  # max_norm of scaler.clip_grad_norm_, until the next step
+        self._dtypes: dict[int, torch.dtype] = {}
+        self._rows: dict[tuple[int, ...], _Rows] = {}
+        self._stamps = WeakIdKeyDictionary()  # parameter with a master -> its stamp after our last write
+
+    def __getstate__(self) -> dict:
+        ours = ("master_dtype", "max_norm", "write_grads", "skip_nonfinite")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
+
+    def __setstate__(self, state: dict) -> None:
+        self._forget()
+        super().__setstate__(state)
+        self._dtypes = {id(p): p.dtype for group in self.param_groups for p in group["params"]}
+
+    # ----- construction -----------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_hyperparameters(group)
+            if len(set(map(id, group["params"]))) < len(group["params"]):
+                raise ValueError("a parameter stands twice in one group")
+            for i, parameter in enumerate(group["params"]):
+                self._check_parameter(parameter, _name(group, i))
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        self._dtypes.update((id(p), p.dtype) for p in group["params"])
+
+    def _check_parameter(self, parameter, name: str) -> None:
+        if parameter.layout != torch.strided or parameter.dtype not in (torch.float16, torch.bfloat16, *MASTER_DTYPES):
+            raise ValueError(
+                f"{name} must be a dense float16, bfloat16, float32 or float64 tensor, "
+                f"got {parameter.dtype}, {parameter.layout}"
+            )
+        if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+            raise ValueError(f"{name} overlaps itself (an expanded tensor): its elements cannot be updated one by one")
+        if self.master_dtype is not None and self.master_dtype.itemsize < parameter.dtype.itemsize:
+            raise ValueError(f"master_dtype {self.master_dtype} is narrower than {parameter.dtype} of {name}")
+
+    def _check_hyperparameters(self, group: dict) -> None:
+        lr = group["lr"]
+        if isinstance(lr, torch.Tensor):
+            if lr.numel() != 1:
+                raise ValueError("Tensor lr must be 1-element")
+        elif not 0 <= lr < math.inf:
+            raise ValueError(f"Invalid learning rate: {lr}")
+        if not 0 <= group["weight_decay"] < math.inf:
+            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+
+    # ----- the step ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Take a step, or skip it on the device where a scaler or `skip_nonfinite` asks for it. Returns the closure's loss.
+
+        A scaler sets `grad_scale` (the gradients are divided by it) and, when it has checked already, `found_inf`.
+        Raises RuntimeError for a sparse gradient, a parameter whose dtype changed, a closure under a scaler.
+        """
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        loss = None
+        if closure is not None:
+            if grad_scale is not None:
+                raise RuntimeError("a closure cannot be used with loss scaling")
+            with torch.enable_grad():
+                loss = closure()
+        pending, self._pending_clip = self._pending_clip, None
+        max_norm = pending or self.max_norm
+        rows = self._all_rows()
+        self.steps_called += 1
+        check = found_inf is None and (grad_scale is not None or self.skip_nonfinite)
+        if pending is None:
+            self._stats = {}
+            if check or max_norm is not None:
+                self._read_grads(rows, grad_scale, norm=max_norm is not None)
+        if check and self._stats:
+            found_inf = next(iter(self._stats.values())).found_inf
+        for (index, device), group_rows in rows.items():
+            options = self._step_options(device, grad_scale, found_inf, max_norm)
+            grads = [p.grad for p in group_rows.params]
+            self._update(self.param_groups[index], group_rows, grads, options)
+            self._after_update(group_rows)
+            if self.write_grads and grad_scale is not None:
+                _unscale_in_place(grads, options)
+        return loss
+
+    def _step_options(self, device, grad_scale, found_inf, max_norm) -> dict:
+        def here(tensor):
+            return None if tensor is None else tensor.to(device, non_blocking=True).squeeze()
+
+        norm = None if max_norm is None else here(self.grad_norm)
+        return dict(grad_scale=here(grad_scale), found_inf=here(found_inf), grad_norm=norm, max_norm=max_norm)
+
+    def _update(self, group: dict, rows: _Rows, grads: list[torch.Tensor], options: dict) -> None:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _clip_at_next_step(self, grad_scale: torch.Tensor | None, max_norm: float) -> torch.Tensor | None:
+        """Read the gradients now and clip them to max_norm in the next step; the norm, or None without gradients."""
+        rows = self._all_rows()
+        if not rows:
+            return None
+        self._read_grads(rows, grad_scale, norm=True)
+        self._pending_clip = max_norm
+        return self.grad_norm
+
+    def _read_grads(self, rows: dict, grad_scale: torch.Tensor | None, *, norm: bool) -> None:
+        """Read all gradients once: per-tensor statistics, the verdict and (norm) `grad_norm`, over all devices."""
+        by_device: dict[torch.device, list[torch.Tensor]] = {}
+        for (_, device), group_rows in rows.items():
+            by_device.setdefault(device, []).extend(group_rows.params)
+        self._stats = {device: _read_device(params, grad_scale, norm) for device, params in by_device.items()}
+        if len(self._stats) > 1:
+            _combine_devices(list(self._stats.values()))
+        if norm and self._stats:
+            self.grad_norm = next(iter(self._stats.values())).grad_norm
+
+    # ----- rows: the parameters of a step and their state --------------------------------------------
+
+    def _all_rows(self) -> dict[tuple[int, torch.device], _Rows]:
+        """Rows by (group, device) of the parameters that have a gradient; state is made where it is missing."""
+        rows = {}
+        for index, group in enumerate(self.param_groups):
+            by_device: dict[torch.device, list[torch.Tensor]] = {}
+            for i, parameter in enumerate(group["params"]):
+                if parameter.grad is None:
+                    continue
+                if parameter.dtype != self._dtypes[id(parameter)]:
+                    raise RuntimeError(
+                        f"{_name(group, i)} changed dtype since construction: "
+                        f"{self._dtypes[id(parameter)]} then, {parameter.dtype} now"
+                    )
+                _check_grad(parameter, _name(group, i))
+                by_device.setdefault(parameter.device, []).append(parameter)
+            for device, params in by_device.items():
+                rows[index, device] = self._rows_of(group, params)
+        return rows
+
+    def _rows_of(self, group: dict, params: list[torch.Tensor]) -> _Rows:
+        key = tuple(map(id, params))
+        rows = self._rows.get(key)
+        if rows is None or rows.requests != _copies.requests:
+            rows = self._rows[key] = self._make_rows(group, params)
+        self._sync_masters(rows)
+        return rows
+
+    def _make_rows(self, group: dict, params: list[torch.Tensor]) -> _Rows:
+        for parameter in params:
+            if not self.state[parameter]:
+                self._init_state(group, parameter)
+        names, requests = self._group_state_names(group), _copies.requests
+        masters, copies, compute_copies, mastered = [], [], [], []
+        for i, parameter in enumerate(params):
+            state = self.state[parameter]
+            compute_copy = _copies.claim(parameter, self)
+            masters.append(state.get("master", parameter))
+            if "master" in state:
+                mastered.append(i)
+                copies.append(parameter)
+            elif compute_copy is not None:
+                compute_copies.append((parameter, compute_copy))
+                copies.append(compute_copy.tensor)
+            else:
+                copies.append(torch.empty(0, dtype=torch.float16, device=parameter.device))
+        steps = torch.stack([self.state[p]["step"] for p in params])
+        for parameter, count in zip(params, steps.unbind(), strict=True):
+            self.state[parameter]["step"] = count  # a view: one array per call is what the op advances
+        states = {name: [self.state[p][name] for p in params] for name in names}
+        return _Rows(params, masters, copies, states, steps, compute_copies, mastered, requests)
+
+    def _sync_masters(self, rows: _Rows) -> None:
+        """Make the master of every 16-bit parameter anew that somebody else wrote since our last step."""
+        for i in rows.mastered:
+            stamp = self._stamps.get(rows.params[i])
+            if stamp is not None and stamp != _copies.stamp(rows.params[i]):
+                rows.masters[i].copy_(rows.params[i])
+
+    def _after_update(self, rows: _Rows) -> None:
+        for i in rows.mastered:
+            self._stamps[rows.params[i]] = _copies.stamp(rows.params[i])
+        for parameter, compute_copy in rows.compute_copies:
+            compute_copy.stamp = _copies.stamp(parameter)
+
+    def _master_dtype(self, parameter: torch.Tensor) -> torch.dtype:
+        return self.master_dtype or torch.promote_types(parameter.dtype, torch.float32)
+
+    def _init_state(self, group: dict, parameter: torch.Tensor) -> None:
+        dtype, state = self._master_dtype(parameter), self.state[parameter]
+        state["step"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
+        if dtype != parameter.dtype:
+            unrounded = _copies.take_unrounded(parameter)
+            master = parameter.detach() if unrounded is None else unrounded
+            state["master"] = torch.empty_like(parameter, dtype=dtype).copy_(master)
+            self._stamps[parameter] = _copies.stamp(parameter)
+        for name in self._group_state_names(group):
+            state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+
+    def _group_state_names(self, group: dict) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    # ----- masters ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sync_masters_(self) -> None:
+        """Make every master and compute copy anew from its parameter: the remedy after writes through `.data`."""
+        for parameter, state in self.state.items():
+            if "master" in state:
+                state["master"].copy_(parameter)
+        for rows in self._rows.values():
+            for parameter, compute_copy in rows.compute_copies:
+                _copies.refresh(parameter, compute_copy)
+
+    def master_state_dict(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """`model.state_dict()` with the master in place of every parameter that has one."""
+        masters = {p: state["master"] for p, state in self.state.items() if "master" in state}
+        result = model.state_dict()
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter in masters and name in result:
+                result[name] = masters[parameter].detach()
+        return result
+
+    # ----- checkpoints --------------------------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        """As torch's, the steps as fp32 scalars; 16-bit parameters have a `master` besides."""
+        result = super().state_dict()
+        result["state"] = {
+            key: {n: (v.to(torch.float32) if n == "step" else v) for n, v in state.items()}
+            for key, state in result["state"].items()
+        }
+        return result
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load ours or torch's. A 16-bit parameter without a saved master gets one at its next step.
+
+        Raises ValueError for groups, keys, shapes or values that do not fit; nothing is loaded then.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        loaded = self._checked_state(state_dict)
+        groups = copy.deepcopy(state_dict["param_groups"])
+        for group, new in zip(self.param_groups, groups, strict=True):
+            group.update({**new, **_identity(group)})
+        self.state.clear()
+        self.state.update(loaded)
+        self._rows.clear()
+        for parameter, state in loaded.items():
+            if "master" in state:
+                self._stamps[parameter] = _copies.stamp(parameter)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _checked_state(self, state_dict: dict) -> dict[torch.Tensor, dict]:
+        """The state by parameter, converted, or ValueError."""
+        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError("state_dict must have the keys state and param_groups")
+        saved, ours = state_dict["param_groups"], self.param_groups
+        sizes = [len(g["params"]) for g in saved], [len(g["params"]) for g in ours]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"state_dict has groups of {sizes[0]} parameters, the optimizer of {sizes[1]}")
+        by_id = {
+            key: ({**group, **new, **_identity(group)}, i, parameter)
+            for new, group in zip(saved, ours, strict=True)
+            for i, (key, parameter) in enumerate(zip(new["params"], group["params"], strict=True))
+        }
+        if unknown := state_dict["state"].keys() - by_id.keys():
+            raise ValueError(f"state_dict has state for {sorted(unknown)}, which no group names")
+        for new, group in zip(saved, ours, strict=True):
+            self._check_hyperparameters({**group, **new})
+        result = {}
+        for key, state in state_dict["state"].items():
+            group, i, parameter = by_id[key]
+            result[parameter] = self._converted(state, parameter, group, _name(group, i))
+        return result
+
+    def _converted(self, state: dict, parameter: torch.Tensor, group: dict, name: str) -> dict:
+        dtype, wanted = self._master_dtype(parameter), self._group_state_names(group)
+        result = {"step": _converted_step(state, name, self._default_step, parameter.device)}
+        for key in wanted:
+            value = state.get(key)
+            if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+                got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+                raise ValueError(f"state_dict: {key} of {name} must have shape {tuple(parameter.shape)}, got {got}")
+            result[key] = torch.empty_like(parameter, dtype=dtype).copy_(value)
+        if dtype != parameter.dtype:
+            master = state.get("master")
+            result["master"] = torch.empty_like(parameter, dtype=dtype).copy_(parameter if master is None else master)
+            if master is not None and master.dtype.itemsize < dtype.itemsize:
+                raise ValueError(f"state_dict: master of {name} is {master.dtype}, the optimizer keeps {dtype}")
+        return result
+
+    _default_step: int | None = None
+
+
+def _converted_step(state: dict, name: str, default: int | None, device) -> torch.Tensor:
+    step = state.get("step", default)
+    value = step.item() if isinstance(step, torch.Tensor) and step.numel() == 1 else step
+    if not isinstance(value, int | float) or not 0 <= value < math.inf or value != int(value):
+        raise ValueError(f"state_dict: step of {name} must be a count, got {step}")
+    return torch.full((), int(value), dtype=torch.int64, device=device)
+
+
+def _identity(group: dict) -> dict:
+    """What a loaded group does not change: which parameters it has, and their names."""
+    return {key: group[key] for key in ("params", "param_names") if key in group}
+
+
+def _name(group: dict, index: int) -> str:
+    names = group.get("param_names")
+    return f"parameter {index} ({names[index]})" if names else f"parameter {index}"
+
+
+def _check_grad(parameter: torch.Tensor, name: str) -> None:
+    if parameter.grad.layout != torch.strided:
+        raise RuntimeError(f"the gradient of {name} is {parameter.grad.layout}: sparse gradients are not supported")
+
+
+def _read_device(params: list[torch.Tensor], grad_scale: torch.Tensor | None, norm: bool) -> GradStats:
+    device = params[0].device
+    stats = GradStats(
+        params=params,
+        found_inf=torch.empty((), dtype=torch.float32, device=device),
+        amax=torch.empty(len(params), dtype=torch.float64, device=device),
+        nonfinite=torch.empty(len(params), dtype=torch.int64, device=device),
+        grad_norm=torch.empty((), dtype=torch.float64, device=device) if norm else None,
+        grad_scale=None if grad_scale is None else grad_scale.to(device, copy=True).squeeze(),
+    )
+    grads = [p.grad for p in params]
+    grad_stats_(grads, stats.grad_scale, stats.found_inf, stats.amax, stats.nonfinite, stats.grad_norm)
+    return stats
+
+
+def _combine_devices(stats: list[GradStats]) -> None:
+    """One verdict and one norm over several devices, held by the first."""
+    first, here = stats[0], stats[0].found_inf.device
+    first.found_inf = torch.stack([s.found_inf.to(here, non_blocking=True) for s in stats]).amax()
+    if first.grad_norm is not None:
+        first.grad_norm = torch.stack([s.grad_norm.to(here, non_blocking=True) for s in stats]).square().sum().sqrt()
+
+
+def _unscale_in_place(grads: list[torch.Tensor], options: dict) -> None:
+    """grads /= grad_scale, unless the step was skipped: what torch's fused optimizers leave behind."""
+    inv = inv_scale(options["grad_scale"], grads[0].device)
+    if options["found_inf"] is not None:
+        inv = torch.where(options["found_inf"] == 0, inv, 1.0)
+    for grad in grads:
+        grad.mul_(inv.to(torch.promote_types(grad.dtype, torch.float32)))

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW and Adam: one pass over memory per step."""
+
+import math
+
+import torch
+
+from mpkernels.ops.adamw import adamw_
+from mpkernels.optim._base import Optimizer
+
+
+class AdamW(Optimizer):
+    """`torch.optim.AdamW` with masters, 16-bit copies, unscaling, the overflow check and clipping in the step.
+
+    params: parameters, named parameters (their names then stand in errors and reports) or groups. lr: float, or a
+    1-element tensor on any device. betas, eps, weight_decay, amsgrad, maximize: as torch.
+    master_dtype, max_norm, write_grads, skip_nonfinite: see Optimizer.
+    `grad_norm`: 0-d fp64 on the device, unscaled, before clipping; None before the first step with `max_norm`.
+    Raises ValueError for values torch refuses, and for inf and NaN too. Source: torch.optim.AdamW.
+    """
+
+    _decoupled = True
+
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, *, maximize=False,
+        master_dtype=None, max_norm=None, write_grads=False, skip_nonfinite=False,
+    ):  # fmt: skip
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
+        super().__init__(
+            params, defaults,
+            master_dtype=master_dtype, max_norm=max_norm, write_grads=write_grads, skip_nonfinite=skip_nonfinite,
+        )  # fmt: skip
+
+    def _check_hyperparameters(self, group):
+        super()._check_hyperparameters(group)
+        if not 0 <= group["eps"] < math.inf:
+            raise ValueError(f"Invalid epsilon value: {group['eps']}")
+        for index, beta in enumerate(group["betas"]):
+            if not 0 <= beta < 1:
+                raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+
+    def _group_state_names(self, group):
+        return ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
+
+    def _update(self, group, rows, grads, options):
+        states = rows.states
+        adamw_(
+            rows.masters, grads, states["exp_avg"], states["exp_avg_sq"], states.get("max_exp_avg_sq", []), rows.copies,
+            rows.steps, lr_tensor(group["lr"]), *group["betas"], group["eps"], group["weight_decay"],
+            self._decoupled, group["maximize"], **options,
+        )  # fmt: skip
+
+
+class Adam(AdamW):
+    """`torch.optim.Adam` in the same pass: weight_decay is added to the gradient and is 0 by default."""
+
+    _decoupled = False
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, **options):
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
+
+
+def lr_tensor(lr) -> torch.Tensor:
+    """The learning rate as the ops take it: 0-d, on the CPU for a float."""
+    return lr.reshape(()) if isinstance(lr, torch.Tensor) else torch.tensor(lr, dtype=torch.float64)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SGD: one pass over memory per step."""
+
+import math
+
+from mpkernels.ops.sgd import sgd_
+from mpkernels.optim._base import Optimizer
+from mpkernels.optim.adamw import lr_tensor
+
+
+class SGD(Optimizer):
+    """`torch.optim.SGD` with masters, 16-bit copies, unscaling, the overflow check and clipping in the step.
+
+    params, lr: as AdamW here. momentum, dampening, weight_decay, nesterov, maximize: as torch.
+    master_dtype, max_norm, write_grads, skip_nonfinite: see Optimizer.
+    Raises ValueError for values torch refuses, and for inf and NaN too. Source: torch.optim.SGD.
+    """
+
+    # NOTE: torch's SGD saves no step count; a buffer that it saved is past its first step.
+    _default_step = 1
+
+    def __init__(
+        self, params, lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, *, maximize=False,
+        master_dtype=None, max_norm=None, write_grads=False, skip_nonfinite=False,
+    ):  # fmt: skip
+        defaults = dict(
+            lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize
+        )
+        super().__init__(
+            params, defaults,
+            master_dtype=master_dtype, max_norm=max_norm, write_grads=write_grads, skip_nonfinite=skip_nonfinite,
+        )  # fmt: skip
+
+    def _check_hyperparameters(self, group):
+        super()._check_hyperparameters(group)
+        if not 0 <= group["momentum"] < math.inf:
+            raise ValueError(f"Invalid momentum value: {group['momentum']}")
+        if not math.isfinite(group["dampening"]):
+            raise ValueError(f"Invalid dampening value: {group['dampening']}")
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+    def _group_state_names(self, group):
+        return ("momentum_buffer",) if group["momentum"] else ()
+
+    def _update(self, group, rows, grads, options):
+        sgd_(
+            rows.masters, grads, rows.states.get("momentum_buffer", []), rows.copies, rows.steps, lr_tensor(group["lr"]),
+            group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"], group["maximize"], **options,
+        )  # fmt: skip
