@@ -19,6 +19,8 @@ ENVIRONMENT_VARIABLE = "MPKERNELS_BACKEND"
 _library = torch.library.Library("mpkernels", "FRAGMENT")
 ops: dict[str, "Op"] = {}
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 
 @dataclass(frozen=True)
 class Implementation:
@@ -73,6 +75,13 @@ class Op:
         if self.mutated is not None and not torch.is_inference_mode_enabled():
             torch.autograd.graph.increment_version(self.mutated(*args, **kwargs))
         return result
+
+    def __call__(self, *args):
+        """The op. Straight to `_run` where only eager execution is going on: the dispatcher costs as much as a small GEMM."""
+        watched = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+        if watched or any(type(a) not in _PLAIN for a in args if isinstance(a, torch.Tensor)):
+            return getattr(torch.ops.mpkernels, self.name)(*args)
+        return self._run(*args)
 
     def function(self, backend: str) -> Callable:
         """The implementation's function, whatever `why_not` says of it."""

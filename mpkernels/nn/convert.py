@@ -2,6 +2,7 @@
 """convert, revert, convert_report: nn.Linear and the ReLU after it become MPLinear, in place."""
 
 import fnmatch
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ def _fuse_relus(model: nn.Module) -> None:
     uses = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for sequential in [m for m in model.modules() if type(m) is nn.Sequential]:
         children = list(sequential.named_children())
-        for (_, linear), (name, relu) in zip(children, children[1:], strict=False):
+        for (_, linear), (name, relu) in itertools.pairwise(children):
             if type(linear) is not MPLinear or type(relu) is not nn.ReLU or linear._activation != Activation.NONE:
                 continue
             if max(uses[id(linear)], uses[id(relu)]) == 1 and not _has_hooks(linear) and not _has_hooks(relu):

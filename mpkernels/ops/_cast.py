@@ -6,6 +6,8 @@ import torch
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`tensor` in `dtype`, rounded once. NOTE: torch itself casts fp64 to 16 bits through fp32, in two roundings."""
+    if tensor.dtype == dtype:
+        return tensor
     if tensor.dtype == torch.float64 and dtype.itemsize == 2:
         tensor = _to_float32_odd(tensor)
     return tensor.to(dtype)  # round: wide -> dtype

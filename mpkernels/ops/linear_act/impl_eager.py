@@ -62,15 +62,16 @@ def _matmul_nt(a, b, compute_dtype, out_dtype, *, bias=None, relu=False):
         return _matmul_nt_tensor_cores(a, b, compute_dtype, out_dtype, bias, relu)
     a = a.to(acc)
     bias = None if bias is None else bias.to(acc)
-    M, K, N = *a.shape, b.shape[0]
-    rows = N if b.dtype == acc else max(64, BLOCK_ELEMENTS // max(K, 1))
-    out = a.new_empty((M, N), dtype=out_dtype)
-    for n in range(0, N, max(rows, 1)):
+    K, N = b.shape[1], b.shape[0]
+    rows = max(64, BLOCK_ELEMENTS // max(K, 1))
+    if b.dtype == acc or rows >= N:
+        z = _linear(a, cast(b, compute_dtype).to(acc), bias)
+        return cast(z.relu_() if relu else z, out_dtype)
+    out = a.new_empty((a.shape[0], N), dtype=out_dtype)
+    for n in range(0, N, rows):
         block = _rows(b, n, rows, compute_dtype, acc)
         z = _linear(a, block, None if bias is None else bias[n : n + rows])
-        if relu:
-            z = z.relu_()
-        out[:, n : n + rows] = cast(z, out_dtype)
+        out[:, n : n + rows] = cast(z.relu_() if relu else z, out_dtype)
     return out
 
 

@@ -1,0 +1,51 @@
+# make demo: train on real data under every policy.   make test: prove the ops against fp64.   make help: the rest.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PACKAGES := torch triton numpy setuptools wheel ninja pytest pytest-xdist pytest-timeout hypothesis expecttest \
+	ruff clang-format torch-abi-audit abi3audit scikit-learn matplotlib tqdm
+LIBRARY := mpkernels/_C.abi3.so
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+export MAX_JOBS ?= 2
+
+.PHONY: help demo test sweep lint wheel build clean
+
+help:
+	@echo "make demo    train digits under every policy (demo/results.json, demo/loss.png)"
+	@echo "make test    lint, build, and every test that takes less than 12 minutes together"
+	@echo "make sweep   the long tests: all tiles x architectures ahead of time, large sweeps (FULL=1 for more)"
+	@echo "make wheel   one wheel for every supported torch and Python, in dist/"
+	@echo "make lint    ruff and clang-format"
+
+demo: build
+	$(PY) examples/digits_mlp.py
+
+test: lint build
+	$(PY) -m pytest -n 2 -m "not sweep"
+
+sweep: build
+	$(PY) -m pytest -n 2 -m sweep
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+wheel: build
+	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+
+build: $(LIBRARY)
+
+# The library is built once by the editable install, and again by ninja where a source is newer.
+$(LIBRARY): $(VENV)/installed $(SOURCES)
+	$(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+$(VENV)/installed: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PACKAGES)
+	@echo "$(CURDIR)" > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/mpkernels.pth"
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info $(LIBRARY) demo

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m mpkernels [--json]`: what is here, what works, and why the rest does not; exit 1 if something computes wrongly.
+
+Every implementation of every op is run once on every device type and compared with the fp64 reference.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+
+import torch
+
+import mpkernels
+from mpkernels import _dispatch, _native
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m mpkernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    as_json = parser.parse_args().json
+    try:
+        forced = _dispatch.parse_setting(os.environ.get(_dispatch.ENVIRONMENT_VARIABLE, "auto"))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    report = {"versions": versions(), "forced": forced, "implementations": implementations()}
+    print(json.dumps(report, indent=1) if as_json else table(report))
+    return int(any(row["state"] == "wrong" for row in report["implementations"]))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what results depend on, and the devices."""
+    try:
+        triton = importlib.import_module("triton").__version__
+    except ImportError as error:
+        triton = f"not installed ({error})"
+    found = {
+        "mpkernels": mpkernels.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "native": _native.why_not() or "loaded",
+        "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+    }
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found[f"cuda:{index}"] = f"{properties.name}, sm{properties.major}{properties.minor}, CUDA {torch.version.cuda}"
+    return found
+
+
+def implementations() -> list[dict[str, str]]:
+    """A row per op, device type and backend: `chosen`, `works`, `unavailable` or `wrong`, and a note."""
+    devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+    return [
+        {"op": op.name, "device": device.type, "backend": backend, **dict(zip(("state", "note"), state(op, device, backend)))}
+        for op in _dispatch.ops.values()
+        for device in devices
+        for backend in _dispatch.BACKENDS
+    ]
+
+
+def state(op: _dispatch.Op, device: torch.device, backend: str) -> tuple[str, str]:
+    """State and note of one implementation, after one real run of it."""
+    reason = op.why_not(backend, device, torch.float32)
+    if reason is not None:
+        return "unavailable", reason
+    wrong = importlib.import_module(f"{op.package}.reference").self_check(backend, device)
+    if wrong is not None:
+        return "wrong", wrong
+    try:
+        chosen = op.backend(device, torch.float32)
+    except RuntimeError as error:
+        return "works", str(error)
+    gemm = "GEMM by oneDNN" if op.name.startswith("linear") and device.type == "cpu" and backend == "eager" else ""
+    return ("chosen" if backend == chosen else "works"), gemm
+
+
+def table(report: dict) -> str:
+    """The report for people."""
+    lines = [f"{name:10} {value}" for name, value in report["versions"].items()]
+    forced = ", ".join(f"{op}={backend}" for op, backend in report["forced"].items()) or "auto"
+    lines += [f"{'backend':10} {forced}  ({_dispatch.ENVIRONMENT_VARIABLE})", ""]
+    lines += [f"{'op':22} {'device':6} {'backend':8} {'state':12} note"]
+    lines += [
+        f"{row['op']:22} {row['device']:6} {row['backend']:8} {row['state']:12} {row['note']}".rstrip()
+        for row in report["implementations"]
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
