@@ -1,7 +1,235 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every bound that a test compares with; no test has a tolerance of its own."""
 
+import math
+
+import numpy as np
+import torch
+
 # ----- linear_act: forward and backward ---------------------------------------------------------------
+#
+# r is the result before its rounding, in fp64 (longdouble where the arithmetic is fp64) on the operands as they were
+# rounded; u the unit roundoff of the output, s its least subnormal, v the unit roundoff of the accumulator.
+
+# Factor of the random-sign bound. A good fp32 GEMM (oneDNN, one thread) has CALIBRATION
+RANDOM_SIGN_FACTOR = 4.0
+
+_FORMATS = {  # dtype: (bits of the significand with the hidden one, exponent of the least subnormal, largest exponent)
+    torch.float16: (11, -24, 15),
+    torch.bfloat16: (8, -133, 127),
+    torch.float32: (24, -149, 127),
+    torch.float64: (53, -1074, 1023),
+}
+_ENOUGH_FOR_NORMS = 1024  # outputs below which one lucky rounding decides a ratio of norms or a share
+_SHARE_CORRECTLY_ROUNDED = {torch.float16: 0.997, torch.bfloat16: 0.9997}
+_LONGEST_FOR_SHARES = 1024  # K
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Largest relative error of one rounding to nearest."""
+    return 2.0 ** -_FORMATS[dtype][0]
+
+
+def least_subnormal(dtype: torch.dtype) -> float:
+    """Smallest positive number of the format."""
+    return 2.0 ** _FORMATS[dtype][1]
+
+
+def overflow_threshold(dtype: torch.dtype) -> float:
+    """Smallest magnitude that rounds to inf: 65520 for fp16; longdouble, as fp64's own is not an fp64 number."""
+    bits, _, top = _FORMATS[dtype]
+    return np.ldexp(np.longdouble(2) - np.ldexp(np.longdouble(1), -bits), top)
+
+
+def gamma(n: int, v: float) -> float:
+    """Largest relative error of n roundings in a row."""
+    return n * v / (1 - n * v)
+
+
+def rounded(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """`values` rounded once to `dtype`, to nearest even, kept in their own wide format. Owes nothing to torch's casts."""
+    bits, least, _ = _FORMATS[dtype]
+    with np.errstate(invalid="ignore", over="ignore"):
+        exponent = np.frexp(np.where(np.isfinite(values), values, 0))[1]
+        quantum = np.maximum(exponent - bits, least)
+        result = np.ldexp(np.rint(np.ldexp(values, -quantum)), quantum)
+        return np.where(np.abs(values) >= overflow_threshold(dtype), np.copysign(np.inf, values), result)
+
+
+def check_forward(out, x, weight, bias, activation, compute_dtype, acc_roundoff=2.0**-24, random_sign=False) -> None:
+    """Forward bounds 1 and 7, and with `random_sign` (operands with independent signs) 2 and 3 as well.
+
+    out: (*, N); x: (*, K), weight: (N, K), bias: (N,) or None as they were given to the op; activation: an Activation or
+    its int. acc_roundoff: 2**-23 on tensor cores; fp64 arithmetic has its own. Raises AssertionError.
+    """
+    x, weight, bias = _operand(x, compute_dtype), _operand(weight, compute_dtype), _bias(bias, compute_dtype)
+    z = _product(x, weight.T) + bias
+    r = _relu(z) if activation else z
+    _check_product(
+        "out", _wide(out.reshape(z.shape), compute_dtype), r, out.dtype, x, weight.T, np.abs(bias),
+        compute_dtype, acc_roundoff, random_sign,
+    )  # fmt: skip
+
+
+def check_backward(grads, grad_out, x, weight, positive, compute_dtype, acc_roundoff=2.0**-24, random_sign=False) -> None:
+    """The same bounds for (grad_x, grad_weight, grad_bias), each of which may be None.
+
+    positive: bool (*, N), the implementation's own mask (`check_mask` holds it), or None without an activation.
+    grad_z is rounded to compute_dtype for the two products; grad_bias sums it unrounded.
+    """
+    columns = weight.shape[0]
+    grad_z = _wide(grad_out.reshape(-1, columns) if columns else grad_out.reshape(x.shape[:-1].numel(), 0), compute_dtype)
+    if positive is not None:
+        grad_z = np.where(positive.reshape(grad_z.shape).cpu().numpy(), grad_z, 0)
+    ones = np.ones((1, grad_z.shape[0]), grad_z.dtype)
+    operand = rounded(grad_z, compute_dtype) if grad_out.dtype != compute_dtype else grad_z
+    x, weight = _operand(x, compute_dtype), _operand(weight, compute_dtype)
+    products = ((operand, weight), (operand.T, x), (ones, grad_z))
+    for name, grad, (a, b) in zip(("grad_x", "grad_weight", "grad_bias"), grads, products, strict=True):
+        if grad is not None:
+            r = _product(a, b)
+            got = _wide(grad.reshape(r.shape), compute_dtype)
+            _check_product(name, got, r, grad.dtype, a, b, 0, compute_dtype, acc_roundoff, random_sign)
+
+
+def check_mask(positive, x, weight, bias, compute_dtype, out_dtype, acc_roundoff=2.0**-24) -> None:
+    """The mask (bool, (*, N)) may differ from fp64's only where the pre-activation is within bound 1 of 0; NaN is 1."""
+    x, weight, bias = _operand(x, compute_dtype), _operand(weight, compute_dtype), _bias(bias, compute_dtype)
+    z = _product(x, weight.T) + bias
+    got = positive.reshape(z.shape).cpu().numpy()
+    accumulated = _accumulated(x, weight.T, np.abs(bias), compute_dtype, acc_roundoff)
+    doubtful = np.abs(z) <= _bound(z, accumulated, out_dtype)
+    wrong = (got == (z <= 0)) & ~doubtful
+    if wrong.any():
+        at = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise AssertionError(f"mask: {int(wrong.sum())} wrong bits, first {at}: {got[at]} for the pre-activation {z[at]:.9g}")
+
+
+def check_correctly_rounded(out, x, weight, bias, activation, compute_dtype) -> None:
+    """Forward bound 4: the share of 16-bit outputs that are r rounded; on a CPU, random signs, K <= 1024, no activation."""
+    share = share_correctly_rounded(out, x, weight, bias, activation, compute_dtype)
+    assert weight.shape[1] <= _LONGEST_FOR_SHARES, "bound 4 holds up to K = 1024"
+    assert out.numel() >= _ENOUGH_FOR_NORMS, "bound 4 needs more outputs"
+    least = _SHARE_CORRECTLY_ROUNDED[out.dtype]
+    assert share >= least, f"out: {share:.4%} of the outputs are correctly rounded, expected {least:.2%}"
+
+
+def share_correctly_rounded(out, x, weight, bias, activation, compute_dtype) -> float:
+    """The share itself, which tensor cores report."""
+    r = _exact(x, weight, bias, activation, compute_dtype)
+    return float((_wide(out.reshape(r.shape), compute_dtype) == rounded(r, out.dtype)).mean())
+
+
+def check_not_worse_than(out, torch_out, x, weight, bias, activation, compute_dtype) -> None:
+    """Forward bound 5: the maximal error beside that of torch's own result in the same dtype; fp32 normwise as well."""
+    r = _exact(x, weight, bias, activation, compute_dtype)
+    error, torchs = (np.abs(_wide(t.reshape(r.shape), compute_dtype) - r) for t in (out, torch_out))
+    if out.dtype.itemsize == 2:
+        allowed = 1.05 * torchs.max(initial=0)
+    else:
+        allowed = 2 * torchs.max(initial=0) + unit_roundoff(out.dtype) * np.abs(r).max(initial=0)
+        norms = np.linalg.norm(error.astype(np.float64)), np.linalg.norm(torchs.astype(np.float64))
+        assert norms[0] <= 3 * norms[1] or r.size < _ENOUGH_FOR_NORMS, f"out: error norm {norms[0]:.4g}, torch's {norms[1]:.4g}"
+    assert error.max(initial=0) <= allowed, f"out: error {error.max():.4g} where torch's is {torchs.max():.4g}"
+
+
+def _wide(tensor: torch.Tensor, compute_dtype: torch.dtype) -> np.ndarray:
+    """The values in the format that r is computed in."""
+    return tensor.detach().cpu().double().numpy().astype(np.longdouble if compute_dtype == torch.float64 else np.float64)
+
+
+def _operand(tensor: torch.Tensor, compute_dtype: torch.dtype) -> np.ndarray:
+    """(rows, K), rounded once to compute_dtype."""
+    rows = tensor.shape[:-1].numel()
+    values = _wide(tensor.reshape(rows, tensor.shape[-1]), compute_dtype)
+    return values if tensor.dtype == compute_dtype else rounded(values, compute_dtype)
+
+
+def _bias(bias: torch.Tensor | None, compute_dtype: torch.dtype) -> np.ndarray:
+    return np.zeros(1) if bias is None else _wide(bias, compute_dtype)
+
+
+def _exact(x, weight, bias, activation, compute_dtype) -> np.ndarray:
+    z = _product(_operand(x, compute_dtype), _operand(weight, compute_dtype).T) + _bias(bias, compute_dtype)
+    return _relu(z) if activation else z
+
+
+def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a @ b; fp64 by torch, whose threads the tests limit, longdouble by numpy."""
+    if a.dtype == np.longdouble:
+        with np.errstate(invalid="ignore", over="ignore"):
+            return a @ b
+    return (torch.from_numpy(np.ascontiguousarray(a)) @ torch.from_numpy(np.ascontiguousarray(b))).numpy()
+
+
+def _relu(z: np.ndarray) -> np.ndarray:
+    return np.where(z <= 0, 0, z)  # NaN stays
+
+
+def _acc(compute_dtype: torch.dtype, acc_roundoff: float) -> tuple[torch.dtype, float]:
+    return (torch.float64, 2.0**-53) if compute_dtype == torch.float64 else (torch.float32, acc_roundoff)
+
+
+def _accumulated(a, b, bias, compute_dtype, acc_roundoff) -> np.ndarray:
+    """What the accumulator may be off by, whatever the order of the sum."""
+    return gamma(a.shape[1] + 2, _acc(compute_dtype, acc_roundoff)[1]) * (_product(np.abs(a), np.abs(b)) + bias)
+
+
+def _bound(r, accumulated, dtype) -> np.ndarray:
+    """Bound 1 (or 2) with one rounding at the end."""
+    u = unit_roundoff(dtype)
+    return u * np.abs(r) + (1 + u) * accumulated + least_subnormal(dtype)
+
+
+def _check_product(name, got, r, dtype, a, b, bias, compute_dtype, acc_roundoff, random_sign) -> None:
+    acc_dtype, v = _acc(compute_dtype, acc_roundoff)
+    length = a.shape[1]
+    accumulated = _accumulated(a, b, bias, compute_dtype, acc_roundoff)
+    with np.errstate(invalid="ignore"):
+        _check_nonfinite(name, got, r, accumulated, accumulated / gamma(length + 2, v), dtype, acc_dtype)
+        finite = np.isfinite(got) & np.isfinite(r)
+        error = np.where(finite, np.abs(got - r), 0)
+        _check_error(f"{name}, bound 1", error, np.where(finite, _bound(r, accumulated, dtype), 1), got, r)
+        if not random_sign:
+            return
+        spread = np.sqrt(_product(a * a, b * b)) + bias
+        accumulated = RANDOM_SIGN_FACTOR * math.sqrt(max(length, 1)) * v * spread
+        _check_error(f"{name}, bound 2", error, np.where(finite, _bound(r, accumulated, dtype), 1), got, r)
+    if dtype.itemsize == 2 and r.size >= _ENOUGH_FOR_NORMS and finite.all() and length <= 16384:
+        norm, best = float(np.linalg.norm(got - r)), float(np.linalg.norm(rounded(r, dtype) - r))
+        allowed = 1.001 if length <= 4096 else 1.01
+        assert norm <= allowed * best, f"{name}, bound 3: error norm {norm:.6g} is {norm / best:.5f} x the least possible"
+
+
+def _check_error(name, error, bound, got, r) -> None:
+    if not error.size:
+        return
+    ratio = error / bound
+    at = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
+    assert ratio[at] <= 1, (
+        f"{name}: element {tuple(int(i) for i in at)} is {got[at]:.9g} for {r[at]:.9g}, "
+        f"error {error[at]:.4g} is {ratio[at]:.4g} x the bound; {int((ratio > 1).sum())} of {ratio.size} are outside"
+    )
+
+
+def _check_nonfinite(name, got, r, accumulated, magnitude, dtype, acc_dtype) -> None:
+    """Bound 7. Overflow is decided by the accumulator, which is within `accumulated` of r.
+
+    Where the terms could overflow the accumulator although they cancel in r, the order of the sum decides: not judged.
+    """
+    threshold = overflow_threshold(dtype)
+    may_cancel = np.isfinite(r) & (magnitude >= overflow_threshold(acc_dtype)) & (np.abs(r) + accumulated < magnitude)
+    overflows = np.abs(r) - accumulated >= threshold
+    stays = np.isfinite(r) & (np.abs(r) + accumulated < threshold)
+    wrong = np.where(np.isnan(r), ~np.isnan(got), np.isnan(got))
+    wrong |= np.isinf(r) & (got != r)
+    wrong |= overflows & (got != np.copysign(np.inf, r))
+    wrong |= stays & ~np.isfinite(got)
+    wrong |= np.isinf(got) & (np.sign(got) != np.sign(r)) & ~np.isnan(r)
+    wrong &= ~may_cancel
+    if wrong.any():
+        at = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise AssertionError(f"{name}, bound 7: element {at} is {got[at]} for {r[at]:.9g}; {int(wrong.sum())} are wrong")
 
 
 # ----- optimizer steps ---------------------------------------------------------------
