@@ -11,8 +11,10 @@ import torch
 # r is the result before its rounding, in fp64 (longdouble where the arithmetic is fp64) on the operands as they were
 # rounded; u the unit roundoff of the output, s its least subnormal, v the unit roundoff of the accumulator.
 
-# Factor of the random-sign bound. A good fp32 GEMM (oneDNN, one thread) has CALIBRATION
-RANDOM_SIGN_FACTOR = 4.0
+# Factor c of the random-sign bound. A good fp32 GEMM (oneDNN, one thread, 2-core AMD EPYC with AVX-512, 2026-11-23) needs
+# up to 3.96: the largest of 3e7 outputs, normal and uniform operands, K=96..576, where its sums are longest before they
+# are split; one chain of fp32 additions needs 3.56 in 1.6e5 outputs at K=4096. 4 would fail one run in a few.
+RANDOM_SIGN_FACTOR = 5.0
 
 _FORMATS = {  # dtype: (bits of the significand with the hidden one, exponent of the least subnormal, largest exponent)
     torch.float16: (11, -24, 15),
