@@ -12,6 +12,7 @@ from mpkernels.ops._cast import cast
 from mpkernels.ops.linear_act import Activation, acc_dtype, empty_mask
 
 BLOCK_ELEMENTS = 1 << 20  # of a weight, upcast at a time: 4 MB, a fresh larger buffer costs page faults
+FEW_ROWS = 2  # up to here reading the weight costs more than multiplying with it
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -60,7 +61,12 @@ def _matmul_nt(a, b, compute_dtype, out_dtype, *, bias=None, relu=False):
     acc = acc_dtype(compute_dtype)
     if a.device.type != "cpu" and compute_dtype.itemsize == 2:
         return _matmul_nt_tensor_cores(a, b, compute_dtype, out_dtype, bias, relu)
-    a = a.to(acc)
+    dtypes = {a.dtype, b.dtype, out_dtype, b.dtype if bias is None else bias.dtype}
+    if a.shape[0] <= FEW_ROWS and b.stride(1) == 1 and dtypes == {compute_dtype} and acc != compute_dtype:
+        # torch's dot-product loop: sums and adds the bias in fp32, rounds once, and reads 16 bits of a weight, not 32.
+        z = F.linear(a, b, bias)
+        return z.relu_() if relu else z
+    a = a.to(acc).contiguous()
     bias = None if bias is None else bias.to(acc)
     K, N = b.shape[1], b.shape[0]
     rows = max(64, BLOCK_ELEMENTS // max(K, 1))
