@@ -34,6 +34,7 @@ Source: torch.nn.functional.linear, torch.relu, ATen threshold_backward.
 
 import enum
 import inspect
+import math
 
 import torch
 
@@ -165,7 +166,7 @@ def _check_backward(
         raise RuntimeError(f"{op}: x must be {(*grad_out.shape[:-1], K)} {compute_dtype}, got {got}")
     if activation == Activation.NONE:
         return
-    rows = grad_out.shape[:-1].numel()
+    rows = math.prod(grad_out.shape[:-1])
     by_mask = saved is not None and saved.dtype == torch.int32 and saved.shape == (rows, (N + 31) // 32)
     if not by_mask and (saved is None or saved.dtype not in DTYPES or saved.shape != grad_out.shape):
         got = "None" if saved is None else f"{tuple(saved.shape)} {saved.dtype}"
@@ -179,7 +180,7 @@ def _fake(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, sa
     columns = weight.shape[0]
     saved = x.new_empty(0, dtype=torch.int32)
     if save and activation != Activation.NONE:
-        saved = empty_mask(x, x.shape[:-1].numel(), columns)
+        saved = empty_mask(x, math.prod(x.shape[:-1]), columns)
     x_compute = x.new_empty(x.shape if x.dtype != compute_dtype else 0, dtype=compute_dtype)
     return x.new_empty((*x.shape[:-1], columns), dtype=out_dtype), saved, x_compute
 
@@ -199,7 +200,10 @@ def _fake_backward(
 
 # ----- the ops ---------------------------------------------------------------
 
-_IMPLEMENTATIONS = (Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),)
+_IMPLEMENTATIONS = (
+    Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),
+    Implementation("triton", device_types=("cuda", "cpu")),
+)
 
 forward_op = Op(
     "linear_act(Tensor x, Tensor weight, Tensor? bias, Tensor? weight_copy, int activation, ScalarType compute_dtype, "
