@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """convert, revert, convert_report: nn.Linear and the ReLU after it become MPLinear, in place."""
 
+import dataclasses
 import fnmatch
 import itertools
 from collections import Counter
@@ -171,14 +172,22 @@ def _cast_model(model: nn.Module, dtype: torch.dtype, keep) -> None:
 
 
 def _narrow_inner_outputs(model: nn.Module) -> None:
-    """Between two MPLinears nobody needs the wide output: there it is the compute dtype."""
-    for linear, narrow in feeds_only_linears(model).items():
-        if linear.policy is not None and linear.policy.mixed and linear.policy.output_dtype is None and narrow:
-            policy = linear.policy
-            linear.adopt(linear._activation, Policy(policy.param_dtype, policy.compute_dtype, narrow, policy.grad_dtype))
+    """Between MPLinears of one compute dtype nobody needs the wide output; what leaves the chain stays wide."""
+    chained: set[MPLinear] = set()
+    narrowed = {}
+    for linear, readers in feeds_only_linears(model).items():
+        dtypes = {None if m.policy is None else m.policy.compute_dtype for m in (linear, *readers)}
+        if len(dtypes) == 1 and linear.policy is not None and linear.policy.mixed:
+            narrowed[linear] = linear.policy.compute_dtype
+            chained |= readers
+    for linear in chained - narrowed.keys():
+        narrowed[linear] = linear.policy.param_dtype
+    for linear, output_dtype in narrowed.items():
+        if linear.policy.output_dtype is None:
+            linear.adopt(linear._activation, dataclasses.replace(linear.policy, output_dtype=output_dtype))
 
 
 def _output_note(linear: MPLinear) -> str:
-    if linear.policy is None or linear.policy.output_dtype is None:
+    if linear.policy is None or linear.policy.output_dtype != linear.policy.compute_dtype:
         return ""
     return f"output {str(linear.policy.output_dtype).removeprefix('torch.')}: only linears read it"

@@ -16,35 +16,30 @@ class _Tracer(fx.Tracer):
         return isinstance(module, MPLinear) or super().is_leaf_module(module, name)
 
 
-def feeds_only_linears(model: nn.Module) -> dict[MPLinear, torch.dtype]:
-    """MPLinear -> the compute dtype of the MPLinears that alone read its output; empty where fx cannot trace `model`."""
+def feeds_only_linears(model: nn.Module) -> dict[MPLinear, set[MPLinear]]:
+    """MPLinear -> the MPLinears that alone read its output, at every call; empty where fx cannot trace `model`."""
     try:
         graph = _Tracer().trace(model)
     except Exception:  # NOTE: fx raises whatever the model's own code raises on a Proxy; then nothing is proved
         return {}
     modules = dict(model.named_modules())
-    proved, disproved = {}, set()
+    readers: dict[MPLinear, set[nn.Module | None]] = {}
     for node in graph.nodes:
         linear = modules.get(node.target) if node.op == "call_module" else None
-        if not isinstance(linear, MPLinear):
-            continue
-        dtypes = _consumer_dtypes(node, modules)
-        if len(dtypes) == 1 and None not in dtypes:
-            proved[linear] = dtypes.pop()
-        else:
-            disproved.add(linear)
-    return {linear: dtype for linear, dtype in proved.items() if linear not in disproved}
+        if isinstance(linear, MPLinear):
+            readers.setdefault(linear, set()).update(_readers(node, modules))
+    return {linear: found for linear, found in readers.items() if None not in found}
 
 
-def _consumer_dtypes(node: fx.Node, modules: dict[str, nn.Module]) -> set[torch.dtype | None]:
-    """Compute dtypes of the MPLinears that read `node`, through elementwise modules; None for any other reader."""
-    dtypes = set()
+def _readers(node: fx.Node, modules: dict[str, nn.Module]) -> set[MPLinear | None]:
+    """The MPLinears that read `node`, through elementwise modules; None for any other reader, and for no reader."""
+    found: set[MPLinear | None] = set()
     for user in node.users:
         module = modules.get(user.target) if user.op == "call_module" else None
         if isinstance(module, MPLinear):
-            dtypes.add(None if module.policy is None else module.policy.compute_dtype)
+            found.add(module)
         elif isinstance(module, _ELEMENTWISE_MODULES) or (user.op == "call_function" and user.target in _ELEMENTWISE_FUNCTIONS):
-            dtypes |= _consumer_dtypes(user, modules)
+            found |= _readers(user, modules)
         else:
-            dtypes.add(None)
-    return dtypes or {None}
+            found.add(None)
+    return found or {None}
