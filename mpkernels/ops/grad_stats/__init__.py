@@ -45,7 +45,10 @@ op = Op(
     "grad_stats_(Tensor[] grads, Tensor? grad_scale, Tensor(a!) found_inf, Tensor(b!) amax, Tensor(c!) nonfinite, "
     "Tensor(d!)? grad_norm=None) -> ()",
     __name__,
-    (Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),),
+    (
+        Implementation("native", device_types=("cpu",), auto_on=("cpu",)),
+        Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),
+    ),
     check=_check,
     fake=lambda *_: None,
     key=lambda grads, *_: (grads[0].device, grads[0].dtype),

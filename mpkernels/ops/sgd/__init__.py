@@ -48,7 +48,10 @@ op = Op(
     "Tensor lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, "
     "Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? grad_norm=None, float? max_norm=None) -> ()",
     __name__,
-    (Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),),
+    (
+        Implementation("native", device_types=("cpu",), auto_on=("cpu",)),
+        Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),
+    ),
     check=_check,
     fake=lambda *_, **__: None,
     key=lambda masters, *_, **__: (masters[0].device, masters[0].dtype),

@@ -46,7 +46,10 @@ op = Op(
     "Tensor found_inf, float growth_factor, float backoff_factor, int growth_interval, int hysteresis, float min_scale, "
     "float max_scale) -> ()",
     __name__,
-    (Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),),
+    (
+        Implementation("native", device_types=("cpu",), auto_on=("cpu",)),
+        Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),
+    ),
     check=_check,
     fake=lambda *_: None,
     key=lambda grad_scale, *_: (grad_scale.device, grad_scale.dtype),

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the optimizer steps share on the CPU: the call's scalars, and the way of a run of elements through the cache.
+
+#pragma once
+
+#include <algorithm>
+
+#include "cast.h"
+#include "check.h"
+#include "factor.h"
+
+namespace mpk {
+
+struct Step {
+  bool taken;
+  double factor;  // what a gradient is multiplied by: unscales, clips, and negates with maximize
+};
+
+inline Step read_step(const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+                      const std::optional<Tensor>& grad_norm, std::optional<double> max_norm, bool maximize) {
+  const float scale = value_of<float>(grad_scale).value_or(1);
+  if (!takes_step(value_of<float>(found_inf).value_or(0), scale)) return {false, 0};
+  double factor = inv_scale(scale);
+  if (max_norm) factor *= clip_factor(value_of<double>(grad_norm).value(), *max_norm);
+  return {true, maximize ? -factor : factor};
+}
+
+// How many steps each tensor has taken.
+class StepCounts {
+ public:
+  explicit StepCounts(const Tensor& steps)
+      : steps_(steps.mutable_data_ptr<int64_t>()), stride_(steps.stride(0)), count_(steps.numel()) {}
+
+  int64_t operator[](int64_t tensor) const { return steps_[tensor * stride_]; }
+
+  void advance() const {
+    for (int64_t i = 0; i < count_; ++i) ++steps_[i * stride_];
+  }
+
+ private:
+  int64_t* steps_;
+  int64_t stride_, count_;
+};
+
+// One tensor's gradient and copy, and how they become and come of the master's dtype.
+struct GradAndCopy {
+  const char* grad;
+  char* copy;  // null where none is wanted
+  int64_t grad_itemsize, copy_itemsize;
+  Cast from_grad, to_copy;
+
+  GradAndCopy(const Tensor& master, const Tensor& grad_tensor, const Tensor& copy_tensor)
+      : grad(static_cast<const char*>(grad_tensor.const_data_ptr())),
+        copy(copy_tensor.numel() ? static_cast<char*>(copy_tensor.mutable_data_ptr()) : nullptr),
+        grad_itemsize(grad_tensor.element_size()),
+        copy_itemsize(copy_tensor.element_size()),
+        from_grad(find_cast(grad_tensor.scalar_type(), master.scalar_type())),
+        to_copy(find_cast(master.scalar_type(), copy_tensor.scalar_type())) {}
+};
+
+// update(grad, begin, n) on blocks of [begin, end) that stay in the first-level cache from the gradient to the copy.
+template <class T, class F>
+void update_run(const GradAndCopy& io, const T* master, int64_t begin, int64_t end, const F& update) {
+  constexpr int64_t kBlock = 512;
+  alignas(64) T grad[kBlock];
+  alignas(64) double copy[kBlock];
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int64_t n = std::min(kBlock, end - i);
+    io.from_grad(io.grad + i * io.grad_itemsize, grad, n);
+    update(grad, i, n);
+    if (io.copy != nullptr) {
+      io.to_copy(master + i, copy, n);
+      store_past_cache(io.copy + i * io.copy_itemsize, copy, n * io.copy_itemsize);
+    }
+  }
+  fence_stores();
+}
+
+}  // namespace mpk

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// grad_stats_ on the CPU: one parallel region over all tensors, every gradient read once.
+
+#include <torch/csrc/stable/library.h>
+
+#include "../common/cast.h"
+#include "../common/clones.h"
+#include "../common/factor.h"
+#include "../common/runs.h"
+#include "update.h"
+
+namespace mpk {
+namespace {
+
+struct Stats {
+  double amax = 0;
+  int64_t nonfinite = 0;
+  double squares = 0;
+};
+
+template <class T>
+MPK_CLONES void magnitude_block(const void* grad, int64_t n, Stats& stats) {
+  using I = typename Bits<T>::type;
+  const I* __restrict__ bits = static_cast<const I*>(grad);
+  I amax = 0, count = 0;
+  for (int64_t i = 0; i < n; ++i) grad_stats_element<T>(bits[i], amax, count);
+  stats.amax = std::max(stats.amax, convert<double>(c10::bit_cast<T>(amax)));
+  stats.nonfinite += count;
+}
+
+// The sum has an order of its own, of kLanes partial sums, which is also what lets the compiler vectorize it.
+template <class T>
+MPK_CLONES double sum_of_squares(const T* grad, int64_t n) {
+  constexpr int64_t kLanes = 16;
+  double sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const double x = grad[i + lane];
+      sums[lane] += x * x;
+    }
+  }
+  double sum = 0;
+  for (; i < n; ++i) sum += static_cast<double>(grad[i]) * grad[i];
+  for (const double lane : sums) sum += lane;
+  return sum;
+}
+
+template <class T>
+void stats_run(const void* grads, int64_t begin, int64_t end, bool with_norm, Stats& stats) {
+  using Work = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  constexpr int64_t kBlock = 2048;
+  constexpr auto kType = c10::CppTypeToScalarType<T>::value;
+  const T* grad = static_cast<const T*>(grads);
+  static const Cast widen = find_cast(kType, c10::CppTypeToScalarType<Work>::value);
+  alignas(64) Work wide[kBlock];
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int64_t n = std::min(kBlock, end - i);
+    magnitude_block<T>(grad + i, n, stats);
+    if (!with_norm) continue;
+    widen(grad + i, wide, n);
+    stats.squares += sum_of_squares(wide, n);
+  }
+}
+
+auto find_run(ScalarType dtype) {
+  if (dtype == ScalarType::Half) return stats_run<Half>;
+  if (dtype == ScalarType::BFloat16) return stats_run<BFloat16>;
+  if (dtype == ScalarType::Float) return stats_run<float>;
+  STD_TORCH_CHECK(dtype == ScalarType::Double, "grads must be floating point");
+  return stats_run<double>;
+}
+
+Stats total(const Runs& runs, int64_t tensor, const std::vector<Stats>& pieces) {
+  Stats sum;
+  if (runs.numel(tensor) == 0) return sum;
+  for (int64_t i = runs.first_piece(tensor); i <= runs.last_piece(tensor); ++i) {
+    sum.amax = std::max(sum.amax, pieces[i].amax);
+    sum.nonfinite += pieces[i].nonfinite;
+    sum.squares += pieces[i].squares;
+  }
+  return sum;
+}
+
+std::vector<Stats> stats_of_pieces(const Runs& runs, const Tensors& grads, bool with_norm) {
+  std::vector<Stats> pieces(runs.pieces());
+  std::vector<const void*> data;
+  std::vector<decltype(find_run(ScalarType::Half))> run;
+  for (const Tensor& grad : grads) {
+    check_cpu("grads", grad);
+    data.push_back(grad.const_data_ptr());
+    run.push_back(find_run(grad.scalar_type()));
+  }
+  runs.parallel_for_each(
+      [&](int64_t i, int64_t begin, int64_t end, int64_t piece) { run[i](data[i], begin, end, with_norm, pieces[piece]); });
+  return pieces;
+}
+
+void grad_stats_(Tensors grads, std::optional<Tensor> grad_scale, Tensor found_inf, Tensor amax, Tensor nonfinite,
+                 std::optional<Tensor> grad_norm) {
+  const Runs runs(grads);
+  const std::vector<Stats> pieces = stats_of_pieces(runs, grads, grad_norm.has_value());
+  const float scale = value_of<float>(grad_scale).value_or(1);
+  const double inv = inv_scale(scale);
+  bool bad = !is_good_scale(scale);
+  double squares = 0;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const Stats stats = total(runs, i, pieces);
+    amax.mutable_data_ptr<double>()[i * amax.stride(0)] = stats.amax;
+    nonfinite.mutable_data_ptr<int64_t>()[i * nonfinite.stride(0)] = stats.nonfinite;
+    const bool is_double = grads[i].scalar_type() == ScalarType::Double;
+    bad |= stats.nonfinite > 0 || (is_double ? overflows<double> : overflows<float>)(stats.amax, inv);
+    squares += stats.squares;
+  }
+  *found_inf.mutable_data_ptr<float>() = bad;
+  if (grad_norm) *grad_norm->mutable_data_ptr<double>() = std::sqrt(squares) * inv;
+}
+
+}  // namespace
+}  // namespace mpk
+
+STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, CPU, m) { m.impl("grad_stats_", TORCH_BOX(&mpk::grad_stats_)); }

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// grad_stats_ of ONE element: what it adds to its tensor's amax and count of non-finite, and what makes a tensor overflow.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../common/dtype.h"
+
+namespace mpk {
+
+// A magnitude compared as an integer orders like the number: inf is above every finite value, NaN above inf.
+template <class T>
+struct Bits;
+template <>
+struct Bits<Half> {
+  using type = int16_t;
+  static constexpr type kInf = 0x7c00;
+};
+template <>
+struct Bits<BFloat16> {
+  using type = int16_t;
+  static constexpr type kInf = 0x7f80;
+};
+template <>
+struct Bits<float> {
+  using type = int32_t;
+  static constexpr type kInf = 0x7f800000;
+};
+template <>
+struct Bits<double> {
+  using type = int64_t;
+  static constexpr type kInf = 0x7ff0000000000000;
+};
+
+// amax is the magnitude's bits; NaN does not enter it. count is a lane's share and of the element's width: up to 2^15 - 1.
+template <class T>
+MPK_HOST_DEVICE inline void grad_stats_element(typename Bits<T>::type bits, typename Bits<T>::type& amax,
+                                               typename Bits<T>::type& count) {
+  using I = typename Bits<T>::type;
+  const I size = bits & std::numeric_limits<I>::max();
+  count += size >= Bits<T>::kInf;
+  const I ordered = size > Bits<T>::kInf ? I(0) : size;
+  amax = ordered > amax ? ordered : amax;
+}
+
+// Whether the largest gradient of a tensor of dtype T is beyond T's arithmetic (fp32, fp64 for fp64) once unscaled.
+template <class T>
+MPK_HOST_DEVICE inline bool overflows(double amax, double inv_scale) {
+  if constexpr (std::is_same_v<T, double>) return !std::isfinite(amax * inv_scale);
+  return !std::isfinite(static_cast<float>(amax) * static_cast<float>(inv_scale));
+}
+
+}  // namespace mpk

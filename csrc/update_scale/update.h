@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// update_scale_: one transition of the loss scale.
+
+#pragma once
+
+#include <cstdint>
+
+#include "../common/host_device.h"
+
+namespace mpk {
+
+struct ScaleOptions {
+  double growth_factor, backoff_factor;
+  int64_t growth_interval, hysteresis;
+  double min_scale, max_scale;
+};
+
+struct ScaleState {
+  float* grad_scale;
+  int32_t *growth_tracker, *hysteresis_tracker;
+  int64_t *skipped, *skipped_in_a_row;
+};
+
+MPK_HOST_DEVICE inline void back_off(const ScaleState& s, const ScaleOptions& o) {
+  *s.growth_tracker = 0;
+  *s.skipped += 1;
+  *s.skipped_in_a_row += 1;
+  const int32_t lives = *s.hysteresis_tracker - 1;
+  *s.hysteresis_tracker = lives > 0 ? lives : 0;
+  if (lives > 0) return;
+  const float scale = *s.grad_scale * static_cast<float>(o.backoff_factor), least = static_cast<float>(o.min_scale);
+  *s.grad_scale = scale < least ? least : scale;
+}
+
+MPK_HOST_DEVICE inline void grow(const ScaleState& s, const ScaleOptions& o) {
+  *s.skipped_in_a_row = 0;
+  *s.growth_tracker += 1;
+  if (*s.growth_tracker < o.growth_interval) return;
+  *s.growth_tracker = 0;
+  *s.hysteresis_tracker = static_cast<int32_t>(o.hysteresis);
+  const float scale = *s.grad_scale * static_cast<float>(o.growth_factor), most = static_cast<float>(o.max_scale);
+  *s.grad_scale = scale > most ? most : scale;
+}
+
+MPK_HOST_DEVICE inline void update_scale(const ScaleState& s, const ScaleOptions& o, float found_inf) {
+  if (found_inf != 0) {  // NOTE: true for NaN
+    back_off(s, o);
+  } else {
+    grow(s, o);
+  }
+}
+
+}  // namespace mpk

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""grad_stats_ in C++: amax, count of non-finite, found_inf and norm, every gradient read once."""
+
+import torch
+
+from mpkernels.ops._layout import is_dense, why_not_cpu
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    return why_not_cpu(device)
+
+
+def grad_stats_(grads, grad_scale, found_inf, amax, nonfinite, grad_norm=None):
+    dense = [grad if is_dense(grad) else grad.contiguous() for grad in grads]
+    torch.ops.mpkernels_C.grad_stats_(dense, grad_scale, found_inf, amax, nonfinite, grad_norm)

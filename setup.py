@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build mpkernels/_C.abi3.so where torch can be imported; elsewhere install the Python part, which works by itself.
+
+The library uses the stable ABI of LibTorch and no Python C API: one file serves every Python from 3.11 and every torch from
+2.11. CUDA sources are compiled when nvcc is there; no GPU is asked for.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent.resolve()
+STABLE_ABI = "0x020b000000000000"  # torch 2.11
+CUDA_ARCHITECTURES = "7.5;8.0+PTX;9.0a"  # WGMMA needs 9.0a, which runs on no other card
+
+# -ffp-contract=off: the same bits from every variant of a loop, whether the CPU has FMA or not.
+# -fno-math-errno, -fno-trapping-math: without them sqrt and comparisons keep a loop from being vectorized; values stay.
+CXX_FLAGS = [
+    "-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+    "-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=3", f"-ffile-prefix-map={ROOT}=.",
+    f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
+]  # fmt: skip
+NVCC_FLAGS = ["-std=c++17", "-O3", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", f"-Xcompiler=-fPIC,-ffile-prefix-map={ROOT}=."]
+
+
+def cuda_home() -> Path | None:
+    """The toolkit: where nvcc and the runtime's headers are. NOTE: nvcc on the PATH may be a wrapper that lies elsewhere."""
+    nvcc = shutil.which("nvcc")
+    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parents[1]]
+    for place in [*places, "/usr/local/cuda"]:
+        if place and (Path(place) / "bin/nvcc").exists() and (Path(place) / "include/cuda_runtime.h").exists():
+            return Path(place)
+    return None
+
+
+def extension() -> dict:
+    """Arguments of setup() that build the library; none where torch cannot be imported (pip's isolated build)."""
+    try:
+        from torch.utils import cpp_extension
+    except ImportError:
+        return {}
+    sources = ["csrc/ops.cpp", *_glob("csrc/*/*.cpp")]
+    cuda_sources, home = _glob("csrc/*/cuda.cu"), cuda_home()
+    options = {}
+    if cuda_sources and home is not None:
+        cpp_extension.CUDA_HOME = str(home)  # None under a CPU-only torch, whatever the environment says
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)  # without a GPU torch finds none to build for
+        sources += cuda_sources
+        options = {
+            "include_dirs": [str(home / "include")],
+            "library_dirs": [str(home / "lib64")],
+            "libraries": ["cudart_static", "dl", "rt", "pthread"],  # static: a user without CUDA has no libcudart
+        }
+    library = cpp_extension.CppExtension(
+        "mpkernels._C",
+        sources,
+        py_limited_api=True,
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_link_args=["-Wl,-z,relro,-z,now"],
+        **options,
+    )
+    return {
+        "ext_modules": [library],
+        "cmdclass": {"build_ext": cpp_extension.BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
+    }
+
+
+def _glob(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+
+
+setup(**extension())
