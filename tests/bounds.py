@@ -12,8 +12,8 @@ import torch
 # rounded; u the unit roundoff of the output, s its least subnormal, v the unit roundoff of the accumulator.
 
 # Factor c of the random-sign bound. A good fp32 GEMM (oneDNN, one thread, 2-core AMD EPYC with AVX-512, 2026-11-23) needs
-# up to 3.96: the largest of 3e7 outputs, normal and uniform operands, K=96..576, where its sums are longest before they
-# are split; one chain of fp32 additions needs 3.56 in 1.6e5 outputs at K=4096. 4 would fail one run in a few.
+# up to 3.96: the largest of 3e7 outputs, normal and uniform operands, K=96..576 (longer sums are split and need less);
+# one chain of fp32 additions needs 3.56 in 1.6e5 outputs at K=4096. 4 would leave nothing for more outputs than these.
 RANDOM_SIGN_FACTOR = 5.0
 
 _FORMATS = {  # dtype: (bits of the significand with the hidden one, exponent of the least subnormal, largest exponent)
@@ -41,6 +41,13 @@ def overflow_threshold(dtype: torch.dtype) -> float:
     """Smallest magnitude that rounds to inf: 65520 for fp16; longdouble, as fp64's own is not an fp64 number."""
     bits, _, top = _FORMATS[dtype]
     return np.ldexp(np.longdouble(2) - np.ldexp(np.longdouble(1), -bits), top)
+
+
+def accumulator_roundoff(device: torch.device, compute_dtype: torch.dtype) -> float:
+    """v of the op on `device`: tensor cores truncate inside a block."""
+    if compute_dtype == torch.float64:
+        return 2.0**-53
+    return 2.0**-23 if device.type == "cuda" and compute_dtype.itemsize == 2 else 2.0**-24
 
 
 def gamma(n: int, v: float) -> float:
@@ -235,3 +242,46 @@ def _check_nonfinite(name, got, r, accumulated, magnitude, dtype, acc_dtype) -> 
 
 
 # ----- optimizer steps ---------------------------------------------------------------
+#
+# A trajectory is (steps, n): all weights after each step. R: the reference in fp64 on the same rounded gradients
+# (longdouble where masters are fp64); P: torch's for-loop optimizer in fp32.
+
+_NORM_FOLLOWS_FP32 = 1e-3  # relative, what is left of it where unscaled fp16 gradients would be subnormal
+
+
+def check_trajectory(w: np.ndarray, r: np.ndarray, p: np.ndarray | None) -> None:
+    """Bound 8 after every step; `p` is None for fp64 masters."""
+    error, largest = _largest(w - r), _largest(r)
+    if p is None:
+        allowed = 64 * np.arange(1, len(r) + 1) * np.longdouble(2) ** -53 * largest
+    else:
+        allowed = 2 * _largest(p - r) + 4 * unit_roundoff(torch.float32) * largest
+    wrong = ~(error <= allowed)
+    if wrong.any():
+        t = int(np.argmax(wrong))
+        raise AssertionError(
+            f"bound 8: after step {t + 1} the largest error is {error[t]:.4g}, allowed {allowed[t]:.4g}; "
+            f"{int(wrong.sum())} of {len(r)} steps are outside"
+        )
+
+
+def check_norm(norm: float, exact: float, n: int) -> None:
+    """A norm of n elements summed in fp64, in whatever order."""
+    allowed = gamma(n + 4, unit_roundoff(torch.float64)) * exact
+    assert abs(norm - exact) <= allowed, f"grad_norm is {norm!r}, exactly {exact!r}: off by more than {allowed:.4g}"
+
+
+def check_norm_follows_fp32(norm: float, fp32: float) -> None:
+    """Bound 10: the norm of scaled fp16 gradients beside that of the fp32 gradients they were rounded from."""
+    assert abs(norm - fp32) <= _NORM_FOLLOWS_FP32 * fp32, f"grad_norm is {norm:.6g}, of the fp32 gradients {fp32:.6g}"
+
+
+def check_learns_as_fp32(moved: np.ndarray, fp32: np.ndarray, grad_dtype: torch.dtype) -> None:
+    """Bound 10: how far weights moved, beside fp32 gradients; gradients rounded once to grad_dtype, fp32 masters near 1."""
+    allowed = 2 * unit_roundoff(grad_dtype) * np.abs(fp32) + 2 * unit_roundoff(torch.float32)
+    wrong = ~(np.abs(moved - fp32) <= allowed)
+    assert not wrong.any(), f"bound 10: {int(wrong.sum())} of {wrong.size} weights moved otherwise than with fp32 gradients"
+
+
+def _largest(values: np.ndarray) -> np.ndarray:
+    return np.abs(values).max(axis=1)

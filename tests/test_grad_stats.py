@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""grad_stats_ against fp64: found_inf, amax, count of non-finite and the norm."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mpkernels.ops.grad_stats import grad_stats_, op, reference
+from tests import bounds
+from tests.steps import BAD_SCALES, BAD_VALUES, DTYPES, SIZES, check_raises_unchanged, counts, force, layouts, raw, scalar
+from tests.steps import targets as targets_of
+
+
+@pytest.fixture(params=targets_of(op))
+def device(request, monkeypatch):
+    return force(op, request.param, monkeypatch)
+
+
+def outputs(n, device, norm=True):
+    """What a call writes, filled with what it must not leave."""
+    return dict(
+        found_inf=scalar(7.0, device),
+        amax=torch.full((n,), -7.0, dtype=torch.float64, device=device),
+        nonfinite=torch.full((n,), -7, device=device),
+        grad_norm=scalar(-7.0, device, torch.float64) if norm else None,
+    )
+
+
+def stats(grads, grad_scale, norm=True):
+    """The outputs of one call; the gradients keep their bytes."""
+    device, before = grads[0].device, raw(grads)
+    out = outputs(len(grads), device, norm)
+    grad_stats_(grads, None if grad_scale is None else scalar(grad_scale, device), *out.values())
+    assert raw(grads) == before
+    return out
+
+
+def check(grads, grad_scale):
+    """One call against the reference. Returns the outputs."""
+    out = stats(grads, grad_scale)
+    found_inf, amax, nonfinite, norm = reference.grad_stats([g.cpu() for g in grads], 1.0 if grad_scale is None else grad_scale)
+    assert out["found_inf"].item() == float(found_inf)
+    assert out["amax"].tolist() == amax
+    assert out["nonfinite"].tolist() == nonfinite
+    if math.isfinite(norm):
+        bounds.check_norm(out["grad_norm"].item(), norm, sum(g.numel() for g in grads))
+    else:
+        assert not math.isfinite(out["grad_norm"].item())
+    return out
+
+
+def random_grads(device, sizes=SIZES, dtypes=DTYPES, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(n, generator=generator) * 10).to(device, dtypes[i % len(dtypes)]) for i, n in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("dtypes", [(d,) for d in DTYPES] + [DTYPES], ids=lambda d: "-".join(str(x)[6:] for x in d))
+@pytest.mark.parametrize("grad_scale", [None, 1.0, 1024.0, 3.0, 2.0**-20])
+def test_grad_stats_matches_reference(device, dtypes, grad_scale):
+    check(random_grads(device, dtypes=dtypes), grad_scale)
+
+
+def test_grad_stats_reference_matches_torch():
+    grads = random_grads("cpu")
+    found_inf, amax, nonfinite, norm = reference.grad_stats(grads, 4.0)
+    assert not found_inf
+    assert nonfinite == [0] * len(grads)
+    assert amax == [g.double().abs().max().item() for g in grads]
+    expected = torch.cat([g.double() for g in grads]).norm().item() / 4
+    bounds.check_norm(norm, expected, sum(SIZES))
+
+
+def test_grad_stats_exact_norm(device):
+    grads = [torch.tensor([3.0]).to(device, d) for d in DTYPES] + [torch.tensor([0.0, 8.0], device=device)]
+    assert stats(grads, 2.0)["grad_norm"].item() == 5.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grad_stats_finds_each_position(device, dtype):
+    grads = random_grads(device, dtypes=(dtype,))
+    grad_scale, out = scalar(8.0, device), outputs(len(grads), device)
+    found, wrong = [], torch.zeros((), dtype=torch.int64, device=device)
+    for i, grad in enumerate(grads):
+        only_here = torch.nn.functional.one_hot(torch.tensor(i, device=device), len(grads))
+        for position in range(grad.numel()):
+            good = grad[position].clone()
+            for bad in BAD_VALUES:
+                grad[position] = bad
+                grad_stats_(grads, grad_scale, *out.values())
+                found.append(out["found_inf"].clone())
+                wrong += (out["nonfinite"] != only_here).sum()
+            grad[position] = good
+    assert torch.stack(found).tolist() == [1.0] * (len(BAD_VALUES) * sum(SIZES))
+    assert wrong.item() == 0
+    assert check(grads, 8.0)["found_inf"].item() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grad_stats_counts_nonfinite(device, dtype):
+    grads = random_grads(device, sizes=(5, 300, 1, 40), dtypes=(dtype,))
+    grads[1][::3] = math.nan
+    grads[1][1] = -math.inf
+    grads[2][0] = math.inf
+    grads[3][:] = math.nan
+    out = check(grads, 2.0)
+    assert out["nonfinite"].tolist() == [0, 101, 1, 40]
+    assert out["amax"].tolist()[1:] == [math.inf, math.inf, 0.0]
+
+
+@pytest.mark.parametrize("grad_scale", BAD_SCALES)
+def test_grad_stats_bad_scale_is_an_overflow(device, grad_scale):
+    assert stats(random_grads(device), grad_scale)["found_inf"].item() == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grad_stats_overflow_by_unscaling(device, dtype):
+    top = torch.finfo(dtype).max
+    grads = [torch.ones(3, device=device, dtype=dtype), torch.full((2,), -top, device=device, dtype=dtype)]
+    assert check(grads, 1.0)["found_inf"].item() == 0
+    for exponent in (-1, -100, -111, -112, -113, -126, -140):
+        check(grads, 2.0**exponent)
+    assert check(grads, 2.0**-149)["found_inf"].item() == 1
+
+
+def test_grad_stats_empty(device):
+    empty = torch.empty(0, device=device)
+    assert stats([empty], 2.0)["found_inf"].item() == 0
+    assert stats([empty], math.nan)["found_inf"].item() == 1
+    grads = [empty, torch.ones((), device=device), empty.half(), torch.full((2, 0, 3), 1.0, device=device), empty.bfloat16()]
+    out = check(grads, 0.5)
+    assert out["amax"].tolist() == [0, 1, 0, 0, 0]
+    assert out["grad_norm"].item() == 2
+    check([torch.full((1,), math.inf, device=device), empty], 1.0)
+
+
+def test_grad_stats_many_tensors(device):
+    """More tensors than any by-value table of a kernel holds, and one that spans many chunks."""
+    grads = random_grads(device, sizes=[i % 5 for i in range(1500)] + [200_003])
+    check(grads, 16.0)
+    grads[1403][1] = math.nan
+    grads[-1][-1] = -math.inf
+    out = check(grads, 16.0)
+    assert out["nonfinite"].nonzero().flatten().tolist() == [1403, 1500]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grad_stats_strided(device, dtype):
+    grads = list(layouts((9, 13), dtype, device, torch.Generator().manual_seed(0)).values())
+    grads += [
+        torch.ones(1, 1, dtype=dtype, device=device).expand(9, 13),
+        torch.ones((), dtype=dtype, device=device).expand(300),
+    ]
+    check(grads, 4.0)
+    grads[3][8, 12] = math.inf
+    assert check(grads, 4.0)["nonfinite"].tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
+
+
+def test_grad_stats_reads_only_its_elements(device):
+    storage = torch.full((10, 10), math.nan, device=device)
+    grad = storage[1:9, 2:7]
+    grad.fill_(1.0)
+    assert check([grad], 1.0)["found_inf"].item() == 0
+
+
+def test_grad_stats_without_norm(device):
+    out = stats(random_grads(device), 2.0, norm=False)
+    assert out["found_inf"].item() == 0
+
+
+def test_grad_stats_norm_is_fp64(device):
+    """Squares of these overflow or underflow fp32."""
+    for exponent in (30, -30):
+        fp64 = torch.full((9,), 10.0 ** (3 * exponent), device=device, dtype=torch.float64)
+        check([torch.full((70,), 10.0**exponent, device=device), fp64], 2.0)
+
+
+def test_grad_stats_deterministic(device):
+    grads = random_grads(device, sizes=(100_003, 7, 33_000))
+    first, second = stats(grads, 3.0), stats(grads, 3.0)
+    assert raw(first.values()) == raw(second.values())
+
+
+def test_grad_stats_scaling_by_a_power_of_two_is_neutral(device):
+    grads = random_grads(device, dtypes=(torch.float32,))
+    one, scaled = stats(grads, 1.0), stats([g * 2.0**13 for g in grads], 2.0**13)
+    assert raw([one["grad_norm"]]) == raw([scaled["grad_norm"]])
+    assert torch.equal(one["amax"] * 2.0**13, scaled["amax"])
+
+
+def test_grad_stats_norm_of_small_fp16_gradients_is_fp32s(device):
+    """Negative control: unscaled in fp16, gradients of 1e-7 are subnormal and their norm is another."""
+    exact = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 1e-7
+    grad = (exact * 65536).half().to(device)
+    bounds.check_norm_follows_fp32(stats([grad], 65536.0)["grad_norm"].item(), exact.double().norm().item())
+    unscaled_in_fp16 = (grad.float() / 65536).half()
+    with pytest.raises(AssertionError, match="fp32 gradients"):
+        bounds.check_norm_follows_fp32(stats([unscaled_in_fp16], None)["grad_norm"].item(), exact.double().norm().item())
+
+
+def test_grad_stats_rejects_a_norm_in_fp32(device):
+    grads = random_grads(device, dtypes=(torch.float32,))
+    in_fp32 = float(np.sqrt(sum(np.float32((g.cpu() * g.cpu()).sum().item()) for g in grads)))
+    exact = reference.grad_stats([g.cpu() for g in grads], 1.0)[3]
+    with pytest.raises(AssertionError, match="grad_norm"):
+        bounds.check_norm(in_fp32, exact, sum(SIZES))
+
+
+def test_grad_stats_bumps_versions(device):
+    out = outputs(1, device)
+    before = [t._version for t in out.values()]
+    grad = torch.ones(3, device=device)
+    grad_stats_([grad], None, *out.values())
+    assert all(t._version > v for t, v in zip(out.values(), before, strict=True))
+    assert grad._version == 0
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_grad_stats_opcheck(device, norm):
+    args = (random_grads(device), scalar(2.0, device), *outputs(len(SIZES), device, norm).values())
+    torch.library.opcheck(grad_stats_.default, args)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(grads=[]), "grads is empty"),
+        (dict(grads=[torch.ones(3).to_sparse(), torch.ones(2)]), r"grads\[0\] must be a dense strided tensor, got layout"),
+        (dict(grads=[torch.ones(3), torch.ones(2, dtype=torch.int64)]), r"grads\[1\] must be float16, .* got torch.int64"),
+        (dict(grads=[torch.ones(3), torch.ones(2, dtype=torch.complex64)]), r"grads\[1\] must be"),
+        (dict(grads=[torch.ones(3), torch.ones(2, device="meta")]), r"grads\[1\] is on meta, expected"),
+        (dict(grad_scale=torch.ones(1)), r"grad_scale must be \(\) torch.float32"),
+        (dict(grad_scale=scalar(1.0, dtype=torch.float64)), "grad_scale must be"),
+        (dict(found_inf=torch.ones(1)), "found_inf must be"),
+        (dict(found_inf=scalar(1.0, dtype=torch.int32)), "found_inf must be"),
+        (dict(amax=torch.ones(2)), "amax must be"),
+        (dict(amax=torch.ones(3, dtype=torch.float64)), "amax must be"),
+        (dict(nonfinite=counts(1)), "nonfinite must be"),
+        (dict(grad_norm=scalar(1.0)), "grad_norm must be"),
+    ],
+)
+def test_grad_stats_raises(device, change, message):
+    if device.type != "cpu":
+        pytest.skip("the arguments are made on the CPU")
+    args = dict(grads=[torch.ones(3), torch.ones(2)], grad_scale=scalar(1.0), **outputs(2, device))
+    check_raises_unchanged(grad_stats_, args, change, message)
