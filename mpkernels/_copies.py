@@ -22,12 +22,30 @@ class Copy:
     tensor: torch.Tensor | None = None
     stamp: tuple[int, int] | None = None  # (version, address) of the weight when `tensor` was written
 
+    def holds(self, weight: torch.Tensor) -> bool:
+        """Whether nothing that torch can see has written `weight` since `tensor` was written."""
+        return self.stamp == stamp(weight)
+
+    def write(self, weight: torch.Tensor, rounded: torch.Tensor) -> None:
+        """Make the copy anew; `rounded`: the weight in `dtype`."""
+        if _fits(self.tensor, weight):
+            self.tensor.copy_(rounded)
+        else:
+            self.tensor = rounded
+            ask_again()
+        self.stamp = stamp(weight)
+
 
 _copies = WeakIdKeyDictionary()  # weight -> Copy
 _owners = WeakIdKeyDictionary()  # parameter -> weak reference to the optimizer of ours that steps it
-_unrounded = WeakIdKeyDictionary()  # 16-bit parameter -> (stamp, its values before they were rounded)
+_unrounded = WeakIdKeyDictionary()  # 16-bit parameter -> its values before they were rounded
 _hook = None
-requests = 0  # how often a layer has asked for a copy that was not there: optimizers look again when it moves
+requests = 0  # moves when a layer asks for a copy that is not there, or replaces one: optimizers then look again
+
+
+def ask_again() -> None:
+    global requests
+    requests += 1
 
 
 def stamp(tensor: torch.Tensor) -> tuple[int, int]:
@@ -35,33 +53,21 @@ def stamp(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor._version, tensor.data_ptr()
 
 
-def for_layer(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """The copy of `weight` in `dtype` that a layer may multiply with, or None: cast.
+def for_layer(weight: torch.Tensor, dtype: torch.dtype) -> Copy | None:
+    """The copy of `weight` in `dtype`, which a layer may use once it holds, or None: cast.
 
     Asking for it is what makes the optimizer of the weight keep one from its next step on.
     """
-    global requests
     copy = _copies.get(weight)
     if copy is None:
         if weight.is_leaf and weight.requires_grad:
             _copies[weight] = Copy(dtype)
-            requests += 1
+            ask_again()
         return None
     owner = _owners.get(weight)
     if copy.tensor is None or copy.dtype != dtype or owner is None or owner() is None:
         return None
-    if copy.stamp != stamp(weight):
-        refresh(weight, copy)
-    return copy.tensor
-
-
-def refresh(weight: torch.Tensor, copy: Copy) -> None:
-    """Make the copy anew from the weight."""
-    with torch.no_grad():
-        if copy.tensor.device != weight.device or copy.tensor.shape != weight.shape:
-            copy.tensor = torch.empty_like(weight, dtype=copy.dtype)
-        copy.tensor.copy_(weight)
-    copy.stamp = stamp(weight)
+    return copy
 
 
 def claim(parameter: torch.Tensor, owner: torch.optim.Optimizer) -> Copy | None:
@@ -72,9 +78,19 @@ def claim(parameter: torch.Tensor, owner: torch.optim.Optimizer) -> Copy | None:
     copy = _copies.get(parameter)
     if copy is None or copy.dtype.itemsize >= parameter.dtype.itemsize:
         return None
-    if copy.tensor is None or copy.tensor.shape != parameter.shape or copy.tensor.device != parameter.device:
-        copy.tensor, copy.stamp = torch.empty_like(parameter, dtype=copy.dtype), None
+    if not _fits(copy.tensor, parameter):
+        copy.tensor, copy.stamp = torch.empty_like(parameter, dtype=copy.dtype, requires_grad=False), None
     return copy
+
+
+def forget(weight: torch.Tensor) -> None:
+    """No layer reads a copy of `weight` any more."""
+    if _copies.pop(weight, None) is not None:
+        ask_again()
+
+
+def _fits(tensor: torch.Tensor | None, weight: torch.Tensor) -> bool:
+    return tensor is not None and tensor.shape == weight.shape and tensor.device == weight.device
 
 
 def _after_any_step(optimizer, args, kwargs) -> None:
@@ -91,18 +107,17 @@ def _after_any_step(optimizer, args, kwargs) -> None:
 
 def keep_unrounded(parameter: torch.Tensor, values: torch.Tensor) -> None:
     """Remember what `parameter` was before it was rounded to 16 bits, for an optimizer to adopt as its master."""
-    _unrounded[parameter] = (stamp(parameter), values)
+    _unrounded[parameter] = values
 
 
 def take_unrounded(parameter: torch.Tensor) -> torch.Tensor | None:
-    """The unrounded values, once, if nothing has written `parameter` since."""
-    kept = _unrounded.pop(parameter, None)
-    return None if kept is None or kept[0] != stamp(parameter) else kept[1]
+    """The unrounded values, once. What somebody has written to `parameter` since is for the caller to find."""
+    return _unrounded.pop(parameter, None)
 
 
 def refresh_(model: torch.nn.Module) -> None:
-    """Make every compute copy of `model` anew: the remedy after writes through `.data`, which torch does not show."""
+    """Make every compute copy of `model` anew at its next use: the remedy after writes through `.data`, which torch hides."""
     for parameter in model.parameters():
         copy = _copies.get(parameter)
-        if copy is not None and copy.tensor is not None:
-            refresh(parameter, copy)
+        if copy is not None:
+            copy.stamp = None

@@ -10,6 +10,8 @@ from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 from mpkernels.ops.update_scale import update_scale_
 from mpkernels.optim._base import Optimizer
 
+_FLOAT32 = torch.finfo(torch.float32)
+
 
 class GradScaler(torch.amp.GradScaler):
     """`torch.amp.GradScaler` with bounds, hysteresis and counters on the device.
@@ -28,31 +30,30 @@ class GradScaler(torch.amp.GradScaler):
         self, device=None, init_scale=2.0**16, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, enabled=True,
         *, min_scale=2.0**-126, max_scale=2.0**127, hysteresis=1,
     ):  # fmt: skip
-        if device is not None:
-            torch.empty(0, device=device)  # raises for a device that is not there
-        scales = {"init_scale": init_scale, "min_scale": min_scale, "max_scale": max_scale}
-        for name, value in scales.items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-        if not min_scale <= init_scale <= max_scale:
-            raise ValueError(f"init_scale {init_scale} is not between min_scale {min_scale} and max_scale {max_scale}")
-        if not 1 < growth_factor < math.inf:
-            raise ValueError(f"growth_factor must be greater than 1, got {growth_factor}")
-        if not 0 < backoff_factor < 1:
-            raise ValueError(f"backoff_factor must be between 0 and 1, got {backoff_factor}")
-        for name, value in (("growth_interval", growth_interval), ("hysteresis", hysteresis)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int of 1 or more, got {value}")
-        super().__init__("cpu", init_scale, growth_factor, backoff_factor, growth_interval, enabled)
-        self._device = None if device is None else torch.device(device)
+        if enabled and device is not None:
+            _check_there(device)
         self._min_scale, self._max_scale, self._hysteresis = min_scale, max_scale, hysteresis
+        for name, value in (("min_scale", min_scale), ("max_scale", max_scale)):
+            if not _FLOAT32.tiny <= value <= _FLOAT32.max:
+                raise ValueError(f"{name} must be a normal positive float32, got {value}")
+        if isinstance(hysteresis, bool) or not isinstance(hysteresis, int) or hysteresis < 1:
+            raise ValueError(f"hysteresis must be an int of 1 or more, got {hysteresis}")
+        self._check_scale("init_scale", init_scale)
+        _check_factors(growth_factor, backoff_factor, growth_interval)
+        super().__init__("cpu", init_scale, growth_factor, backoff_factor, growth_interval, enabled)
+        self._placed = None if device is None else torch.device(device)
         self._hysteresis_tracker: torch.Tensor | None = None
         self._skipped: torch.Tensor | None = None
-        self._loaded = {"hysteresis_tracker": hysteresis, "skipped": [0, 0]}
+        self._loaded = {"hysteresis_tracker": hysteresis, "skipped": [0, 0]}  # what the two start from
+
+    def _check_scale(self, name: str, scale: float) -> None:
+        if not self._min_scale <= scale <= self._max_scale:
+            raise ValueError(f"{name} must be between min_scale {self._min_scale} and max_scale {self._max_scale}, got {scale}")
 
     def _lazy_init_scale_growth_tracker(self, dev: torch.device) -> None:
-        dev = self._device or dev
+        dev = self._placed or dev
         super()._lazy_init_scale_growth_tracker(dev)
+        self._device = dev.type
         self._hysteresis_tracker = torch.full((), self._loaded["hysteresis_tracker"], dtype=torch.int32, device=dev)
         self._skipped = torch.tensor(self._loaded["skipped"], dtype=torch.int64).to(dev)
 
@@ -65,39 +66,19 @@ class GradScaler(torch.amp.GradScaler):
         """
         if not self._enabled:
             return outputs
+        _refuse_float16(outputs, self._init_scale)
         if isinstance(outputs, torch.Tensor):
-            _refuse_float16(outputs, self._init_scale)
             return super().scale(outputs)
-        if isinstance(outputs, list | tuple):
-            for output in outputs:
-                if isinstance(output, torch.Tensor):
-                    _refuse_float16(output, self._init_scale)
-            return type(outputs)(map(self.scale, outputs))
         if isinstance(outputs, abc.Iterable):
-            return map(self.scale, outputs)
+            scaled = map(self.scale, outputs)
+            return type(outputs)(scaled) if isinstance(outputs, list | tuple) else scaled
         raise ValueError("outputs must be a Tensor or an iterable of Tensors")
 
     def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
-        """As torch's; a 16-bit gradient of one of our optimizers becomes fp32 first: nothing is rounded or lost."""
-        if not isinstance(optimizer, Optimizer):
-            return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
-        found = {}
-        rows = optimizer._all_rows()
-        with torch.no_grad():
-            for (_, device), group_rows in rows.items():
-                inv = inv_scale.to(device, non_blocking=True)
-                for parameter in group_rows.params:
-                    if parameter.grad.dtype.itemsize == 2:
-                        parameter.grad_dtype = None
-                        parameter.grad = parameter.grad.float()
-                    parameter.grad.mul_(inv)
-            optimizer._read_grads(rows, None, norm=False)
-        for device, stats in optimizer._stats.items():
-            inv = inv_scale.to(device, non_blocking=True)
-            bad_scale = ~(inv.isfinite() & (inv > 0))
-            found[device] = torch.maximum(stats.found_inf, bad_scale.float())
-            stats.grad_scale = self._scale.to(device, copy=True)
-        return found
+        """As torch's; our optimizers unscale by themselves, in fp32."""
+        if isinstance(optimizer, Optimizer):
+            return optimizer._unscale_grads(self._scale)
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
 
     def clip_grad_norm_(self, optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
         """Clip the global norm of the unscaled gradients to `max_norm`; returns the norm, on the device.
@@ -109,17 +90,24 @@ class GradScaler(torch.amp.GradScaler):
             raise ValueError(f"the optimizer clips by itself: it was made with max_norm={optimizer.max_norm}")
         if not max_norm > 0:
             raise ValueError(f"Invalid max_norm: {max_norm}")
-        stage = self._per_optimizer_states[id(optimizer)]["stage"] if self._enabled else OptState.UNSCALED
+        stage = self._per_optimizer_states[id(optimizer)]["stage"] if self._enabled else OptState.READY
         if stage is OptState.STEPPED:
             raise RuntimeError("clip_grad_norm_() is being called after step().")
         if isinstance(optimizer, Optimizer) and stage is OptState.READY:
-            scale, _ = self._check_scale_growth_tracker("clip_grad_norm_")
-            norm = optimizer._clip_at_next_step(scale, max_norm)
-            return torch.zeros((), dtype=torch.float64, device=scale.device) if norm is None else norm
+            norm = optimizer._clip_at_next_step(self._grad_scale(optimizer, "clip_grad_norm_"), max_norm)
+            return torch.zeros((), dtype=torch.float64) if norm is None else norm
         if stage is OptState.READY:
             self.unscale_(optimizer)
         params = [p for group in optimizer.param_groups for p in group["params"]]
         return torch.nn.utils.clip_grad_norm_(params, max_norm)
+
+    def _grad_scale(self, optimizer: Optimizer, caller: str) -> torch.Tensor | None:
+        """What the gradients are divided by: the scale times a `grad_scale` that the user has set on the optimizer."""
+        preset = getattr(optimizer, "grad_scale", None)
+        if not self._enabled:
+            return preset
+        scale, _ = self._check_scale_growth_tracker(caller)
+        return scale if preset is None else scale * preset
 
     def step(self, optimizer: torch.optim.Optimizer, *args, **kwargs):
         """Step the optimizer unless a gradient is inf or NaN, before or after unscaling; decided on the device.
@@ -134,27 +122,35 @@ class GradScaler(torch.amp.GradScaler):
         state = self._per_optimizer_states[id(optimizer)]
         if state["stage"] is OptState.STEPPED:
             raise RuntimeError("step() has already been called since the last update().")
-        preset = getattr(optimizer, "grad_scale", None)
-        if state["stage"] is OptState.READY:
-            optimizer.grad_scale = scale if preset is None else scale * preset
-        else:
+        unscaled = None if state["stage"] is OptState.READY else optimizer._stats
+        if unscaled is None:
+            optimizer.grad_scale = self._grad_scale(optimizer, "step")
+        elif unscaled:
             found = [f.to(scale.device, non_blocking=True) for f in state["found_inf_per_device"].values()]
-            optimizer.found_inf = torch.stack(found).amax() if found else None
+            optimizer.found_inf = torch.stack(found).amax()
         try:
             result = optimizer.step()
-            if state["stage"] is OptState.READY:
-                state["found_inf_per_device"] = {s.found_inf.device: s.found_inf for s in optimizer._stats.values()}
         finally:
             for name in ("grad_scale", "found_inf"):
                 vars(optimizer).pop(name, None)
+        if unscaled is None:
+            state["found_inf_per_device"] = {s.found_inf.device: s.found_inf for s in optimizer._stats.values()}
+        else:
+            optimizer._stats = unscaled  # for the report: the step has read no more than the norm
         state["stage"] = OptState.STEPPED
         return result
 
     def update(self, new_scale=None) -> None:
-        """Grow, keep or back off the scale, on the device; count skipped steps. A step without any gradient changes nothing."""
+        """Grow, keep or back off the scale, on the device; count skipped steps. A step without any gradient changes nothing.
+
+        new_scale: set this scale instead. Raises ValueError for one that is not between min_scale and max_scale.
+        """
         if not self._enabled:
             return
         if new_scale is not None:
+            if not isinstance(new_scale, torch.Tensor):
+                new_scale = float(new_scale)
+                self._check_scale("new_scale", new_scale)
             super().update(new_scale)
             return
         scale, growth_tracker = self._check_scale_growth_tracker("update")
@@ -195,55 +191,74 @@ class GradScaler(torch.amp.GradScaler):
 
         `step 1204 skipped at scale 65536: blocks.7.fc2.weight has 3 non-finite of 4194304, amax inf`
         """
-        names = {
-            id(parameter): name
-            for group in optimizer.param_groups
-            for parameter, name in zip(group["params"], group.get("param_names", ()), strict=False)
-        }
-        order = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-        lines = []
-        for stats in optimizer._stats.values():
-            if not stats.found_inf.item():
-                continue
-            scale = "none" if stats.grad_scale is None else f"{stats.grad_scale.item():g}"
-            rows = zip(stats.params, stats.nonfinite.tolist(), stats.amax.tolist(), strict=True)
-            bad = [
-                f"{names.get(id(p), f'parameter {order.index(id(p))} {tuple(p.shape)}')} "
-                f"has {count} non-finite of {p.numel()}, amax {amax:g}"
-                for p, count, amax in rows
-                if count
-            ] or ["every gradient is finite, but not once it is unscaled"]
-            lines += [f"step {optimizer.steps_called} skipped at scale {scale}: {line}" for line in bad]
-        return "\n".join(lines)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"overflow_report needs an optimizer of mpkernels.optim, got {type(optimizer).__name__}")
+        all_stats = list(optimizer._stats.values())
+        if not any(stats.found_inf.item() for stats in all_stats):
+            return ""
+        names = optimizer._parameter_names()
+        grad_scale = all_stats[0].grad_scale
+        scale = "none" if grad_scale is None else f"{grad_scale.item():.9g}"
+        lines = [
+            f"{names[id(parameter)]} has {count} non-finite of {parameter.numel()}, amax {amax:g}"
+            for stats in all_stats
+            for parameter, count, amax in zip(stats.params, stats.nonfinite.tolist(), stats.amax.tolist(), strict=True)
+            if count
+        ] or ["every gradient is finite, but not once it is unscaled"]
+        return "\n".join(f"step {optimizer.steps_called} skipped at scale {scale}: {line}" for line in lines)
 
     # ----- checkpoints ------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
         """torch's five entries, `hysteresis_tracker` and `skipped`; waits for the device."""
-        result = super().state_dict()
-        if result:
-            tracker, skipped = self._hysteresis_tracker, self._skipped
-            result["hysteresis_tracker"] = self._loaded["hysteresis_tracker"] if tracker is None else tracker.item()
-            result["skipped"] = self._loaded["skipped"] if skipped is None else skipped.tolist()
-        return result
+        return {**super().state_dict(), **self._counts()} if self._enabled else {}
+
+    def _counts(self) -> dict:
+        if self._skipped is None:
+            return self._loaded
+        return {"hysteresis_tracker": self._hysteresis_tracker.item(), "skipped": self._skipped.tolist()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load ours or torch's. Raises ValueError for a scale that is not between min_scale and max_scale."""
-        if self._enabled and state_dict and not self._min_scale <= state_dict.get("scale", math.nan) <= self._max_scale:
-            raise ValueError(
-                f"state_dict: scale must be between {self._min_scale} and {self._max_scale}, got {state_dict.get('scale')}"
-            )
-        super().load_state_dict(state_dict)
+        """Load ours or torch's. Raises ValueError for values that make no scaler; nothing is loaded then."""
         if not self._enabled:
             return
+        if state_dict:
+            names = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+            if missing := [name for name in names if name not in state_dict]:
+                raise ValueError(f"state_dict lacks {', '.join(missing)}")
+            self._check_scale("scale", state_dict["scale"])
+            _check_factors(*(state_dict[name] for name in names[1:4]))
+        super().load_state_dict(state_dict)
         defaults = {"hysteresis_tracker": self._hysteresis, "skipped": [0, 0]}
         self._loaded = {name: state_dict.get(name, default) for name, default in defaults.items()}
         if self._scale is not None:
             self._hysteresis_tracker.fill_(self._loaded["hysteresis_tracker"])
             self._skipped.copy_(torch.tensor(self._loaded["skipped"]))
 
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_loaded": self._counts(), "_hysteresis_tracker": None, "_skipped": None}
 
-def _refuse_float16(output: torch.Tensor, scale: float) -> None:
+
+def _check_factors(growth_factor, backoff_factor, growth_interval) -> None:
+    if not 1 < growth_factor < math.inf:
+        raise ValueError(f"growth_factor must be greater than 1, got {growth_factor}")
+    if not 0 < backoff_factor < 1:
+        raise ValueError(f"backoff_factor must be between 0 and 1, got {backoff_factor}")
+    if isinstance(growth_interval, bool) or not isinstance(growth_interval, int) or growth_interval < 1:
+        raise ValueError(f"growth_interval must be an int of 1 or more, got {growth_interval}")
+
+
+def _check_there(device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # AssertionError: torch was built without it
+        raise RuntimeError(f"GradScaler: device {device} is not there: {error}") from error
+
+
+def _refuse_float16(outputs, scale: float) -> None:
     """Deciding by the value would wait for the device: a float16 loss is refused whatever the scale is by then."""
-    if output.dtype == torch.float16:
-        raise ValueError(f"loss is float16 and a scale of {scale:g} does not fit: compute the loss in float32")
+    if isinstance(outputs, list | tuple):
+        for output in outputs:
+            _refuse_float16(output, scale)
+    elif isinstance(outputs, torch.Tensor) and outputs.dtype == torch.float16:
+        raise ValueError(f"loss is float16 and a scale of {scale:.9g} does not fit: compute the loss in float32")

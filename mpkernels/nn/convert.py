@@ -5,14 +5,14 @@ import dataclasses
 import fnmatch
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from mpkernels import _copies
-from mpkernels.nn.edges import feeds_only_linears
+from mpkernels.nn.edges import feeds_only_linears, has_hooks
 from mpkernels.nn.linear import MPLinear
 from mpkernels.ops._cast import cast
 from mpkernels.ops.linear_act import Activation
@@ -53,40 +53,50 @@ def convert(model: nn.Module, policy: "str | Policy | Mapping[str, str | Policy]
     """Make every nn.Linear of `model`, with the nn.ReLU after it in an nn.Sequential, an MPLinear. In place; returns it.
 
     policy: one for all, or an ordered mapping from globs of module names, where the last match wins.
-    keep: globs of module names that stay as they are.
+    keep: a glob, or several, of module names that stay as they are. A glob that names a module means what is in it, too.
     Parameters stay the same objects. Under `mixed_*` their dtype and the state_dict stay too. Under `float16` and
-    `bfloat16` all floating-point parameters and buffers are cast as `model.half()` does, and the optimizer made
-    afterwards starts its masters from the unrounded values. Converting again changes the policy.
-    Raises ValueError for an unknown policy, a glob that matches nothing, and mixed parameter dtypes in one mapping.
+    `bfloat16` all floating-point parameters and buffers are cast as `model.half()` does, but for linears that a glob
+    gives a wider policy, and the optimizer made afterwards starts its masters from the unrounded values.
+    Converting again changes the policy. A policy with a `grad_dtype` other than the parameters' is for the optimizers
+    here: torch's own and DDP refuse such gradients; `grad_dtype=None` is for them.
+    Raises ValueError for an unknown policy, a glob that matches nothing, and policies that do not go together.
     """
-    policies = {"*": policy} if isinstance(policy, str | Policy) else dict(policy)
+    policies = dict(policy) if isinstance(policy, Mapping) else {"*": policy}
     policies = {glob: Policy.parse(p) for glob, p in policies.items()}
-    _check_globs(model, [g for g in policies if g != "*"] + list(keep))
+    keep = (keep,) if isinstance(keep, str) else tuple(keep)
+    narrow = _narrow_dtype(policies.values())
+    _check_globs([name for name, _ in _linears(model)], [glob for glob in policies if glob != "*"], "linear")
+    _check_globs([name for name, _ in model.named_modules()], keep, "module")
     revert(model)
+    kept = {module for name, module in model.named_modules() if any(_matches(name, glob) for glob in keep)}
+    chosen = {}
     for name, linear in _linears(model):
-        chosen = [p for glob, p in policies.items() if _matches(name, glob)]
-        if chosen and _why_not(model, name, linear) is None and not any(_matches(name, glob) for glob in keep):
-            _convert_linear(linear, chosen[-1])
+        found = [p for glob, p in policies.items() if _matches(name, glob)]
+        if found and linear not in kept and _why_not(model, name, linear) is None:
+            chosen[linear] = found[-1]
+    if narrow is not None:
+        _cast_model(model, narrow, kept | {linear for linear, p in chosen.items() if p.param_dtype != narrow})
+    for linear, chosen_policy in chosen.items():
+        _convert_linear(linear, chosen_policy)
     _fuse_relus(model)
-    narrow = {p.param_dtype for p in policies.values() if not p.mixed and p.param_dtype.itemsize == 2}
-    if len(narrow) > 1 or (narrow and any(p.mixed for p in policies.values())):
-        raise ValueError(f"a model is stored in one dtype: {', '.join(map(str, policies.values()))} do not go together")
-    for dtype in narrow:
-        _cast_model(model, dtype, keep)
     _narrow_inner_outputs(model)
     return model
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Undo `convert`: every MPLinear it made is an nn.Linear again, every fused ReLU back. Dtypes stay as they are."""
+    """Undo `convert`: the linears are again what they were, every fused ReLU is back. Dtypes stay as they are."""
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, FusedReLU):
-                setattr(module, name, child.replaced[0])
-        if type(module) is MPLinear and module.__dict__.pop("_converted", False):
-            for name in ("_activation", "policy", "_cached"):
-                module.__dict__.pop(name, None)
-            module.__class__ = nn.Linear
+                setattr(module, name, child.replaced[0].train(child.training))
+        if type(module) is MPLinear and "_before" in vars(module):
+            cls, activation, policy = vars(module).pop("_before")
+            module.adopt(activation, policy)
+            _copies.forget(module.weight)
+            if cls is nn.Linear:
+                for name in ("_activation", "policy", "_cached"):
+                    module.__dict__.pop(name, None)
+                module.__class__ = nn.Linear
     return model
 
 
@@ -106,28 +116,33 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _matches(name: str, glob: str) -> bool:
-    return fnmatch.fnmatchcase(name, glob)
+    return fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name, f"{glob}.*")
 
 
-def _check_globs(model: nn.Module, globs: list[str]) -> None:
-    names = [name for name, _ in model.named_modules()]
+def _check_globs(names: list[str], globs: Iterable[str], what: str) -> None:
     for glob in globs:
         if not any(_matches(name, glob) for name in names):
-            raise ValueError(f"no module of the model matches {glob!r}")
+            raise ValueError(f"no {what} of the model matches {glob!r}")
+
+
+def _narrow_dtype(policies: Iterable[Policy]) -> torch.dtype | None:
+    """float16 or bfloat16 if a policy stores parameters in it; ValueError for policies that do not go together."""
+    narrow = {p.param_dtype for p in policies if p.param_dtype.itemsize == 2}
+    if len(narrow) > 1 or (narrow and any(p.mixed for p in policies)):
+        raise ValueError(f"a model is stored in one dtype: {', '.join(map(str, policies))} do not go together")
+    return narrow.pop() if narrow else None
 
 
 def _why_not(model: nn.Module, name: str, linear: nn.Linear) -> str | None:
-    if isinstance(linear, MPLinear):
-        return None
-    if hasattr(linear, "parametrizations"):
-        return "is parametrized"
-    if type(linear) is not nn.Linear:
-        return f"is a {type(linear).__name__}, which has its own forward"
-    if linear.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        return f"has a weight of {linear.weight.dtype}"
     parent = model.get_submodule(name.rpartition(".")[0]) if name else None
     if isinstance(parent, nn.MultiheadAttention):
         return "its weight is used by nn.MultiheadAttention without calling it"
+    if hasattr(linear, "parametrizations"):
+        return "is parametrized"
+    if type(linear) not in (nn.Linear, MPLinear):
+        return f"is a {type(linear).__name__}, which has its own forward"
+    if linear.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"has a weight of {linear.weight.dtype}"
     return None
 
 
@@ -135,7 +150,9 @@ def _convert_linear(linear: nn.Linear, policy: Policy) -> None:
     """Change the class: the module stays the same object, with its Parameters, hooks and name."""
     if type(linear) is nn.Linear:
         linear.__class__ = MPLinear
-        linear._converted = True
+        linear._before = (nn.Linear, Activation.NONE, None)
+    else:
+        linear._before = (MPLinear, linear._activation, linear.policy)
     linear.adopt(linear._activation, policy)
 
 
@@ -147,27 +164,23 @@ def _fuse_relus(model: nn.Module) -> None:
         for (_, linear), (name, relu) in itertools.pairwise(children):
             if type(linear) is not MPLinear or type(relu) is not nn.ReLU or linear._activation != Activation.NONE:
                 continue
-            if max(uses[id(linear)], uses[id(relu)]) == 1 and not _has_hooks(linear) and not _has_hooks(relu):
+            seen = "_before" not in vars(linear) or has_hooks(linear) or has_hooks(relu)
+            if max(uses[id(linear)], uses[id(relu)]) == 1 and not seen:
                 linear._activation = Activation.RELU
                 setattr(sequential, name, FusedReLU(relu))
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
-def _cast_model(model: nn.Module, dtype: torch.dtype, keep) -> None:
-    """What `model.half()` does, but for `keep`; the Parameter objects stay and their unrounded values are kept."""
-    for name, module in model.named_modules():
-        if any(_matches(name, glob) for glob in keep):
-            continue
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
-                unrounded = parameter.data
+def _cast_model(model: nn.Module, dtype: torch.dtype, kept: set[nn.Module]) -> None:
+    """What `model.half()` does, but for the modules in `kept`; Parameters stay, and so do their unrounded values."""
+    stay = {id(t) for module in kept for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in stay and parameter.is_floating_point() and parameter.dtype != dtype:
+                unrounded, parameter.grad = parameter.data, None
                 parameter.data = cast(unrounded, dtype)
                 _copies.keep_unrounded(parameter, unrounded)
-        for key, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
+        for key, buffer in module.named_buffers(recurse=False):
+            if id(buffer) not in stay and buffer.is_floating_point():
                 module._buffers[key] = cast(buffer, dtype)
 
 

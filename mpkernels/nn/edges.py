@@ -16,6 +16,11 @@ class _Tracer(fx.Tracer):
         return isinstance(module, MPLinear) or super().is_leaf_module(module, name)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody sees what goes into `module` or comes out of it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
 def feeds_only_linears(model: nn.Module) -> dict[MPLinear, set[MPLinear]]:
     """MPLinear -> the MPLinears that alone read its output, at every call; empty where fx cannot trace `model`."""
     try:
@@ -27,7 +32,7 @@ def feeds_only_linears(model: nn.Module) -> dict[MPLinear, set[MPLinear]]:
     for node in graph.nodes:
         linear = modules.get(node.target) if node.op == "call_module" else None
         if isinstance(linear, MPLinear):
-            readers.setdefault(linear, set()).update(_readers(node, modules))
+            readers.setdefault(linear, set()).update({None} if has_hooks(linear) else _readers(node, modules))
     return {linear: found for linear, found in readers.items() if None not in found}
 
 
@@ -36,7 +41,9 @@ def _readers(node: fx.Node, modules: dict[str, nn.Module]) -> set[MPLinear | Non
     found: set[MPLinear | None] = set()
     for user in node.users:
         module = modules.get(user.target) if user.op == "call_module" else None
-        if isinstance(module, MPLinear):
+        if module is not None and has_hooks(module):
+            found.add(None)
+        elif isinstance(module, MPLinear):
             found.add(module)
         elif isinstance(module, _ELEMENTWISE_MODULES) or (user.op == "call_function" and user.target in _ELEMENTWISE_FUNCTIONS):
             found |= _readers(user, modules)

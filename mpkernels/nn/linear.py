@@ -53,11 +53,19 @@ class MPLinear(nn.Linear):
 
     def adopt(self, activation: Activation, policy: Policy | None) -> None:
         """Set activation and policy, and tell the Parameters which dtype their gradients have."""
+        before = _grad_dtype(self.policy)
         self._activation, self.policy = activation, policy
-        if policy is not None and policy.grad_dtype is not None:
-            for parameter in (self.weight, self.bias):
-                if parameter is not None and parameter.dtype != policy.grad_dtype:
-                    parameter.grad_dtype = policy.grad_dtype
+        wanted = _grad_dtype(policy)
+        if wanted is None and before is None:
+            return  # Tensor.grad_dtype may be somebody else's
+        for parameter in (self.weight, self.bias):
+            if parameter is not None and parameter.grad_dtype != (wanted or parameter.dtype):
+                parameter.grad = None  # torch refuses a gradient that has another dtype already
+                parameter.grad_dtype = wanted or parameter.dtype
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.adopt(self._activation, self.policy)  # copying and pickling drop Tensor.grad_dtype
 
     @property
     def activation(self) -> str | None:
@@ -77,11 +85,20 @@ class MPLinear(nn.Linear):
                 self._cached = _cast_and_stamp(weight, policy.compute_dtype)
             return self._cached[0]
         if torch.is_grad_enabled() and self.training and type(weight) is nn.Parameter:
-            return _copies.for_layer(weight, policy.compute_dtype)
+            copy = _copies.for_layer(weight, policy.compute_dtype)
+            if copy is None:
+                return None
+            if not copy.holds(weight):
+                copy.write(weight, cast(weight.detach(), copy.dtype))
+            return copy.tensor
         return None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}, policy={self.policy}"
+
+
+def _grad_dtype(policy: Policy | None) -> torch.dtype | None:
+    return None if policy is None else policy.grad_dtype
 
 
 def _cast_and_stamp(weight, dtype):

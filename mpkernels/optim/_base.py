@@ -7,12 +7,14 @@ An optimizer here is one read of all gradients (only where a verdict or a norm i
 import copy
 import math
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mpkernels import _copies
-from mpkernels.ops._multi_tensor import MASTER_DTYPES, inv_scale
+from mpkernels.ops._cast import cast
+from mpkernels.ops._multi_tensor import MASTER_DTYPES, inv_scale, skip_flag
 from mpkernels.ops.grad_stats import grad_stats_
 
 
@@ -68,8 +70,8 @@ class Optimizer(torch.optim.Optimizer):
         self.steps_called = 0
         self._stats: dict[torch.device, GradStats] = {}
         self._pending_clip: float | None = None  # max_norm of scaler.clip_grad_norm_, until the next step
-        self._dtypes: dict[int, torch.dtype] = {}
-        self._rows: dict[tuple[int, ...], _Rows] = {}
+        self._formats: dict[int, tuple[torch.dtype, torch.Size]] = {}
+        self._rows: dict[tuple[int, torch.device], _Rows] = {}
         self._stamps = WeakIdKeyDictionary()  # parameter with a master -> its stamp after our last write
 
     def __getstate__(self) -> dict:
@@ -79,7 +81,7 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict) -> None:
         self._forget()
         super().__setstate__(state)
-        self._dtypes = {id(p): p.dtype for group in self.param_groups for p in group["params"]}
+        self._formats = {id(p): (p.dtype, p.shape) for group in self.param_groups for p in group["params"]}
 
     # ----- construction -----------------------------------------------------------------------
 
@@ -88,14 +90,16 @@ class Optimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_hyperparameters(group)
-            if len(set(map(id, group["params"]))) < len(group["params"]):
-                raise ValueError("a parameter stands twice in one group")
+            seen = set()
             for i, parameter in enumerate(group["params"]):
                 self._check_parameter(parameter, _name(group, i))
+                if id(parameter) in seen:
+                    raise ValueError(f"{_name(group, i)} stands twice in one group")
+                seen.add(id(parameter))
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        self._dtypes.update((id(p), p.dtype) for p in group["params"])
+        self._formats.update((id(p), (p.dtype, p.shape)) for p in group["params"])
 
     def _check_parameter(self, parameter, name: str) -> None:
         if parameter.layout != torch.strided or parameter.dtype not in (torch.float16, torch.bfloat16, *MASTER_DTYPES):
@@ -103,8 +107,8 @@ class Optimizer(torch.optim.Optimizer):
                 f"{name} must be a dense float16, bfloat16, float32 or float64 tensor, "
                 f"got {parameter.dtype}, {parameter.layout}"
             )
-        if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
-            raise ValueError(f"{name} overlaps itself (an expanded tensor): its elements cannot be updated one by one")
+        if _overlaps(parameter):
+            raise ValueError(f"{name} overlaps itself (strides {parameter.stride()}): its elements are not updated one by one")
         if self.master_dtype is not None and self.master_dtype.itemsize < parameter.dtype.itemsize:
             raise ValueError(f"master_dtype {self.master_dtype} is narrower than {parameter.dtype} of {name}")
 
@@ -113,10 +117,16 @@ class Optimizer(torch.optim.Optimizer):
         if isinstance(lr, torch.Tensor):
             if lr.numel() != 1:
                 raise ValueError("Tensor lr must be 1-element")
-        elif not 0 <= lr < math.inf:
+            lr = lr.item() if lr.device.type == "cpu" else 0.0  # a check on the device would wait for it
+        if not 0 <= lr < math.inf:
             raise ValueError(f"Invalid learning rate: {lr}")
         if not 0 <= group["weight_decay"] < math.inf:
             raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+
+    def _parameter_names(self) -> dict[int, str]:
+        """id -> name if the optimizer was made from named parameters, else index over all groups and shape."""
+        named = [(p, name) for g in self.param_groups for p, name in zip_longest(g["params"], g.get("param_names", ()))]
+        return {id(p): name or f"parameter {i} {tuple(p.shape)}" for i, (p, name) in enumerate(named)}
 
     # ----- the step ---------------------------------------------------------------------------
 
@@ -125,7 +135,7 @@ class Optimizer(torch.optim.Optimizer):
         """Take a step, or skip it on the device where a scaler or `skip_nonfinite` asks for it. Returns the closure's loss.
 
         A scaler sets `grad_scale` (the gradients are divided by it) and, when it has checked already, `found_inf`.
-        Raises RuntimeError for a sparse gradient, a parameter whose dtype changed, a closure under a scaler.
+        Raises RuntimeError for a sparse gradient, a parameter whose dtype or shape changed, a closure under a scaler.
         """
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         loss = None
@@ -165,6 +175,22 @@ class Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     @torch.no_grad()
+    def _unscale_grads(self, grad_scale: torch.Tensor) -> dict[torch.device, torch.Tensor]:
+        """Divide the gradients by `grad_scale`; found_inf by device. 16-bit ones become fp32: nothing is rounded or lost."""
+        rows = self._all_rows()
+        for (_, device), group_rows in rows.items():
+            for parameter in group_rows.params:
+                if parameter.grad.dtype.itemsize == 2:
+                    parameter.grad_dtype = None  # any: float32 would stick, and DDP refuse the next backward
+                    parameter.grad = parameter.grad.float()
+            _unscale_in_place([p.grad for p in group_rows.params], self._step_options(device, grad_scale, None, None))
+        self._read_grads(rows, None, norm=False)
+        for device, stats in self._stats.items():
+            stats.grad_scale = grad_scale.to(device, copy=True)
+            stats.found_inf = skip_flag(stats.found_inf, stats.grad_scale).float()
+        return {device: stats.found_inf for device, stats in self._stats.items()}
+
+    @torch.no_grad()
     def _clip_at_next_step(self, grad_scale: torch.Tensor | None, max_norm: float) -> torch.Tensor | None:
         """Read the gradients now and clip them to max_norm in the next step; the norm, or None without gradients."""
         rows = self._all_rows()
@@ -195,29 +221,37 @@ class Optimizer(torch.optim.Optimizer):
             for i, parameter in enumerate(group["params"]):
                 if parameter.grad is None:
                     continue
-                if parameter.dtype != self._dtypes[id(parameter)]:
-                    raise RuntimeError(
-                        f"{_name(group, i)} changed dtype since construction: "
-                        f"{self._dtypes[id(parameter)]} then, {parameter.dtype} now"
-                    )
-                _check_grad(parameter, _name(group, i))
+                self._check_before_step(parameter, _name(group, i))
                 by_device.setdefault(parameter.device, []).append(parameter)
             for device, params in by_device.items():
-                rows[index, device] = self._rows_of(group, params)
+                rows[index, device] = self._rows_of(index, device, params)
         return rows
 
-    def _rows_of(self, group: dict, params: list[torch.Tensor]) -> _Rows:
-        key = tuple(map(id, params))
-        rows = self._rows.get(key)
-        if rows is None or rows.requests != _copies.requests:
-            rows = self._rows[key] = self._make_rows(group, params)
-        self._sync_masters(rows)
+    def _check_before_step(self, parameter: torch.Tensor, name: str) -> None:
+        for what, then, now in zip(
+            ("dtype", "shape"), self._formats[id(parameter)], (parameter.dtype, parameter.shape), strict=True
+        ):
+            if then != now:
+                raise RuntimeError(f"{name} changed {what} since construction: {then} then, {now} now")
+        if parameter.grad.layout != torch.strided:
+            raise RuntimeError(f"the gradient of {name} is {parameter.grad.layout}: sparse gradients are not supported")
+
+    def _rows_of(self, index: int, device: torch.device, params: list[torch.Tensor]) -> _Rows:
+        """The rows of the last step if they are still those; one set at a time, because a step count lives in one array."""
+        group, rows = self.param_groups[index], self._rows.get((index, device))
+        if (
+            rows is None
+            or rows.requests != _copies.requests
+            or tuple(rows.states) != self._group_state_names(group)
+            or list(map(id, rows.params)) != list(map(id, params))
+        ):
+            rows = self._rows[index, device] = self._make_rows(group, params)
+        self._follow_foreign_writes(rows)
         return rows
 
     def _make_rows(self, group: dict, params: list[torch.Tensor]) -> _Rows:
         for parameter in params:
-            if not self.state[parameter]:
-                self._init_state(group, parameter)
+            self._init_state(group, parameter)
         names, requests = self._group_state_names(group), _copies.requests
         masters, copies, compute_copies, mastered = [], [], [], []
         for i, parameter in enumerate(params):
@@ -238,12 +272,14 @@ class Optimizer(torch.optim.Optimizer):
         states = {name: [self.state[p][name] for p in params] for name in names}
         return _Rows(params, masters, copies, states, steps, compute_copies, mastered, requests)
 
-    def _sync_masters(self, rows: _Rows) -> None:
-        """Make the master of every 16-bit parameter anew that somebody else wrote since our last step."""
+    def _follow_foreign_writes(self, rows: _Rows) -> None:
+        """Take over what somebody else wrote since our last step: a skipped one must not leave a copy behind its weight."""
         for i in rows.mastered:
-            stamp = self._stamps.get(rows.params[i])
-            if stamp is not None and stamp != _copies.stamp(rows.params[i]):
-                rows.masters[i].copy_(rows.params[i])
+            if self._stamps.get(rows.params[i]) != _copies.stamp(rows.params[i]):
+                _take_over(rows.masters[i], rows.params[i])
+        for parameter, compute_copy in rows.compute_copies:
+            if not compute_copy.holds(parameter):
+                compute_copy.write(parameter, cast(parameter, compute_copy.dtype))
 
     def _after_update(self, rows: _Rows) -> None:
         for i in rows.mastered:
@@ -255,15 +291,17 @@ class Optimizer(torch.optim.Optimizer):
         return self.master_dtype or torch.promote_types(parameter.dtype, torch.float32)
 
     def _init_state(self, group: dict, parameter: torch.Tensor) -> None:
+        """Make what is missing of the state: all of it at first, later what a changed hyperparameter asks for."""
         dtype, state = self._master_dtype(parameter), self.state[parameter]
-        state["step"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
-        if dtype != parameter.dtype:
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
             unrounded = _copies.take_unrounded(parameter)
-            master = parameter.detach() if unrounded is None else unrounded
-            state["master"] = torch.empty_like(parameter, dtype=dtype).copy_(master)
-            self._stamps[parameter] = _copies.stamp(parameter)
+            if dtype != parameter.dtype:
+                state["master"] = torch.empty_like(parameter, dtype=dtype)
+                state["master"].copy_(parameter if unrounded is None else unrounded)
         for name in self._group_state_names(group):
-            state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+            if name not in state:
+                state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
 
     def _group_state_names(self, group: dict) -> tuple[str, ...]:
         raise NotImplementedError
@@ -272,13 +310,13 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def sync_masters_(self) -> None:
-        """Make every master and compute copy anew from its parameter: the remedy after writes through `.data`."""
+        """Take over into masters and compute copies what was written to the parameters through `.data`."""
         for parameter, state in self.state.items():
             if "master" in state:
-                state["master"].copy_(parameter)
+                _take_over(state["master"], parameter)
         for rows in self._rows.values():
-            for parameter, compute_copy in rows.compute_copies:
-                _copies.refresh(parameter, compute_copy)
+            for _, compute_copy in rows.compute_copies:
+                compute_copy.stamp = None
 
     def master_state_dict(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """`model.state_dict()` with the master in place of every parameter that has one."""
@@ -302,8 +340,9 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load ours or torch's. A 16-bit parameter without a saved master gets one at its next step.
+        """Load ours or torch's. A 16-bit parameter without a saved master gets one of its own value.
 
+        Where a 16-bit parameter is not its loaded master rounded, the next step starts from the parameter.
         Raises ValueError for groups, keys, shapes or values that do not fit; nothing is loaded then.
         """
         state_dict = dict(state_dict)
@@ -316,9 +355,7 @@ class Optimizer(torch.optim.Optimizer):
         self.state.clear()
         self.state.update(loaded)
         self._rows.clear()
-        for parameter, state in loaded.items():
-            if "master" in state:
-                self._stamps[parameter] = _copies.stamp(parameter)
+        self._stamps.clear()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -347,6 +384,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _converted(self, state: dict, parameter: torch.Tensor, group: dict, name: str) -> dict:
         dtype, wanted = self._master_dtype(parameter), self._group_state_names(group)
+        if extra := {key for key, value in state.items() if value is not None} - {"step", "master", *wanted}:
+            raise ValueError(f"state_dict: {name} has {', '.join(sorted(extra))}, expected {', '.join(wanted) or 'no state'}")
         result = {"step": _converted_step(state, name, self._default_step, parameter.device)}
         for key in wanted:
             value = state.get(key)
@@ -382,9 +421,19 @@ def _name(group: dict, index: int) -> str:
     return f"parameter {index} ({names[index]})" if names else f"parameter {index}"
 
 
-def _check_grad(parameter: torch.Tensor, name: str) -> None:
-    if parameter.grad.layout != torch.strided:
-        raise RuntimeError(f"the gradient of {name} is {parameter.grad.layout}: sparse gradients are not supported")
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Whether two elements may share memory: a stride that does not pass all that lies within the smaller ones."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return tensor.numel() > 0
+        reach += stride * (size - 1)
+    return False
+
+
+def _take_over(master: torch.Tensor, parameter: torch.Tensor) -> None:
+    """What somebody wrote to the parameter becomes the master's; where the parameter is the master rounded, it stays."""
+    master.copy_(torch.where(cast(master, parameter.dtype) == parameter, master, parameter))
 
 
 def _read_device(params: list[torch.Tensor], grad_scale: torch.Tensor | None, norm: bool) -> GradStats:

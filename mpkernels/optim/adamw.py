@@ -38,6 +38,8 @@ class AdamW(Optimizer):
         for index, beta in enumerate(group["betas"]):
             if not 0 <= beta < 1:
                 raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+        if group.get("decoupled_weight_decay", self._decoupled) != self._decoupled:  # in a state_dict of torch's
+            raise ValueError(f"decoupled_weight_decay is {not self._decoupled}: {type(self).__name__} has the other")
 
     def _group_state_names(self, group):
         return ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
