@@ -122,7 +122,7 @@ def pack_mask(out: torch.Tensor) -> torch.Tensor:
     """The mask of `not (out <= 0)` for out (M, N)."""
     M, N = out.shape
     mask = empty_mask(out, M, N)
-    bits = F.pad(~(out <= 0), (0, mask.shape[1] * 32 - N)).view(M, -1, 32).long()
+    bits = F.pad(~(out <= 0), (0, mask.shape[1] * 32 - N)).view(M, mask.shape[1], 32).long()
     weights = torch.ones((), dtype=torch.int64, device=out.device) << torch.arange(32, device=out.device)
     words = (bits * weights).sum(-1)
     mask.copy_(torch.where(words >= 1 << 31, words - (1 << 32), words))
