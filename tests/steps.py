@@ -96,11 +96,14 @@ def rounded_once(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def check_copies(copies: list[torch.Tensor], masters: list[torch.Tensor]) -> None:
-    """Bound 9: each copy is its master rounded once, bit for bit; a copy of size 0 is one that nobody wants."""
+    """Bound 9: each copy is its master rounded once, bit for bit; a copy of size 0 is one that nobody wants.
+
+    NaN is one value here: torch's own casts write several.
+    """
     for i, (copy, master) in enumerate(zip(copies, masters, strict=True)):
         if copy.numel():
-            expected = rounded_once(master, copy.dtype)
-            assert raw([copy]) == raw([expected]), f"copy {i} ({copy.dtype}) is not its master ({master.dtype}) rounded once"
+            got, expected = (torch.where(t.isnan(), math.nan, t) for t in (copy.cpu(), rounded_once(master, copy.dtype)))
+            assert raw([got]) == raw([expected]), f"copy {i} ({copy.dtype}) is not its master ({master.dtype}) rounded once"
 
 
 def layouts(shape: tuple[int, int], dtype: torch.dtype, device, generator) -> dict[str, torch.Tensor]:

@@ -1,0 +1,559 @@
+# SPDX-License-Identifier: Apache-2.0
+"""adamw_ against fp64 over 1,000 steps, its copies and skips bit for bit, and wrong updates that the bounds reject."""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mpkernels.ops.adamw import adamw_, op, reference
+from mpkernels.ops.grad_stats import grad_stats_
+from tests import bounds, steps
+from tests.steps import BAD_SCALES, BAD_VALUES, DTYPES, SIZES, Problem, counts, force, join, raw, scalar, split
+
+LR = 1e-2
+DEFAULTS = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True, maximize=False)
+VARIANTS = {
+    "adamw": dict(weight_decay=0.1),
+    "adamw without decay": dict(),
+    "adamw maximize": dict(weight_decay=0.1, maximize=True),
+    "adamw amsgrad": dict(weight_decay=0.1, amsgrad=True),
+    "adam": dict(decoupled=False),
+    "adam with decay": dict(decoupled=False, weight_decay=0.1),
+    "adam amsgrad maximize": dict(decoupled=False, weight_decay=0.1, amsgrad=True, maximize=True),
+    "other betas": dict(beta1=0.5, beta2=0.9, eps=1e-3, weight_decay=0.01),
+    "no momentum": dict(beta1=0.0, beta2=0.99),
+    "clipped": dict(max_norm=0.5),
+}
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+@pytest.fixture(params=steps.targets(op))
+def device(request, monkeypatch):
+    return force(op, request.param, monkeypatch)
+
+
+# ----- the call, the reference, torch ---------------------------------------------------------------
+
+
+def arguments(masters, grads, copy_dtypes=(torch.float16,), amsgrad=False, lr=LR, **options):
+    """All arguments of a call by name, the state fresh. A copy dtype of None means no copy."""
+    device = masters[0].device
+    zeros = lambda: [torch.zeros_like(m) for m in masters]
+    copies = []
+    for i, master in enumerate(masters):
+        dtype = copy_dtypes[i % len(copy_dtypes)]
+        copies.append(torch.empty(0, device=device) if dtype is None else torch.empty_like(master, dtype=dtype).fill_(-7))
+    return dict(
+        masters=masters,
+        grads=grads,
+        exp_avgs=zeros(),
+        exp_avg_sqs=zeros(),
+        max_exp_avg_sqs=zeros() if amsgrad else [],
+        copies=copies,
+        steps=counts(len(masters), device),
+        lr=scalar(lr, dtype=torch.float64),
+        **DEFAULTS | options,
+    )
+
+
+def state(args) -> list[torch.Tensor]:
+    """Every tensor that a step may write."""
+    lists = ("masters", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "copies")
+    return [t for name in lists for t in args[name]] + [args["steps"]]
+
+
+@functools.cache
+def problem() -> Problem:
+    return Problem()
+
+
+def clip_factors(max_norm) -> np.ndarray:
+    """(steps, 1) fp64."""
+    norms = problem().unscaled(torch.float64).norm(dim=1, keepdim=True)
+    return (max_norm / (norms + 1e-6)).clamp(max=1).numpy() if max_norm else np.ones((len(norms), 1))
+
+
+@functools.cache
+def expected(variant: str, wide=np.float64) -> np.ndarray:
+    """R of bound 8."""
+    options = DEFAULTS | VARIANTS[variant]
+    amsgrad, max_norm = options.pop("amsgrad", False), options.pop("max_norm", None)
+    options = {k: v if isinstance(v, bool) else wide(v) for k, v in options.items()}
+    w = problem().start.numpy() if wide == np.longdouble else problem().start.float().numpy()
+    w = w.astype(wide)
+    m, v, vmax = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w) if amsgrad else None
+    result = []
+    for t, g in enumerate(problem().unscaled(torch.float64).numpy() * clip_factors(max_norm).astype(wide), 1):
+        w, m, v, vmax = reference.adamw(w, g, m, v, vmax, t, lr=wide(LR), **options)
+        result.append(w)
+    return np.stack(result)
+
+
+def torch_optimizer(variant: str):
+    options = DEFAULTS | VARIANTS[variant]
+    kind = torch.optim.AdamW if options["decoupled"] else torch.optim.Adam
+    return lambda params: kind(
+        params, lr=LR, betas=(options["beta1"], options["beta2"]), eps=options["eps"], weight_decay=options["weight_decay"],
+        amsgrad=options.get("amsgrad", False), maximize=options["maximize"], foreach=False, fused=False,
+    )  # fmt: skip
+
+
+@functools.cache
+def torchs(variant: str, dtype=torch.float32) -> np.ndarray:
+    """P of bound 8."""
+    factors = torch.from_numpy(clip_factors(VARIANTS[variant].get("max_norm"))).to(dtype)
+    return steps.torch_trajectory(torch_optimizer(variant), problem().start.to(dtype), problem().unscaled(dtype) * factors)
+
+
+def trajectory(variant: str, dtype, device, call=adamw_, copy_dtypes=(torch.float16, torch.bfloat16, None)) -> np.ndarray:
+    """(steps, n) masters of the op; copies are held against them on the way."""
+    options = dict(VARIANTS[variant])
+    masters = split(problem().start.to(device, dtype), problem().sizes)
+    args = arguments(masters, masters, copy_dtypes, **options, grad_scale=scalar(problem().grad_scale, device))
+    grads = problem().grads.to(device)
+    norms = problem().unscaled(torch.float64).norm(dim=1).to(device)
+    result = []
+    for t in range(len(grads)):
+        args["grads"] = split(grads[t], problem().sizes)
+        if "max_norm" in options:
+            args["grad_norm"] = norms[t]
+        call(**args)
+        result.append(join(masters))
+        if t % 100 == 0:
+            steps.check_copies(args["copies"], masters)
+    assert args["steps"].tolist() == [len(grads)] * len(masters)
+    return np.stack(result)
+
+
+# ----- right ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "clipped"])
+def test_adamw_reference_matches_torch(variant):
+    options = DEFAULTS | VARIANTS[variant]
+    amsgrad = options.pop("amsgrad", False)
+    w = problem().start.numpy()
+    m, v, vmax = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w) if amsgrad else None
+    result = []
+    for t, g in enumerate(problem().unscaled(torch.float64).numpy(), 1):
+        w, m, v, vmax = reference.adamw(w, g, m, v, vmax, t, lr=LR, **options)
+        result.append(w)
+    bounds.check_trajectory(np.stack(result), torchs(variant, torch.float64), None)
+
+
+@variants
+def test_adamw_matches_reference_fp32(device, variant):
+    bounds.check_trajectory(trajectory(variant, torch.float32, device), expected(variant), torchs(variant))
+
+
+@variants
+def test_adamw_matches_reference_fp64(device, variant):
+    w = trajectory(variant, torch.float64, device, copy_dtypes=(torch.float16, torch.float32, torch.bfloat16))
+    bounds.check_trajectory(w, expected(variant, np.longdouble), None)
+
+
+def mixed(device, sizes=SIZES, seed=0, **options):
+    """Masters, gradients and copies of every dtype in one call, and fp32 masters whose own dtype is their copy's."""
+    generator = torch.Generator().manual_seed(seed)
+    masters, grads = [], []
+    for i, n in enumerate(sizes):
+        masters.append(torch.randn(n, generator=generator, dtype=torch.float64).to(device, DTYPES[2 + i % 2]))
+        grads.append((torch.randn(n, generator=generator) * 64).to(device, DTYPES[i // 2 % 4]))
+    copy_dtypes = (torch.float16, torch.bfloat16, None, torch.float32, torch.float16)
+    return arguments(masters, grads, copy_dtypes, **options)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_adamw_mixed_dtypes(device, amsgrad):
+    """One call over all dtypes gives the bits of a call for each tensor."""
+    together = mixed(device, amsgrad=amsgrad, weight_decay=0.1)
+    alone = mixed(device, amsgrad=amsgrad, weight_decay=0.1)
+    options = dict(grad_scale=scalar(64.0, device), found_inf=scalar(0.0, device))
+    lists = ("masters", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "copies")
+    for _ in range(3):
+        adamw_(**together, **options)
+        for i in range(len(SIZES)):
+            adamw_(**alone | {n: alone[n][i : i + 1] for n in lists} | dict(steps=alone["steps"][i : i + 1]), **options)
+    assert raw(state(together)) == raw(state(alone))
+    steps.check_copies(together["copies"], together["masters"])
+
+
+def test_adamw_steps_differ_between_tensors(device):
+    args, alone = mixed(device), mixed(device)
+    args["steps"].copy_(torch.arange(len(SIZES)))
+    adamw_(**args)
+    assert args["steps"].tolist() == list(range(1, len(SIZES) + 1))
+    for i in (0, 6):
+        lists = {n: alone[n][i : i + 1] for n in ("masters", "grads", "exp_avgs", "exp_avg_sqs", "copies")}
+        adamw_(**alone | lists | dict(steps=torch.full((1,), i, device=device)))
+        assert raw([alone["masters"][i]]) == raw([args["masters"][i]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adamw_copies_of_fp64_are_rounded_once(device, dtype):
+    """Masters a little beside a tie of the 16-bit format, where going through fp32 rounds twice; inf, subnormals, -0."""
+    u = bounds.unit_roundoff(dtype)
+    near = [s * (1 + k * 2 * u + u) * (1 + d) for s in (1, -1) for k in range(40) for d in (-(2.0**-40), 0, 2.0**-40)]
+    tiny = bounds.least_subnormal(dtype)
+    extremes = [0.0, -0.0, tiny / 2, tiny * 0.75, -tiny * 1.5, 65519.99, 65520.0, 1e39, -1e300, 1e-320, math.inf, math.nan]
+    master = torch.tensor(near + extremes, dtype=torch.float64, device=device)
+    args = arguments([master], [torch.zeros_like(master)], (dtype,), lr=0.0)
+    adamw_(**args)
+    steps.check_copies(args["copies"], args["masters"])
+
+
+def test_adamw_scaling_by_a_power_of_two_is_neutral(device):
+    results = []
+    for scale in (1.0, 2.0**7, 2.0**-3):
+        args = mixed(device, weight_decay=0.1)
+        args["grads"] = [g * scale for g in args["grads"]]
+        for _ in range(5):
+            adamw_(**args, grad_scale=scalar(scale, device), grad_norm=scalar(5.0, device, torch.float64), max_norm=1.0)
+        results.append(raw(state(args)))
+    assert results[0] == results[1] == results[2]
+
+
+def test_adamw_no_scale_is_a_scale_of_one(device):
+    with_scale, without = mixed(device), mixed(device)
+    adamw_(**with_scale, grad_scale=scalar(1.0, device), found_inf=scalar(0.0, device))
+    adamw_(**without)
+    assert raw(state(with_scale)) == raw(state(without))
+
+
+def test_adamw_deterministic(device):
+    first, second = (mixed(device, sizes=(100_003, 5, 40_000), amsgrad=True) for _ in range(2))
+    for args in (first, second):
+        for _ in range(3):
+            adamw_(**args)
+    assert raw(state(first)) == raw(state(second))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_adamw_lr_tensor(device, kind):
+    """On the CPU and on the device, and what it holds at the call counts."""
+    here, there = mixed(device), mixed(device)
+    for lr in (0.25, 0.03125):
+        adamw_(**here | dict(lr=scalar(lr, dtype=kind)))
+        adamw_(**there | dict(lr=scalar(lr, device, kind)))
+    assert raw(state(here)) == raw(state(there))
+    again = mixed(device)
+    for _ in range(2):
+        adamw_(**again | dict(lr=scalar(0.25)))
+    assert raw(again["masters"]) != raw(here["masters"])
+
+
+def test_adamw_strided(device):
+    """Whatever lies between the elements, the result is that of contiguous tensors, and the rest of memory stays."""
+    shape, generator = (9, 13), torch.Generator().manual_seed(0)
+    masters = steps.layouts(shape, torch.float32, device, generator)
+    grads = list(steps.layouts(shape, torch.float16, device, generator).values())
+    grads += [g[:1, :1].expand(shape) for g in grads[:1]]
+    states = list(steps.layouts(shape, torch.float32, device, generator).values())
+    for k, master in enumerate(masters.values()):
+        for j, grad in enumerate(grads):
+            m, v, copy = (states[(k + j + s) % len(states)].clone(memory_format=torch.preserve_format) for s in range(3))
+            args = arguments([master], [grad], weight_decay=0.1)
+            args |= dict(exp_avgs=[m], exp_avg_sqs=[v.square_()], copies=[copy.half()])
+            lists = ("masters", "grads", "exp_avgs", "exp_avg_sqs", "copies")
+            plain = args | {n: [t.clone(memory_format=torch.contiguous_format) for t in args[n]] for n in lists}
+            plain["steps"] = args["steps"].clone()
+            adamw_(**args)
+            adamw_(**plain)
+            assert raw(state(args)) == raw(state(plain)), (list(masters)[k], j)
+
+
+def test_adamw_writes_only_its_elements(device):
+    """Views into larger storages: what lies around them keeps its bytes."""
+    storages = [torch.full((12, 12), math.nan, device=device) for _ in range(4)]
+    views = [s[1:9, 2:7].t() if i % 2 else s[2:7, 1:9] for i, s in enumerate(storages)]
+    for view in views:
+        view.fill_(0.5)
+    copy = torch.full((12, 12), math.nan, device=device, dtype=torch.float16)
+    args = arguments([views[0]], [views[1]], (torch.float16,))
+    args |= dict(exp_avgs=[views[2]], exp_avg_sqs=[views[3]], copies=[copy[3:8, 3:11]])
+    outside = [s.isnan() for s in (*storages, copy)]
+    adamw_(**args)
+    for storage, mask in zip((*storages, copy), outside, strict=True):
+        mask = (
+            mask
+            if storage is not copy
+            else mask.index_put((torch.arange(3, 8)[:, None], torch.arange(3, 11)), mask.new_zeros(()))
+        )
+        assert torch.equal(storage.isnan(), mask)
+    steps.check_copies(args["copies"], args["masters"])
+
+
+def test_adamw_empty(device):
+    empty = torch.empty(0, device=device)
+    adamw_(**(args := arguments([empty], [empty.half()])))
+    assert args["steps"].tolist() == [1]
+    shapes = [(0,), (), (1,), (2, 0, 3), (1, 1, 1), (0,)]
+    masters = [torch.ones(s, device=device) for s in shapes]
+    args = arguments(masters, [torch.ones(s, device=device).half() for s in shapes])
+    adamw_(**args)
+    assert args["steps"].tolist() == [1] * len(shapes)
+    one = arguments([torch.ones(1, device=device)], [torch.ones(1, device=device)])
+    adamw_(**one)
+    assert masters[1].item() == masters[2].item() == masters[4].item() == one["masters"][0].item() != 1
+
+
+def test_adamw_many_tensors(device):
+    """More tensors than a by-value table of a kernel holds."""
+    sizes = [i % 4 for i in range(1400)]
+    args = mixed(device, sizes=sizes)
+    whole = [torch.cat([t.double() for t in args["masters"]]), torch.cat([t.double() for t in args["grads"]])]
+    args["masters"] = split(whole[0], sizes)
+    args |= {n: [torch.zeros_like(m) for m in args["masters"]] for n in ("exp_avgs", "exp_avg_sqs")}
+    one = arguments([whole[0]], [whole[1]])
+    adamw_(**args)
+    adamw_(**one)
+    assert np.array_equal(join(args["masters"]), join(one["masters"]))
+
+
+def test_adamw_large_tensor(device):
+    """Many chunks and a tail: each element as alone."""
+    n = 150_001
+    generator = torch.Generator().manual_seed(1)
+    master, grad = torch.randn(n, generator=generator).to(device), torch.randn(n, generator=generator).to(device)
+    pieces = arguments(split(master, (70_000, n - 70_000)), split(grad, (70_000, n - 70_000)))
+    whole = arguments([master], [grad])
+    adamw_(**pieces)
+    adamw_(**whole)
+    assert np.array_equal(join(pieces["masters"]), join(whole["masters"]))
+    steps.check_copies(whole["copies"], whole["masters"])
+
+
+# ----- skipped --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_adamw_inf_leaves_state_bitwise(device, amsgrad):
+    """inf, -inf and NaN at each of 1,000 positions: grad_stats_ finds it and the step writes nothing."""
+    args = mixed(device, amsgrad=amsgrad)
+    grad_scale, found_inf = scalar(8.0, device), scalar(0.0, device)
+    adamw_(**args, grad_scale=grad_scale, found_inf=found_inf)
+    before = raw(state(args))
+    amax, nonfinite = torch.empty(len(SIZES), dtype=torch.float64, device=device), counts(len(SIZES), device)
+    for i, grad in enumerate(args["grads"]):
+        for position in range(grad.numel()):
+            good = grad[position].clone()
+            for bad in BAD_VALUES:
+                grad[position] = bad
+                grad_stats_(args["grads"], grad_scale, found_inf, amax, nonfinite)
+                adamw_(**args, grad_scale=grad_scale, found_inf=found_inf)
+            grad[position] = good
+            if position % 50 == 0:
+                assert raw(state(args)) == before
+                assert nonfinite.nonzero().tolist() == [[i]]
+    assert raw(state(args)) == before
+    grad_stats_(args["grads"], grad_scale, found_inf, amax, nonfinite)
+    adamw_(**args, grad_scale=grad_scale, found_inf=found_inf)
+    assert args["steps"].tolist() == [2] * len(SIZES)
+
+
+@pytest.mark.parametrize("grad_scale", BAD_SCALES)
+@pytest.mark.parametrize("found_inf", [None, 0.0])
+def test_adamw_bad_scale_is_skipped(device, grad_scale, found_inf):
+    args = mixed(device, amsgrad=True)
+    adamw_(**args)
+    before = raw(state(args))
+    found = None if found_inf is None else scalar(found_inf, device)
+    norm = dict(grad_norm=scalar(math.nan, device, torch.float64), max_norm=1.0)
+    adamw_(**args, grad_scale=scalar(grad_scale, device), found_inf=found)
+    adamw_(**args, grad_scale=scalar(grad_scale, device), found_inf=found, **norm)
+    assert raw(state(args)) == before
+
+
+@pytest.mark.parametrize("found_inf", [1.0, 2.0, -1.0, 1e-45, math.nan, math.inf])
+@pytest.mark.parametrize("grad_scale", [None, 8.0])
+def test_adamw_found_inf_is_skipped(device, found_inf, grad_scale):
+    args = mixed(device, amsgrad=True)
+    adamw_(**args)
+    before = raw(state(args))
+    adamw_(**args, found_inf=scalar(found_inf, device), grad_scale=None if grad_scale is None else scalar(grad_scale, device))
+    assert raw(state(args)) == before
+
+
+def test_adamw_found_inf_of_minus_zero_is_taken(device):
+    args = mixed(device)
+    adamw_(**args, found_inf=scalar(-0.0, device))
+    assert args["steps"].tolist() == [1] * len(SIZES)
+
+
+def test_adamw_nonfinite_without_a_check_is_applied(device):
+    """Nobody asked for a check: as in torch, NaN and inf go into the weights where they stand and nowhere else."""
+    args = mixed(device)
+    args["grads"][4][3] = math.nan
+    adamw_(**args)
+    assert [int(m.isnan().sum()) for m in args["masters"]] == [0, 0, 0, 0, 1, 0, 0]
+
+
+# ----- negative controls and wrong updates --------------------------------------------------------
+
+
+def test_adamw_learns_from_small_gradients(device):
+    """Gradients of 1e-9 are 0 in fp16: no learning without a scale, that of fp32 gradients with one."""
+    exact = (torch.randn(300, generator=torch.Generator().manual_seed(0)).sign() * 1e-9).to(device)
+    moved = {}
+    for name, grads, scale in (("scaled", exact * 2.0**16, 2.0**16), ("fp16", exact, 1.0), ("fp32", exact, 1.0)):
+        grad = grads if name == "fp32" else grads.half()
+        args = arguments([torch.ones(300, device=device)], [grad], lr=1e-3)
+        for _ in range(100):
+            adamw_(**args, grad_scale=scalar(scale, device))
+        moved[name] = join(args["masters"]).astype(np.float64) - 1
+    assert not moved["fp16"].any()
+    bounds.check_learns_as_fp32(moved["scaled"], moved["fp32"], torch.float16)
+    with pytest.raises(AssertionError, match="bound 10"):
+        bounds.check_learns_as_fp32(moved["fp16"], moved["fp32"], torch.float16)
+
+
+def test_adamw_small_updates_need_a_master(device):
+    """Updates below half an ulp of fp16 stall without a master; with one the copy follows fp32."""
+    grad = torch.ones(300, dtype=torch.float16, device=device)
+    stalled = steps.torch_trajectory(
+        lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=0, foreach=False), grad.clone(), grad.expand(100, 300)
+    )
+    assert (stalled == 1).all()
+    args = arguments([torch.ones(300, device=device)], [grad], lr=1e-4)
+    for _ in range(100):
+        adamw_(**args)
+    fp32 = steps.torch_trajectory(
+        lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=0, foreach=False), grad.float(), grad.float().expand(100, 300)
+    )[-1].astype(np.float64)
+    bounds.check_learns_as_fp32(join(args["masters"]) - 1.0, fp32 - 1, torch.float16)
+    steps.check_copies(args["copies"], args["masters"])
+    assert (join(args["copies"]) < 1).all()
+    with pytest.raises(AssertionError, match="bound 10"):
+        bounds.check_learns_as_fp32(stalled[-1] - 1.0, fp32 - 1, torch.float16)
+
+
+def test_adamw_small_gradients_are_clipped_as_fp32s(device):
+    """fp16 gradients of 1e-7, scaled: with lr and betas of 1 step, the clipped update is that of fp32 gradients."""
+    exact = (torch.randn(300, generator=torch.Generator().manual_seed(0)) * 1e-7).to(device)
+    scaled, moved = (exact * 2.0**16).half(), {}
+    for name, grad, scale in (("scaled", scaled, 2.0**16), ("unscaled", (exact * 1.0).half(), 1.0), ("fp32", exact, 1.0)):
+        norm = grad.double().norm() / scale
+        args = arguments([torch.ones(300, device=device)], [grad], lr=1.0, beta1=0.0, eps=1.0)
+        adamw_(**args, grad_scale=scalar(scale, device), grad_norm=norm, max_norm=5e-7)
+        moved[name] = join(args["exp_avgs"]).astype(np.float64)
+    norms = {name: float(np.linalg.norm(m)) for name, m in moved.items()}
+    bounds.check_norm_follows_fp32(norms["scaled"], norms["fp32"])
+    largest = np.abs(moved["fp32"]).max()
+    bounds.check_learns_as_fp32(moved["scaled"] / largest, moved["fp32"] / largest, torch.float16)
+    with pytest.raises(AssertionError, match="bound 10"):
+        bounds.check_learns_as_fp32(moved["unscaled"] / largest, moved["fp32"] / largest, torch.float16)
+
+
+def fp32_inside(**args):
+    """An fp64 step that computes in fp32."""
+    lists = ("masters", "exp_avgs", "exp_avg_sqs")
+    narrow = {n: [t.float() for t in args[n]] for n in lists}
+    adamw_(**args | narrow)
+    for name in lists:
+        torch._foreach_copy_(args[name], narrow[name])
+
+
+def gradient_rounded_to_fp16(**args):
+    """Unscale, and round the gradient to fp16 again."""
+    adamw_(**args | dict(grads=[(g.float() / args["grad_scale"]).half() for g in args["grads"]], grad_scale=None))
+
+
+def bias_correction_one_late(**args):
+    args["steps"] += 1
+    adamw_(**args)
+    args["steps"] -= 1
+
+
+def test_adamw_rejects_fp32_inside_of_fp64(device):
+    with pytest.raises(AssertionError, match="bound 8"):
+        bounds.check_trajectory(
+            trajectory("adamw", torch.float64, device, fp32_inside, (None,)), expected("adamw", np.longdouble), None
+        )
+
+
+@pytest.mark.parametrize("wrong", [gradient_rounded_to_fp16, bias_correction_one_late])
+def test_adamw_rejects_wrong_updates(device, wrong):
+    with pytest.raises(AssertionError, match="bound 8"):
+        bounds.check_trajectory(trajectory("adamw", torch.float32, device, wrong), expected("adamw"), torchs("adamw"))
+
+
+def test_adamw_rejects_copies_rounded_twice(device):
+    master = torch.tensor([1 + 2.0**-11 + 2.0**-40], dtype=torch.float64, device=device)
+    with pytest.raises(AssertionError, match="rounded once"):
+        steps.check_copies([master.float().half()], [master])
+
+
+# ----- contract -------------------------------------------------------------------------------------
+
+
+def test_adamw_opcheck(device):
+    for options in (dict(), dict(found_inf=scalar(0.0, device), grad_scale=scalar(2.0, device), amsgrad=True)):
+        args = mixed(device, **options)
+        order = [a.name for a in adamw_.default._schema.arguments]
+        torch.library.opcheck(adamw_.default, tuple(args[n] for n in order if n in args and n not in options), {
+            n: args[n] for n in order if n in options
+        })  # fmt: skip
+
+
+def test_adamw_bumps_versions(device):
+    args = mixed(device, amsgrad=True)
+    before = [t._version for t in state(args)]
+    adamw_(**args)
+    assert all(t._version > v for t, v in zip(state(args), before, strict=True))
+    assert all(g._version == 0 for g in args["grads"])
+
+
+def test_adamw_makes_stale_saved_tensors_an_error(device):
+    parameter = torch.nn.Parameter(torch.ones(3, device=device))
+    loss = parameter.square().sum()
+    with torch.no_grad():
+        adamw_(**arguments([parameter], [torch.ones(3, device=device)]))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(masters=[]), "masters is empty|expected 0"),
+        (
+            dict(masters=[torch.ones(3).half(), torch.ones(2).half()]),
+            r"masters\[0\] must be float32, float64, got torch.float16",
+        ),
+        (dict(masters=[torch.ones(3), torch.ones(2, device="meta")]), r"masters\[1\] is on meta"),
+        (dict(grads=[torch.ones(3)]), "grads has 1 tensors, expected 2"),
+        (dict(grads=[torch.ones(3), torch.ones(3)]), r"grads\[1\] has shape \(3,\), expected \(2,\)"),
+        (dict(grads=[torch.ones(3).to_sparse(), torch.ones(2)]), r"grads\[0\] must be a dense strided tensor"),
+        (dict(grads=[torch.ones(3), torch.ones(2).int()]), r"grads\[1\] must be float16"),
+        (dict(exp_avgs=[]), "must not be empty"),
+        (
+            dict(exp_avg_sqs=[torch.ones(3), torch.ones(2).double()]),
+            r"exp_avg_sqs\[1\] is torch.float64, expected torch.float32",
+        ),
+        (dict(exp_avgs=[torch.ones(3).half(), torch.ones(2)]), r"exp_avgs\[0\] must be"),
+        (dict(max_exp_avg_sqs=[torch.ones(3)]), "max_exp_avg_sqs has 1 tensors"),
+        (dict(copies=[torch.ones(3).half()]), "copies has 1 tensors"),
+        (dict(copies=[torch.ones(3).half(), torch.ones(1).half()]), r"copies\[1\] has shape"),
+        (dict(copies=[torch.ones(3).half(), torch.ones(2).int()]), r"copies\[1\] must be"),
+        (dict(steps=counts(1)), "steps must be"),
+        (dict(steps=torch.zeros(2)), "steps must be"),
+        (dict(lr=torch.ones(1)), "lr must be a 0-d float32 or float64 tensor"),
+        (dict(lr=torch.ones((), dtype=torch.int64)), "lr must be"),
+        (dict(lr=torch.ones((), device="meta")), "lr must be on the CPU"),
+        (dict(grad_scale=torch.ones(1)), "grad_scale must be"),
+        (dict(grad_scale=scalar(1.0, dtype=torch.float64)), "grad_scale must be"),
+        (dict(found_inf=torch.ones(2)), "found_inf must be"),
+        (dict(found_inf=scalar(1.0, dtype=torch.float16)), "found_inf must be"),
+        (dict(grad_norm=scalar(1.0), max_norm=1.0), "grad_norm must be"),
+        (dict(grad_norm=scalar(1.0, dtype=torch.float64)), "grad_norm and max_norm go together"),
+        (dict(max_norm=1.0), "grad_norm and max_norm go together"),
+    ],
+)
+def test_adamw_raises(device, change, message):
+    if device.type != "cpu":
+        pytest.skip("the arguments are made on the CPU")
+    args = arguments([torch.ones(3), torch.ones(2)], [torch.ones(3), torch.ones(2).half()], amsgrad=True)
+    steps.check_raises_unchanged(adamw_, args, change, message)
