@@ -67,7 +67,7 @@ def _matmul_nt(a, b, compute_dtype, out_dtype, *, bias=None, relu=False):
         z = F.linear(a, b, bias)
         return z.relu_() if relu else z
     a = a.to(acc).contiguous()
-    bias = None if bias is None else bias.to(acc)
+    bias = None if bias is None else bias.to(acc).contiguous()  # oneDNN reads a bias as if its stride were 1
     K, N = b.shape[1], b.shape[0]
     rows = max(64, BLOCK_ELEMENTS // max(K, 1))
     if b.dtype == acc or rows >= N:
