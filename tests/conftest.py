@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of all tests: one thread per process, seeded data, the devices that are there."""
+
+import zlib
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # tests run side by side in processes, and the order of a sum must not depend on the machine
+
+
+@pytest.fixture
+def generator(request) -> torch.Generator:
+    """Random numbers of this test: the same at every run, others in every parametrization."""
+    return torch.Generator().manual_seed(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture(params=["cpu"] + ["cuda"] * torch.cuda.is_available())
+def device(request) -> torch.device:
+    """Every device type that is there."""
+    return torch.device(request.param)
