@@ -41,16 +41,21 @@ def forward(x, weight, bias, weight_copy, activation: Activation, policy: Policy
 def _output_dtype(x, weight, policy: Policy) -> torch.dtype:
     if not policy.mixed:
         return weight.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    return _autocast_dtype(x.device) or x.dtype
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """None outside of autocast, and for a device that has none."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
 
 
 def _common_dtype(x, weight, bias) -> torch.dtype:
     """The dtype that F.linear would work in; RuntimeError where it would refuse."""
     dtypes = [tensor.dtype for tensor in (x, weight, bias) if tensor is not None]
-    if torch.is_autocast_enabled(x.device.type):
-        narrow = torch.get_autocast_dtype(x.device.type)
+    narrow = _autocast_dtype(x.device)
+    if narrow is not None:
         dtypes = [narrow if d.is_floating_point and d != torch.float64 else d for d in dtypes]
     if len(set(dtypes)) > 1:
         names = ", ".join(f"{n} {d}" for n, d in zip(("x", "weight", "bias"), dtypes, strict=False))

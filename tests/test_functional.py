@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of mpkernels.functional.linear_act: dtypes from a policy, from autocast or from the tensors, and bad input."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mpkernels as mpk
+from mpkernels.functional import linear_act
+from tests import bounds
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ALL_DTYPES = (*DTYPES, torch.int64, torch.bool, torch.complex64)
+AUTOCAST = (None, torch.float16, torch.bfloat16)
+
+
+def outcome(function, *args):
+    """dtype of the result, or the class of the error."""
+    try:
+        return function(*args).dtype
+    except Exception as error:
+        return type(error)
+
+
+@pytest.mark.parametrize("autocast", AUTOCAST, ids=str)
+def test_without_a_policy_dtypes_are_those_of_torch(autocast):
+    for x_dtype, weight_dtype, bias_dtype in itertools.product(ALL_DTYPES, ALL_DTYPES, (None, *DTYPES)):
+        x, weight = torch.ones(3, 5).to(x_dtype), torch.ones(4, 5).to(weight_dtype)
+        bias = None if bias_dtype is None else torch.ones(4, dtype=bias_dtype)
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            got, expected = outcome(linear_act, x, weight, bias), outcome(F.linear, x, weight, bias)
+        if expected not in DTYPES:  # CPU torch multiplies integers, bool and complex; the op refuses them
+            expected = RuntimeError
+        assert got == expected, (x_dtype, weight_dtype, bias_dtype)
+
+
+@pytest.mark.parametrize("autocast", AUTOCAST, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_a_policy_gradients_have_the_dtypes_of_torch(dtype, autocast, generator):
+    x = torch.randn(6, 5, generator=generator).to(dtype).requires_grad_()
+    weight, bias = (torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in ((4, 5), (4,)))
+    grads = []
+    for function in (linear_act, F.linear):
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            out = function(x, weight, bias)
+        grads.append(torch.autograd.grad(out.sum(), (x, weight, bias)))
+    assert [g.dtype for g in grads[0]] == [g.dtype for g in grads[1]] == [dtype] * 3
+
+
+def test_dtype_mismatch_names_both_dtypes_and_the_policy():
+    with pytest.raises(RuntimeError, match=r"x torch.float32, weight torch.float16.* no Policy"):
+        linear_act(torch.ones(2, 3), torch.ones(4, 3).half())
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("policy", ["float32", "float64", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16"])
+def test_policy_matches_reference(policy, activation, generator):
+    policy = mpk.Policy.parse(policy)
+    shapes = ((2, 7, 33), (19, 33), (19,))
+    x, weight, bias = (torch.randn(s, generator=generator, dtype=torch.float64).to(policy.param_dtype) for s in shapes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # an explicit policy decides what is computed in
+        out = linear_act(x, weight, bias, activation, policy)
+    assert out.shape == (2, 7, 19)
+    bounds.check_forward(out, x, weight, bias, activation == "relu", policy.compute_dtype)
+
+
+@pytest.mark.parametrize(
+    "policy, x_dtype, autocast, expected",
+    [
+        ("mixed_float16", torch.float32, None, torch.float32),
+        ("mixed_float16", torch.float16, None, torch.float16),
+        ("mixed_float16", torch.float64, None, torch.float64),
+        ("mixed_float16", torch.float32, torch.bfloat16, torch.bfloat16),
+        ("mixed_float16,output=float32", torch.float16, torch.bfloat16, torch.float32),
+        ("mixed_float32", torch.float64, None, torch.float64),
+        ("float16", torch.float32, None, torch.float16),
+        ("float16,output=float32", torch.float16, None, torch.float32),
+        pytest.param(
+            *("bfloat16", torch.bfloat16, torch.float16, torch.bfloat16),
+            marks=pytest.mark.xfail(reason="an implementation's own matmul runs under autocast", strict=False),
+        ),
+        ("float32", torch.float16, torch.float16, torch.float32),
+    ],
+)
+def test_policy_output_dtype(policy, x_dtype, autocast, expected):
+    parsed = mpk.Policy.parse(policy)
+    x, weight = torch.ones(2, 3, dtype=x_dtype), torch.ones(4, 3, dtype=parsed.param_dtype)
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        assert linear_act(x, weight, policy=policy).dtype == expected
+
+
+def test_policy_wide_output_is_not_rounded_on_the_way():
+    x, weight = torch.tensor([[1.0, 2.0**-14]]), torch.ones(1, 2)
+    assert linear_act(x, weight, policy="mixed_float16").item() == 1 + 2.0**-14
+    assert linear_act(x, weight, torch.tensor([2.0**-20]), policy="mixed_float16").item() == 1 + 2.0**-14 + 2.0**-20
+
+
+def test_strided_and_empty_inputs(generator):
+    x = torch.randn(6, 4, generator=generator)
+    weight = torch.randn(3, 4, generator=generator)
+    for view in (x.t().contiguous().t(), x[::2], x[:0], torch.ones(1).expand(5, 4), x[0]):
+        bounds.check_forward(linear_act(view, weight, policy="float32"), view, weight, None, 0, torch.float32)
+    out = linear_act(torch.ones(2, 0), torch.ones(3, 0), torch.tensor([-1.0, 0, 2]), "relu")
+    assert out.tolist() == [[0.0, 0.0, 2.0]] * 2
+    assert linear_act(torch.ones(2, 3), torch.ones(0, 3)).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"x": torch.ones(2, 5)}, RuntimeError, "x has last dimension 5, weight expects 4"),
+        ({"x": torch.ones(())}, RuntimeError, "0-d"),
+        ({"weight": torch.ones(4)}, RuntimeError, r"weight must have shape \(N, K\), got \(4,\)"),
+        ({"bias": torch.ones(2)}, RuntimeError, r"bias must have shape \(3,\), got \(2,\)"),
+        ({"bias": torch.ones(3, 1)}, RuntimeError, r"bias must have shape \(3,\), got \(3, 1\)"),
+        ({"x": [1.0]}, TypeError, "x must be a Tensor, got list"),
+        ({"weight": None}, TypeError, "weight must be a Tensor, got NoneType"),
+        ({"bias": 1.0}, TypeError, "bias must be a Tensor, got float"),
+        ({"x": torch.ones(2, 4).to_sparse()}, RuntimeError, "sparse"),
+        ({"x": torch.ones(2, 4, device="meta")}, RuntimeError, "x is on meta but weight is on cpu"),
+        ({"activation": "gelu"}, ValueError, "activation must be None or \"relu\", got 'gelu'"),
+        ({"policy": "mixed_float8"}, ValueError, "mixed_float8.*expected one of"),
+        ({"policy": 16}, TypeError, "policy must be a Policy or a string, got int"),
+    ],
+)
+@pytest.mark.parametrize("policy", [None, "mixed_float16"])
+def test_bad_inputs(change, error, message, policy):
+    good = {"x": torch.ones(2, 4), "weight": torch.ones(3, 4), "bias": torch.ones(3), "policy": policy}
+    with pytest.raises(error, match=message):
+        linear_act(**good | change)
+
+
+def test_double_backward_is_refused():
+    x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(linear_act(x, weight).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        grad.sum().backward()

@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of MPLinear: a drop-in nn.Linear, in the dtypes of its policy, with a fused activation."""
+
+import copy
+import io
+import itertools
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import mpkernels as mpk
+from tests import bounds
+
+POLICIES = ("float64", "float32", "mixed_float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def outcome(function, *args):
+    """dtype of the result, or the class of the error."""
+    try:
+        return function(*args).dtype
+    except Exception as error:
+        return type(error)
+
+
+# ----- a drop-in for nn.Linear ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("policy", [None, *POLICIES])
+def test_is_an_nn_linear_with_its_keys(policy, bias):
+    layer = mpk.MPLinear(3, 4, bias, policy=policy, activation="relu")
+    assert isinstance(layer, nn.Linear)
+    assert list(layer.state_dict()) == ["weight", "bias"][: 1 + bias]
+    assert list(dict(layer.named_parameters())) == ["weight", "bias"][: 1 + bias]
+    assert not list(layer.named_buffers())
+    plain = nn.Linear(3, 4, bias, dtype=layer.weight.dtype)
+    plain.load_state_dict(layer.state_dict())
+    layer.load_state_dict(plain.state_dict())
+
+
+def test_starts_as_nn_linear_does():
+    layers = []
+    for make in (nn.Linear, mpk.MPLinear):
+        torch.manual_seed(0)
+        layers.append(make(7, 5))
+    assert all(torch.equal(a, b) for a, b in zip(*(layer.parameters() for layer in layers), strict=True))
+
+
+@pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16], ids=str)
+def test_without_a_policy_behaves_as_nn_linear(autocast):
+    for dtype, x_dtype in itertools.product(DTYPES, (*DTYPES, torch.int64)):
+        plain = nn.Linear(5, 4, dtype=dtype)
+        layer = mpk.MPLinear.from_linear(plain)
+        x = torch.ones(3, 5).to(x_dtype)
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            assert outcome(layer, x) == outcome(plain, x), (dtype, x_dtype)
+
+
+def test_from_linear_shares_parameters_and_hooks_see_calls():
+    plain = nn.Linear(3, 4).eval()
+    layer = mpk.MPLinear.from_linear(plain, activation="relu", policy="mixed_float16")
+    assert layer.weight is plain.weight
+    assert layer.bias is plain.bias
+    assert not layer.training
+    assert mpk.MPLinear.from_linear(nn.Linear(3, 4, bias=False)).bias is None
+    seen = []
+    layer.register_forward_pre_hook(lambda module, args: seen.append("before"))
+    layer.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    layer.register_full_backward_hook(lambda module, grads_in, grads_out: seen.append(grads_in[0].shape))
+    layer(torch.ones(2, 3, requires_grad=True)).sum().backward()
+    assert seen == ["before", torch.float32, (2, 3)]
+
+
+def test_default_policy():
+    assert mpk.MPLinear(3, 4).policy is None
+    with mpk.default_policy("mixed_bfloat16"):
+        assert mpk.MPLinear(3, 4).policy == mpk.Policy.parse("mixed_bfloat16")
+        assert mpk.MPLinear(3, 4, policy="float16").weight.dtype == torch.float16
+        assert mpk.MPLinear.from_linear(nn.Linear(3, 4)).policy == mpk.get_default_policy()
+    assert mpk.get_default_policy() is None
+    mpk.set_default_policy("float16")
+    try:
+        assert mpk.MPLinear(3, 4).weight.dtype == torch.float16
+    finally:
+        mpk.set_default_policy(None)
+    assert mpk.MPLinear(3, 4).policy is None
+
+
+def test_extra_repr():
+    layer = mpk.MPLinear(3, 4, activation="relu", policy="mixed_float16,grad=float16")
+    assert repr(layer) == (
+        "MPLinear(in_features=3, out_features=4, bias=True, activation=relu, policy=mixed_float16,grad=float16)"
+    )
+
+
+@pytest.mark.parametrize("policy", [None, "mixed_float16"])
+def test_meta_device(policy):
+    layer = mpk.MPLinear(3, 4, device="meta", policy=policy)
+    out = layer(torch.ones(2, 3, device="meta"))
+    assert (out.shape, out.dtype, out.device.type) == ((2, 4), torch.float32, "meta")
+    filled = layer.to_empty(device="cpu")
+    assert filled(torch.ones(2, 3)).shape == (2, 4)
+
+
+# ----- policies ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policy_dtypes_and_values(policy, activation, generator):
+    policy = mpk.Policy.parse(policy)
+    layer = mpk.MPLinear(17, 9, policy=policy, activation=activation)
+    assert layer.weight.dtype == layer.bias.dtype == policy.param_dtype
+    x = torch.randn(5, 17, generator=generator, dtype=torch.float64).to(policy.param_dtype).requires_grad_()
+    out = layer(x)
+    assert out.dtype == policy.param_dtype
+    grad_out = torch.randn(5, 9, generator=generator, dtype=torch.float64).to(out.dtype)
+    out.backward(grad_out)
+    assert x.grad.dtype == layer.weight.grad.dtype == layer.bias.grad.dtype == policy.param_dtype
+    arguments = (x.detach(), layer.weight.detach())
+    bounds.check_forward(out.detach(), *arguments, layer.bias.detach(), activation == "relu", policy.compute_dtype)
+    positive = out.detach() > 0 if activation else None
+    grads = (x.grad, layer.weight.grad, layer.bias.grad)
+    bounds.check_backward(grads, grad_out, *arguments, positive, policy.compute_dtype)
+
+
+def gradient_of_weight(policy, size) -> torch.Tensor:
+    """weight.grad where x is 1 and grad_out is `size` in float32."""
+    layer = mpk.MPLinear(2, 2, policy=policy)
+    layer(torch.ones(1, 2)).backward(torch.full((1, 2), size))
+    return layer.weight.grad
+
+
+def test_mixed_small_gradients_arrive_in_fp32():
+    """1e-8 is below half of fp16's least number; a scaled loss puts it where fp16 holds grad_out, not the product."""
+    layer = mpk.MPLinear(2, 2, policy="mixed_float16")
+    layer(torch.full((1, 2), 1e-4)).backward(torch.full((1, 2), 1e-4))
+    expected = torch.tensor(1e-4).half().double() ** 2
+    assert torch.equal(layer.weight.grad, torch.full((2, 2), expected.item()))
+    assert gradient_of_weight("mixed_float16", 2.0**-24).dtype == torch.float32
+    assert (gradient_of_weight("mixed_float16", 2.0**-24) == 2.0**-24).all()
+
+
+def test_grad_dtype_halves_the_gradient():
+    assert gradient_of_weight("mixed_float16,grad=float16", 1.0).dtype == torch.float16
+    assert gradient_of_weight("mixed_bfloat16,grad=bfloat16", 1.0).dtype == torch.bfloat16
+    assert gradient_of_weight("float16", 1.0).dtype == torch.float16
+    assert gradient_of_weight("float16,grad=float32", 1.0).dtype == torch.float32
+
+
+def test_grad_dtype_wide_gradient_of_a_narrow_weight_is_not_rounded():
+    layer = mpk.MPLinear(1, 1, policy="float16,grad=float32")
+    x = torch.tensor([[1.0], [2.0**-13]]).half()
+    layer(x).backward(torch.ones(2, 1).half())
+    assert layer.weight.grad.item() == 1 + 2.0**-13
+
+
+@pytest.mark.parametrize("renew", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_grad_dtype_survives_copies(renew):
+    layer = mpk.MPLinear(2, 2, policy="mixed_float16,grad=float16")
+    twin = renew(layer)
+    assert twin.policy == layer.policy
+    for module in (layer, twin):
+        module(torch.ones(1, 2)).sum().backward()
+        assert module.weight.grad.dtype == module.bias.grad.dtype == torch.float16
+
+
+def test_grad_dtype_goes_back():
+    layer = mpk.MPLinear(2, 2, policy="mixed_float16,grad=float16")
+    layer(torch.ones(1, 2)).sum().backward()
+    layer.adopt(layer._activation, mpk.Policy.parse("mixed_float16"))
+    assert layer.weight.grad is None, "torch refuses to change the dtype under a gradient"
+    layer(torch.ones(1, 2)).sum().backward()
+    assert layer.weight.grad.dtype == torch.float32
+
+
+def test_bias_is_added_unrounded():
+    layer = mpk.MPLinear(1, 1, policy="mixed_float16")
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.fill_(1 + 2.0**-20)
+    assert layer(torch.ones(1, 1)).item() == 1 + 2.0**-20
+
+
+def test_relu_keeps_nan_and_selects():
+    layer = mpk.MPLinear(2, 2, activation="relu", policy="float32")
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(2))
+        layer.bias.zero_()
+    x = torch.tensor([[float("nan"), -1.0], [0.0, 2.0]], requires_grad=True)
+    out = layer(x)
+    assert out[0, 0].isnan()
+    assert out[1].tolist() == [0, 2]
+    (grad,) = torch.autograd.grad(out, x, torch.tensor([[1.0, float("inf")], [float("inf"), 3.0]]))
+    assert grad[1].tolist() == [0, 3], "the gradient at 0 is 0, whatever arrives there"
+
+
+@pytest.mark.parametrize("in_features, out_features, rows", [(0, 3, 2), (3, 0, 2), (3, 4, 0), (0, 0, 0)])
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "float16"])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_empty(in_features, out_features, rows, policy):
+    layer = mpk.MPLinear(in_features, out_features, policy=policy, activation="relu")
+    x = torch.ones(rows, in_features, dtype=layer.weight.dtype, requires_grad=True)
+    out = layer(x)
+    assert torch.equal(out, layer.bias.relu().expand(rows, out_features))
+    out.sum().backward()
+    assert not x.grad.any()
+    assert not layer.weight.grad.any()
+    assert torch.equal(layer.bias.grad, (layer.bias > 0) * float(rows))
+
+
+# ----- copies and files ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("renew", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_of_the_layer(renew):
+    layer = mpk.MPLinear(3, 4, activation="relu", policy="mixed_float16")
+    twin = renew(layer)
+    assert (twin.activation, twin.policy) == ("relu", layer.policy)
+    assert twin.weight is not layer.weight
+    x = torch.randn(2, 3)
+    assert torch.equal(twin(x), layer(x))
+
+
+def test_saved_state_loads_with_weights_only():
+    layer, file = mpk.MPLinear(3, 4, policy="mixed_float16"), io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    plain = nn.Linear(3, 4)
+    plain.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(plain.weight, layer.weight)
+
+
+def test_compiles():
+    layer = mpk.MPLinear(8, 4, activation="relu", policy="mixed_float16")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 8)
+    assert torch.equal(compiled(x), layer(x))
+    compiled(x).sum().backward()
+    grad, layer.weight.grad = layer.weight.grad, None
+    layer(x).sum().backward()
+    assert torch.equal(grad, layer.weight.grad)
+
+
+def test_torch_func():
+    layer = mpk.MPLinear(3, 2, policy="mixed_float16")
+    parameters = {name: value.detach() for name, value in layer.named_parameters()}
+    x = torch.randn(5, 3)
+    grads = torch.func.grad(lambda p: torch.func.functional_call(layer, p, (x,)).sum())(parameters)
+    layer(x).sum().backward()
+    assert torch.equal(grads["weight"], layer.weight.grad)
+    stacked = torch.func.vmap(layer)(x)
+    assert torch.equal(stacked, layer(x))
+
+
+# ----- cached_weights ----------------------------------------------------------------------
+
+
+def casts(monkeypatch) -> list:
+    """A list that grows by one whenever a weight is cast for the cache."""
+    from mpkernels.nn import linear
+
+    made, cast = [], linear.cast
+    monkeypatch.setattr(linear, "cast", lambda *args: made.append(1) or cast(*args))
+    return made
+
+
+def test_cached_weights(monkeypatch):
+    made = casts(monkeypatch)
+    layer = mpk.MPLinear(3, 4, policy="mixed_float16").eval()
+    x = torch.randn(2, 3)
+    expected = layer(x)
+    with mpk.cached_weights(layer) as model:
+        assert model is layer
+        for _ in range(3):
+            assert torch.equal(layer(x), expected)
+        assert len(made) == 1
+        with torch.no_grad():
+            layer.weight.mul_(2)
+        assert torch.equal(layer(x), mpk.MPLinear.from_linear(layer, policy="mixed_float16").eval()(x))
+        layer(x)
+        assert len(made) == 2
+        layer.load_state_dict({name: torch.ones_like(value) for name, value in layer.state_dict().items()})
+        assert torch.equal(layer(torch.ones(1, 3)), torch.full((1, 4), 4.0))
+    assert layer._weight_copy() is None
+
+
+def test_cached_weights_end_with_an_exception():
+    layer = mpk.MPLinear(3, 4, policy="mixed_float16").eval()
+    with pytest.raises(RuntimeError, match="x has last dimension 5"), mpk.cached_weights(layer):
+        layer(torch.ones(2, 5))
+    assert layer._weight_copy() is None
+
+
+def test_cached_weights_leave_other_layers_alone():
+    model = nn.Sequential(mpk.MPLinear(3, 3), mpk.MPLinear(3, 3, policy="float32"), nn.Linear(3, 3))
+    with mpk.cached_weights(model):
+        assert model[0]._weight_copy() is None
+        assert model[1]._weight_copy() is None
+
+
+# ----- bad input ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, options, error, message",
+    [
+        ((-1, 4), {}, ValueError, "in_features must not be negative, got -1"),
+        ((3, -4), {}, ValueError, "out_features must not be negative, got -4"),
+        ((True, 4), {}, TypeError, "in_features must be an int, got True"),
+        ((3, 4.0), {}, TypeError, "out_features must be an int, got 4.0"),
+        ((3, "4"), {}, TypeError, "out_features must be an int, got '4'"),
+        ((3, 4), {"activation": "gelu"}, ValueError, "activation must be None or \"relu\", got 'gelu'"),
+        ((3, 4), {"policy": "float8"}, ValueError, "unknown policy 'float8'"),
+        ((3, 4), {"policy": 16}, TypeError, "policy must be a Policy or a string, got int"),
+    ],
+)
+def test_bad_construction(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        mpk.MPLinear(*arguments, **options)
+
+
+@pytest.mark.parametrize("policy", [None, "mixed_float16"])
+def test_bad_calls(policy):
+    layer = mpk.MPLinear(4, 3, policy=policy)
+    with pytest.raises(RuntimeError, match="x has last dimension 5, weight expects 4"):
+        layer(torch.ones(2, 5))
+    with pytest.raises(TypeError, match="x must be a Tensor, got list"):
+        layer([1.0])
+    with pytest.raises(RuntimeError, match="int64"):
+        layer(torch.ones(2, 4, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match=r"cpu.*meta|meta.*cpu"):
+        layer(torch.ones(2, 4, device="meta"))
