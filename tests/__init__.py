@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Tests of mpkernels: one file per op, every tolerance in bounds.py."""
