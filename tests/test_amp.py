@@ -1,0 +1,747 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of GradScaler: torch's sequences and errors, what a skipped step leaves alone, clipping, reports, checkpoints."""
+
+import copy
+import io
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import mpkernels as mpk
+from tests import bounds
+from tests.steps import BAD_VALUES, raw
+
+OURS = {"AdamW": mpk.optim.AdamW, "Adam": mpk.optim.Adam, "SGD": lambda p, **o: mpk.optim.SGD(p, momentum=0.9, **o)}
+
+
+def parameters(*dtypes, n=5) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(n, generator=generator).to(dtype)) for dtype in dtypes]
+
+
+def give_grads(params, scaler, size=1.0, poison=None):
+    """What backward of a scaled loss leaves: gradients times the scale."""
+    scaler.scale(torch.zeros(()))
+    for parameter in params:
+        parameter.grad = torch.full_like(parameter, size * scaler.get_scale())
+    if poison is not None:
+        params[-1].grad[-1] = poison
+
+
+def iteration(params, optimizer, scaler, poison=None, size=1.0):
+    give_grads(params, scaler, size, poison)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def everything(optimizer) -> list[bytes]:
+    """Bytes of parameters, masters, moments, step counts and compute copies."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    states = [t for p in params for _, t in sorted(optimizer.state[p].items())]
+    copies = [c.tensor for rows in optimizer._rows.values() for _, c in rows.compute_copies]
+    return raw([*params, *states, *copies])
+
+
+# ----- the scale ----------------------------------------------------------------------
+
+PATTERNS = ("." * 30, "x" * 30, "..x" * 10, "x....." * 5, "xx..x." * 5)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    "options", [{}, {"growth_interval": 3}, {"init_scale": 8.0, "growth_factor": 1.5, "backoff_factor": 0.375}]
+)
+def test_scaler_sequence_is_that_of_torch(pattern, options):
+    ours, theirs = mpk.GradScaler(**options), torch.amp.GradScaler("cpu", **options)
+    for scaler, make in ((ours, mpk.optim.SGD), (theirs, torch.optim.SGD)):
+        scaler.scales, scaler.params = [], parameters(torch.float32)
+        scaler.optimizer = make(scaler.params, lr=0.1)
+    for event in pattern:
+        for scaler in (ours, theirs):
+            iteration(scaler.params, scaler.optimizer, scaler, math.inf if event == "x" else None)
+            scaler.scales.append((scaler.get_scale(), scaler._get_growth_tracker()))
+    assert ours.scales == theirs.scales
+
+
+def test_scaler_default_sequence_grows_after_2000_steps():
+    scaler, params = mpk.GradScaler(), parameters(torch.float32)
+    optimizer = mpk.optim.SGD(params, lr=0.0)
+    give_grads(params, scaler)
+    for i in range(2000):
+        assert scaler.get_scale() == 2.0**16, i
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 2.0**17
+
+
+def test_scaler_bounds_hold_in_a_storm_and_after_it():
+    scaler, params = mpk.GradScaler(growth_interval=1, min_scale=2.0**-3, max_scale=2.0**20), parameters(torch.float32)
+    optimizer = mpk.optim.SGD(params, lr=0.1)
+    for _ in range(40):
+        iteration(params, optimizer, scaler, math.nan)
+    assert scaler.get_scale() == 2.0**-3
+    assert (scaler.skipped_steps.item(), scaler.skipped_in_a_row.item(), scaler.last_step_skipped.item()) == (40, 40, True)
+    before = params[0].detach().clone()
+    for _ in range(40):
+        iteration(params, optimizer, scaler)
+    assert scaler.get_scale() == 2.0**20
+    assert (scaler.skipped_steps.item(), scaler.skipped_in_a_row.item(), scaler.last_step_skipped.item()) == (40, 0, False)
+    assert not torch.equal(before, params[0])
+
+
+def test_scaler_default_bounds():
+    scaler, params = mpk.GradScaler(init_scale=2.0**-124), parameters(torch.float32)
+    optimizer = mpk.optim.SGD(params, lr=0.1)
+    for _ in range(5):
+        iteration(params, optimizer, scaler, math.inf)
+    assert scaler.get_scale() == 2.0**-126
+    scaler.update(2.0**127)
+    scaler.set_growth_interval(1)
+    for _ in range(3):
+        give_grads(params, scaler, size=2.0**-127)
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 2.0**127
+
+
+def test_scaler_hysteresis():
+    scaler, params = mpk.GradScaler(hysteresis=3, growth_interval=2, init_scale=64.0), parameters(torch.float32)
+    optimizer = mpk.optim.SGD(params, lr=0.1)
+    scales = []
+    for event in "xx.xx..xxx":
+        iteration(params, optimizer, scaler, math.inf if event == "x" else None)
+        scales.append(scaler.get_scale())
+    # Two overflows pass, the third and fourth back off; two good steps grow and refill; again the third backs off.
+    assert scales == [64, 64, 64, 32, 16, 16, 32, 32, 32, 16]
+
+
+def test_scaler_growth_step_is_unscaled_with_the_scale_of_its_gradients():
+    scaler, params = mpk.GradScaler(growth_interval=1, init_scale=4.0), parameters(torch.float32)
+    optimizer = mpk.optim.SGD(params, lr=1.0)
+    start = params[0].detach().clone()
+    for t in range(1, 5):
+        iteration(params, optimizer, scaler)
+        assert scaler.get_scale() == 4.0 * 2**t
+    expected = start
+    for _ in range(4):
+        expected = expected - 1.0
+    assert torch.equal(params[0], expected)
+
+
+def test_scaler_update_with_a_new_scale():
+    scaler = mpk.GradScaler()
+    scaler.scale(torch.zeros(()))
+    scaler.update(8.0)
+    assert scaler.get_scale() == 8
+    scaler.update(torch.tensor(32.0))
+    assert scaler.get_scale() == 32
+    scaler.update(64)
+    assert scaler.get_scale() == 64
+    for bad in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="new_scale must be between"):
+            scaler.update(bad)
+    with pytest.raises(AssertionError, match="1-element"):
+        scaler.update(torch.ones(2))
+    assert scaler.get_scale() == 64
+
+
+# ----- scale() ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda t: t, lambda t: [t], lambda t: (torch.zeros(()), t), lambda t: [[torch.zeros(())], (t,)]]
+)
+def test_scale_refuses_float16(wrap):
+    scaler = mpk.GradScaler(init_scale=2.0**20)
+    message = "^loss is float16 and a scale of 1048576 does not fit: compute the loss in float32$"
+    with pytest.raises(ValueError, match=message):
+        scaler.scale(wrap(torch.ones((), dtype=torch.float16)))
+    assert scaler._scale is None, "nothing may have happened"
+    disabled = mpk.GradScaler(enabled=False)
+    assert disabled.scale(wrap(torch.ones((), dtype=torch.float16))) is not None
+
+
+def test_scale_refuses_float16_from_a_generator():
+    losses = mpk.GradScaler().scale(torch.ones((), dtype=dtype) for dtype in (torch.float32, torch.float16))
+    assert next(losses) == 2.0**16
+    with pytest.raises(ValueError, match="loss is float16"):
+        next(losses)
+
+
+def test_scale_values_and_containers():
+    scaler = mpk.GradScaler(init_scale=4.0)
+    assert scaler.scale(torch.ones((), dtype=torch.bfloat16)).item() == 4
+    result = scaler.scale([torch.ones(2), (torch.ones(()), torch.ones((), dtype=torch.float64))])
+    assert [type(result), type(result[1])] == [list, tuple]
+    assert [result[0].tolist(), result[1][0].item(), result[1][1].item()] == [[4, 4], 4, 4]
+    with pytest.raises(ValueError, match="outputs must be a Tensor or an iterable"):
+        scaler.scale(1.0)
+
+
+def test_scale_is_placed_where_the_first_loss_is():
+    scaler = mpk.GradScaler()
+    scaler.scale(torch.ones((), device="meta"))
+    assert scaler._scale.device.type == scaler._growth_tracker.device.type == "meta"
+    scaler = mpk.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    assert scaler._scale.device.type == scaler.skipped_steps.device.type == "cpu"
+
+
+# ----- construction ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        *(({"init_scale": v}, f"init_scale .*got {v}") for v in (0.0, -1.0, math.nan, math.inf)),
+        *(({"min_scale": v}, f"min_scale .*got {v}") for v in (0.0, -1.0, math.nan, math.inf, 1e-300)),
+        *(({"max_scale": v}, f"max_scale .*got {v}") for v in (0.0, -1.0, math.nan, math.inf)),
+        *(({"growth_factor": v}, f"growth_factor .*got {v}") for v in (1.0, 0.5, math.nan, math.inf)),
+        *(({"backoff_factor": v}, f"backoff_factor .*got {v}") for v in (0.0, 1.0, -0.5, math.nan)),
+        *(({"growth_interval": v}, f"growth_interval .*got {v}") for v in (0, -1, 2.5, True)),
+        *(({"hysteresis": v}, f"hysteresis .*got {v}") for v in (0, -1, 1.5, True)),
+        ({"init_scale": 1.0, "min_scale": 2.0}, "init_scale must be between min_scale 2.0"),
+        ({"init_scale": 8.0, "max_scale": 4.0}, "max_scale 4.0, got 8.0"),
+    ],
+)
+def test_scaler_construction_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        mpk.GradScaler(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_scaler_on_an_absent_device():
+    with pytest.raises(RuntimeError, match="GradScaler: device cuda is not there"):
+        mpk.GradScaler("cuda")
+    assert not mpk.GradScaler("cuda", enabled=False).is_enabled()
+
+
+# ----- the step ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("poison", BAD_VALUES)
+def test_inf_leaves_state_bitwise(name, poison):
+    """16-bit parameters with masters, fp32, fp64 and a layer with a compute copy; the bad value is in the last tensor."""
+    layer = mpk.MPLinear(3, 3, policy="mixed_float16")
+    layer(torch.ones(1, 3))
+    params = [*layer.parameters(), *parameters(torch.float16, torch.bfloat16, torch.float64, torch.float32)]
+    optimizer, scaler = OURS[name](params, lr=0.1), mpk.GradScaler(init_scale=8.0)
+    iteration(params, optimizer, scaler)
+    before = everything(optimizer)
+    for _ in range(3):
+        iteration(params, optimizer, scaler, poison)
+        assert everything(optimizer) == before
+    assert scaler.get_scale() == 1
+    iteration(params, optimizer, scaler)
+    assert everything(optimizer) != before
+    assert {state["step"].item() for state in optimizer.state.values()} == {2}, "steps count what was taken"
+
+
+@pytest.mark.parametrize("scale", [0.0, -8.0, math.nan, math.inf])
+@pytest.mark.parametrize("unscale", [False, True])
+def test_bad_scale_is_an_overflow(scale, unscale):
+    params, scaler = parameters(torch.float16, torch.float32), mpk.GradScaler()
+    optimizer = mpk.optim.AdamW(params, lr=0.1)
+    give_grads(params, scaler, size=2.0**-16)
+    before = raw(params)
+    scaler._scale.fill_(scale)
+    if unscale:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert raw(params) == before
+    assert all(state["step"] == 0 for state in optimizer.state.values())
+
+
+def test_overflow_that_unscaling_makes():
+    """Finite in fp32, not once it is divided by a scale below 1."""
+    params, scaler = parameters(torch.float32), mpk.GradScaler(init_scale=2.0**-20)
+    optimizer = mpk.optim.SGD(params, lr=0.1)
+    scaler.scale(torch.zeros(()))
+    params[0].grad = torch.full_like(params[0], 1e38)
+    before = raw(params)
+    scaler.step(optimizer)
+    assert raw(params) == before
+    assert scaler.overflow_report(optimizer).endswith("every gradient is finite, but not once it is unscaled")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_scaled_steps_are_unscaled_steps_bitwise(name):
+    """A scale that is a power of two changes nothing; two skipped steps between change nothing."""
+    results = []
+    for scale in (None, 2.0**16, 2.0**-3):
+        params = parameters(torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        optimizer = OURS[name](params, lr=0.1)
+        scaler = mpk.GradScaler(enabled=scale is not None, init_scale=scale or 1.0, backoff_factor=0.5)
+        for t, poison in enumerate((None, math.inf, None, math.nan, None)):
+            if poison is not None and scale is None:
+                continue
+            for p in params:
+                p.grad_dtype, p.grad = None, None
+                p.grad = torch.full(p.shape, (t + 1) * 0.125 * scaler.get_scale())
+            if poison is not None:
+                params[0].grad[0] = poison
+            scaler.scale(torch.zeros(()))
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(everything(optimizer))
+    assert results[0] == results[1] == results[2]
+
+
+def test_gradients_stay_scaled_unless_write_grads():
+    for write_grads, poison, expected in ((False, None, 8.0), (True, None, 1.0), (True, math.inf, 8.0)):
+        params, scaler = parameters(torch.float32, torch.float16), mpk.GradScaler(init_scale=8.0)
+        optimizer = mpk.optim.AdamW(params, write_grads=write_grads)
+        iteration(params, optimizer, scaler, poison)
+        assert params[0].grad.tolist() == [expected] * 5
+        assert params[1].grad[:4].tolist() == [expected] * 4
+        assert params[1].grad.dtype == torch.float16
+
+
+def test_write_grads_leaves_what_torch_fused_leaves():
+    left = []
+    for make in (lambda p: mpk.optim.AdamW(p, write_grads=True), lambda p: torch.optim.AdamW(p, fused=True)):
+        params, scaler = parameters(torch.float32), mpk.GradScaler()
+        iteration(params, make(params), scaler, size=0.3)
+        left.append(params[0].grad)
+    assert torch.equal(*left)
+
+
+def test_two_optimizers_one_scaler():
+    first, second, scaler = parameters(torch.float32), parameters(torch.float16), mpk.GradScaler(init_scale=64.0)
+    good, bad = mpk.optim.AdamW(first, lr=0.1), mpk.optim.SGD(second, lr=0.1)
+    before = raw(first), raw(second)
+    give_grads(first, scaler)
+    give_grads(second, scaler, poison=math.inf)
+    for optimizer in (good, bad):
+        scaler.step(optimizer)
+    scaler.update()
+    assert raw(first) != before[0]
+    assert raw(second) == before[1]
+    assert scaler.get_scale() == 32, "one backoff"
+    assert scaler.skipped_steps == 1
+    assert scaler.overflow_report(good) == ""
+    assert scaler.overflow_report(bad).startswith("step 1 skipped at scale 64: ")
+
+
+def test_accumulation_with_inf_in_the_first_micro_batch():
+    layer = mpk.MPLinear(3, 2, policy="mixed_float16")
+    optimizer, scaler = mpk.optim.AdamW(layer.parameters(), lr=0.1), mpk.GradScaler()
+    before = raw(layer.parameters())
+    for x in (torch.full((2, 3), 1e30), torch.ones(2, 3), torch.ones(2, 3)):
+        scaler.scale(layer(x).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert raw(layer.parameters()) == before
+    assert scaler.get_scale() == 2.0**15
+    optimizer.zero_grad()
+    for _ in range(2):
+        scaler.scale(layer(torch.ones(2, 3)).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert raw(layer.parameters()) != before
+
+
+def test_no_gradients_at_all():
+    params, scaler = parameters(torch.float32), mpk.GradScaler(growth_interval=1)
+    optimizer = mpk.optim.AdamW(params)
+    scaler.scale(torch.zeros(()))
+    before = raw(params)
+    for prepare in (lambda _: None, scaler.unscale_, lambda o: scaler.clip_grad_norm_(o, 1.0)):
+        prepare(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert raw(params) == before
+    assert scaler.get_scale() == 2.0**16
+    assert scaler.overflow_report(optimizer) == ""
+
+
+def test_disabled_scaler():
+    params, twins = parameters(torch.float32), parameters(torch.float32)
+    scaler, optimizer, plain = mpk.GradScaler(enabled=False), mpk.optim.SGD(params, lr=0.1), mpk.optim.SGD(twins, lr=0.1)
+    loss = torch.ones((), dtype=torch.float16)
+    assert scaler.scale(loss) is loss
+    for group in (params, twins):
+        group[0].grad = torch.ones(5)
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    plain.step()
+    assert raw(params) == raw(twins)
+    assert (scaler.get_scale(), scaler.state_dict()) == (1.0, {})
+    scaler.load_state_dict({})
+    norm = scaler.clip_grad_norm_(optimizer, 0.5)
+    assert norm.item() == math.sqrt(5)
+    assert optimizer.step() is None
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.AdamW(p, lr=0.1),
+        lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+        lambda p: torch.optim.SGD(p, lr=0.1, fused=True),
+    ],
+    ids=["sgd", "adamw", "fused_adamw", "fused_sgd"],
+)
+def test_other_optimizers_are_stepped_as_by_torch(make):
+    results = []
+    for scaler in (mpk.GradScaler(growth_interval=2), torch.amp.GradScaler("cpu", growth_interval=2)):
+        params = parameters(torch.float32, torch.float64)
+        optimizer = make(params)
+        for poison in (None, math.inf, None, None, math.nan, None):
+            iteration(params, optimizer, scaler, poison, size=0.3)
+        clipped = getattr(scaler, "clip_grad_norm_", None)
+        give_grads(params, scaler)
+        if clipped:
+            norm = clipped(optimizer, 0.5)
+        else:
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(params, 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        results.append((raw(params), raw([p.grad for p in params]), scaler.get_scale(), norm))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_optimizers_under_torchs_scaler(name):
+    results = []
+    for scaler in (mpk.GradScaler(growth_interval=2), torch.amp.GradScaler("cpu", growth_interval=2)):
+        params = parameters(torch.float16, torch.float32, torch.float64)
+        optimizer = OURS[name](params, lr=0.1, max_norm=0.7)
+        for poison in (None, math.inf, None, None, math.nan, None):
+            iteration(params, optimizer, scaler, poison, size=0.25)
+        results.append((everything(optimizer), scaler.get_scale()))
+    assert results[0] == results[1]
+
+
+def test_no_value_is_read_on_the_host(monkeypatch):
+    """The op is replaced by one that reads nothing; what is left is ours: no value of a tensor may be asked for."""
+    params, scaler = parameters(torch.float16, torch.float32), mpk.GradScaler(init_scale=8.0)
+    optimizer = mpk.optim.AdamW(params, lr=0.1)
+    iteration(params, optimizer, scaler)
+    give_grads(params, scaler, poison=math.inf)
+
+    def refuse(*args):
+        raise AssertionError("a step waits for the device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mpk.optim.AdamW, "_update", lambda *args: None)
+        for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy"):
+            patch.setattr(torch.Tensor, name, refuse)
+        scaler.step(optimizer)
+        scaler.update()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        scaler.clip_grad_norm_(optimizer, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.skipped_steps is not None
+    assert scaler.skipped_steps == 3
+
+
+# ----- unscale_ and clipping ----------------------------------------------------------------------
+
+
+def fp64_clipped(params, scale, max_norm) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """What torch's clip_grad_norm_ makes of the gradients in fp64, and the norm."""
+    twins = [nn.Parameter(p.detach().double()) for p in params]
+    for twin, parameter in zip(twins, params, strict=True):
+        twin.grad = parameter.grad.double() / scale
+    norm = torch.nn.utils.clip_grad_norm_(twins, max_norm)
+    return [twin.grad for twin in twins], norm
+
+
+@pytest.mark.parametrize("max_norm", [0.01, 1e6])
+@pytest.mark.parametrize("way", ["max_norm", "scaler", "unscale", "torch"])
+def test_clip_matches_torch_in_fp64(way, max_norm, generator):
+    """SGD with lr 1 shows the clipped gradient; by four ways to ask for it, the same."""
+    params = [nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (7, 100)]
+    scaler = mpk.GradScaler(init_scale=1024.0)
+    optimizer = mpk.optim.SGD(params, lr=1.0, max_norm=max_norm if way in ("max_norm", "unscale") else None)
+    scaler.scale(torch.zeros(()))
+    for parameter in params:
+        parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 1024
+    expected, norm = fp64_clipped(params, 1024.0, max_norm)
+    got = None
+    if way == "scaler":
+        got = scaler.clip_grad_norm_(optimizer, max_norm)
+    if way in ("unscale", "torch"):
+        scaler.unscale_(optimizer)
+    if way == "torch":
+        got = torch.nn.utils.clip_grad_norm_(params, max_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    bounds.check_norm((optimizer.grad_norm if got is None else got).item(), norm.item(), 107)
+    for parameter, grad in zip(params, expected, strict=True):
+        bounds.check_trajectory(-parameter.detach().numpy()[None], grad.numpy()[None], None)
+
+
+def test_unscale_makes_16_bit_gradients_fp32():
+    params, scaler = parameters(torch.float16, torch.bfloat16, torch.float32, torch.float64), mpk.GradScaler()
+    optimizer = mpk.optim.AdamW(params, lr=0.1)
+    give_grads(params, scaler, size=0.0)
+    params[0].grad = torch.full_like(params[0], 2.0**-20)  # 2^-36 once unscaled: fp16 has nothing there
+    scaler.unscale_(optimizer)
+    assert [p.grad.dtype for p in params] == [torch.float32] * 3 + [torch.float64]
+    assert params[0].grad.tolist() == [2.0**-36] * 5
+    assert params[0].grad_dtype is None
+    before = raw([p.grad for p in params])
+    scaler.step(optimizer)
+    scaler.update()
+    assert raw([p.grad for p in params]) == before, "not unscaled twice"
+    optimizer.zero_grad()
+    (params[0] * 2).sum().backward()
+    assert params[0].grad.dtype == torch.float16
+
+
+def test_unscale_then_inf_is_not_checked_again():
+    """As torch: the verdict is that of unscale_; what the user makes of the gradients afterwards is theirs."""
+    params, scaler = parameters(torch.float32), mpk.GradScaler()
+    optimizer = mpk.optim.SGD(params, lr=0.1)
+    give_grads(params, scaler)
+    scaler.unscale_(optimizer)
+    params[0].grad.fill_(math.inf)
+    scaler.step(optimizer)
+    assert params[0].isinf().all()
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_unscale_then_skip_is_reported(max_norm):
+    model = nn.Linear(2, 2)
+    optimizer, scaler = mpk.optim.AdamW(model.named_parameters(), max_norm=max_norm), mpk.GradScaler()
+    give_grads(list(model.parameters()), scaler, poison=math.inf)
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.overflow_report(optimizer) == "step 1 skipped at scale 65536: bias has 1 non-finite of 2, amax inf"
+
+
+def test_clip_grad_norm_reads_a_preset_grad_scale():
+    params, scaler = [nn.Parameter(torch.zeros(4))], mpk.GradScaler(init_scale=8.0)
+    optimizer = mpk.optim.SGD(params, lr=1.0)
+    for clip in (False, True):
+        give_grads(params, scaler, size=2.0)
+        optimizer.grad_scale = torch.tensor(2.0)
+        with torch.no_grad():
+            params[0].zero_()
+        norm = scaler.clip_grad_norm_(optimizer, 100.0) if clip else None
+        scaler.step(optimizer)
+        scaler.update()
+        assert params[0].tolist() == [-1.0] * 4, "gradients are divided by scale times grad_scale"
+        assert norm is None or norm.item() == 2.0
+        assert not hasattr(optimizer, "grad_scale")
+
+
+def test_preset_grad_scale_after_unscale():
+    params, scaler = [nn.Parameter(torch.zeros(4))], mpk.GradScaler(init_scale=8.0)
+    optimizer = mpk.optim.SGD(params, lr=1.0)
+    give_grads(params, scaler, size=2.0)
+    scaler.unscale_(optimizer)
+    optimizer.grad_scale = torch.tensor(4.0)
+    scaler.step(optimizer)
+    assert params[0].tolist() == [-0.5] * 4
+
+
+def test_clip_grad_norm_errors():
+    params, scaler = parameters(torch.float32), mpk.GradScaler()
+    with pytest.raises(ValueError, match=r"it was made with max_norm=1\.0"):
+        scaler.clip_grad_norm_(mpk.optim.AdamW(params, max_norm=1.0), 1.0)
+    optimizer = mpk.optim.AdamW(params)
+    with pytest.raises(AssertionError, match="Attempted clip_grad_norm_ but _scale is None"):
+        scaler.clip_grad_norm_(optimizer, 1.0)
+    give_grads(params, scaler)
+    for bad in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match=f"Invalid max_norm: {bad}"):
+            scaler.clip_grad_norm_(optimizer, bad)
+    scaler.step(optimizer)
+    with pytest.raises(RuntimeError, match="being called after step"):
+        scaler.clip_grad_norm_(optimizer, 1.0)
+
+
+# ----- torch's state machine ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [mpk.optim.AdamW, torch.optim.AdamW])
+def test_state_machine_errors_are_torchs(make):
+    params, scaler = parameters(torch.float32), mpk.GradScaler()
+    optimizer = make(params)
+    for call in (scaler.unscale_, scaler.step):
+        with pytest.raises(AssertionError, match="_scale is None"):
+            call(optimizer)
+    with pytest.raises(AssertionError, match="_scale is None"):
+        scaler.update()
+    give_grads(params, scaler)
+    with pytest.raises(AssertionError, match="No inf checks were recorded prior to update"):
+        scaler.update()
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match=r"unscale_\(\) has already been called"):
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    with pytest.raises(RuntimeError, match=r"unscale_\(\) is being called after step"):
+        scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match=r"step\(\) has already been called since the last update"):
+        scaler.step(optimizer)
+    scaler.update()
+    with pytest.raises(RuntimeError, match="Closure use is not currently supported"):
+        scaler.step(optimizer, closure=lambda: None)
+    scaler.step(optimizer)
+
+
+def test_fp16_gradients_of_other_optimizers_stay_an_error():
+    params, scaler = parameters(torch.float16), mpk.GradScaler()
+    give_grads(params, scaler, size=2.0**-16)
+    with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
+        scaler.unscale_(torch.optim.SGD(params, lr=0.1))
+
+
+def test_step_that_raises_can_be_taken_again():
+    params, scaler = parameters(torch.float32, torch.float32), mpk.GradScaler()
+    optimizer = mpk.optim.AdamW(params)
+    give_grads(params, scaler)
+    good, params[1].grad = params[1].grad, torch.ones(5).to_sparse()
+    before = raw(params)
+    with pytest.raises(RuntimeError, match="sparse"):
+        scaler.step(optimizer)
+    assert raw(params) == before
+    assert not hasattr(optimizer, "grad_scale")
+    params[1].grad = good
+    scaler.step(optimizer)
+    scaler.update()
+    assert raw(params) != before
+
+
+def test_lr_scheduler_does_not_warn():
+    params, scaler = parameters(torch.float32), mpk.GradScaler()
+    optimizer = mpk.optim.AdamW(params, lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            iteration(params, optimizer, scaler)
+            scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+# ----- the report ----------------------------------------------------------------------
+
+
+def test_overflow_report_with_names():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer, scaler = mpk.optim.AdamW(model.named_parameters()), mpk.GradScaler()
+    iteration(list(model.parameters()), optimizer, scaler)
+    assert scaler.overflow_report(optimizer) == ""
+    give_grads(list(model.parameters()), scaler, size=2.0)
+    model[0].weight.grad[0] = torch.tensor([math.inf, -math.inf, math.nan])
+    model[1].bias.grad[1] = math.nan
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.overflow_report(optimizer) == (
+        "step 2 skipped at scale 65536: 0.weight has 3 non-finite of 12, amax inf\n"
+        "step 2 skipped at scale 65536: 1.bias has 1 non-finite of 2, amax 131072"
+    )
+    iteration(list(model.parameters()), optimizer, scaler)
+    assert scaler.overflow_report(optimizer) == ""
+
+
+def test_overflow_report_without_names():
+    params, scaler = parameters(torch.float32, torch.float16), mpk.GradScaler(init_scale=2.0**21)
+    optimizer = mpk.optim.SGD([{"params": params[:1]}, {"params": params[1:], "lr": 0.1}])
+    scaler.scale(torch.zeros(()))
+    params[1].grad = torch.full((5,), -math.inf, dtype=torch.float16)
+    scaler.step(optimizer)
+    assert scaler.overflow_report(optimizer) == (
+        "step 1 skipped at scale 2097152: parameter 1 (5,) has 5 non-finite of 5, amax inf"
+    )
+    with pytest.raises(TypeError, match="overflow_report needs an optimizer of mpkernels"):
+        scaler.overflow_report(torch.optim.SGD(params))
+
+
+def test_overflow_report_without_a_scaler():
+    params = parameters(torch.bfloat16)
+    optimizer = mpk.optim.AdamW(params, skip_nonfinite=True)
+    params[0].grad = torch.full_like(params[0], math.nan)
+    before = raw(params)
+    optimizer.step()
+    assert raw(params) == before
+    report = mpk.GradScaler(enabled=False).overflow_report(optimizer)
+    assert report == "step 1 skipped at scale none: parameter 0 (5,) has 5 non-finite of 5, amax 0"
+
+
+# ----- checkpoints ----------------------------------------------------------------------
+
+
+def worn_scaler() -> mpk.GradScaler:
+    """A scaler with something in every entry of its state."""
+    scaler, params = mpk.GradScaler(hysteresis=3, growth_interval=50, init_scale=2.0**10), parameters(torch.float32)
+    optimizer = mpk.optim.SGD(params, lr=0.0)
+    for event in "xxxx..x..":
+        iteration(params, optimizer, scaler, math.inf if event == "x" else None)
+    return scaler
+
+
+WORN = {
+    "scale": 2.0**7, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 50, "_growth_tracker": 2,
+    "hysteresis_tracker": 0, "skipped": [5, 0],
+}  # fmt: skip
+
+
+def test_state_dict_ours_to_ours():
+    scaler = worn_scaler()
+    assert scaler.state_dict() == WORN
+    file = io.BytesIO()
+    torch.save(scaler.state_dict(), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    for fresh in (mpk.GradScaler(hysteresis=3), worn_scaler()):
+        fresh.load_state_dict(loaded)
+        assert fresh.state_dict() == WORN
+        fresh.scale(torch.zeros(()))
+        assert fresh.state_dict() == WORN
+
+
+@pytest.mark.parametrize("renew", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))], ids=["deepcopy", "pickle"])
+def test_copies_of_the_scaler(renew):
+    twin = renew(worn_scaler())
+    assert twin.state_dict() == WORN
+    assert twin.scale(torch.ones(())) == WORN["scale"]
+    assert twin.state_dict() == WORN
+
+
+def test_state_dict_both_ways_with_torchs():
+    theirs = torch.amp.GradScaler("cpu")
+    theirs.load_state_dict(worn_scaler().state_dict())
+    assert theirs.state_dict() == {key: value for key, value in WORN.items() if key not in ("hysteresis_tracker", "skipped")}
+    ours = worn_scaler()
+    ours.load_state_dict(torch.amp.GradScaler("cpu", init_scale=4.0).state_dict())
+    assert ours.state_dict() == torch.amp.GradScaler("cpu", init_scale=4.0).state_dict() | {
+        "hysteresis_tracker": 3, "skipped": [0, 0],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"scale": 0.0}, "scale must be between"),
+        ({"scale": math.nan}, "scale must be between"),
+        ({"growth_factor": 1.0}, "growth_factor must be greater than 1"),
+        ({"backoff_factor": 2.0}, "backoff_factor must be between 0 and 1"),
+        ({"growth_interval": 0}, "growth_interval must be an int"),
+        ({"growth_factor": None}, "state_dict lacks growth_factor"),
+    ],
+)
+def test_bad_state_dict_loads_nothing(change, message):
+    scaler = worn_scaler()
+    bad = {key: value for key, value in (WORN | {"scale": 2.0} | change).items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        scaler.load_state_dict(bad)
+    assert scaler.state_dict() == WORN
+    with pytest.raises(RuntimeError, match="The source state dict is empty"):
+        scaler.load_state_dict({})
