@@ -16,8 +16,9 @@ Shapes and dtypes
     | found_inf          | ()    | fp32: 0 or anything else, NaN included |
 
 Numerics
-    fp32, as torch.amp.GradScaler; with hysteresis=1 the same sequence of scales. NOTE: torch leaves a scale as it is where
-    growth would make it inf, and lets it fall to 0; here max_scale and min_scale bound it.
+    Multiplied in fp64 and rounded once to fp32, as torch.amp.GradScaler: with hysteresis=1 the same sequence of scales.
+    NOTE: torch leaves a scale as it is where growth would make it inf, and lets it fall to 0; here max_scale and min_scale
+    bound it.
 Raises
     RuntimeError for shapes, dtypes and devices other than these.
 Source: torch.amp.GradScaler (`_amp_update_scale_`); hysteresis as in Megatron-LM's DynamicGradScaler.

@@ -18,9 +18,10 @@ def update_scale_(
     lives = hysteresis_tracker - overflow.int()
     back_off = overflow & (lives <= 0)
 
-    grown = (grad_scale * growth_factor).clamp(max=max_scale)
-    backed_off = (grad_scale * backoff_factor).clamp(min=min_scale)
-    grad_scale.copy_(torch.where(back_off, backed_off, torch.where(grow, grown, grad_scale)))
+    scale = grad_scale.double()  # as torch: the factor is not rounded to fp32 before it is applied
+    grown = (scale * growth_factor).clamp(max=max_scale)
+    backed_off = (scale * backoff_factor).clamp(min=min_scale)
+    grad_scale.copy_(torch.where(back_off, backed_off, torch.where(grow, grown, scale)))  # round: fp64 -> fp32
     growth_tracker.copy_(torch.where(grow, 0, good_steps))
     hysteresis_tracker.copy_(torch.where(grow, hysteresis, lives.clamp(min=0)))
     in_a_row = torch.where(overflow, skipped[1] + 1, 0)
