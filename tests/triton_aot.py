@@ -34,6 +34,7 @@ class Compiled:
 
     name: str
     sm: int
+    signature: dict[str, str]
     constexprs: dict
     options: dict
     shared: int
@@ -48,9 +49,12 @@ class Compiled:
         return len(re.findall(rf"\b{re.escape(opcode)}", self.sass))
 
     def maxima_that_drop_nan(self) -> list[str]:
-        """Floating-point maxima that return the other operand for a NaN: a ReLU made of one turns NaN into 0."""
-        ptx = re.findall(r"\bmax(?!\.NaN)(?:\.ftz)?\.(?:f|bf)\d+.*", self.ptx)
-        sass = re.findall(r"\b(?:FMNMX|HMNMX2|DMNMX)(?!\S*\.NAN)\S* .*", self.sass)
+        """Floating-point maxima that return the other operand for a NaN: a ReLU made of one turns NaN into 0.
+
+        NOTE: PTX has no max.NaN.f64; in fp64 Triton puts a select around the maximum.
+        """
+        ptx = re.findall(r"\bmax(?:\.ftz)?\.(?:f16|bf16|f32).*", self.ptx)
+        sass = re.findall(r"\b(?:FMNMX|HMNMX2)(?!\S*\.NAN)\S* .*", self.sass)
         return ptx + sass
 
 
@@ -69,6 +73,7 @@ def compile_for(kernel, signature: dict[str, str], constexprs: dict, sm: int, **
     return Compiled(
         name=compiled.metadata.name,
         sm=sm,
+        signature=signature,
         constexprs=constexprs,
         options=options,
         shared=compiled.metadata.shared,

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels of linear_act: round(act(a @ b + bias)) with pointers and any stride, and the pass that selects grad_z.
+
+NOTE: every load is masked on every edge, K on BOTH operands: 0 times the NaN behind an edge is NaN.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gemm_kernel(
+    a_ptr, b_ptr, bias_ptr, out_ptr, mask_ptr, M, N, K,
+    stride_am, stride_ak, stride_bk, stride_bn, stride_bias, stride_mask,
+    RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """out (M, N), contiguous, = round(act(a (M, K) @ b (K, N) + bias)): fprop with weight.T as b, dgrad, wgrad.
+
+    b is rounded to a's dtype as it is loaded. bias_ptr and mask_ptr may be None; the mask is that of the op's contract.
+    """
+    # ----- map program to tile: GROUP_M rows of tiles share columns of b in L2
+    pid = tl.program_id(0)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = pid // (GROUP_M * tiles_n)
+    group_m = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    pid_m = group * GROUP_M + pid % (GROUP_M * tiles_n) % group_m
+    pid_n = pid % (GROUP_M * tiles_n) // group_m
+    rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_K).to(tl.int64)
+    step = tl.full((), BLOCK_K, tl.int64)  # int64: a stride times BLOCK_K can pass 2^31
+    a_ptrs = a_ptr + rows[:, None] * stride_am + depth[None, :] * stride_ak
+    b_ptrs = b_ptr + depth[:, None] * stride_bk + columns[None, :] * stride_bn
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32)
+    for start in range(0, K, BLOCK_K):
+        # ----- load
+        inside = depth < K - start
+        a = tl.load(a_ptrs, mask=(rows < M)[:, None] & inside[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=inside[:, None] & (columns < N)[None, :], other=0.0)
+        b = b.to(a.dtype)  # round: weight's dtype -> compute dtype
+        # ----- multiply-accumulate
+        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+        a_ptrs += step * stride_ak
+        b_ptrs += step * stride_bk
+    # ----- epilogue
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns * stride_bias, mask=columns < N, other=0.0)
+        acc += bias.to(acc.dtype)[None, :]
+    if RELU:
+        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    out = acc.to(out_ptr.dtype.element_ty)  # round: accumulator -> out_dtype
+    # ----- store
+    tl.store(out_ptr + rows[:, None] * N + columns[None, :], out, mask=(rows < M)[:, None] & (columns < N)[None, :])
+    if mask_ptr is not None:
+        words = _pack(tl.where((out <= 0) | (columns >= N)[None, :], 0, 1), BLOCK_M, BLOCK_N)
+        word = pid_n.to(tl.int64) * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)
+        inside = (rows < M)[:, None] & (word * 32 < N)[None, :]
+        tl.store(mask_ptr + rows[:, None] * stride_mask + word[None, :], words, mask=inside)
+
+
+@triton.jit
+def _pack(bits, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """int32 words (BLOCK_M, BLOCK_N / 32) of bits (BLOCK_M, BLOCK_N) that are 0 or 1: bit j of word w is column 32w+j."""
+    bits = tl.reshape(bits, (BLOCK_M, BLOCK_N // 32, 32)) << tl.arange(0, 32)[None, None, :]
+    return tl.sum(bits, axis=2)
+
+
+@triton.jit
+def select_kernel(
+    grad_out_ptr, saved_ptr, grad_z_ptr, partial_ptr, M, N, stride_gm, stride_gn, stride_sm, stride_sn,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """grad_z (M, N), contiguous, = select(saved, grad_out), and the sums of each ROWS rows of it, unrounded.
+
+    saved: the mask (int32), or the output, or None. grad_z_ptr and partial_ptr (M / ROWS, N) may be None.
+    """
+    # ----- map program to tile
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    chunk = (tl.program_id(0) // tiles_n).to(tl.int64)
+    columns = (tl.program_id(0) % tiles_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if partial_ptr is not None:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=partial_ptr.dtype.element_ty)
+    for start in range(chunk * ROWS, tl.minimum(chunk * ROWS + ROWS, M), BLOCK_M):
+        # ----- load
+        rows = start + tl.arange(0, BLOCK_M)
+        inside = (rows < M)[:, None] & (columns < N)[None, :]
+        grad_z = tl.load(grad_out_ptr + rows[:, None] * stride_gm + columns[None, :] * stride_gn, mask=inside, other=0.0)
+        if saved_ptr is not None:
+            zero = _zero(saved_ptr, rows, columns, stride_sm, stride_sn, inside)
+            grad_z = tl.where(zero, 0.0, grad_z)
+        # ----- store
+        if grad_z_ptr is not None:
+            rounded = grad_z.to(grad_z_ptr.dtype.element_ty)  # round: grad_out's dtype -> compute dtype
+            tl.store(grad_z_ptr + rows[:, None] * N + columns[None, :], rounded, mask=inside)
+        # ----- accumulate
+        if partial_ptr is not None:
+            acc += grad_z.to(acc.dtype)
+    # ----- epilogue
+    if partial_ptr is not None:
+        tl.store(partial_ptr + chunk * N + columns, tl.sum(acc, axis=0), mask=columns < N)
+
+
+@triton.jit
+def _zero(saved_ptr, rows, columns, stride_sm, stride_sn, inside):
+    """Where the output was <= 0 (NaN is not), by the mask or by the output itself."""
+    if saved_ptr.dtype.element_ty == tl.int32:
+        words = tl.load(saved_ptr + rows[:, None] * stride_sm + (columns // 32)[None, :] * stride_sn, mask=inside, other=0)
+        return ((words >> (columns % 32).to(tl.int32)[None, :]) & 1) == 0
+    return tl.load(saved_ptr + rows[:, None] * stride_sm + columns[None, :] * stride_sn, mask=inside, other=0.0) <= 0
+
+
+@triton.jit
+def sum_kernel(partial_ptr, out_ptr, P, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """out (N,) = round(the sum of partial (P, N) over its rows), in a fixed order."""
+    # ----- map program to tile
+    columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=partial_ptr.dtype.element_ty)
+    for start in range(0, P, BLOCK_M):
+        # ----- load
+        rows = start + tl.arange(0, BLOCK_M).to(tl.int64)
+        inside = (rows < P)[:, None] & (columns < N)[None, :]
+        acc += tl.load(partial_ptr + rows[:, None] * N + columns[None, :], mask=inside, other=0.0)
+    # ----- store
+    out = tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty)  # round: accumulator -> grad_bias's dtype
+    tl.store(out_ptr + columns, out, mask=columns < N)

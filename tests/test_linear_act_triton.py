@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear_act in Triton against fp64: on a GPU, or through Triton's interpreter (tests/test_triton_interpreter.py starts it)."""
+
+import runpy
+import sys
+
+import bounds
+import linear_act_cases as cases
+import pytest
+import torch
+from linear_act_cases import DTYPES, Case, backward, bits_of, forward, same_bits
+
+from mpkernels.functional import linear_act
+from mpkernels.ops.linear_act import Activation, backward_op, empty_mask, forward_op, impl_triton, tiles
+from mpkernels.ops.linear_act.reference import self_check
+
+triton = pytest.importorskip("triton")
+INTERPRETED = triton.knobs.runtime.interpret
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1, which test_triton_interpreter.py sets", allow_module_level=True)
+if INTERPRETED:
+    import triton_interpreter
+
+    triton_interpreter.install()
+
+f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def _force_triton(monkeypatch):
+    monkeypatch.setenv("MPKERNELS_BACKEND", "linear_act=triton,linear_act_backward=triton")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of the interpreter")
+def test_interpreter_computes_bf16_by_value():
+    """First, and not to be skipped there: without it no bf16 test below means anything."""
+    triton_interpreter.check()
+
+
+def test_linear_act_runs_in_triton(device):
+    assert forward_op.backend(device, f16) == backward_op.backend(device, f16) == "triton"
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_linear_act_matches_reference(name, generator, device):
+    cases.run(Case(19, 70, 45, DTYPES[name], copy=name == "mixed_float16 inside"), generator, device)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 3, 1), (1, 97, 31), (37, 1, 64), (16, 32, 32), (17, 33, 65), (5, 128, 7)])
+@pytest.mark.parametrize("name", ["float16", "mixed_bfloat16"])
+def test_linear_act_odd_shapes(sizes, name, generator, device):
+    cases.run(Case(*sizes, DTYPES[name], save=sizes[0] % 2, bias=sizes[1] != 33), generator, device)
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS[1:])
+def test_linear_act_strided(layout, generator, device):
+    cases.run(Case(19, 37, 21, DTYPES["mixed_float16"], layout=layout, lead=(19,)), generator, device)
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 7), (5, 0, 7), (5, 7, 0), (0, 0, 0)])
+def test_linear_act_empty(sizes, generator, device):
+    cases.run(Case(*sizes, DTYPES["mixed_float16"]), generator, device)
+
+
+@pytest.mark.parametrize("sizes", [(3, 5, 1000), (2 * impl_triton.SELECT_ROWS + 45, 3, 5)])
+def test_linear_act_long_sums(sizes, generator, device):
+    cases.run(Case(*sizes, DTYPES["bfloat16, fp32 gradients"], activation=Activation.NONE), generator, device)
+
+
+def test_linear_act_keeps_leading_dimensions(generator, device):
+    cases.run(Case(6, 9, 11, DTYPES["mixed_float16"], lead=(2, 3)), generator, device)
+
+
+@pytest.mark.parametrize("dtype", [f16, bf16, f32])
+def test_linear_act_exact_integers(dtype, generator, device):
+    """Every sum is an integer below 2**24, so nothing may be off by a bit."""
+    x, weight, bias, grad_out = _integers(((33, 70), (40, 70), (40,), (33, 40)), dtype, generator, device)
+    dtypes = cases.Dtypes(dtype, dtype, dtype, f32, f32)
+    out, saved, _ = forward(x, weight, bias, dtypes)
+    assert torch.equal(out.double(), (x.double() @ weight.double().T + bias.double()).relu())
+    _, grad_weight, grad_bias = backward(grad_out.float(), x, weight, saved, dtypes)
+    grad_z = torch.where(out > 0, grad_out.double(), 0)
+    assert torch.equal(grad_weight.double(), grad_z.T @ x.double())
+    assert torch.equal(grad_bias.double(), grad_z.sum(0))
+
+
+def test_linear_act_self_check(device):
+    assert self_check("triton", device) is None
+
+
+@pytest.mark.parametrize("dtype", [f16, bf16])
+def test_linear_act_mask_is_of_the_rounded_output(dtype, device):
+    """0 at zeros and where the rounding underflows, 1 at NaN and at what rounds up to the least subnormal."""
+    least = bounds.least_subnormal(dtype)
+    values = [NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, least, 0.75 * least, 0.5 * least, -least]
+    x = torch.tensor(values, dtype=f32, device=device)[:, None]
+    out, saved, _ = forward(x, torch.ones(1, 1, device=device), None, cases.Dtypes(f32, f32, f32, dtype, f32))
+    expected = [NAN, INF, 0, 0, 0, 1, 0, least, least, 0, 0]
+    assert same_bits(out.abs().flatten().float(), torch.tensor(expected, device=device))
+    assert bits_of(saved, 1)[:, 0].tolist() == [value != 0 for value in expected]
+
+
+def test_linear_act_mask_has_no_bits_behind_the_edge(device):
+    """A row of NaN is NaN in the padding of the tile too."""
+    x, weight = torch.full((3, 4), NAN, dtype=f16, device=device), torch.ones(35, 4, dtype=f16, device=device)
+    _, saved, _ = forward(x, weight, None, DTYPES["float16"])
+    assert saved.stride() == empty_mask(x, 3, 35).stride()
+    bits = bits_of(saved, 35)
+    assert bits[:, :35].all()
+    assert not bits[:, 35:].any()
+
+
+def test_linear_act_nonfinite_stays_in_its_row(generator, device):
+    x, weight, bias, _ = Case(20, 40, 33, DTYPES["float16"]).tensors(generator, device)
+    expected, _, _ = forward(x, weight, bias, DTYPES["float16"])
+    x[7, 3], x[11, 0] = NAN, INF
+    out, _, _ = forward(x, weight, bias, DTYPES["float16"])
+    bounds.check_forward(out, x, weight, bias, Activation.RELU, f16, bounds.accumulator_roundoff(device, f16))
+    others = [row for row in range(20) if row not in (7, 11)]
+    assert same_bits(out[others], expected[others])
+
+
+def test_linear_act_reads_nothing_behind_the_edges(generator, device):
+    """Every operand lies inside NaN: an edge without its mask shows, on K even where the other operand is 0 there."""
+    dtypes = DTYPES["mixed_float16"]
+    tensors = Case(19, 37, 21, dtypes).tensors(generator, device)
+    results = []
+    for x, weight, bias, grad_out in (tensors, map(_inside_nan, tensors)):
+        out, saved, _ = forward(x, weight, bias, dtypes)
+        results.append((out, saved, *backward(grad_out, _inside_nan(x.half()), weight, saved, dtypes)))
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("by_mask", [True, False])
+def test_linear_act_selects(by_mask, device):
+    """An inf or NaN gradient behind a 0 is 0, one behind a NaN output passes."""
+    x = torch.tensor([[-1.0], [0.0], [1.0], [NAN]], dtype=f16, device=device)
+    weight = torch.ones(1, 1, dtype=f16, device=device)
+    out, saved, _ = forward(x, weight, None, DTYPES["float16"])
+    for value in (INF, NAN):
+        grad_out = torch.tensor([[value], [value], [1.0], [2.0]], dtype=f16, device=device)
+        grad_x, _, grad_bias = backward(grad_out, x, weight, saved if by_mask else out, DTYPES["float16"])
+        assert grad_x.flatten().tolist() == [0, 0, 1, 2]
+        assert grad_bias.item() == 3
+
+
+def test_linear_act_rounds_fp64_once(device):
+    """Just above a tie between two bf16 numbers; through fp32 it would be the tie itself, and round down."""
+    above = 1 + 2.0**-8 + 2.0**-40
+    one, wide = torch.ones(1, 1, dtype=f64, device=device), torch.full((1, 1), above, dtype=f64, device=device)
+    inside = DTYPES["fp64 to bf16"]
+    assert forward(wide, one, None, inside)[0].item() == forward(one, wide, None, inside)[0].item() == 1 + 2.0**-7
+    assert forward(one, wide, None, cases.Dtypes(f64, f64, f64, bf16, f64))[0].item() == 1 + 2.0**-7
+    grad_x, _, _ = backward(wide, one.bfloat16(), one, None, inside, Activation.NONE)
+    assert grad_x.item() == 1 + 2.0**-7
+
+
+@pytest.mark.parametrize("mask", [(True, False, False), (False, True, False), (False, False, True), (False, False, False)])
+def test_linear_act_computes_what_is_asked_for(mask, generator, device):
+    dtypes = DTYPES["mixed_float16"]
+    x, weight, bias, grad_out = Case(5, 6, 7, dtypes).tensors(generator, device)
+    _, saved, x_compute = forward(x, weight, bias, dtypes)
+    every = backward(grad_out, x_compute, weight, saved, dtypes)
+    some = backward(grad_out, x_compute if mask[1] else None, weight, saved, dtypes, output_mask=mask)
+    for wanted, grad, full in zip(mask, some, every, strict=True):
+        assert same_bits(grad, full) if wanted else grad.numel() == 0
+
+
+def test_linear_act_deterministic(generator, device):
+    """Twice the same bits, and rows in another order have the bits of their own."""
+    dtypes = DTYPES["float16"]
+    x, weight, bias, grad_out = Case(40, 33, 50, dtypes).tensors(generator, device)
+    order = torch.randperm(40, generator=generator).to(device)
+    out, saved, _ = forward(x, weight, bias, dtypes)
+    again, saved_again, _ = forward(x, weight, bias, dtypes)
+    assert same_bits(out, again)
+    assert torch.equal(saved, saved_again)
+    assert same_bits(forward(x[order], weight, bias, dtypes)[0], out[order])
+    grads, grads_again = (backward(grad_out, x, weight, saved, dtypes) for _ in range(2))
+    assert all(same_bits(a, b) for a, b in zip(grads, grads_again, strict=True))
+
+
+def test_linear_act_gradients(generator, device):
+    """Through autograd: forward writes the mask, backward reads it."""
+    x, weight, bias, grad_out = Case(9, 35, 13, DTYPES["mixed_float16"]).tensors(generator, device)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    out = linear_act(*leaves, activation="relu", policy="mixed_float16")
+    out.backward(grad_out)
+    v = bounds.accumulator_roundoff(device, f16)
+    bounds.check_forward(out, x, weight, bias, Activation.RELU, f16, v)
+    bounds.check_backward([t.grad for t in leaves], grad_out, x, weight, out > 0, f16, v)
+
+
+def test_linear_act_opcheck(generator, device):
+    """Schema and fake agree with what the kernels return: strides of the mask included."""
+    dtypes = DTYPES["mixed_float16"]
+    x, weight, bias, grad_out = Case(3, 35, 5, dtypes).tensors(generator, device)
+    utils = ("test_schema", "test_faketensor")
+    args = (x, weight, bias, None, 1, dtypes.compute, dtypes.out, 1, None)
+    torch.library.opcheck(torch.ops.mpkernels.linear_act, args, test_utils=utils)
+    _, saved, x_compute = forward(x, weight, bias, dtypes)
+    args = (grad_out, x_compute, weight, None, saved, 1, dtypes.compute, f32, f32, f32, [True, False, True])
+    torch.library.opcheck(torch.ops.mpkernels.linear_act_backward, args, test_utils=utils)
+
+
+@pytest.mark.parametrize("sm", [80, 86, 90, 100])
+def test_linear_act_tile_follows_the_size(sm):
+    """Large results get the largest tile, small ones the smallest; odd strides get few registers."""
+    every = tiles.tiles(sm, f16, f16, True)
+    assert tiles.choose(8192, 8192, sm, f16, f16, True) == every[0]
+    assert tiles.choose(64, 64, sm, f16, f16, True) == every[-1]
+    assert tiles.choose(8192, 8192, sm, f16, f32, False) not in every
+
+
+def test_linear_act_without_triton_says_so(monkeypatch):
+    package = "mpkernels.ops.linear_act"
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setitem(sys.modules, f"{package}.kernels_triton", None)
+    monkeypatch.delattr(f"{package}.kernels_triton")
+    names = runpy.run_path(impl_triton.__file__)
+    assert names["why_not"](torch.device("meta"), f16).startswith("triton is not installed")  # no answer kept for meta
+
+
+def _integers(shapes, dtype, generator, device):
+    return [torch.randint(-3, 4, shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+def _inside_nan(tensor):
+    """The same values as a view with NaN on every side."""
+    room = tensor.new_full([size + 64 for size in tensor.shape], NAN)
+    view = room[tuple(slice(32, 32 + size) for size in tensor.shape)]
+    return view.copy_(tensor)
