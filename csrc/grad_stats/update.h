@@ -16,22 +16,22 @@ struct Bits;
 template <>
 struct Bits<Half> {
   using type = int16_t;
-  static constexpr type kInf = 0x7c00;
+  static constexpr type kInf = 0x7c00, kMagnitude = 0x7fff;
 };
 template <>
 struct Bits<BFloat16> {
   using type = int16_t;
-  static constexpr type kInf = 0x7f80;
+  static constexpr type kInf = 0x7f80, kMagnitude = 0x7fff;
 };
 template <>
 struct Bits<float> {
   using type = int32_t;
-  static constexpr type kInf = 0x7f800000;
+  static constexpr type kInf = 0x7f800000, kMagnitude = 0x7fffffff;
 };
 template <>
 struct Bits<double> {
   using type = int64_t;
-  static constexpr type kInf = 0x7ff0000000000000;
+  static constexpr type kInf = 0x7ff0000000000000, kMagnitude = 0x7fffffffffffffff;
 };
 
 // amax is the magnitude's bits; NaN does not enter it. count is a lane's share and of the element's width: up to 2^15 - 1.
@@ -39,7 +39,7 @@ template <class T>
 MPK_HOST_DEVICE inline void grad_stats_element(typename Bits<T>::type bits, typename Bits<T>::type& amax,
                                                typename Bits<T>::type& count) {
   using I = typename Bits<T>::type;
-  const I size = bits & std::numeric_limits<I>::max();
+  const I size = bits & Bits<T>::kMagnitude;
   count += size >= Bits<T>::kInf;
   const I ordered = size > Bits<T>::kInf ? I(0) : size;
   amax = ordered > amax ? ordered : amax;
