@@ -71,8 +71,13 @@ class Op:
 
     def _run(self, *args, **kwargs):
         self.check(*args, **kwargs)
-        result = self.select(*self.key(*args, **kwargs))(*args, **kwargs)
-        if self.mutated is not None and not torch.is_inference_mode_enabled():
+        function = self.select(*self.key(*args, **kwargs))
+        if self.mutated is None:
+            # A result that torch knows as a view could not be changed in place (`+=`, nn.ReLU(inplace=True)) by the caller.
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if not torch.is_inference_mode_enabled():
             torch.autograd.graph.increment_version(self.mutated(*args, **kwargs))
         return result
 
