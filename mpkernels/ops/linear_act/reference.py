@@ -3,6 +3,7 @@
 
 import torch
 
+from mpkernels.ops._cast import cast
 from mpkernels.ops.linear_act import Activation
 
 
@@ -20,15 +21,13 @@ def linear_act_backward(grad_out, x, weight, positive, compute_dtype):
     if positive is not None:
         grad_z = torch.where(positive, grad_z, 0)
     grad_bias = grad_z.sum(0)
-    grad_z = _rounded(grad_z.to(grad_out.dtype), compute_dtype)
+    grad_z = _rounded(grad_z, compute_dtype)
     return grad_z @ _rounded(weight, compute_dtype), grad_z.T @ _rounded(x, compute_dtype), grad_bias
 
 
 def _rounded(tensor, dtype):
-    """`tensor` rounded once to `dtype`, in fp64 (through numpy, whose fp64 -> fp16 rounds once)."""
-    if tensor.dtype == torch.float64 and dtype == torch.float16:
-        return torch.from_numpy(tensor.cpu().numpy().astype("float16")).to(tensor.device).double()
-    return tensor.to(dtype).double()
+    """`tensor` rounded once to `dtype`, in fp64."""
+    return cast(tensor, dtype).double()
 
 
 def self_check(backend: str, device: torch.device) -> str | None:
