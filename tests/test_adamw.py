@@ -4,14 +4,15 @@
 import functools
 import math
 
+import bounds
 import numpy as np
 import pytest
+import steps
 import torch
+from steps import BAD_SCALES, BAD_VALUES, DTYPES, SIZES, Problem, counts, force, join, raw, scalar, split
 
 from mpkernels.ops.adamw import adamw_, op, reference
 from mpkernels.ops.grad_stats import grad_stats_
-from tests import bounds, steps
-from tests.steps import BAD_SCALES, BAD_VALUES, DTYPES, SIZES, Problem, counts, force, join, raw, scalar, split
 
 LR = 1e-2
 DEFAULTS = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True, maximize=False)

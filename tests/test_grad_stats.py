@@ -3,14 +3,14 @@
 
 import math
 
+import bounds
 import numpy as np
 import pytest
 import torch
+from steps import BAD_SCALES, BAD_VALUES, DTYPES, SIZES, check_raises_unchanged, counts, force, layouts, raw, scalar
+from steps import targets as targets_of
 
 from mpkernels.ops.grad_stats import grad_stats_, op, reference
-from tests import bounds
-from tests.steps import BAD_SCALES, BAD_VALUES, DTYPES, SIZES, check_raises_unchanged, counts, force, layouts, raw, scalar
-from tests.steps import targets as targets_of
 
 
 @pytest.fixture(params=targets_of(op))

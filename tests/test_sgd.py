@@ -4,15 +4,16 @@
 import functools
 import math
 
+import bounds
 import numpy as np
 import pytest
+import steps
 import torch
+from steps import BAD_SCALES, BAD_VALUES, DTYPES, SIZES, Problem, counts, force, join, raw, scalar, split
 
 from mpkernels.ops._multi_tensor import grad_factor
 from mpkernels.ops.grad_stats import grad_stats_
 from mpkernels.ops.sgd import op, reference, sgd_
-from tests import bounds, steps
-from tests.steps import BAD_SCALES, BAD_VALUES, DTYPES, SIZES, Problem, counts, force, join, raw, scalar, split
 
 LR = 1e-2
 DEFAULTS = dict(momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False)
