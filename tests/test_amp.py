@@ -71,7 +71,8 @@ def test_scaler_default_sequence_grows_after_2000_steps():
     scaler, params = mpk.GradScaler(), parameters(torch.float32)
     optimizer = mpk.optim.SGD(params, lr=0.0)
     give_grads(params, scaler)
-    for i in range(2000):
+    scaler.load_state_dict(scaler.state_dict() | {"_growth_tracker": 1990})
+    for i in range(10):
         assert scaler.get_scale() == 2.0**16, i
         scaler.step(optimizer)
         scaler.update()

@@ -388,19 +388,22 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(f"state_dict: {name} has {', '.join(sorted(extra))}, expected {', '.join(wanted) or 'no state'}")
         result = {"step": _converted_step(state, name, self._default_step, parameter.device)}
         for key in wanted:
-            value = state.get(key)
-            if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
-                got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-                raise ValueError(f"state_dict: {key} of {name} must have shape {tuple(parameter.shape)}, got {got}")
-            result[key] = torch.empty_like(parameter, dtype=dtype).copy_(value)
+            result[key] = _converted_tensor(state.get(key), parameter, dtype, f"{key} of {name}")
         if dtype != parameter.dtype:
-            master = state.get("master")
-            result["master"] = torch.empty_like(parameter, dtype=dtype).copy_(parameter if master is None else master)
-            if master is not None and master.dtype.itemsize < dtype.itemsize:
+            master = state.get("master", parameter)
+            result["master"] = _converted_tensor(master, parameter, dtype, f"master of {name}")
+            if master.dtype.itemsize < dtype.itemsize and master is not parameter:
                 raise ValueError(f"state_dict: master of {name} is {master.dtype}, the optimizer keeps {dtype}")
         return result
 
     _default_step: int | None = None
+
+
+def _converted_tensor(value, parameter: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+        got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(f"state_dict: {name} must have shape {tuple(parameter.shape)}, got {got}")
+    return torch.empty_like(parameter, dtype=dtype).copy_(value)
 
 
 def _converted_step(state: dict, name: str, default: int | None, device) -> torch.Tensor:
