@@ -25,6 +25,7 @@ class FusedReLU(nn.Identity):
     def __init__(self, relu: nn.ReLU):
         super().__init__()
         self.replaced = (relu,)  # a tuple: not a submodule
+        self.training = relu.training
 
 
 @dataclass(frozen=True)

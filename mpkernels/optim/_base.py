@@ -221,20 +221,15 @@ class Optimizer(torch.optim.Optimizer):
             for i, parameter in enumerate(group["params"]):
                 if parameter.grad is None:
                     continue
-                self._check_before_step(parameter, _name(group, i))
+                if self._formats[id(parameter)] != (parameter.dtype, parameter.shape):
+                    _refuse_changed(_name(group, i), self._formats[id(parameter)], (parameter.dtype, parameter.shape))
+                if parameter.grad.layout != torch.strided:
+                    layout = parameter.grad.layout
+                    raise RuntimeError(f"the gradient of {_name(group, i)} is {layout}: sparse gradients are not supported")
                 by_device.setdefault(parameter.device, []).append(parameter)
             for device, params in by_device.items():
                 rows[index, device] = self._rows_of(index, device, params)
         return rows
-
-    def _check_before_step(self, parameter: torch.Tensor, name: str) -> None:
-        for what, then, now in zip(
-            ("dtype", "shape"), self._formats[id(parameter)], (parameter.dtype, parameter.shape), strict=True
-        ):
-            if then != now:
-                raise RuntimeError(f"{name} changed {what} since construction: {then} then, {now} now")
-        if parameter.grad.layout != torch.strided:
-            raise RuntimeError(f"the gradient of {name} is {parameter.grad.layout}: sparse gradients are not supported")
 
     def _rows_of(self, index: int, device: torch.device, params: list[torch.Tensor]) -> _Rows:
         """The rows of the last step if they are still those; one set at a time, because a step count lives in one array."""
@@ -422,6 +417,12 @@ def _identity(group: dict) -> dict:
 def _name(group: dict, index: int) -> str:
     names = group.get("param_names")
     return f"parameter {index} ({names[index]})" if names else f"parameter {index}"
+
+
+def _refuse_changed(name: str, before: tuple, now: tuple) -> None:
+    index = int(before[0] == now[0])
+    what = ("dtype", "shape")[index]
+    raise RuntimeError(f"{name} changed {what} since construction: {before[index]} then, {now[index]} now")
 
 
 def _overlaps(tensor: torch.Tensor) -> bool:

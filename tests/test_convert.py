@@ -1,0 +1,458 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of convert, revert and convert_report: what becomes MPLinear, what stays, and that it can be undone."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import mpkernels as mpk
+from mpkernels.nn.convert import FusedReLU
+from tests.steps import raw
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+class Block(nn.Module):
+    """Linears that forward connects: `up` feeds `down` through a ReLU, `down` feeds a LayerNorm, `head` the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.norm, self.head = nn.Linear(6, 8), nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.norm(x + self.down(torch.relu(self.up(x)))))
+
+
+def output_dtypes(model) -> dict[str, torch.dtype | None]:
+    """What each MPLinear returned in one call of `model` on fp32."""
+    seen, hooks = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, mpk.MPLinear):
+            hooks.append(module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: out.dtype})))
+    model(torch.ones(2, 6))
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def snapshot(model) -> list:
+    """All that convert may change: class, attributes and children of every module, the bits of the parameters."""
+    modules = [
+        (name, type(m), sorted(k for k in vars(m) if k != "training"), list(m._modules), m.training)
+        for name, m in model.named_modules()
+    ]
+    return [modules, [(n, id(p), p.dtype, p.grad_dtype) for n, p in model.named_parameters()], raw(model.state_dict().values())]
+
+
+# ----- what is converted ----------------------------------------------------------------------
+
+
+def test_sequential_is_fused_in_place():
+    model, twin = mlp(), mlp()
+    modules, params = list(model), list(model.parameters())
+    assert mpk.convert(model, "mixed_float16") is model
+    assert list(model)[0::2] == modules[0::2]
+    assert [type(m) for m in model] == [mpk.MPLinear, FusedReLU] * 2 + [mpk.MPLinear]
+    assert [m.activation for m in model[0::2]] == ["relu", "relu", None]
+    assert all(a is b for a, b in zip(model.parameters(), params, strict=True))
+    assert list(model.state_dict()) == list(twin.state_dict())
+    assert raw(model.state_dict().values()) == raw(twin.state_dict().values())
+    twin.load_state_dict(model.state_dict())
+    model.load_state_dict(twin.state_dict())
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "float16"])
+def test_fused_values_are_those_of_the_layers_apart(policy):
+    model, apart = mlp(), mlp()
+    mpk.convert(model, policy)
+    apart = nn.Sequential(*(mpk.MPLinear.from_linear(m, policy=policy) if type(m) is nn.Linear else m for m in apart))
+    if policy == "float16":
+        apart.half()
+    for linear, twin in zip(model[0::2], apart[0::2], strict=True):
+        twin.policy = linear.policy
+    x = torch.randn(5, 6)
+    assert torch.equal(model(x), apart(x))
+
+
+@pytest.mark.parametrize("hooked", ["linear", "relu", "pre", "backward"])
+def test_not_fused_where_a_hook_looks(hooked):
+    model, seen = mlp(), []
+    register = {
+        "linear": model[0].register_forward_hook,
+        "relu": model[1].register_forward_hook,
+        "pre": model[1].register_forward_pre_hook,
+        "backward": model[0].register_full_backward_hook,
+    }[hooked]
+    handle = register(lambda *args: seen.append(args[-1]))
+    mpk.convert(model, "mixed_float16")
+    assert type(model[1]) is nn.ReLU
+    assert model[0].activation is None
+    assert model[2].activation == "relu"
+    model(torch.ones(2, 6, requires_grad=True)).sum().backward()
+    assert len(seen) == 1
+    assert hooked == "backward" or (seen[0][0] if hooked == "pre" else seen[0]).dtype == torch.float32
+    handle.remove()
+    mpk.convert(model, "mixed_float16")
+    assert model[0].activation == "relu"
+
+
+def test_not_fused_where_a_module_is_shared():
+    relu, linear = nn.ReLU(), nn.Linear(6, 6)
+    model = mpk.convert(nn.Sequential(nn.Linear(6, 6), relu, nn.Linear(6, 6), relu, linear, nn.ReLU(), linear))
+    assert [m.activation for m in model if isinstance(m, mpk.MPLinear)] == [None] * 4
+    assert [type(m) for m in model].count(nn.ReLU) == 3
+
+
+def test_not_fused_in_a_subclass_or_with_another_activation():
+    class Doubled(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) + self[0](x)
+
+    model = mpk.convert(nn.Sequential(Doubled(nn.Linear(6, 6), nn.ReLU()), nn.Linear(6, 6), nn.GELU()))
+    assert type(model[0][1]) is nn.ReLU
+    assert model[1].activation is None
+
+
+def test_root_linear():
+    model = nn.Linear(6, 2)
+    x = torch.randn(3, 6)
+    expected = model(x)
+    assert type(mpk.convert(model, "float32")) is mpk.MPLinear
+    assert model(x).dtype == torch.float32
+    assert type(mpk.revert(model)) is nn.Linear
+    assert torch.equal(model(x), expected)
+
+
+def test_converted_models_are_copied_and_saved():
+    model = mpk.convert(mlp(), "mixed_float16,grad=float16")
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(torch.load(file, weights_only=True))
+    x = torch.randn(3, 6)
+    assert torch.equal(twin(x), model(x))
+    twin(x).sum().backward()
+    assert twin[0].weight.grad.dtype == torch.float16
+    before = snapshot(copy.deepcopy(mlp()))
+    assert [m[1:] for m in snapshot(mpk.revert(twin))[0]] == [m[1:] for m in before[0]]
+
+
+def test_optimizer_made_before_a_mixed_convert_stays_valid():
+    model = mlp()
+    optimizer = mpk.optim.AdamW(model.parameters(), lr=0.1)
+    mpk.convert(model, "mixed_float16")
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 6)).sum().backward()
+        before = raw(model.parameters())
+        optimizer.step()
+        assert raw(model.parameters()) != before
+    assert torch.equal(model[0]._weight_copy(), model[0].weight.half())
+
+
+# ----- what is left alone ----------------------------------------------------------------------
+
+
+class Special(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_skipped_linears_have_reasons():
+    model = nn.ModuleDict(
+        {
+            "attention": nn.MultiheadAttention(6, 2),
+            "special": Special(6, 6),
+            "parametrized": nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)),
+            "kept": nn.Linear(6, 6),
+            "plain": nn.Linear(6, 6),
+        }
+    )
+    before = {name: type(module) for name, module in model.named_modules()}
+    mpk.convert(model, "mixed_float16", keep="kept")
+    rows = {row.name: row for row in mpk.convert_report(model)}
+    assert [name for name, row in rows.items() if row.converted] == ["plain"]
+    assert rows["attention.out_proj"].note == "its weight is used by nn.MultiheadAttention without calling it"
+    assert rows["special"].note == "is a Special, which has its own forward"
+    assert rows["parametrized"].note == "is parametrized"
+    assert rows["kept"].note == "left as it was"
+    after = {name: type(module) for name, module in model.named_modules()}
+    assert {name for name in after if before[name] is not after[name]} == {"plain"}
+
+
+def test_report_prints_a_table():
+    model = mpk.convert(mlp(), {"*": "mixed_float16", "4": "float32"}, keep=["2"])
+    lines = str(mpk.convert_report(model)).splitlines()
+    assert [line.split()[:3] for line in lines] == [
+        ["0", "mixed_float16", "relu"],
+        ["2", "not", "converted"],
+        ["4", "float32", "-"],
+    ]
+    assert str(mpk.convert_report(mpk.convert(nn.Linear(2, 2)))).startswith("(model) ")
+
+
+# ----- globs ----------------------------------------------------------------------
+
+
+def policies_of(model) -> list[str]:
+    return [str(m.policy).partition(",output")[0] for m in model.modules() if isinstance(m, mpk.MPLinear)]
+
+
+def test_last_matching_glob_wins():
+    f16, bf16, f32 = "mixed_float16", "mixed_bfloat16", "float32"
+    assert policies_of(mpk.convert(mlp(), {"*": f16, "4": f32})) == [f16, f16, f32]
+    assert policies_of(mpk.convert(mlp(), {"4": f32, "*": f16})) == [f16] * 3
+    assert policies_of(mpk.convert(mlp(), {"[02]": bf16, "2": f16})) == [bf16, f16]
+    nested = nn.ModuleDict({"body": mlp(), "head": nn.Linear(4, 2)})
+    assert policies_of(mpk.convert(nested, {"*": f16, "body": bf16})) == [bf16] * 3 + [f16], "a module means what is in it"
+    assert policies_of(mpk.convert(nested, {"*": f16, "*.2": f32})) == [f16, f32, f16, f16]
+
+
+def test_policy_objects_and_mappings_of_them():
+    policy = mpk.Policy.parse("mixed_bfloat16")
+    assert policies_of(mpk.convert(mlp(), policy)) == ["mixed_bfloat16"] * 3
+    assert policies_of(mpk.convert(mlp(), {"0": policy})) == ["mixed_bfloat16"]
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize(
+    "policy, keep, error, message",
+    [
+        ({"*": "mixed_float16", "hed": "float32"}, (), ValueError, "no linear of the model matches 'hed'"),
+        ({"*": "float16", "1": "float32"}, (), ValueError, "no linear of the model matches '1'"),
+        ("float16", ["0", "nrom"], ValueError, "no module of the model matches 'nrom'"),
+        ("float16", "nrom", ValueError, "no module of the model matches 'nrom'"),
+        ({"*": "float16", "4": "mixed_float16"}, (), ValueError, "float16, mixed_float16 do not go together"),
+        ({"*": "float16", "4": "bfloat16"}, (), ValueError, "float16, bfloat16 do not go together"),
+        ({"*": "float16", "4": "float8"}, (), ValueError, "unknown policy 'float8'"),
+        ("mixed_float8", (), ValueError, "unknown policy 'mixed_float8': expected one of"),
+        (None, (), TypeError, "policy must be a Policy or a string, got NoneType"),
+    ],
+)
+def test_bad_arguments_change_nothing(policy, keep, error, message, converted):
+    model = mlp()
+    if converted:
+        mpk.convert(model, "mixed_bfloat16")
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        mpk.convert(model, policy, keep=keep)
+    assert snapshot(model) == before
+
+
+# ----- revert and convert again ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16,grad=bfloat16", {"0": "mixed_float16"}])
+def test_revert_is_exact(policy):
+    model, x = nn.Sequential(mlp(), nn.ReLU(), nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)).eval()), torch.randn(3, 6)
+    before, modules, expected = snapshot(model), list(model.modules()), model(x)
+    mpk.convert(model, policy if isinstance(policy, str) else {"0.0": "mixed_float16"})
+    assert snapshot(model) != before
+    assert mpk.revert(model) is model
+    assert snapshot(model) == before
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert torch.equal(model(x), expected)
+    mpk.revert(model)
+    assert snapshot(model) == before
+
+
+def test_revert_leaves_the_layers_of_the_user():
+    own = mpk.MPLinear(6, 6, policy="mixed_bfloat16")
+    model = nn.Sequential(own, nn.ReLU(), nn.Linear(6, 6))
+    mpk.convert(model, "mixed_float16,grad=float16")
+    assert str(own.policy).startswith("mixed_float16")
+    assert own.activation == "relu"
+    mpk.revert(model)
+    assert (type(own), str(own.policy), own.activation) == (mpk.MPLinear, "mixed_bfloat16", None)
+    assert own.weight.grad_dtype == torch.float32
+    assert type(model[1]) is nn.ReLU
+    relu = nn.Sequential(mpk.MPLinear(6, 6, activation="relu", policy="float32"), nn.ReLU())
+    mpk.convert(relu, "mixed_float16")
+    assert relu[0].activation == "relu"
+    assert type(relu[1]) is nn.ReLU
+
+
+def test_convert_is_idempotent_and_changes_policies():
+    once, twice = mpk.convert(mlp(), "mixed_float16"), mpk.convert(mpk.convert(mlp(), "mixed_float16"), "mixed_float16")
+    assert str(mpk.convert_report(once)) == str(mpk.convert_report(twice))
+    changed = mpk.convert(mpk.convert(mlp(), "mixed_float16,grad=float16"), "mixed_bfloat16")
+    fresh = mpk.convert(mlp(), "mixed_bfloat16")
+    assert str(mpk.convert_report(changed)) == str(mpk.convert_report(fresh))
+    assert [p.grad_dtype for p in changed.parameters()] == [torch.float32] * 6
+    x = torch.randn(3, 6)
+    assert torch.equal(changed(x), fresh(x))
+    fewer = mpk.convert(mpk.convert(mlp(), "mixed_float16"), {"0": "mixed_float16"})
+    assert [type(m) for m in fewer] == [mpk.MPLinear, FusedReLU, nn.Linear, nn.ReLU, nn.Linear]
+
+
+# ----- parameters in 16 bits ----------------------------------------------------------------------
+
+
+def with_norm() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 2)))
+    model[2].running_mean.fill_(1 + 2.0**-20)
+    return model
+
+
+@pytest.mark.parametrize("policy, dtype", [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
+def test_cast_is_that_of_half(policy, dtype):
+    model, expected = mpk.convert(with_norm(), policy), with_norm().to(dtype)
+    assert list(model.state_dict()) == list(expected.state_dict())
+    assert raw(model.state_dict().values()) == raw(expected.state_dict().values())
+    assert [v.dtype for v in model.state_dict().values()] == [v.dtype for v in expected.state_dict().values()]
+
+
+def test_cast_leaves_what_is_kept():
+    model = mpk.convert(with_norm(), "float16", keep=["2", "3.0"])
+    wide = {name for name, value in model.state_dict().items() if value.dtype == torch.float32}
+    assert wide == {"2.weight", "2.bias", "2.running_mean", "2.running_var", "3.0.weight", "3.0.bias"}
+    whole = mpk.convert(with_norm(), "float16", keep="3")
+    assert {p.dtype for p in whole[3].parameters()} == {torch.float32}
+    assert type(whole[3][1]) is nn.Linear
+    tied = with_norm()
+    tied[0].bias = tied[2].bias
+    mpk.convert(tied, "float16", keep="2")
+    assert tied[0].bias.dtype == torch.float32, "what a kept module has stays, whoever else has it"
+
+
+def test_cast_leaves_linears_of_a_wider_policy():
+    model = mpk.convert(mlp(), {"*": "float16", "4": "float32"})
+    assert [m.weight.dtype for m in model[0::2]] == [torch.float16, torch.float16, torch.float32]
+    assert model(torch.ones(2, 6)).dtype == torch.float32
+
+
+def test_cast_rounds_fp64_once():
+    model = nn.Linear(1, 1).double()
+    with torch.no_grad():
+        model.weight.fill_(1 + 2.0**-11 + 2.0**-40)
+    mpk.convert(model, "float16")
+    assert model.weight.item() == 1 + 2.0**-10
+
+
+@pytest.mark.parametrize("policy, dtype", [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
+def test_optimizer_adopts_the_unrounded_values(policy, dtype):
+    model, original = with_norm(), with_norm().state_dict()
+    mpk.convert(model, policy)
+    optimizer = mpk.optim.SGD(model.parameters(), lr=0.0)
+    changed = model[0].bias
+    with torch.no_grad():
+        changed[0] = 7.0
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        expected = original[name].clone()
+        if parameter is changed:
+            expected[0] = 7.0
+        assert torch.equal(optimizer.state[parameter]["master"], expected), name
+        assert torch.equal(parameter, expected.to(dtype))
+
+
+def test_unrounded_values_survive_a_move():
+    """What `.to(device)` does: another storage, the same values."""
+    model = nn.Linear(6, 6)
+    original = model.weight.detach().clone()
+    mpk.convert(model, "float16")
+    model.weight.data = model.weight.data.clone()
+    optimizer = mpk.optim.SGD([model.weight], lr=0.0)
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    assert torch.equal(optimizer.state[model.weight]["master"], original)
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_optimizer_made_before_a_cast_raises(stepped):
+    model = mlp()
+    optimizer = mpk.optim.AdamW(model.named_parameters())
+    if stepped:
+        model(torch.ones(2, 6)).sum().backward()
+        optimizer.step()
+    mpk.convert(model, "float16")
+    assert model[0].weight.grad is None
+    model(torch.ones(2, 6)).float().sum().backward()
+    before = raw(model.parameters())
+    with pytest.raises(RuntimeError, match=r"parameter 0 \(0.weight\) changed dtype since construction: torch.float32 then"):
+        optimizer.step()
+    assert raw(model.parameters()) == before
+
+
+def test_wide_gradients_of_narrow_parameters():
+    model = mpk.convert(mlp(), "float16,grad=float32")
+    model(torch.ones(2, 6)).float().sum().backward()
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+# ----- inner outputs ----------------------------------------------------------------------
+
+
+def test_inner_outputs_are_narrow_in_a_chain():
+    model = mpk.convert(mlp(), "mixed_float16")
+    assert output_dtypes(model) == {"0": torch.float16, "2": torch.float16, "4": torch.float32}
+    notes = [row.note for row in mpk.convert_report(model)]
+    assert notes == ["output float16: only linears read it"] * 2 + [""]
+    with_dropout = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Dropout(0.1), nn.Flatten(), nn.Linear(6, 2))
+    assert output_dtypes(mpk.convert(with_dropout)) == {"0": torch.float16, "4": torch.float32}
+
+
+def test_inner_outputs_are_narrow_in_a_class_only_where_linears_read():
+    model = mpk.convert(Block(), "mixed_float16")
+    assert output_dtypes(model) == {"up": torch.float16, "down": torch.float32, "head": torch.float32}
+
+
+class Returns(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return self.second(hidden), hidden
+
+
+class Branches(Returns):
+    def forward(self, x):
+        return self.second(self.first(x)) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize("make", [Returns, Branches], ids=["read by the model's output", "not traceable"])
+def test_inner_outputs_stay_wide_without_a_proof(make):
+    model = mpk.convert(make(), "mixed_float16")
+    assert output_dtypes(model) == {"first": torch.float32, "second": torch.float32}
+
+
+@pytest.mark.parametrize("where", [0, 1, 2, 4])
+def test_inner_outputs_stay_wide_where_a_hook_looks(where):
+    model, seen = mlp(), []
+    model[where].register_forward_pre_hook(lambda m, args: seen.append(args[0].dtype))
+    mpk.convert(model, "mixed_float16")
+    model(torch.ones(2, 6))
+    assert seen == [torch.float32]
+
+
+def test_inner_outputs_with_other_policies():
+    assert output_dtypes(mpk.convert(mlp(), "mixed_float16,output=float32")) == dict.fromkeys("024", torch.float32)
+    mixture = mpk.convert(mlp(), {"*": "mixed_float16", "2": "mixed_bfloat16"})
+    assert output_dtypes(mixture) == dict.fromkeys("024", torch.float32)
+    assert output_dtypes(mpk.convert(mlp(), "float16")) == dict.fromkeys("024", torch.float16)
+
+
+def test_gradients_of_a_converted_model_are_those_of_its_layers():
+    """Fused and narrow inside, the chain gives what the same layers give one by one, in fp32."""
+    model = mpk.convert(mlp(), "mixed_float16")
+    apart = [mpk.MPLinear.from_linear(m, policy=m.policy) for m in copy.deepcopy(model)[0::2]]
+    x = torch.randn(8, 6)
+    model(x).square().mean().backward()
+    out = apart[2](apart[1](apart[0](x).relu()).relu())
+    out.square().mean().backward()
+    for layer, twin in zip(model[0::2], apart, strict=True):
+        assert layer.weight.grad.dtype == torch.float32
+        assert raw([layer.weight.grad, layer.bias.grad]) == raw([twin.weight.grad, twin.bias.grad])
