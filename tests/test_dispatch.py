@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dispatcher: reading MPKERNELS_BACKEND, choosing an implementation, saying why not."""
+
+import itertools
+
+import pytest
+import torch
+
+import mpkernels as mpk
+from mpkernels import _dispatch
+from mpkernels._dispatch import BACKENDS, ENVIRONMENT_VARIABLE, Implementation, Op, ops, parse_setting
+
+CPU, f32 = torch.device("cpu"), torch.float32
+unique = itertools.count()
+
+
+@pytest.fixture
+def op(monkeypatch):
+    """An op of two implementations: eager doubles, native triples; native's `refusal` is its why_not, None at first."""
+
+    class Module:
+        refusal = None
+
+        def __init__(self, factor):
+            self.factor = factor
+
+        def why_not(self, device, dtype):
+            return self.refusal
+
+        def __getattr__(self, name):
+            return lambda x: x * self.factor
+
+    made = Op(
+        f"dispatch_test_{next(unique)}(Tensor x) -> Tensor",
+        "nowhere",
+        (
+            Implementation("native", ("cpu", "cuda"), auto_on=("cpu",)),
+            Implementation("eager", ("cpu", "cuda"), ("cpu", "cuda")),
+        ),
+        check=lambda x: None,
+        fake=lambda x: x.new_empty(x.shape),
+        key=lambda x: (x.device, x.dtype),
+    )
+    made.modules = {"eager": Module(2), "native": Module(3)}
+    monkeypatch.setattr(made, "_module", made.modules.__getitem__)
+    yield made
+    del ops[made.name]
+    _dispatch._choose.cache_clear()
+    parse_setting.cache_clear()
+
+
+def run(op):
+    """The factor of the implementation that served a call."""
+    return getattr(torch.ops.mpkernels, op.name)(torch.ones(())).item()
+
+
+# ----- the setting ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "forced"),
+    [
+        ("auto", {}),
+        ("eager", {"*": "eager"}),
+        ("triton", {"*": "triton"}),
+        ("native", {"*": "native"}),
+        ("linear_act=eager", {"linear_act": "eager"}),
+        ("linear_act=eager,adamw_=native", {"linear_act": "eager", "adamw_": "native"}),
+        (" linear_act=eager , native ", {"linear_act": "eager", "*": "native"}),
+        ("adamw_=eager,adamw_=native", {"adamw_": "native"}),
+    ],
+)
+def test_dispatch_parses_the_setting(setting, forced):
+    assert parse_setting(setting) == forced
+
+
+@pytest.mark.parametrize(
+    "setting", ["", "cuda", "Eager", "eager,", "linear=eager", "linear_act=cuda", "linear_act=", "=eager", "linear_act:eager"]
+)
+def test_dispatch_refuses_a_bad_setting(setting, monkeypatch):
+    """Where it is parsed and where an op is called, with every choice in the message."""
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, setting)
+    x = torch.ones(2, 2)
+    for attempt in (lambda: parse_setting(setting), lambda: mpk.functional.linear_act(x, x)):
+        with pytest.raises(ValueError, match=ENVIRONMENT_VARIABLE) as refused:
+            attempt()
+        for word in ("auto", *BACKENDS, "op=backend", "linear_act", "adamw_"):
+            assert word in str(refused.value)
+
+
+# ----- the choice ---------------------------------------------------------------
+
+
+def test_dispatch_auto_takes_the_first_that_can(op, monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    assert run(op) == 3
+    op.modules["native"].refusal = "not built"
+    _dispatch._choose.cache_clear()
+    assert run(op) == 2
+
+
+def test_dispatch_auto_leaves_what_is_not_proven(op, monkeypatch):
+    """`native` exists for cuda and is in `auto` for the CPU only."""
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    assert op.backend(torch.device("cuda"), f32) == "eager"
+    assert op.backend(CPU, f32) == "native"
+
+
+@pytest.mark.parametrize(("backend", "factor"), [("eager", 2), ("native", 3)])
+def test_dispatch_forces(op, monkeypatch, backend, factor):
+    for setting in (backend, f"{op.name}={backend}", f"{op.name}={backend},triton"):
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, setting)
+        assert run(op) == factor
+
+
+def test_dispatch_reads_the_setting_at_every_call(op, monkeypatch):
+    for backend, factor in (("eager", 2), ("native", 3), ("eager", 2)):
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, backend)
+        assert run(op) == factor
+
+
+@pytest.mark.parametrize("by_op", [False, True])
+def test_dispatch_forced_that_cannot_serve_raises(op, monkeypatch, by_op):
+    """With its reason, and it never falls back."""
+    op.modules["native"].refusal = "needs sm90, got sm75"
+    setting = f"{op.name}=native" if by_op else "native"
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, setting)
+    with pytest.raises(RuntimeError, match=f"{setting}.*{op.name} on cpu cannot use native: needs sm90, got sm75"):
+        run(op)
+
+
+def test_dispatch_forced_for_all_leaves_ops_that_lack_it(op, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
+    assert run(op) == 3
+
+
+def test_dispatch_forced_by_op_knows_no_exception(op, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, f"{op.name}=triton")
+    with pytest.raises(RuntimeError, match="cannot use triton: not implemented"):
+        run(op)
+
+
+def test_dispatch_why_not(op):
+    assert op.why_not("triton", CPU, f32) == "not implemented"
+    assert op.why_not("eager", torch.device("mps"), f32) == "not implemented for mps"
+    assert op.why_not("eager", CPU, f32) is None
+    op.modules["native"].refusal = "not built"
+    assert op.why_not("native", CPU, f32) == "not built"
+
+
+def test_dispatch_every_op_has_eager_everywhere():
+    for op in ops.values():
+        for device in ("cpu", "cuda"):
+            assert op.why_not("eager", torch.device(device), f32) is None
+
+
+def test_dispatch_reasons_are_short_sentences():
+    for op in ops.values():
+        for backend in BACKENDS:
+            reason = op.why_not(backend, CPU, f32)
+            assert reason is None or (reason == reason.strip() and "\n" not in reason and 0 < len(reason) < 200)
+
+
+# ----- is_available ---------------------------------------------------------------
+
+
+def test_dispatch_is_available():
+    assert mpk.is_available("eager") == (True, "")
+    for backend in BACKENDS:
+        available, reason = mpk.is_available(backend)
+        assert available == (reason == "")
+
+
+@pytest.mark.parametrize("backend", ["cuda", "auto", "", None])
+def test_dispatch_is_available_refuses_names(backend):
+    with pytest.raises(ValueError, match="backend must be one of eager, triton, native, got"):
+        mpk.is_available(backend)

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Policy: parsing, printing, what is refused, FSDP2's counterpart, and the default in a context."""
+
+import contextlib
+import dataclasses
+import re
+import threading
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+import mpkernels as mpk
+from mpkernels.policy import Policy
+
+f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+NAMES = {
+    "float64": (f64, f64),
+    "float32": (f32, f32),
+    "mixed_float32": (f64, f32),
+    "mixed_float16": (f32, f16),
+    "mixed_bfloat16": (f32, bf16),
+    "float16": (f16, f16),
+    "bfloat16": (bf16, bf16),
+}
+SHORT = {f64: "float64", f32: "float32", f16: "float16", bf16: "bfloat16"}
+
+
+def allowed(param, compute, grad) -> bool:
+    """By the rules: computing is not wider than storing, nor in the other 16-bit format; gradients hold what is computed."""
+    narrower = compute == param or compute.itemsize < param.itemsize
+    return narrower and (grad is None or grad == compute or grad.itemsize > compute.itemsize)
+
+
+ALLOWED = [c for c in product(SHORT, SHORT, (None, *SHORT), (None, *SHORT)) if allowed(c[0], c[1], c[3])]
+REFUSED = [c for c in product(SHORT, SHORT, (None, *SHORT), (None, *SHORT)) if not allowed(c[0], c[1], c[3])]
+
+
+@pytest.fixture(autouse=True)
+def _no_default():
+    yield
+    assert mpk.get_default_policy() is None
+
+
+# ----- parse and print ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_policy_names(name):
+    policy = Policy.parse(name)
+    assert (policy.param_dtype, policy.compute_dtype, policy.output_dtype, policy.grad_dtype) == (*NAMES[name], None, None)
+    assert str(policy) == name
+    assert policy.mixed == name.startswith("mixed_")
+
+
+@pytest.mark.parametrize("combination", ALLOWED, ids=lambda c: ",".join(map(str, c)).replace("torch.", ""))
+def test_policy_round_trip(combination):
+    policy = Policy(*combination)
+    assert Policy.parse(str(policy)) == policy
+    assert Policy.parse(policy) is policy
+    assert str(Policy.parse(str(policy))) == str(policy)
+
+
+@given(st.sampled_from(ALLOWED), st.permutations(range(4)), st.sampled_from(["", " ", "  "]))
+def test_policy_fields_in_any_order(combination, order, space):
+    keys = ("param", "compute", "output", "grad")
+    parts = [f"{space}{keys[i]}={SHORT[combination[i]]}{space}" for i in order if combination[i] is not None]
+    assert Policy.parse(",".join(parts)) == Policy(*combination)
+
+
+@given(st.sampled_from(sorted(NAMES)), st.sampled_from([None, *SHORT]), st.sampled_from([None, *SHORT]))
+def test_policy_name_followed_by_fields(name, output, grad):
+    text = name + "".join(f",{key}={SHORT[d]}" for key, d in (("output", output), ("grad", grad)) if d is not None)
+    if allowed(*NAMES[name], grad):
+        assert Policy.parse(text) == Policy(*NAMES[name], output, grad)
+    else:
+        with pytest.raises(ValueError, match="grad_dtype"):
+            Policy.parse(text)
+
+
+@given(st.text())
+def test_policy_any_text_parses_or_raises_value_error(text):
+    with contextlib.suppress(ValueError):
+        policy = Policy.parse(text)
+        assert Policy.parse(str(policy)) == policy
+
+
+def test_policy_is_frozen_and_hashable():
+    policy = Policy.parse("mixed_float16")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        policy.compute_dtype = bf16
+    assert len({policy, Policy.parse("param=float32,compute=float16"), Policy.parse("float32")}) == 2
+
+
+# ----- what is refused ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("combination", REFUSED, ids=lambda c: ",".join(map(str, c)).replace("torch.", ""))
+def test_policy_refuses_combinations(combination):
+    with pytest.raises(ValueError, match=r"compute_dtype .*(wider than|cannot hold) param_dtype|grad_dtype .* narrower than"):
+        Policy(*combination)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mixed_fp16", "half", "Float32", "float8", "", "float32,float16", "param=float32,mixed_float16", "weight=float32",
+        "param=fp32,compute=float16", "param=float32,compute=", "=float32", "param", "param_dtype=float32", "mixed_float16,",
+        "mixed_float16;grad=float16", "param=int64,compute=int64", "mixed_float16,grad=None",
+    ],
+)  # fmt: skip
+def test_policy_refuses_text(text):
+    """The message has what was given and everything that is allowed."""
+    with pytest.raises(ValueError, match=re.escape(repr(text))) as refused:
+        Policy.parse(text)
+    for word in (*NAMES, "param=", "compute=", "output=", "grad="):
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [("param=float32", "compute_dtype"), ("compute=float16", "param_dtype"), ("grad=float32", "compute_dtype, param_dtype")],
+)
+def test_policy_refuses_half_a_policy(text, missing):
+    with pytest.raises(ValueError, match=f"lacks {missing}"):
+        Policy.parse(text)
+
+
+@pytest.mark.parametrize("value", [None, 1, f16, ["mixed_float16"]], ids=str)
+def test_policy_refuses_what_is_no_text(value):
+    with pytest.raises(TypeError, match=f"policy must be a Policy or a string, got {type(value).__name__}"):
+        Policy.parse(value)
+
+
+@pytest.mark.parametrize("field", ["param_dtype", "compute_dtype", "output_dtype", "grad_dtype"])
+@pytest.mark.parametrize("value", [torch.int64, torch.complex64, torch.float8_e4m3fn, "float32", 1], ids=str)
+def test_policy_refuses_dtypes(field, value):
+    fields = {"param_dtype": f32, "compute_dtype": f32} | {field: value}
+    with pytest.raises(ValueError, match=f"{field} must be one of float64, float32, float16, bfloat16, got"):
+        Policy(**fields)
+
+
+@pytest.mark.parametrize("field", ["param_dtype", "compute_dtype"])
+def test_policy_needs_both_dtypes(field):
+    with pytest.raises(ValueError, match=f"{field} must be one of"):
+        Policy(**{"param_dtype": f32, "compute_dtype": f32} | {field: None})
+
+
+# ----- FSDP2 ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("float32", (f32, f32, None)),
+        ("float64", (f64, f64, None)),
+        ("mixed_float32", (f32, f32, None)),
+        ("mixed_float16", (f16, f32, None)),
+        ("mixed_bfloat16,output=bfloat16", (bf16, f32, bf16)),
+        ("mixed_float16,grad=float32", (f16, f32, None)),
+        ("float16", (f16, f32, None)),
+        ("bfloat16,grad=bfloat16", (bf16, bf16, None)),
+        ("float16,grad=float32", (f16, f32, None)),
+    ],
+)
+def test_policy_to_fsdp(text, expected):
+    param, reduce, output = expected
+    assert Policy.parse(text).to_fsdp() == MixedPrecisionPolicy(param_dtype=param, reduce_dtype=reduce, output_dtype=output)
+
+
+@pytest.mark.parametrize("text", ["mixed_float16,grad=float16", "mixed_bfloat16,grad=bfloat16", "mixed_float32,grad=float32"])
+def test_policy_to_fsdp_refuses_narrow_gradients(text):
+    with pytest.raises(ValueError, match="use grad_dtype=None"):
+        Policy.parse(text).to_fsdp()
+
+
+# ----- the default ---------------------------------------------------------------
+
+
+def test_policy_default_is_set_and_unset():
+    mpk.set_default_policy("mixed_float16")
+    assert mpk.get_default_policy() == Policy.parse("mixed_float16")
+    assert mpk.MPLinear(2, 3).policy == Policy.parse("mixed_float16")
+    assert mpk.MPLinear(2, 3, policy="float32").policy == Policy.parse("float32")
+    mpk.set_default_policy(None)
+    assert mpk.MPLinear(2, 3).policy is None
+
+
+def test_policy_default_contexts_nest():
+    with mpk.default_policy("mixed_float16"):
+        with mpk.default_policy("bfloat16"):
+            assert mpk.get_default_policy() == Policy.parse("bfloat16")
+            with mpk.default_policy(None):
+                assert mpk.get_default_policy() is None
+            assert mpk.get_default_policy() == Policy.parse("bfloat16")
+        assert mpk.get_default_policy() == Policy.parse("mixed_float16")
+
+
+def test_policy_default_is_restored_after_an_exception():
+    with mpk.default_policy("mixed_float16"):
+        with pytest.raises(KeyError), mpk.default_policy("bfloat16"):
+            raise KeyError
+        assert mpk.get_default_policy() == Policy.parse("mixed_float16")
+
+
+def test_policy_default_refuses_bad_text_and_stays():
+    with mpk.default_policy("mixed_float16"):
+        for change in (mpk.set_default_policy, lambda text: mpk.default_policy(text).__enter__()):
+            with pytest.raises(ValueError, match="unknown policy"):
+                change("half")
+        assert mpk.get_default_policy() == Policy.parse("mixed_float16")
+
+
+def test_policy_default_context_does_not_leak_into_threads():
+    seen = []
+    with mpk.default_policy("mixed_float16"):
+        thread = threading.Thread(target=lambda: seen.append(mpk.get_default_policy()))
+        thread.start()
+        thread.join()
+    assert seen == [None]
