@@ -38,6 +38,7 @@ class Copy:
 
 _copies = WeakIdKeyDictionary()  # weight -> Copy
 _owners = WeakIdKeyDictionary()  # parameter -> weak reference to the optimizer of ours that steps it
+_claimants = weakref.WeakSet()  # the optimizers of ours
 _unrounded = WeakIdKeyDictionary()  # 16-bit parameter -> its values before they were rounded
 _hook = None
 requests = 0  # moves when a layer asks for a copy that is not there, or replaces one: optimizers then look again
@@ -74,6 +75,7 @@ def claim(parameter: torch.Tensor, owner: torch.optim.Optimizer) -> Copy | None:
     """Called by the optimizer that steps `parameter`: it owns the copy from now on; None where no layer asked for one."""
     global _hook
     _owners[parameter] = weakref.ref(owner)
+    _claimants.add(owner)
     _hook = _hook or register_optimizer_step_post_hook(_after_any_step)
     copy = _copies.get(parameter)
     if copy is None or copy.dtype.itemsize >= parameter.dtype.itemsize:
@@ -95,12 +97,9 @@ def _fits(tensor: torch.Tensor | None, weight: torch.Tensor) -> bool:
 
 def _after_any_step(optimizer, args, kwargs) -> None:
     """torch's fused optimizers, and those that write through `.data`, move no version: move it for what we watch."""
-    written = [
-        parameter
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if (owner := _owners.get(parameter)) is not None and owner() is not optimizer
-    ]
+    if optimizer in _claimants:  # ours do move it
+        return
+    written = [p for group in optimizer.param_groups for p in group["params"] if p in _owners]
     if written:
         torch.autograd.graph.increment_version(written)
 

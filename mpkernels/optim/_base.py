@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from mpkernels import _copies
 from mpkernels.ops._cast import cast
@@ -41,6 +40,7 @@ class _Rows:
     steps: torch.Tensor
     compute_copies: list[tuple[torch.Tensor, _copies.Copy]]
     mastered: list[int]  # rows whose master is not the parameter itself
+    stamps: list[tuple[int, int] | None]  # of the parameters of those, after our last write
     requests: int  # _copies.requests when these rows were made
 
 
@@ -72,7 +72,6 @@ class Optimizer(torch.optim.Optimizer):
         self._pending_clip: float | None = None  # max_norm of scaler.clip_grad_norm_, until the next step
         self._formats: dict[int, tuple[torch.dtype, torch.Size]] = {}
         self._rows: dict[tuple[int, torch.device], _Rows] = {}
-        self._stamps = WeakIdKeyDictionary()  # parameter with a master -> its stamp after our last write
 
     def __getstate__(self) -> dict:
         ours = ("master_dtype", "max_norm", "write_grads", "skip_nonfinite")
@@ -138,6 +137,8 @@ class Optimizer(torch.optim.Optimizer):
         Raises RuntimeError for a sparse gradient, a parameter whose dtype or shape changed, a closure under a scaler.
         """
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        foreign = found_inf is not None  # somebody else's scalars: the op checks them
+        _check_scalars(grad_scale=grad_scale, found_inf=found_inf)
         loss = None
         if closure is not None:
             if grad_scale is not None:
@@ -158,6 +159,7 @@ class Optimizer(torch.optim.Optimizer):
         for (index, device), group_rows in rows.items():
             options = self._step_options(device, grad_scale, found_inf, max_norm)
             grads = [p.grad for p in group_rows.params]
+            group_rows.checked &= not foreign and not isinstance(self.param_groups[index]["lr"], torch.Tensor)
             self._update(self.param_groups[index], group_rows, grads, options)
             self._after_update(group_rows)
             if self.write_grads and grad_scale is not None:
@@ -265,20 +267,20 @@ class Optimizer(torch.optim.Optimizer):
         for parameter, count in zip(params, steps.unbind(), strict=True):
             self.state[parameter]["step"] = count  # a view: one array per call is what the op advances
         states = {name: [self.state[p][name] for p in params] for name in names}
-        return _Rows(params, masters, copies, states, steps, compute_copies, mastered, requests)
+        stamps = [None] * len(mastered)
+        return _Rows(params, masters, copies, states, steps, compute_copies, mastered, stamps, requests)
 
     def _follow_foreign_writes(self, rows: _Rows) -> None:
         """Take over what somebody else wrote since our last step: a skipped one must not leave a copy behind its weight."""
-        for i in rows.mastered:
-            if self._stamps.get(rows.params[i]) != _copies.stamp(rows.params[i]):
+        for i, stamp in zip(rows.mastered, rows.stamps, strict=True):
+            if stamp != _copies.stamp(rows.params[i]):
                 _take_over(rows.masters[i], rows.params[i])
         for parameter, compute_copy in rows.compute_copies:
             if not compute_copy.holds(parameter):
                 compute_copy.write(parameter, cast(parameter, compute_copy.dtype))
 
     def _after_update(self, rows: _Rows) -> None:
-        for i in rows.mastered:
-            self._stamps[rows.params[i]] = _copies.stamp(rows.params[i])
+        rows.stamps = [_copies.stamp(rows.params[i]) for i in rows.mastered]
         for parameter, compute_copy in rows.compute_copies:
             compute_copy.stamp = _copies.stamp(parameter)
 
@@ -350,7 +352,6 @@ class Optimizer(torch.optim.Optimizer):
         self.state.clear()
         self.state.update(loaded)
         self._rows.clear()
-        self._stamps.clear()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -417,6 +418,12 @@ def _identity(group: dict) -> dict:
 def _name(group: dict, index: int) -> str:
     names = group.get("param_names")
     return f"parameter {index} ({names[index]})" if names else f"parameter {index}"
+
+
+def _check_scalars(**scalars: torch.Tensor | None) -> None:
+    for name, tensor in scalars.items():
+        if tensor is not None and (tensor.numel() != 1 or tensor.dtype != torch.float32):
+            raise RuntimeError(f"{name} must be a 1-element float32 tensor, got {tuple(tensor.shape)} {tensor.dtype}")
 
 
 def _refuse_changed(name: str, before: tuple, now: tuple) -> None:
