@@ -71,6 +71,9 @@ class Op:
 
     def _run(self, *args, **kwargs):
         self.check(*args, **kwargs)
+        return self._run_checked(*args, **kwargs)
+
+    def _run_checked(self, *args, **kwargs):
         function = self.select(*self.key(*args, **kwargs))
         if self.mutated is None:
             # A result that torch knows as a view could not be changed in place (`+=`, nn.ReLU(inplace=True)) by the caller.
@@ -81,12 +84,20 @@ class Op:
             torch.autograd.graph.increment_version(self.mutated(*args, **kwargs))
         return result
 
-    def __call__(self, *args):
-        """The op. Straight to `_run` where only eager execution is going on: the dispatcher costs as much as a small GEMM."""
-        watched = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
-        if watched or any(type(a) not in _PLAIN for a in args if isinstance(a, torch.Tensor)):
-            return getattr(torch.ops.mpkernels, self.name)(*args)
-        return self._run(*args)
+    def __call__(self, *args, checked: bool = False, **kwargs):
+        """The op, without the dispatcher where nothing but eager execution goes on: it costs as much as a small GEMM.
+
+        checked: these tensors have passed `check` before; only their values are new.
+        """
+        watched = (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._are_functorch_transforms_active()
+            or any(type(a) not in _PLAIN for a in args if isinstance(a, torch.Tensor))
+        )
+        if watched:
+            return getattr(torch.ops.mpkernels, self.name)(*args, **kwargs)
+        return self._run_checked(*args, **kwargs) if checked else self._run(*args, **kwargs)
 
     def function(self, backend: str) -> Callable:
         """The implementation's function, whatever `why_not` says of it."""

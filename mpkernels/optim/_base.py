@@ -42,6 +42,7 @@ class _Rows:
     mastered: list[int]  # rows whose master is not the parameter itself
     stamps: list[tuple[int, int] | None]  # of the parameters of those, after our last write
     requests: int  # _copies.requests when these rows were made
+    checked: bool = False  # whether an op has checked these lists: only the scalars and the gradients' values are new
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -280,6 +281,7 @@ class Optimizer(torch.optim.Optimizer):
                 compute_copy.write(parameter, cast(parameter, compute_copy.dtype))
 
     def _after_update(self, rows: _Rows) -> None:
+        rows.checked = True
         rows.stamps = [_copies.stamp(rows.params[i]) for i in rows.mastered]
         for parameter, compute_copy in rows.compute_copies:
             compute_copy.stamp = _copies.stamp(parameter)

@@ -49,7 +49,7 @@ class AdamW(Optimizer):
         adamw_(
             rows.masters, grads, states["exp_avg"], states["exp_avg_sq"], states.get("max_exp_avg_sq", []), rows.copies,
             rows.steps, lr_tensor(group["lr"]), *group["betas"], group["eps"], group["weight_decay"],
-            self._decoupled, group["maximize"], **options,
+            self._decoupled, group["maximize"], checked=rows.checked, **options,
         )  # fmt: skip
 
 

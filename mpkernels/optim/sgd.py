@@ -46,5 +46,6 @@ class SGD(Optimizer):
     def _update(self, group, rows, grads, options):
         sgd_(
             rows.masters, grads, rows.states.get("momentum_buffer", []), rows.copies, rows.steps, lr_tensor(group["lr"]),
-            group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"], group["maximize"], **options,
+            group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"], group["maximize"],
+            checked=rows.checked, **options,
         )  # fmt: skip

@@ -53,6 +53,7 @@ op = Op(
     (
         Implementation("native", device_types=("cpu",), auto_on=("cpu",)),
         Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),
+        Implementation("triton", device_types=("cuda", "cpu")),
     ),
     check=_check,
     fake=lambda *_, **__: None,
@@ -62,4 +63,4 @@ op = Op(
     ),
 )
 
-adamw_ = torch.ops.mpkernels.adamw_
+adamw_ = op

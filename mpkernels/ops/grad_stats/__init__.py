@@ -48,6 +48,7 @@ op = Op(
     (
         Implementation("native", device_types=("cpu",), auto_on=("cpu",)),
         Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),
+        Implementation("triton", device_types=("cuda", "cpu")),
     ),
     check=_check,
     fake=lambda *_: None,
@@ -57,4 +58,4 @@ op = Op(
     ),
 )
 
-grad_stats_ = torch.ops.mpkernels.grad_stats_
+grad_stats_ = op

@@ -51,6 +51,7 @@ op = Op(
     (
         Implementation("native", device_types=("cpu",), auto_on=("cpu",)),
         Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),
+        Implementation("triton", device_types=("cuda", "cpu")),
     ),
     check=_check,
     fake=lambda *_, **__: None,
@@ -58,4 +59,4 @@ op = Op(
     mutated=lambda masters, grads, momentum_buffers, copies, steps, *_, **__: ([*masters, *momentum_buffers, *copies, steps]),
 )
 
-sgd_ = torch.ops.mpkernels.sgd_
+sgd_ = op

@@ -50,6 +50,7 @@ op = Op(
     (
         Implementation("native", device_types=("cpu",), auto_on=("cpu",)),
         Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),
+        Implementation("triton", device_types=("cuda", "cpu")),
     ),
     check=_check,
     fake=lambda *_: None,
@@ -59,4 +60,4 @@ op = Op(
     ),
 )
 
-update_scale_ = torch.ops.mpkernels.update_scale_
+update_scale_ = op
