@@ -47,27 +47,30 @@ struct GradAndCopy {
   const char* grad;
   char* copy;  // null where none is wanted
   int64_t grad_itemsize, copy_itemsize;
-  Cast from_grad, to_copy;
+  Cast from_grad, to_copy;  // from_grad is null where the gradient has the master's dtype
 
   GradAndCopy(const Tensor& master, const Tensor& grad_tensor, const Tensor& copy_tensor)
       : grad(static_cast<const char*>(grad_tensor.const_data_ptr())),
         copy(copy_tensor.numel() ? static_cast<char*>(copy_tensor.mutable_data_ptr()) : nullptr),
         grad_itemsize(grad_tensor.element_size()),
         copy_itemsize(copy_tensor.element_size()),
-        from_grad(find_cast(grad_tensor.scalar_type(), master.scalar_type())),
+        from_grad(grad_tensor.scalar_type() == master.scalar_type()
+                      ? nullptr
+                      : find_cast(grad_tensor.scalar_type(), master.scalar_type())),
         to_copy(find_cast(master.scalar_type(), copy_tensor.scalar_type())) {}
 };
 
 // update(grad, begin, n) on blocks of [begin, end) that stay in the first-level cache from the gradient to the copy.
 template <class T, class F>
 void update_run(const GradAndCopy& io, const T* master, int64_t begin, int64_t end, const F& update) {
-  constexpr int64_t kBlock = 512;
-  alignas(64) T grad[kBlock];
+  constexpr int64_t kBlock = 128;
+  alignas(64) T wide[kBlock];
   alignas(64) double copy[kBlock];
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t n = std::min(kBlock, end - i);
-    io.from_grad(io.grad + i * io.grad_itemsize, grad, n);
-    update(grad, i, n);
+    const void* grad = io.grad + i * io.grad_itemsize;
+    if (io.from_grad != nullptr) io.from_grad(grad, wide, n);
+    update(io.from_grad == nullptr ? static_cast<const T*>(grad) : wide, i, n);
     if (io.copy != nullptr) {
       io.to_copy(master + i, copy, n);
       store_past_cache(io.copy + i * io.copy_itemsize, copy, n * io.copy_itemsize);
