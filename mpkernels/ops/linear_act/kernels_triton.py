@@ -25,8 +25,11 @@ def gemm_kernel(
     group_m = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
     pid_m = group * GROUP_M + pid % (GROUP_M * tiles_n) % group_m
     pid_n = pid % (GROUP_M * tiles_n) // group_m
-    rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_row, first_column = pid_m.to(tl.int64) * BLOCK_M, pid_n.to(tl.int64) * BLOCK_N
+    rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
+    # NOTE: compared in 32 bits; in 64 the largest tiles spill.
+    row_inside = tl.arange(0, BLOCK_M) < tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
+    column_inside = tl.arange(0, BLOCK_N) < tl.minimum(N - first_column, BLOCK_N).to(tl.int32)
     depth = tl.arange(0, BLOCK_K).to(tl.int64)
     step = tl.full((), BLOCK_K, tl.int64)  # int64: a stride times BLOCK_K can pass 2^31
     a_ptrs = a_ptr + rows[:, None] * stride_am + depth[None, :] * stride_ak
@@ -35,8 +38,8 @@ def gemm_kernel(
     for start in range(0, K, BLOCK_K):
         # ----- load
         inside = depth < K - start
-        a = tl.load(a_ptrs, mask=(rows < M)[:, None] & inside[None, :], other=0.0)
-        b = tl.load(b_ptrs, mask=inside[:, None] & (columns < N)[None, :], other=0.0)
+        a = tl.load(a_ptrs, mask=row_inside[:, None] & inside[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=inside[:, None] & column_inside[None, :], other=0.0)
         b = b.to(a.dtype)  # round: weight's dtype -> compute dtype
         # ----- multiply-accumulate
         acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
@@ -44,17 +47,19 @@ def gemm_kernel(
         b_ptrs += step * stride_bk
     # ----- epilogue
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + columns * stride_bias, mask=columns < N, other=0.0)
+        bias = tl.load(bias_ptr + columns * stride_bias, mask=column_inside, other=0.0)
         acc += bias.to(acc.dtype)[None, :]
     if RELU:
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
     out = acc.to(out_ptr.dtype.element_ty)  # round: accumulator -> out_dtype
     # ----- store
-    tl.store(out_ptr + rows[:, None] * N + columns[None, :], out, mask=(rows < M)[:, None] & (columns < N)[None, :])
+    tl.store(out_ptr + rows[:, None] * N + columns[None, :], out, mask=row_inside[:, None] & column_inside[None, :])
     if mask_ptr is not None:
-        words = _pack(tl.where((out <= 0) | (columns >= N)[None, :], 0, 1), BLOCK_M, BLOCK_N)
-        word = pid_n.to(tl.int64) * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)
-        inside = (rows < M)[:, None] & (word * 32 < N)[None, :]
+        words = _pack(tl.where(out <= 0, 0, 1), BLOCK_M, BLOCK_N)  # NaN is 1
+        word = first_column // 32 + tl.arange(0, BLOCK_N // 32)
+        bits = tl.maximum(tl.minimum(N - word * 32, 32), 0)  # of this word that are columns
+        words &= ((1 << bits) - 1).to(tl.int32)[None, :]  # the others may be NaN's
+        inside = row_inside[:, None] & (bits > 0)[None, :]
         tl.store(mask_ptr + rows[:, None] * stride_mask + word[None, :], words, mask=inside)
 
 
