@@ -11,9 +11,10 @@ import steps
 import torch
 from steps import BAD_SCALES, BAD_VALUES, DTYPES, SIZES, Problem, counts, force, join, raw, scalar, split
 
-from mpkernels.ops.adamw import adamw_, op, reference
-from mpkernels.ops.grad_stats import grad_stats_
+from mpkernels.ops.adamw import op, reference
 
+adamw_ = torch.ops.mpkernels.adamw_
+grad_stats_ = torch.ops.mpkernels.grad_stats_
 LR = 1e-2
 DEFAULTS = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True, maximize=False)
 VARIANTS = {

@@ -10,7 +10,9 @@ import torch
 from steps import BAD_SCALES, BAD_VALUES, DTYPES, SIZES, check_raises_unchanged, counts, force, layouts, raw, scalar
 from steps import targets as targets_of
 
-from mpkernels.ops.grad_stats import grad_stats_, op, reference
+from mpkernels.ops.grad_stats import op, reference
+
+grad_stats_ = torch.ops.mpkernels.grad_stats_
 
 
 @pytest.fixture(params=targets_of(op))

@@ -12,9 +12,10 @@ import torch
 from steps import BAD_SCALES, BAD_VALUES, DTYPES, SIZES, Problem, counts, force, join, raw, scalar, split
 
 from mpkernels.ops._multi_tensor import grad_factor
-from mpkernels.ops.grad_stats import grad_stats_
-from mpkernels.ops.sgd import op, reference, sgd_
+from mpkernels.ops.sgd import op, reference
 
+sgd_ = torch.ops.mpkernels.sgd_
+grad_stats_ = torch.ops.mpkernels.grad_stats_
 LR = 1e-2
 DEFAULTS = dict(momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False)
 VARIANTS = {

@@ -7,8 +7,9 @@ import pytest
 import torch
 from steps import check_raises_unchanged, counts, force, raw, scalar, targets
 
-from mpkernels.ops.update_scale import op, reference, update_scale_
+from mpkernels.ops.update_scale import op, reference
 
+update_scale_ = torch.ops.mpkernels.update_scale_
 TORCHS = dict(
     growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, hysteresis=1, min_scale=2.0**-126, max_scale=2.0**127
 )

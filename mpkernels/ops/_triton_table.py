@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put lists of tensors of any number and size into one Triton launch: tables of addresses on the device, and who does what.
+
+The elements of each tensor are cut into chunks, the chunks of all tensors numbered one after the other; a program does one.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+CHUNK = 16384  # elements of one program: the scalars that it derives in fp64 cost little beside them
+BLOCK = 512  # elements of one pass of its loop
+NUM_WARPS = 4
+
+
+@dataclass(eq=False)
+class Launch:
+    """Tensors of one combination of dtypes. All on the device, all int64.
+
+    dtypes: of each list, None where its tensors have no elements. addresses: (lists, n). layout: (3, n): elements, first
+    chunk in this launch, and place in the call's lists. tensors: (chunks,): whose chunk each is. aligned: all addresses are
+    multiples of 16.
+    """
+
+    dtypes: tuple[torch.dtype | None, ...]
+    addresses: torch.Tensor
+    layout: torch.Tensor
+    tensors: torch.Tensor
+    aligned: bool
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (self.tensors.numel(),)
+
+    @property
+    def arguments(self) -> dict:
+        """What every kernel over tensors takes by these names."""
+        return dict(
+            addresses_ptr=self.addresses, layout_ptr=self.layout, tensors_ptr=self.tensors, count=self.layout.shape[1],
+            ALIGNED=self.aligned, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+
+def launches(lists: Sequence[Sequence[torch.Tensor]]) -> list[Launch]:
+    """One launch for each combination of dtypes; tensors without elements are in none. `lists[l][i]` are dense and alike."""
+    groups: dict[tuple, list[int]] = {}
+    for i, row in enumerate(zip(*lists, strict=True)):
+        if row[0].numel():
+            groups.setdefault(tuple(t.dtype if t.numel() else None for t in row), []).append(i)
+    return [_launch(dtypes, lists, places) for dtypes, places in groups.items()]
+
+
+def _launch(dtypes, lists, places) -> Launch:
+    addresses = tuple(tensors[i].data_ptr() for tensors in lists for i in places)
+    sizes = tuple(lists[0][i].numel() for i in places)
+    device = lists[0][places[0]].device
+    layout, tensors = _layout(sizes, tuple(places), device, _stream(device))
+    table = numbers(addresses, device).view(len(lists), len(places))
+    return Launch(dtypes, table, layout, tensors, all(address % 16 == 0 for address in addresses))
+
+
+# NOTE: `stream` is a key: on another stream a table could be read before it has arrived.
+@functools.lru_cache(maxsize=64)
+def _layout(sizes, places, device, stream) -> tuple[torch.Tensor, torch.Tensor]:
+    chunks = torch.tensor([-(-n // CHUNK) for n in sizes])
+    first = chunks.cumsum(0) - chunks
+    layout = torch.stack([torch.tensor(sizes), first, torch.tensor(places)])
+    tensors = torch.repeat_interleave(torch.arange(len(sizes)), chunks)
+    return _to_device(layout, device), _to_device(tensors, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _numbers(values, device, stream) -> torch.Tensor:
+    return _to_device(torch.tensor(values, dtype=torch.int64), device)
+
+
+def numbers(values: Iterable[int], device: torch.device) -> torch.Tensor:
+    """int64 on the device; the same ones are not sent twice."""
+    return _numbers(tuple(values), device, _stream(device))
+
+
+def chunk_starts(sizes: Iterable[int], device: torch.device) -> torch.Tensor:
+    """(n + 1,): where the chunks of each of n tensors begin when all chunks are in the order of the call's lists."""
+    return numbers(itertools.accumulate((-(-n // CHUNK) for n in sizes), initial=0), device)
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Without waiting. The pinned buffer goes back to torch's pinned allocator, which reuses it only after this copy."""
+    if device.type != "cuda":
+        return table
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "triton needs one call with these very tensors before a CUDA graph is captured: "
+            "keep the gradients (zero_grad(set_to_none=False))"
+        )
+    return table.pin_memory().to(device, non_blocking=True)
+
+
+def dense(lists: Sequence[Sequence[torch.Tensor]], written: Sequence[bool]):
+    """`(lists, back)`: the same lists, in which the tensors of one place have the same strides, without gaps or overlap.
+
+    A copy stands in for a tensor that has not; `back` are the pairs (tensor, copy) of the written ones.
+    """
+    result, back = [list(tensors) for tensors in lists], []
+    for i, row in enumerate(zip(*lists, strict=True)):
+        if all(tensor.is_contiguous() for tensor in row):
+            continue
+        shape, strides = row[0].shape, torch.empty_like(row[0], device="meta").stride()  # its own where it is dense
+        for tensors, tensor, is_written in zip(result, row, written, strict=True):
+            if tensor.shape == shape and tensor.stride() != strides:
+                tensors[i] = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+                if is_written:
+                    back.append((tensor, tensors[i]))
+    return result, back
+
+
+def copy_back(back: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for tensor, stand_in in back:
+        tensor.copy_(stand_in)
+
+
+def lr_arguments(lr: torch.Tensor) -> dict:
+    """lr by value where it is on the CPU, else by its address: no wait for the device."""
+    on_device = lr.device.type != "cpu"
+    return dict(lr_ptr=lr if on_device else None, lr=0.0 if on_device else lr.item())
