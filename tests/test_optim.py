@@ -655,6 +655,15 @@ def _sparse(params, optimizer):
     params[1].grad = torch.ones(5).to_sparse()
 
 
+def _complex(params, optimizer):
+    params[1].grad, params[1].grad_dtype = None, None
+    params[1].grad = torch.ones(5, dtype=torch.complex64)
+
+
+def _resized_grad(params, optimizer):
+    params[1].grad.resize_(3)
+
+
 def _retyped(params, optimizer):
     params[1].data, params[1].grad = params[1].data.half(), torch.ones(5).half()
 
@@ -678,7 +687,9 @@ def _wrong_found_inf(params, optimizer):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (_sparse, r"the gradient of parameter 1 \(b\) is torch.sparse_coo"),
+        (_sparse, r"the gradient of parameter 1 \(b\) must be a dense .*torch.sparse_coo"),
+        (_complex, r"the gradient of parameter 1 \(b\) must be a dense floating-point .*torch.complex64"),
+        (_resized_grad, r"the gradient of parameter 1 \(b\) must be .* of shape \(5,\), got \(3,\)"),
         (_retyped, r"parameter 1 \(b\) changed dtype since construction: torch.float32 then, torch.float16 now"),
         (_resized, r"parameter 1 \(b\) changed shape since construction"),
         (_bad_grad_scale, "grad_scale must be"),

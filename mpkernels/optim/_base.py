@@ -13,7 +13,7 @@ import torch
 
 from mpkernels import _copies
 from mpkernels.ops._cast import cast
-from mpkernels.ops._multi_tensor import MASTER_DTYPES, inv_scale, skip_flag
+from mpkernels.ops._multi_tensor import DTYPES, MASTER_DTYPES, inv_scale, skip_flag
 from mpkernels.ops.grad_stats import grad_stats_
 
 
@@ -224,11 +224,14 @@ class Optimizer(torch.optim.Optimizer):
             for i, parameter in enumerate(group["params"]):
                 if parameter.grad is None:
                     continue
-                if self._formats[id(parameter)] != (parameter.dtype, parameter.shape):
-                    _refuse_changed(_name(group, i), self._formats[id(parameter)], (parameter.dtype, parameter.shape))
-                if parameter.grad.layout != torch.strided:
-                    layout = parameter.grad.layout
-                    raise RuntimeError(f"the gradient of {_name(group, i)} is {layout}: sparse gradients are not supported")
+                grad, shape = parameter.grad, parameter.shape
+                if self._formats[id(parameter)] != (parameter.dtype, shape):
+                    _refuse_changed(_name(group, i), self._formats[id(parameter)], (parameter.dtype, shape))
+                if grad.layout != torch.strided or grad.dtype not in DTYPES or grad.shape != shape:
+                    raise RuntimeError(
+                        f"the gradient of {_name(group, i)} must be a dense floating-point tensor of shape {tuple(shape)}, "
+                        f"got {tuple(grad.shape)} {grad.dtype}, {grad.layout}"
+                    )
                 by_device.setdefault(parameter.device, []).append(parameter)
             for device, params in by_device.items():
                 rows[index, device] = self._rows_of(index, device, params)
