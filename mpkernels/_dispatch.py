@@ -129,11 +129,10 @@ def _choose(name: str, device: torch.device, dtype: torch.dtype, setting: str) -
     op, forced = ops[name], parse_setting(setting)
     backend = forced.get(name)
     if backend is None:
-        everywhere = forced.get("*")
-        implementation = op.implementations.get(everywhere)
+        implementation = op.implementations.get(forced.get("*"))
         if implementation is not None and device.type in implementation.device_types:
-            backend = everywhere
-    if backend is not None:
+            backend = implementation.backend
+    if backend not in (None, "auto"):
         reason = op.why_not(backend, device, dtype)
         if reason is not None:
             raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={setting}: {name} on {device.type} cannot use {backend}: {reason}")
@@ -155,9 +154,8 @@ def parse_setting(setting: str) -> dict[str, str]:
                 f"{ENVIRONMENT_VARIABLE}={setting!r}: expected one of auto, {', '.join(BACKENDS)}, "
                 f"or op=backend with an op of {', '.join(sorted(ops))}"
             )
-        if backend != "auto":
-            forced[name or "*"] = backend
-    return forced
+        forced[name or "*"] = backend
+    return {name: backend for name, backend in forced.items() if (name, backend) != ("*", "auto")}
 
 
 @functools.cache

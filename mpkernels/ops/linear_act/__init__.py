@@ -78,12 +78,15 @@ def linear_act(x, weight, bias=None, weight_copy=None, *, activation, compute_dt
     return _LinearAct.apply(*args)[0]
 
 
-@torch.compiler.assume_constant_result
 def _save(device, compute_dtype, activation) -> int:
     """Whether the forward writes the mask: kernels read 1 bit instead of 16; torch selects faster by `out` itself."""
     if activation == Activation.NONE or not torch.is_grad_enabled():
         return 0
     return int(forward_op.backend(device, compute_dtype) != "eager")
+
+
+# torch.compiler.assume_constant_result does just this, and loads the compiler, seconds long, to do it.
+_save._dynamo_marked_constant = True
 
 
 def mask_pitch(columns: int) -> int:
@@ -106,7 +109,8 @@ def _check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
         if tensor is None:
             continue
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
-            raise RuntimeError(f"{op}: {name} must be a dense strided tensor, got layout {tensor.layout}")
+            kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else f"layout {tensor.layout}"
+            raise RuntimeError(f"{op}: {name} must be a dense strided tensor, got {kind}")
         if tensor.dtype not in DTYPES:
             raise RuntimeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         first = first or (name, tensor.device)
