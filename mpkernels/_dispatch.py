@@ -75,11 +75,12 @@ class Op:
 
     def _run_checked(self, *args, **kwargs):
         function = self.select(*self.key(*args, **kwargs))
-        if self.mutated is None:
-            # A result that torch knows as a view could not be changed in place (`+=`, nn.ReLU(inplace=True)) by the caller.
-            with torch._C._AutoDispatchBelowADInplaceOrView():
-                return function(*args, **kwargs)
-        result = function(*args, **kwargs)
+        with torch._C._DisableAutocast():  # dtypes are in the arguments: the torch ops inside are not to be cast again
+            if self.mutated is None:
+                # A result that torch knows as a view could not be changed in place (`+=`, nn.ReLU(inplace=True)).
+                with torch._C._AutoDispatchBelowADInplaceOrView():
+                    return function(*args, **kwargs)
+            result = function(*args, **kwargs)
         if not torch.is_inference_mode_enabled():
             torch.autograd.graph.increment_version(self.mutated(*args, **kwargs))
         return result
