@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch.nn.functional import linear
 
 import mpkernels as mpk
@@ -134,7 +136,7 @@ def _saved_bytes(run, x: torch.Tensor, target: torch.Tensor) -> tuple[int, torch
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
+        if tensor.dim() and storage.data_ptr() not in parameters:  # a scalar is neither an activation nor a copy
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -319,10 +321,10 @@ def summary(rows: list[dict], seconds: float, out: Path) -> str:
     """One line: what happened and where it lies."""
     accuracy = {r["policy"]: r["test_accuracy"] for r in rows}
     narrow = [a for name, a in accuracy.items() if name.endswith("float16") and not name.startswith("torch")]
-    story = f"Trained {len(rows)} recipes in {seconds:.0f} s, {sum(r['skipped_steps'] for r in rows)} steps skipped"
+    story = f"Trained in {seconds:.0f} s, {sum(r['skipped_steps'] for r in rows)} steps skipped"
     if narrow and "float32" in accuracy:
-        story += f"; 16-bit policies end {100 * (min(narrow) - accuracy['float32']):+.2f} points from float32 at worst"
-    return f"{story}. See {out}/results.json, {out}/loss.png"
+        story += f", 16-bit accuracy at worst {100 * (min(narrow) - accuracy['float32']):+.2f} points from fp32's"
+    return f"{story}: {out}/results.json, {out}/loss.png"
 
 
 def write(out: Path, rows: list[dict], implementation_rows: list[dict]) -> None:
@@ -333,17 +335,19 @@ def write(out: Path, rows: list[dict], implementation_rows: list[dict]) -> None:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Mean training loss by epoch; torch's recipes are dashed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    """Mean training loss by epoch, and how far each is from the first recipe's; torch's are dashed."""
+    figure = Figure(figsize=(9, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    above, below = figure.subplots(2, sharex=True, height_ratios=(3, 2))
     for r in rows:
         epochs = range(1, len(r["losses"]) + 1)
-        axes.semilogy(epochs, r["losses"], "--" if r["policy"].startswith("torch") else "-", label=r["policy"], linewidth=1.3)
-    axes.set(xlabel="epoch", ylabel="training loss (mean of the seeds)", title="Digits under every policy")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+        line = "--" if r["policy"].startswith("torch") else "-"
+        above.semilogy(epochs, r["losses"], line, label=r["policy"], linewidth=1.3)
+        below.plot(epochs, [100 * (a / b - 1) for a, b in zip(r["losses"], rows[0]["losses"])], line, linewidth=1.3)
+    above.set(ylabel="training loss, mean of the seeds", title="Digits under every policy")
+    below.set(xlabel="epoch", ylabel=f"% from {rows[0]['policy']}")
+    below.xaxis.get_major_locator().set_params(integer=True)
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    above.legend(fontsize=8)
     figure.savefig(path, dpi=120)

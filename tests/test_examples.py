@@ -69,7 +69,7 @@ def test_examples_digits_bytes(quick):
     for name, sizes in expected.items():
         found = rows[name]["bytes_per_parameter"]
         assert tuple(found[key] for key in ("parameters", "gradients", "masters", "moments")) == sizes, name
-        assert math.ceil(found["copies"] - 0.5) == copies.get(name, 0), name
+        assert 0.98 * copies.get(name, 0) <= found["copies"] <= copies.get(name, 0), name
     for name in NARROW:
         assert rows[name]["saved_bytes_per_sample"] < 0.6 * rows["float32"]["saved_bytes_per_sample"]
 
