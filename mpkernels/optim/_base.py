@@ -15,6 +15,7 @@ from mpkernels import _copies
 from mpkernels.ops._cast import cast
 from mpkernels.ops._multi_tensor import DTYPES, MASTER_DTYPES, inv_scale, skip_flag
 from mpkernels.ops.grad_stats import grad_stats_
+from mpkernels.optim import _ranks
 
 
 @dataclass(eq=False)
@@ -22,7 +23,7 @@ class GradStats:
     """What one read of the gradients of one device found; see mpkernels.ops.grad_stats. All on the device."""
 
     params: list[torch.Tensor]
-    found_inf: torch.Tensor
+    found_inf: torch.Tensor  # on many ranks: any rank's
     amax: torch.Tensor
     nonfinite: torch.Tensor
     grad_norm: torch.Tensor | None
@@ -40,7 +41,8 @@ class _Rows:
     steps: torch.Tensor
     compute_copies: list[tuple[torch.Tensor, _copies.Copy]]
     mastered: list[int]  # rows whose master is not the parameter itself
-    stamps: list[tuple[int, int] | None]  # of the parameters of those, after our last write
+    stamps: list[tuple[int, ...] | None]  # of the parameters of those, after our last write
+    addresses: list[int]  # of the local tensors of DTensors, which their owner may replace
     requests: int  # _copies.requests when these rows were made
     checked: bool = False  # whether an op has checked these lists: only the scalars and the gradients' values are new
 
@@ -51,15 +53,21 @@ class Optimizer(torch.optim.Optimizer):
     master_dtype: fp32 or fp64, what 16-bit parameters are updated in (None: fp32); moments have the master's dtype.
     max_norm: clip the global norm over all groups inside the step. write_grads: leave `.grad` unscaled after a step
     under a scaler, as torch does. skip_nonfinite: without a scaler, skip a step with inf or NaN gradients.
+    process_group: needed where plain tensors are sharded by hand: the ranks that share one verdict and whose gradients
+    one norm sums; every one of them calls each step. DTensors (FSDP2) need none, nor does DDP, whose ranks have the same
+    gradients.
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then passes grad_scale and found_inf as attributes
 
-    def __init__(self, params, defaults, *, master_dtype, max_norm, write_grads, skip_nonfinite):
+    def __init__(self, params, defaults, *, master_dtype, max_norm, write_grads, skip_nonfinite, process_group):
         if master_dtype not in (None, *MASTER_DTYPES):
             raise ValueError(f"master_dtype must be torch.float32 or torch.float64, got {master_dtype}")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"Invalid max_norm: {max_norm}")
+        if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
+            raise TypeError(f"process_group must be a ProcessGroup that this rank is in, got {process_group!r}")
+        self.process_group = process_group
         self.master_dtype, self.max_norm = master_dtype, max_norm
         self.write_grads, self.skip_nonfinite = write_grads, skip_nonfinite
         self._forget()
@@ -73,15 +81,17 @@ class Optimizer(torch.optim.Optimizer):
         self._pending_clip: float | None = None  # max_norm of scaler.clip_grad_norm_, until the next step
         self._formats: dict[int, tuple[torch.dtype, torch.Size]] = {}
         self._rows: dict[tuple[int, torch.device], _Rows] = {}
+        self._ranks = _ranks.Ranks([])
 
     def __getstate__(self) -> dict:
-        ours = ("master_dtype", "max_norm", "write_grads", "skip_nonfinite")
+        ours = ("master_dtype", "max_norm", "write_grads", "skip_nonfinite", "process_group")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
 
     def __setstate__(self, state: dict) -> None:
         self._forget()
         super().__setstate__(state)
         self._formats = {id(p): (p.dtype, p.shape) for group in self.param_groups for p in group["params"]}
+        self._ranks = _ranks.Ranks(self._parameters(), self.process_group)
 
     # ----- construction -----------------------------------------------------------------------
 
@@ -100,6 +110,10 @@ class Optimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         self._formats.update((id(p), (p.dtype, p.shape)) for p in group["params"])
+        self._ranks = _ranks.Ranks(self._parameters(), self.process_group)
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def _check_parameter(self, parameter, name: str) -> None:
         if parameter.layout != torch.strided or parameter.dtype not in (torch.float16, torch.bfloat16, *MASTER_DTYPES):
@@ -159,7 +173,7 @@ class Optimizer(torch.optim.Optimizer):
             found_inf = next(iter(self._stats.values())).found_inf
         for (index, device), group_rows in rows.items():
             options = self._step_options(device, grad_scale, found_inf, max_norm)
-            grads = [p.grad for p in group_rows.params]
+            grads = self._local_grads(group_rows.params)
             group_rows.checked &= not foreign and not isinstance(self.param_groups[index]["lr"], torch.Tensor)
             self._update(self.param_groups[index], group_rows, grads, options)
             self._after_update(group_rows)
@@ -171,6 +185,8 @@ class Optimizer(torch.optim.Optimizer):
         def here(tensor):
             return None if tensor is None else tensor.to(device, non_blocking=True).squeeze()
 
+        if found_inf is not None:
+            found_inf = _ranks.local(found_inf)  # torch's GradScaler has a DTensor of it
         norm = None if max_norm is None else here(self.grad_norm)
         return dict(grad_scale=here(grad_scale), found_inf=here(found_inf), grad_norm=norm, max_norm=max_norm)
 
@@ -186,7 +202,7 @@ class Optimizer(torch.optim.Optimizer):
                 if parameter.grad.dtype.itemsize == 2:
                     parameter.grad_dtype = None  # any: float32 would stick, and DDP refuse the next backward
                     parameter.grad = parameter.grad.float()
-            _unscale_in_place([p.grad for p in group_rows.params], self._step_options(device, grad_scale, None, None))
+            _unscale_in_place(self._local_grads(group_rows.params), self._step_options(device, grad_scale, None, None))
         self._read_grads(rows, None, norm=False)
         for device, stats in self._stats.items():
             stats.grad_scale = grad_scale.to(device, copy=True)
@@ -196,10 +212,9 @@ class Optimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _clip_at_next_step(self, grad_scale: torch.Tensor | None, max_norm: float) -> torch.Tensor | None:
         """Read the gradients now and clip them to max_norm in the next step; the norm, or None without gradients."""
-        rows = self._all_rows()
-        if not rows:
+        self._read_grads(self._all_rows(), grad_scale, norm=True)
+        if not self._stats:
             return None
-        self._read_grads(rows, grad_scale, norm=True)
         self._pending_clip = max_norm
         return self.grad_norm
 
@@ -208,11 +223,47 @@ class Optimizer(torch.optim.Optimizer):
         by_device: dict[torch.device, list[torch.Tensor]] = {}
         for (_, device), group_rows in rows.items():
             by_device.setdefault(device, []).extend(group_rows.params)
-        self._stats = {device: _read_device(params, grad_scale, norm) for device, params in by_device.items()}
-        if len(self._stats) > 1:
-            _combine_devices(list(self._stats.values()))
+        if self._ranks.many:
+            self._read_on_ranks(by_device, grad_scale, norm)
+        else:
+            self._stats = {d: self._read_device(d, params, grad_scale, norm) for d, params in by_device.items()}
+            if len(self._stats) > 1:
+                _combine_devices(list(self._stats.values()))
         if norm and self._stats:
             self.grad_norm = next(iter(self._stats.values())).grad_norm
+
+    def _read_on_ranks(self, by_device: dict, grad_scale: torch.Tensor | None, norm: bool) -> None:
+        """The same with the verdict and the norm of all ranks; a rank without gradients joins in with none."""
+        by_device = by_device or {self._parameters()[0].device: []}
+        squares: dict = {}
+        for device, params in by_device.items():
+            parts = self._ranks.parts(params) if norm and params else {_ranks.HERE: params}
+            reads = {part: self._read_device(device, members, grad_scale, norm) for part, members in parts.items()}
+            self._stats[device] = _joined(list(reads.values()))
+            for part, stats in reads.items() if norm else ():
+                square = stats.grad_norm.square().to(next(iter(by_device)), non_blocking=True)
+                squares[part] = squares[part] + square if part in squares else square
+        if len(self._stats) > 1:
+            _combine_devices(list(self._stats.values()))
+        first = next(iter(self._stats.values()))
+        first.found_inf, first.grad_norm = self._ranks.agree(first.found_inf, squares if norm else None)
+
+    def _local_grads(self, params: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [_ranks.local(p.grad) for p in params] if self._ranks.dtensors else [p.grad for p in params]
+
+    def _read_device(self, device, params: list[torch.Tensor], grad_scale: torch.Tensor | None, norm: bool) -> GradStats:
+        stats = GradStats(
+            params=params,
+            found_inf=torch.zeros((), dtype=torch.float32, device=device),
+            amax=torch.empty(len(params), dtype=torch.float64, device=device),
+            nonfinite=torch.empty(len(params), dtype=torch.int64, device=device),
+            grad_norm=torch.zeros((), dtype=torch.float64, device=device) if norm else None,
+            grad_scale=None if grad_scale is None else grad_scale.to(device, copy=True).squeeze(),
+        )
+        if params:
+            grads = self._local_grads(params)
+            grad_stats_(grads, stats.grad_scale, stats.found_inf, stats.amax, stats.nonfinite, stats.grad_norm)
+        return stats
 
     # ----- rows: the parameters of a step and their state --------------------------------------------
 
@@ -227,6 +278,8 @@ class Optimizer(torch.optim.Optimizer):
                 grad, shape = parameter.grad, parameter.shape
                 if self._formats[id(parameter)] != (parameter.dtype, shape):
                     _refuse_changed(_name(group, i), self._formats[id(parameter)], (parameter.dtype, shape))
+                if self._ranks.dtensors or type(grad) is not torch.Tensor:
+                    _ranks.check_placements(_name(group, i), parameter, grad)
                 if grad.layout != torch.strided or grad.dtype not in DTYPES or grad.shape != shape:
                     raise RuntimeError(
                         f"the gradient of {_name(group, i)} must be a dense floating-point tensor of shape {tuple(shape)}, "
@@ -245,6 +298,7 @@ class Optimizer(torch.optim.Optimizer):
             or rows.requests != _copies.requests
             or tuple(rows.states) != self._group_state_names(group)
             or list(map(id, rows.params)) != list(map(id, params))
+            or rows.addresses != self._addresses(params)
         ):
             rows = self._rows[index, device] = self._make_rows(group, params)
         self._follow_foreign_writes(rows)
@@ -258,10 +312,10 @@ class Optimizer(torch.optim.Optimizer):
         for i, parameter in enumerate(params):
             state = self.state[parameter]
             compute_copy = _copies.claim(parameter, self)
-            masters.append(state.get("master", parameter))
+            masters.append(_ranks.local(state.get("master", parameter)))
             if "master" in state:
                 mastered.append(i)
-                copies.append(parameter)
+                copies.append(_ranks.local(parameter))
             elif compute_copy is not None:
                 compute_copies.append((parameter, compute_copy))
                 copies.append(compute_copy.tensor)
@@ -270,22 +324,27 @@ class Optimizer(torch.optim.Optimizer):
         steps = torch.stack([self.state[p]["step"] for p in params])
         for parameter, count in zip(params, steps.unbind(), strict=True):
             self.state[parameter]["step"] = count  # a view: one array per call is what the op advances
-        states = {name: [self.state[p][name] for p in params] for name in names}
-        stamps = [None] * len(mastered)
-        return _Rows(params, masters, copies, states, steps, compute_copies, mastered, stamps, requests)
+        states = {name: [_ranks.local(self.state[p][name]) for p in params] for name in names}
+        stamps, addresses = [None] * len(mastered), self._addresses(params)
+        return _Rows(params, masters, copies, states, steps, compute_copies, mastered, stamps, addresses, requests)
+
+    def _addresses(self, params: list[torch.Tensor]) -> list[int]:
+        return [_ranks.local(p).data_ptr() for p in params] if self._ranks.dtensors else []
 
     def _follow_foreign_writes(self, rows: _Rows) -> None:
         """Take over what somebody else wrote since our last step: a skipped one must not leave a copy behind its weight."""
         for i, stamp in zip(rows.mastered, rows.stamps, strict=True):
-            if stamp != _copies.stamp(rows.params[i]):
-                _take_over(rows.masters[i], rows.params[i])
+            if stamp != _ranks.stamp(rows.params[i], rows.copies[i]):
+                _take_over(rows.masters[i], rows.copies[i])
         for parameter, compute_copy in rows.compute_copies:
             if not compute_copy.holds(parameter):
                 compute_copy.write(parameter, cast(parameter, compute_copy.dtype))
 
     def _after_update(self, rows: _Rows) -> None:
         rows.checked = True
-        rows.stamps = [_copies.stamp(rows.params[i]) for i in rows.mastered]
+        if self._ranks.dtensors:  # the op has moved the versions of what they hold
+            torch.autograd.graph.increment_version([p for p in rows.params if _ranks.is_dtensor(p)])
+        rows.stamps = [_ranks.stamp(rows.params[i], rows.copies[i]) for i in rows.mastered]
         for parameter, compute_copy in rows.compute_copies:
             compute_copy.stamp = _copies.stamp(parameter)
 
@@ -315,7 +374,7 @@ class Optimizer(torch.optim.Optimizer):
         """Take over into masters and compute copies what was written to the parameters through `.data`."""
         for parameter, state in self.state.items():
             if "master" in state:
-                _take_over(state["master"], parameter)
+                _take_over(_ranks.local(state["master"]), _ranks.local(parameter))
         for rows in self._rows.values():
             for _, compute_copy in rows.compute_copies:
                 compute_copy.stamp = None
@@ -404,7 +463,7 @@ def _converted_tensor(value, parameter: torch.Tensor, dtype: torch.dtype, name: 
     if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
         got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(f"state_dict: {name} must have shape {tuple(parameter.shape)}, got {got}")
-    return torch.empty_like(parameter, dtype=dtype).copy_(value)
+    return torch.empty_like(parameter, dtype=dtype).copy_(_ranks.laid_out_as(value, parameter))
 
 
 def _converted_step(state: dict, name: str, default: int | None, device) -> torch.Tensor:
@@ -452,19 +511,18 @@ def _take_over(master: torch.Tensor, parameter: torch.Tensor) -> None:
     master.copy_(torch.where(cast(master, parameter.dtype) == parameter, master, parameter))
 
 
-def _read_device(params: list[torch.Tensor], grad_scale: torch.Tensor | None, norm: bool) -> GradStats:
-    device = params[0].device
-    stats = GradStats(
-        params=params,
-        found_inf=torch.empty((), dtype=torch.float32, device=device),
-        amax=torch.empty(len(params), dtype=torch.float64, device=device),
-        nonfinite=torch.empty(len(params), dtype=torch.int64, device=device),
-        grad_norm=torch.empty((), dtype=torch.float64, device=device) if norm else None,
-        grad_scale=None if grad_scale is None else grad_scale.to(device, copy=True).squeeze(),
+def _joined(reads: list[GradStats]) -> GradStats:
+    """What several reads on one device found."""
+    if len(reads) == 1:
+        return reads[0]
+    return GradStats(
+        params=[p for read in reads for p in read.params],
+        found_inf=torch.stack([read.found_inf for read in reads]).amax(),
+        amax=torch.cat([read.amax for read in reads]),
+        nonfinite=torch.cat([read.nonfinite for read in reads]),
+        grad_norm=reads[0].grad_norm,
+        grad_scale=reads[0].grad_scale,
     )
-    grads = [p.grad for p in params]
-    grad_stats_(grads, stats.grad_scale, stats.found_inf, stats.amax, stats.nonfinite, stats.grad_norm)
-    return stats
 
 
 def _combine_devices(stats: list[GradStats]) -> None:

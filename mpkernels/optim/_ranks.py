@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The step on many ranks: one verdict, one norm, and the local tensors that the ops work on.
+
+The rule: a verdict is taken over all ranks of the meshes of the optimizer's DTensors and of `process_group`. Each of them
+joins the collectives whether its shards are empty or not, and also without any gradient. The norm sums a DTensor over the
+mesh dimensions that divide it (of replicas the first counts) and plain tensors over `process_group`; without one they
+are taken for the same on every rank. All ranks get the same bits. Meshes come in the order of the parameters, which is
+the same on all ranks; two that share only some of their ranks must be slices of one mesh.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import distributed
+
+HERE, NOWHERE = "here", "nowhere"  # parts of the norm that no collective sums: the same on every rank; not the first replica
+
+
+@dataclass(eq=False)
+class _Span:
+    """The ranks that hold something together, as the process groups whose collectives reach all of them in turn."""
+
+    dividing: list  # one per dimension that divides a tensor
+    replicating: list
+    first: tuple[bool, ...] = ()  # per mesh dimension: whether this rank's coordinate is 0
+
+    def reduce_(self, packed: torch.Tensor, norm: bool) -> None:
+        """Sum over all ranks. A group per row of a mesh may add in another order than the next row's: they agree by maximum."""
+        for group in self.dividing:
+            distributed.all_reduce(packed, distributed.ReduceOp.SUM, group=group)
+        for group in self.dividing[:-1] if norm else ():
+            distributed.all_reduce(packed, distributed.ReduceOp.MAX, group=group)
+        for group in self.replicating:  # squares come from the first replica alone: an exact sum
+            distributed.all_reduce(packed, distributed.ReduceOp.SUM, group=group)
+
+
+class Ranks:
+    """Who takes part in the steps of one optimizer.
+
+    `dtensors`: whether a parameter is a DTensor. `many`: whether a verdict needs a collective.
+    """
+
+    def __init__(self, params: list[torch.Tensor], process_group=None):
+        placed = [p for p in params if is_dtensor(p)]
+        self.dtensors = bool(placed)
+        self._spans = {mesh: _mesh_span(mesh, placed) for mesh in dict.fromkeys(p.device_mesh for p in placed)}
+        if process_group is not None:
+            alone = distributed.get_world_size(process_group) == 1
+            self._spans[None] = _Span([] if alone else [process_group], [])
+        self._plain = HERE if process_group is None else None
+        self.many = any(span.dividing or span.replicating for span in self._spans.values())
+
+    def parts(self, params: list[torch.Tensor]) -> dict:
+        """`params` by what their squares are summed over: a mesh, None (the process group), HERE or NOWHERE."""
+        result: dict = {}
+        for parameter in params:
+            result.setdefault(self._part(parameter), []).append(parameter)
+        return result
+
+    def _part(self, parameter: torch.Tensor):
+        if not is_dtensor(parameter):
+            return self._plain
+        mesh, first = parameter.device_mesh, self._spans[parameter.device_mesh].first
+        counts = all(first[dim] for dim, placement in enumerate(parameter.placements) if placement.is_replicate())
+        return mesh if counts else NOWHERE
+
+    def agree(self, found_inf: torch.Tensor, squares: dict | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The verdict and the norm of all ranks, from this rank's verdict and its sums of squares by part (None: no norm)."""
+        found, zero = found_inf.double(), torch.zeros((), dtype=torch.float64, device=found_inf.device)
+        total = None if squares is None else squares.get(HERE, zero)
+        for key, span in self._spans.items():
+            packed = torch.stack([found, zero if squares is None else squares.get(key, zero)])
+            span.reduce_(packed, norm=squares is not None)
+            found = packed[0]
+            total = None if squares is None else total + packed[1]
+        return (found != 0).to(found_inf.dtype), None if total is None else total.sqrt()
+
+
+def _mesh_span(mesh, placed: list[torch.Tensor]) -> _Span:
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:  # this rank holds nothing of it
+        return _Span([], [], (False,) * mesh.ndim)
+    dividing = {
+        dim
+        for parameter in placed
+        if parameter.device_mesh == mesh
+        for dim, placement in enumerate(parameter.placements)
+        if not placement.is_replicate()
+    }
+    groups: tuple[list, list] = ([], [])
+    for dim in range(mesh.ndim):
+        if mesh.size(dim) > 1:
+            groups[dim not in dividing].append(mesh.get_group(dim))
+    return _Span(*groups, tuple(c == 0 for c in coordinate))
+
+
+def is_dtensor(tensor) -> bool:
+    """Whether `tensor` is a DTensor, without importing what torch imports only for those who use it."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of `tensor`; call it without gradients. A plain tensor is its own."""
+    if not is_dtensor(tensor):
+        return tensor
+    result = tensor.to_local()
+    wait = getattr(result, "wait", None)  # the result of a collective under way
+    return result if wait is None else wait()
+
+
+def stamp(parameter: torch.Tensor, held: torch.Tensor) -> tuple[int, ...]:
+    """What changes when `parameter`, or `held`, its local tensor, is written visibly or replaced."""
+    return held._version, held.data_ptr(), parameter._version
+
+
+def check_placements(name: str, parameter: torch.Tensor, grad: torch.Tensor) -> None:
+    """Raise RuntimeError unless the gradient lies as the parameter does: a Partial one is not the gradient yet."""
+    mesh, wanted = _placement(parameter)
+    grad_mesh, got = _placement(grad)
+    if mesh != grad_mesh or wanted != got or any(placement.is_partial() for placement in got):
+        raise RuntimeError(f"the gradient of {name} has placements {got}, expected {wanted}: redistribute it before the step")
+
+
+def _placement(tensor: torch.Tensor) -> tuple:
+    return (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else (None, ())
+
+
+def laid_out_as(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """`value`, whole or sharded in whatever way, as the plain tensor or DTensor that `parameter` is; all ranks call it."""
+    if not is_dtensor(parameter):
+        return value.full_tensor() if is_dtensor(value) else value
+    mesh, placements = parameter.device_mesh, parameter.placements
+    if is_dtensor(value):
+        if value.device_mesh == mesh:
+            return value.redistribute(mesh, placements)
+        value = value.full_tensor()
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, mesh, placements, src_data_rank=None)
