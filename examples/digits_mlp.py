@@ -146,6 +146,7 @@ def main() -> None:
     seeds, epochs = (1, 3) if arguments.quick else (3, 20)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)  # layers this small gain nothing from more, and waiting for a busy core costs milliseconds
+    print(report.heading(device, WIDTHS, BATCH, seeds, epochs), flush=True)
     start = time.perf_counter()
     runs = train(names, seeds, epochs, device)
     batches = [tuple(part[:size].clone() for part in digits(device)[0]) for size in (BATCH, 2 * BATCH)]
@@ -153,7 +154,6 @@ def main() -> None:
     report.add_ratios(rows)
     implementations = report.implementations(device)
     report.write(arguments.out, rows, implementations)
-    print(report.heading(device, WIDTHS, BATCH, seeds, epochs))
     print(report.table(rows))
     print(report.implementation_table(implementations))
     print(report.summary(rows, time.perf_counter() - start, arguments.out))
