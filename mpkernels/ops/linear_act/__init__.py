@@ -250,7 +250,8 @@ def _backward(ctx, grad_out, grad_saved, grad_x_compute):
     if grad_out is None or not any(wanted):
         return (None,) * 9
     x, weight, weight_copy, selector = ctx.saved_tensors
-    op = torch.ops.mpkernels.linear_act_backward if torch.compiler.is_compiling() else _LinearActBackward.apply
+    may_be_differentiated = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    op = _LinearActBackward.apply if may_be_differentiated else backward_op
     grads = op(
         grad_out, x, weight, weight_copy, selector, ctx.activation, ctx.compute_dtype,
         ctx.x_dtype, ctx.grad_weight_dtype, ctx.grad_bias_dtype, list(wanted),

@@ -12,6 +12,7 @@ from mpkernels.ops._cast import cast
 from mpkernels.ops.linear_act import Activation, acc_dtype, empty_mask
 
 BLOCK_ELEMENTS = 1 << 20  # of a weight, upcast at a time: 4 MB, a fresh larger buffer costs page faults
+SMALL_GEMM = 1 << 20  # M * N * K up to which oneDNN's own set-up costs more than it saves
 FEW_ROWS = 2  # up to here reading the weight costs more than multiplying with it
 
 
@@ -95,7 +96,8 @@ def _linear(a, b, bias):
 
     NOTE: oneDNN's own ReLU turns NaN into 0, so the activation is applied afterwards.
     """
-    if a.dtype == torch.float32 and a.device.type == "cpu" and torch.backends.mkldnn.is_available() and a.numel() and b.numel():
+    large = a.shape[0] * b.numel() > SMALL_GEMM
+    if large and a.dtype == torch.float32 and a.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return F.linear(a, b, bias)
 
