@@ -22,7 +22,11 @@ CXX_FLAGS = [
     "-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=3", f"-ffile-prefix-map={ROOT}=.",
     f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
 ]  # fmt: skip
-NVCC_FLAGS = ["-std=c++17", "-O3", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", f"-Xcompiler=-fPIC,-ffile-prefix-map={ROOT}=."]
+# -fmad=false as -ffp-contract=off: vectors and single elements of a tensor get the same bits, and those of the CPU.
+NVCC_FLAGS = [
+    "-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
+    f"-Xcompiler=-fPIC,-fvisibility=hidden,-ffile-prefix-map={ROOT}=.",
+]  # fmt: skip
 
 
 def cuda_home() -> Path | None:

@@ -21,6 +21,8 @@ template <class T>
 struct AdamwScalars {
   T factor, decay, weight_decay, keep1, beta2, keep2, step_size, eps;
 
+  AdamwScalars() = default;
+
   // w - lr / (1 - beta1^t) * m / (sqrt(v) / root + eps), root = sqrt(1 - beta2^t), with root multiplied out in fp64: one
   // division an element instead of two.
   MPK_HOST_DEVICE AdamwScalars(const AdamwOptions& o, double factor, int64_t t) {

@@ -19,6 +19,8 @@ struct SgdScalars {
   T factor, lr, momentum, keep, weight_decay;
   bool adds_decay, nesterov, first;  // first: this tensor's first step, whose buffer becomes the gradient
 
+  SgdScalars() = default;
+
   MPK_HOST_DEVICE SgdScalars(const SgdOptions& o, double factor, int64_t steps_taken)
       : factor(static_cast<T>(factor)),
         lr(static_cast<T>(o.lr)),

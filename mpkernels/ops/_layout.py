@@ -6,11 +6,9 @@ import torch
 from mpkernels import _native
 
 
-def why_not_cpu(device: torch.device) -> str | None:
-    """Why the CPU step of the compiled library does not serve `device`."""
-    if device.type != "cpu":
-        return f"needs CPU tensors, got {device.type}"
-    return _native.why_not()
+def why_not_native(device: torch.device) -> str | None:
+    """Why the step of the compiled library does not serve `device`, or None."""
+    return _native.cuda_why_not(device) if device.type == "cuda" else _native.why_not()
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -41,7 +39,7 @@ class SameLayout:
         for tensors in filter(None, self.lists):
             tensor = tensors[i]
             if tensor.numel() and tensor.stride() != strides:
-                tensors[i] = torch.empty_strided(master.shape, strides, dtype=tensor.dtype).copy_(tensor)
+                tensors[i] = torch.empty_strided(master.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
                 if tensors is not self.lists[1]:  # gradients are never written
                     self._stand_ins.append((tensor, tensors[i]))
 

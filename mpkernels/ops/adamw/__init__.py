@@ -51,7 +51,7 @@ op = Op(
     "Tensor? grad_norm=None, float? max_norm=None) -> ()",
     __name__,
     (
-        Implementation("native", device_types=("cpu",), auto_on=("cpu",)),
+        Implementation("native", device_types=("cpu", "cuda"), auto_on=("cpu",)),
         Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),
         Implementation("triton", device_types=("cuda", "cpu")),
     ),

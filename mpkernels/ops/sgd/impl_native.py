@@ -3,11 +3,11 @@
 
 import torch
 
-from mpkernels.ops._layout import SameLayout, why_not_cpu
+from mpkernels.ops._layout import SameLayout, why_not_native
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    return why_not_cpu(device)
+    return why_not_native(device)
 
 
 def sgd_(
@@ -19,5 +19,5 @@ def sgd_(
         *layout.lists, steps, lr, momentum, dampening, weight_decay, nesterov, maximize,
         grad_scale, found_inf, grad_norm, max_norm,
     )  # fmt: skip
-    if taken:
+    if taken:  # always on a GPU, which does not tell; a skipped step has left the stand-ins as they were
         layout.write_back()

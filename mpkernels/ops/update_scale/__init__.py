@@ -48,7 +48,7 @@ op = Op(
     "float max_scale) -> ()",
     __name__,
     (
-        Implementation("native", device_types=("cpu",), auto_on=("cpu",)),
+        Implementation("native", device_types=("cpu", "cuda"), auto_on=("cpu",)),
         Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),
         Implementation("triton", device_types=("cuda", "cpu")),
     ),

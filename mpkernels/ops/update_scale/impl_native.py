@@ -3,11 +3,11 @@
 
 import torch
 
-from mpkernels.ops._layout import why_not_cpu
+from mpkernels.ops._layout import why_not_native
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    return why_not_cpu(device)
+    return why_not_native(device)
 
 
 def update_scale_(

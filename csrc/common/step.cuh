@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the optimizer steps share on the GPU: the verdict and the scalars, the way of a chunk through registers, step counts.
+
+#pragma once
+
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "check.h"
+#include "dtype.h"
+#include "factor.h"
+#include "launch.h"
+#include "multi_tensor.cuh"
+#include "stream.h"
+#include "vector.cuh"
+
+namespace mpk {
+
+constexpr int kBlocksPerSm = 2;  // at least; asked for more, the compiler spills
+
+// The call's scalars, those on the device by their address; null where the caller gave none.
+struct StepInputs {
+  const float *grad_scale, *found_inf;
+  const double* grad_norm;
+  double max_norm;
+  bool maximize;
+  double lr_value;  // read at the call, where lr is on the CPU
+  const float* lr_float;
+  const double* lr_double;
+  const int64_t* steps;
+  int64_t steps_stride;
+
+  __device__ float scale() const { return grad_scale == nullptr ? 1 : *grad_scale; }
+
+  __device__ bool taken() const { return takes_step(found_inf == nullptr ? 0 : *found_inf, scale()); }
+
+  // What a gradient is multiplied by: unscales, clips, and negates with maximize.
+  __device__ double factor() const {
+    double factor = inv_scale(scale());
+    if (grad_norm != nullptr) factor *= clip_factor(*grad_norm, max_norm);
+    return maximize ? -factor : factor;
+  }
+
+  __device__ double lr() const { return lr_double != nullptr ? *lr_double : lr_float != nullptr ? *lr_float : lr_value; }
+
+  __device__ int64_t steps_taken(int row) const { return steps[row * steps_stride]; }
+};
+
+template <class T>
+const T* address_of(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr<T>() : nullptr;
+}
+
+inline void refuse_frozen_lr(const char* op, cudaStream_t stream) {
+  cudaStreamCaptureStatus status;
+  check_cuda(cudaStreamIsCapturing(stream, &status));
+  STD_TORCH_CHECK(status == cudaStreamCaptureStatusNone, op,
+                  ": lr is on the CPU and would be frozen in the CUDA graph; pass it as a tensor on the device");
+}
+
+inline StepInputs step_inputs(const char* op, cudaStream_t stream, const Tensor& steps, const Tensor& lr, bool maximize,
+                              const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+                              const std::optional<Tensor>& grad_norm, std::optional<double> max_norm) {
+  StepInputs in{};
+  in.grad_scale = address_of<float>(grad_scale);
+  in.found_inf = address_of<float>(found_inf);
+  if (max_norm) in.grad_norm = grad_norm.value().const_data_ptr<double>();
+  in.max_norm = max_norm.value_or(0);
+  in.maximize = maximize;
+  if (!is_on_device(lr)) {
+    refuse_frozen_lr(op, stream);
+    in.lr_value = real_value(lr);
+  } else if (lr.scalar_type() == ScalarType::Double) {
+    in.lr_double = lr.const_data_ptr<double>();
+  } else {
+    in.lr_float = lr.const_data_ptr<float>();
+  }
+  in.steps = steps.const_data_ptr<int64_t>();
+  in.steps_stride = steps.stride(0);
+  return in;
+}
+
+// ----- on the device -----
+
+// Gradients and copies have their dtype asked for at run time, once a vector: a kernel for each combination would be twenty
+// kernels for one, and a launch for each.
+
+__device__ inline int size_of(ScalarType dtype) { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
+
+template <int N>
+__device__ inline bool is_vector(const char* data, ScalarType dtype, int64_t i) {
+  const int size = size_of(dtype);
+  return is_aligned(data + i * size, N * size < kWidest ? N * size : kWidest);
+}
+
+// N gradients as they lie in memory, so that loading them does not wait for converting them.
+template <int N>
+class RawGrad {
+ public:
+  __device__ void load(const char* data, ScalarType dtype, int64_t i) {
+    if (dtype == ScalarType::Double) {
+      load_as<uint64_t>(data, i);
+    } else if (dtype == ScalarType::Float) {
+      load_as<uint32_t>(data, i);
+    } else {
+      load_as<uint16_t>(data, i);
+    }
+  }
+
+  template <class T>
+  __device__ void convert_to(Elements<T, N>& to, ScalarType dtype) const {
+    if (dtype == ScalarType::Half) {
+      convert_from<Half>(to);
+    } else if (dtype == ScalarType::BFloat16) {
+      convert_from<BFloat16>(to);
+    } else if (dtype == ScalarType::Float) {
+      convert_from<float>(to);
+    } else {
+      convert_from<double>(to);
+    }
+  }
+
+ private:
+  template <class Bits>
+  __device__ void load_as(const char* data, int64_t i) {
+    Elements<Bits, N> bits;
+    mpk::load<PassCache>(reinterpret_cast<const Bits*>(data) + i, bits);
+    if constexpr (sizeof(bits) == 2) {
+      words_[0] = bits.at[0];
+    } else {
+      memcpy(words_, &bits, sizeof(bits));
+    }
+  }
+
+  template <class G, class T>
+  __device__ void convert_from(Elements<T, N>& to) const {
+    Elements<G, N> from;
+    if constexpr (sizeof(from) == 2) {
+      const uint16_t low = static_cast<uint16_t>(words_[0]);
+      memcpy(&from, &low, sizeof(from));
+    } else {
+      memcpy(&from, words_, sizeof(from));
+    }
+#pragma unroll
+    for (int k = 0; k < N; ++k) to.at[k] = convert<T>(from.at[k]);
+  }
+
+  uint32_t words_[2 * N];  // NOTE: whole words only, or the compiler puts them into memory
+};
+
+template <int N, class T>
+__device__ inline void store_copy(char* copy, ScalarType dtype, int64_t i, const Elements<T, N>& w) {
+  const auto store_as = [&](auto* to) {
+    using C = std::remove_pointer_t<decltype(to)>;
+    Elements<C, N> rounded;
+#pragma unroll
+    for (int k = 0; k < N; ++k) rounded.at[k] = convert<C>(w.at[k]);  // round: master -> copy
+    store(to + i, rounded);
+  };
+  if (dtype == ScalarType::Half) {
+    store_as(reinterpret_cast<Half*>(copy));
+  } else if (dtype == ScalarType::BFloat16) {
+    store_as(reinterpret_cast<BFloat16*>(copy));
+  } else if (dtype == ScalarType::Float) {
+    store_as(reinterpret_cast<float*>(copy));
+  } else {
+    store_as(reinterpret_cast<double*>(copy));
+  }
+}
+
+// N elements at a time by each thread, kInFlight times over before the first is used. Neighbours read neighbours, so that a
+// warp's access is one stretch of memory whatever the list's dtype.
+template <int N, int kInFlight, class Update>
+__device__ inline void update_span(const Update& update, int64_t begin, int64_t end) {
+  constexpr int64_t kStride = int64_t{kThreads} * N;
+  for (int64_t i = begin + int64_t{threadIdx.x} * N; i < end; i += kStride * kInFlight) {
+    typename Update::template Values<N> values[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      if (i + k * kStride < end) update.load(i + k * kStride, values[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      if (i + k * kStride < end) update.step_and_store(i + k * kStride, values[k]);
+    }
+  }
+}
+
+// Vectors where all lists of the tensor are aligned at the same element, single elements before, behind, and where they are
+// never aligned together.
+template <class T, class Update>
+__device__ inline void update_chunk(const Update& update, const Chunk& chunk) {
+  constexpr int N = kWidest / sizeof(T);
+  const int64_t past = reinterpret_cast<uintptr_t>(update.master) / sizeof(T) % N;
+  int64_t body = chunk.begin + (N - past) % N;  // a chunk begins at a multiple of N
+  if (body > chunk.end || !update.template aligned<N>(body)) body = chunk.end;
+  const int64_t tail = body + (chunk.end - body) / N * N;
+  update_span<N, 2>(update, body, tail);
+#pragma unroll 1
+  for (int part = 0; part < 2; ++part) update_span<1, 2>(update, part ? tail : chunk.begin, part ? chunk.end : body);
+}
+
+// One block, after the last launch of the update: no other block reads the counts any more.
+static __global__ void __launch_bounds__(kThreads)
+    advance_kernel(MPK_GRID_CONSTANT(StepInputs) in, int64_t* steps, int64_t count) {
+  if (!in.taken()) return;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) steps[i * in.steps_stride] += 1;
+}
+
+// ----- on the host -----
+
+inline void advance_steps(const Tensor& steps, const StepInputs& in, cudaStream_t stream) {
+  launch(advance_kernel, 1, kThreads, 0, stream, in, steps.mutable_data_ptr<int64_t>(), steps.numel());
+}
+
+// launch_as(T{}, rows) for each dtype T of a master that occurs.
+template <class F>
+void for_each_master_dtype(const Tensors& masters, const F& launch_as) {
+  std::vector<int64_t> floats, doubles;
+  for (size_t i = 0; i < masters.size(); ++i) {
+    (masters[i].scalar_type() == ScalarType::Double ? doubles : floats).push_back(i);
+  }
+  if (!floats.empty()) launch_as(float{}, floats);
+  if (!doubles.empty()) launch_as(double{}, doubles);
+}
+
+inline char* data_of(const Tensor& tensor) { return static_cast<char*>(tensor.mutable_data_ptr()); }
+
+// The lists that every update has, in the order of its table.
+struct UpdateLists {
+  const Tensors &masters, &grads, &copies;
+};
+enum UpdateList { kMaster, kGrad, kCopy, kFirstState };
+
+// Fills the table with the tensors of `rows`, `states` behind the lists that every update has, and calls go() whenever it
+// is full and at the end.
+template <class Table, class Go>
+void for_each_table(Table& table, const std::vector<int64_t>& rows, const UpdateLists& lists,
+                    const std::vector<const Tensors*>& states, const Go& go) {
+  const auto flush = [&] {
+    if (table.chunks > 0) go();
+    table.clear(kChunkUnit);
+  };
+  table.clear(kChunkUnit);
+  for (const int64_t row : rows) {
+    const Tensor &master = lists.masters[row], &grad = lists.grads[row], &copy = lists.copies[row];
+    const int i = table.add(row, master.numel());
+    table.grad_dtype[i] = grad.scalar_type();
+    table.copy_dtype[i] = copy.scalar_type();
+    table.data[kMaster][i] = data_of(master);
+    table.data[kGrad][i] = static_cast<char*>(const_cast<void*>(grad.const_data_ptr()));  // never written
+    table.data[kCopy][i] = copy.numel() ? data_of(copy) : nullptr;
+    for (size_t k = 0; k < states.size(); ++k) table.data[kFirstState + k][i] = data_of((*states[k])[row]);
+    if (table.is_full()) flush();
+  }
+  flush();
+}
+
+}  // namespace mpk

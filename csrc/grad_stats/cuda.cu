@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0
+// grad_stats_ on the GPU: chunks, then tensors, then the verdict. Every sum has an order of its own, whatever block is first.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "../common/check.h"
+#include "../common/dtype.h"
+#include "../common/factor.h"
+#include "../common/launch.h"
+#include "../common/multi_tensor.cuh"
+#include "../common/stream.h"
+#include "../common/vector.cuh"
+#include "update.h"
+
+namespace mpk {
+namespace {
+
+constexpr int kLanes = 32;
+constexpr int kInFlight = 4;           // 16-byte loads of a thread
+constexpr int64_t kMostChunks = 4096;  // or the reduction of one large tensor, by one warp, takes longer than its chunks
+
+struct Stats {
+  double amax, squares;
+  int64_t nonfinite;
+
+  __device__ void merge(const Stats& other) {
+    amax = other.amax > amax ? other.amax : amax;
+    squares += other.squares;
+    nonfinite += other.nonfinite;
+  }
+
+  __device__ Stats from_lane_above(int distance) const {
+    return {__shfl_down_sync(~0u, amax, distance), __shfl_down_sync(~0u, squares, distance),
+            __shfl_down_sync(~0u, static_cast<long long>(nonfinite), distance)};
+  }
+};
+
+// What the verdict needs to know of one tensor, or of many.
+struct Total {
+  double squares;
+  int64_t overflows;
+
+  __device__ void merge(const Total& other) {
+    squares += other.squares;
+    overflows += other.overflows;
+  }
+
+  __device__ Total from_lane_above(int distance) const {
+    return {__shfl_down_sync(~0u, squares, distance), __shfl_down_sync(~0u, static_cast<long long>(overflows), distance)};
+  }
+};
+
+// The sum of a warp, in its lane 0.
+template <class S>
+__device__ S reduce_warp(S sum) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) sum.merge(sum.from_lane_above(distance));
+  return sum;
+}
+
+// The sum of a block, in its thread 0.
+template <class S>
+__device__ S reduce_block(S sum) {
+  __shared__ S sums[kThreads];
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.x >= kLanes) return sum;
+  for (int i = threadIdx.x + kLanes; i < kThreads; i += kLanes) sum.merge(sums[i]);
+  return reduce_warp(sum);
+}
+
+// ----- chunks -----
+
+using StatsTable = TensorTable<1, 64>;
+
+struct StatsArguments {
+  Stats* chunks;
+  StatsTable tensors;
+};
+static_assert(sizeof(StatsArguments) <= kArgumentBytes);
+
+// One thread's share of a chunk.
+template <class T, bool kNorm>
+struct Share {
+  using I = typename Bits<T>::type;
+  I amax = 0;
+  int64_t nonfinite = 0;
+  double squares = 0;
+
+  __device__ void add(T grad) {
+    I count = 0;
+    grad_stats_element<T>(c10::bit_cast<I>(grad), amax, count);
+    nonfinite += count;
+    if constexpr (kNorm) {
+      const double x = convert<double>(grad);
+      squares = fma(x, x, squares);
+    }
+  }
+
+  template <int N>
+  __device__ void add_span(const T* grad, int64_t begin, int64_t end) {
+    constexpr int64_t kStride = int64_t{kThreads} * N;
+    for (int64_t i = begin + int64_t{threadIdx.x} * N; i < end; i += kStride * kInFlight) {
+      Elements<T, N> x[kInFlight];
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) {
+        memset(&x[k], 0, sizeof(x[k]));  // zeros add nothing
+        if (i + k * kStride < end) load<KeepInCache>(grad + i + k * kStride, x[k]);
+      }
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) add(x[k].at[j]);
+      }
+    }
+  }
+};
+
+template <class T, bool kNorm>
+__device__ Stats stats_of(const char* data, int64_t begin, int64_t end) {
+  constexpr int N = kWidest / sizeof(T);
+  const T* grad = reinterpret_cast<const T*>(data);
+  const int64_t past = reinterpret_cast<uintptr_t>(grad) / sizeof(T) % N;
+  const int64_t head = begin + (N - past) % N, body = head < end ? head : end, tail = body + (end - body) / N * N;
+  Share<T, kNorm> share;
+  share.template add_span<N>(grad, body, tail);
+#pragma unroll 1
+  for (int part = 0; part < 2; ++part) share.template add_span<1>(grad, part ? tail : begin, part ? end : body);
+  return {convert<double>(c10::bit_cast<T>(share.amax)), share.squares, share.nonfinite};
+}
+
+template <bool kNorm>
+__global__ void __launch_bounds__(kThreads) chunk_kernel(MPK_GRID_CONSTANT(StatsArguments) a) {
+  // map block to chunk
+  const Chunk chunk = a.tensors.find(blockIdx.x);
+  const char* grad = a.tensors.data[0][chunk.tensor];
+  const ScalarType dtype = a.tensors.grad_dtype[chunk.tensor];
+
+  // load / accumulate
+  Stats stats;
+  if (dtype == ScalarType::Half) {
+    stats = stats_of<Half, kNorm>(grad, chunk.begin, chunk.end);
+  } else if (dtype == ScalarType::BFloat16) {
+    stats = stats_of<BFloat16, kNorm>(grad, chunk.begin, chunk.end);
+  } else if (dtype == ScalarType::Float) {
+    stats = stats_of<float, kNorm>(grad, chunk.begin, chunk.end);
+  } else {
+    stats = stats_of<double, kNorm>(grad, chunk.begin, chunk.end);
+  }
+
+  // store
+  stats = reduce_block(stats);
+  if (threadIdx.x == 0) a.chunks[blockIdx.x] = stats;
+}
+
+// ----- tensors -----
+
+struct Verdict {
+  const float* grad_scale;  // null: 1
+  float* found_inf;
+  double* amax;
+  int64_t* nonfinite;
+  double* grad_norm;  // null where nobody asks
+  int64_t amax_stride, nonfinite_stride;
+
+  __device__ float scale() const { return grad_scale == nullptr ? 1 : *grad_scale; }
+};
+
+// A warp for each tensor.
+__global__ void __launch_bounds__(kThreads) tensor_kernel(MPK_GRID_CONSTANT(StatsArguments) a, Verdict verdict, Total* rows) {
+  const int i = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  if (i >= a.tensors.count) return;
+  Stats stats{0, 0, 0};
+  for (int64_t chunk = a.tensors.first_chunk[i] + lane; chunk < a.tensors.end_chunk(i); chunk += kLanes) {
+    stats.merge(a.chunks[chunk]);
+  }
+  stats = reduce_warp(stats);
+  if (lane != 0) return;
+  const int64_t row = a.tensors.row[i];
+  const double inv = inv_scale(verdict.scale());
+  const bool is_double = a.tensors.grad_dtype[i] == ScalarType::Double;
+  const bool too_large = is_double ? overflows<double>(stats.amax, inv) : overflows<float>(stats.amax, inv);
+  verdict.amax[row * verdict.amax_stride] = stats.amax;
+  verdict.nonfinite[row * verdict.nonfinite_stride] = stats.nonfinite;
+  rows[row] = {stats.squares, stats.nonfinite > 0 || too_large};
+}
+
+// ----- verdict -----
+
+// One block.
+__global__ void __launch_bounds__(kThreads) verdict_kernel(Verdict verdict, const Total* rows, int64_t count) {
+  Total total{0, 0};
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) total.merge(rows[i]);
+  total = reduce_block(total);
+  if (threadIdx.x != 0) return;
+  const float scale = verdict.scale();
+  *verdict.found_inf = !is_good_scale(scale) || total.overflows > 0;
+  if (verdict.grad_norm != nullptr) *verdict.grad_norm = std::sqrt(total.squares) * inv_scale(scale);
+}
+
+// ----- on the host -----
+
+// Depends on the sizes alone, and so do the cuts and the norm's bits.
+int64_t chunk_length(const Tensors& grads) {
+  int64_t total = 0;
+  for (const Tensor& grad : grads) total += grad.numel();
+  return kChunkUnit * std::max<int64_t>((total + kChunkUnit * kMostChunks - 1) / (kChunkUnit * kMostChunks), 1);
+}
+
+// Memory of torch's allocator, which in a CUDA graph belongs to the graph.
+template <class S>
+Tensor scratch(const Tensor& like, int64_t count) {
+  return torch::stable::new_empty(like, {count * static_cast<int64_t>(sizeof(S))}, ScalarType::Byte);
+}
+
+void launch_table(StatsArguments& a, const Tensor& like, const Verdict& verdict, Total* rows, cudaStream_t stream) {
+  const Tensor chunks = scratch<Stats>(like, std::max(a.tensors.chunks, 1));
+  a.chunks = static_cast<Stats*>(chunks.mutable_data_ptr());
+  const auto kernel = verdict.grad_norm != nullptr ? chunk_kernel<true> : chunk_kernel<false>;
+  if (a.tensors.chunks > 0) launch(kernel, a.tensors.chunks, kThreads, 0, stream, a);
+  constexpr int kTensorsPerBlock = kThreads / kLanes;
+  launch(tensor_kernel, (a.tensors.count + kTensorsPerBlock - 1) / kTensorsPerBlock, kThreads, 0, stream, a, verdict, rows);
+}
+
+void grad_stats_(Tensors grads, std::optional<Tensor> grad_scale, Tensor found_inf, Tensor amax, Tensor nonfinite,
+                 std::optional<Tensor> grad_norm) {
+  const OnDevice device(found_inf);
+  const Verdict verdict{grad_scale ? grad_scale->const_data_ptr<float>() : nullptr,
+                        found_inf.mutable_data_ptr<float>(),
+                        amax.mutable_data_ptr<double>(),
+                        nonfinite.mutable_data_ptr<int64_t>(),
+                        grad_norm ? grad_norm->mutable_data_ptr<double>() : nullptr,
+                        amax.stride(0),
+                        nonfinite.stride(0)};
+  const Tensor totals = scratch<Total>(found_inf, grads.size());
+  Total* rows = static_cast<Total*>(totals.mutable_data_ptr());
+  StatsArguments a;
+  const int64_t length = chunk_length(grads);
+  a.tensors.clear(length);
+  for (size_t row = 0; row < grads.size(); ++row) {
+    const int i = a.tensors.add(row, grads[row].numel());
+    a.tensors.grad_dtype[i] = grads[row].scalar_type();
+    a.tensors.data[0][i] = static_cast<char*>(const_cast<void*>(grads[row].const_data_ptr()));
+    if (!a.tensors.is_full()) continue;
+    launch_table(a, found_inf, verdict, rows, device.stream());
+    a.tensors.clear(length);
+  }
+  if (a.tensors.count > 0) launch_table(a, found_inf, verdict, rows, device.stream());
+  launch(verdict_kernel, 1, kThreads, 0, device.stream(), verdict, static_cast<const Total*>(rows), int64_t(grads.size()));
+}
+
+}  // namespace
+}  // namespace mpk
+
+STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, CUDA, m) { m.impl("grad_stats_", TORCH_BOX(&mpk::grad_stats_)); }

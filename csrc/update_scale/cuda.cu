@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+// update_scale_ on the GPU: one thread.
+
+#include <torch/csrc/stable/library.h>
+
+#include "../common/check.h"
+#include "../common/launch.h"
+#include "../common/stream.h"
+#include "update.h"
+
+namespace mpk {
+namespace {
+
+__global__ void update_scale_kernel(ScaleState state, ScaleOptions options, const float* found_inf) {
+  update_scale(state, options, *found_inf);
+}
+
+void update_scale_(Tensor grad_scale, Tensor growth_tracker, Tensor hysteresis_tracker, Tensor skipped, Tensor found_inf,
+                   double growth_factor, double backoff_factor, int64_t growth_interval, int64_t hysteresis, double min_scale,
+                   double max_scale) {
+  const OnDevice device(grad_scale);
+  int64_t* counts = skipped.mutable_data_ptr<int64_t>();
+  const ScaleState state{grad_scale.mutable_data_ptr<float>(), growth_tracker.mutable_data_ptr<int32_t>(),
+                         hysteresis_tracker.mutable_data_ptr<int32_t>(), counts, counts + skipped.stride(0)};
+  const ScaleOptions options{growth_factor, backoff_factor, growth_interval, hysteresis, min_scale, max_scale};
+  launch(update_scale_kernel, 1, 1, 0, device.stream(), state, options, found_inf.const_data_ptr<float>());
+}
+
+}  // namespace
+}  // namespace mpk
+
+STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, CUDA, m) { m.impl("update_scale_", TORCH_BOX(&mpk::update_scale_)); }
