@@ -62,22 +62,25 @@ def _update(kernel, dtypes, pointers, aligned, scalars, **constexprs):
     return kernel, signature, absent | types | TILE | dict(ALIGNED=aligned) | constexprs, OPTIONS
 
 
+def _updates(every: bool):
+    """(dtypes, pointers, aligned, whether the options that add work are on): every dtype, and the rest in turn."""
+    if not every:
+        return [(dtypes, SCALED, True, dtypes[0] == f64) for dtypes in _dtypes(every)]
+    rest = itertools.cycle(itertools.product(_scalars(every), (True, False), (True, False)))
+    return [(dtypes, *next(rest)) for dtypes in _dtypes(every)]
+
+
 def _adamw(every: bool):
     scalars = ("beta1", "beta2", "log2_beta1", "log2_beta2", "eps", "weight_decay", "added_decay")
-    for dtypes, pointers, aligned in itertools.product(_dtypes(every), _scalars(every), (True, False) if every else (True,)):
-        for amsgrad, adds in ((False, False), (True, True)) if every else ((dtypes[0] == f64, False),):
-            yield _update(
-                adamw_kernel, dtypes, pointers, aligned, scalars, AMSGRAD=amsgrad, ADDS_DECAY=adds, MAXIMIZE=adds
-            )  # fmt: skip
+    for dtypes, pointers, aligned, more in _updates(every):
+        flags = dict(AMSGRAD=more, ADDS_DECAY=more, MAXIMIZE=more)
+        yield _update(adamw_kernel, dtypes, pointers, aligned, scalars, **flags)
 
 
 def _sgd(every: bool):
-    for dtypes, pointers, aligned in itertools.product(_dtypes(every), _scalars(every), (True, False) if every else (True,)):
-        for momentum, rest in ((False, False), (True, False), (True, True)) if every else ((True, True),):
-            yield _update(
-                sgd_kernel, dtypes, pointers, aligned, ("momentum", "dampening", "weight_decay"),
-                MOMENTUM=momentum, DECAY=rest, NESTEROV=rest, MAXIMIZE=rest,
-            )  # fmt: skip
+    for dtypes, pointers, aligned, more in _updates(every):
+        flags = dict(MOMENTUM=more, DECAY=more, NESTEROV=more and aligned, MAXIMIZE=more)
+        yield _update(sgd_kernel, dtypes, pointers, aligned, ("momentum", "dampening", "weight_decay"), **flags)
 
 
 def _grad_stats(every: bool):
