@@ -54,7 +54,7 @@ def row(runs: list, make: Callable, batches: list[tuple[torch.Tensor, torch.Tens
     return {
         "policy": run.name,
         "device": device.type,
-        "implementations": served_by(run, device),
+        "implementations": served_by(run, batches[0]),
         "first_loss": curves[:, 0].mean().item(),
         "last_loss": curve[-1],
         "losses": curve,
@@ -81,24 +81,33 @@ def add_ratios(rows: list[dict]) -> None:
             r[f"ratio_to_torch_{key}"] = r["ms_per_step"] / times[baseline] if baseline in times else None
 
 
-def served_by(run, device: torch.device) -> dict[str, str]:
+def served_by(run, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, str]:
     """op -> implementation, for the ops that a step of this run calls."""
     if run.policy is None:
         return {}
-    compute, master = run.policy.compute_dtype, torch.promote_types(run.policy.param_dtype, torch.float32)
-    grad = run.policy.grad_dtype or run.policy.param_dtype
-    used = [(mpk.ops.linear_act.forward_op, compute), (mpk.ops.linear_act.backward_op, compute), (mpk.ops.adamw.op, master)]
+    device, policy = batch[0].device, run.policy
+    compute, master = policy.compute_dtype, torch.promote_types(policy.param_dtype, torch.float32)
+    linears = (mpk.ops.linear_act.forward_op, mpk.ops.linear_act.backward_op)
+    served = {op.name: op.backend(device, compute) for op in linears}
+    if gemm := gemm_by(lambda: run.step(*batch), device):
+        served = {name: f"{backend} ({gemm})" for name, backend in served.items()}
+    served["adamw_"] = mpk.ops.adamw.op.backend(device, master)
     if run.scaler.is_enabled():
-        used += [(mpk.ops.grad_stats.op, grad), (mpk.ops.update_scale.op, torch.float32)]
-    return {op.name: op.backend(device, dtype) + _gemm(op, device, dtype) for op, dtype in used}
+        served["grad_stats_"] = mpk.ops.grad_stats.op.backend(device, policy.grad_dtype or policy.param_dtype)
+        served["update_scale_"] = mpk.ops.update_scale.op.backend(device, torch.float32)
+    return served
 
 
-def _gemm(op, device: torch.device, dtype: torch.dtype) -> str:
-    """On a CPU `eager` leaves the matrix product to a library: say to which."""
-    if device.type != "cpu" or not op.name.startswith("linear") or op.backend(device, dtype) != "eager":
+def gemm_by(call: Callable, device: torch.device) -> str:
+    """On a CPU `eager` leaves the matrix product to a library, by its size and dtype: which one, as torch saw it."""
+    if device.type != "cpu":
         return ""
-    onednn = dtype != torch.float64 and torch.backends.mkldnn.is_available()
-    return " (GEMM by oneDNN)" if onednn else " (GEMM by torch's BLAS)"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    names = {event.name for event in profile.events()}
+    libraries = {"oneDNN": {"mkldnn::_linear_pointwise"}, "torch's BLAS": {"aten::mm", "aten::addmm"}}
+    found = [library for library, ops in libraries.items() if ops & names]
+    return f"GEMM by {' and '.join(found)}" if found else ""
 
 
 # ----- memory ---------------------------------------------------------------------------------------------------
@@ -181,8 +190,7 @@ def implementations(device: torch.device) -> list[dict]:
             found = {"us": None, "error": None, "note": why_not}
             if why_not is None:
                 with _forced(",".join(f"{op.name}={backend}" for op in ops)):
-                    us, error = run(device)
-                found = {"us": us, "error": error, "note": _gemm(ops[0], device, torch.float16).strip(" ()")}
+                    found = run(device)
             rows.append({"case": case, "implementation": backend, **found})
     return rows
 
@@ -199,8 +207,8 @@ def _forced(setting: str):
             os.environ["MPKERNELS_BACKEND"] = before
 
 
-def _run_layer(device: torch.device) -> tuple[float, float]:
-    """us, and the largest error of output and gradients, each over the largest element there."""
+def _run_layer(device: torch.device) -> dict:
+    """The largest error is of output and gradients, each over the largest element there."""
     generator, (M, K, N) = torch.Generator().manual_seed(0), LAYER
     x, weight, bias, grad_out = (
         torch.randn(shape, generator=generator).to(device, torch.float16).requires_grad_()
@@ -215,11 +223,11 @@ def _run_layer(device: torch.device) -> tuple[float, float]:
     expected = linear(*wide).relu()
     expected = (expected.detach(), *torch.autograd.grad(expected, wide, grad_out.double()))
     error = max(((a.double() - r).abs().max() / r.abs().max()).item() for a, r in zip(layer(), expected))
-    return _median_us(layer, device), error
+    return {"us": _median_us(layer, device), "error": error, "note": gemm_by(layer, device)}
 
 
-def _run_step(device: torch.device) -> tuple[float, float]:
-    """us, and the largest error of a master after one step."""
+def _run_step(device: torch.device) -> dict:
+    """The largest error is of a master after one step."""
     generator, (count, size) = torch.Generator().manual_seed(0), STEP
     values, grads = (torch.randn(count, size, generator=generator).to(device, torch.float16) for _ in range(2))
     params = [torch.nn.Parameter(v.clone()) for v in values]
@@ -238,7 +246,7 @@ def _run_step(device: torch.device) -> tuple[float, float]:
     torch.optim.AdamW(wide, lr=1e-3).step()
     masters = [optimizer.state[p]["master"] for p in params]
     error = max((m - w).abs().max().item() for m, w in zip(masters, wide))
-    return _median_us(step, device), error
+    return {"us": _median_us(step, device), "error": error, "note": ""}
 
 
 def _median_us(call, device: torch.device) -> float:

@@ -51,6 +51,8 @@ def test_examples_digits_rows(quick):
         assert row["last_loss"] < row["first_loss"] / 2, name
         assert len(row["test_accuracies"]) == 1
         assert bool(row["implementations"]) == (name in POLICIES)
+        if name in POLICIES and row["device"] == "cpu":
+            assert "GEMM by" in row["implementations"]["linear_act"]
 
 
 def test_examples_digits_bytes(quick):
