@@ -28,7 +28,8 @@ MPK_HOST_DEVICE inline void back_off(const ScaleState& s, const ScaleOptions& o)
   const int32_t lives = *s.hysteresis_tracker - 1;
   *s.hysteresis_tracker = lives > 0 ? lives : 0;
   if (lives > 0) return;
-  const float scale = *s.grad_scale * static_cast<float>(o.backoff_factor), least = static_cast<float>(o.min_scale);
+  const float scale = static_cast<float>(*s.grad_scale * o.backoff_factor);  // round: fp64 -> fp32
+  const float least = static_cast<float>(o.min_scale);
   *s.grad_scale = scale < least ? least : scale;
 }
 
@@ -38,7 +39,8 @@ MPK_HOST_DEVICE inline void grow(const ScaleState& s, const ScaleOptions& o) {
   if (*s.growth_tracker < o.growth_interval) return;
   *s.growth_tracker = 0;
   *s.hysteresis_tracker = static_cast<int32_t>(o.hysteresis);
-  const float scale = *s.grad_scale * static_cast<float>(o.growth_factor), most = static_cast<float>(o.max_scale);
+  const float scale = static_cast<float>(*s.grad_scale * o.growth_factor);  // round: fp64 -> fp32
+  const float most = static_cast<float>(o.max_scale);
   *s.grad_scale = scale > most ? most : scale;
 }
 

@@ -51,8 +51,8 @@ op = Op(
         Implementation("triton", device_types=("cuda", "cpu")),
     ),
     check=_check,
-    fake=lambda *_: None,
-    key=lambda grads, *_: (grads[0].device, grads[0].dtype),
+    fake=lambda *_, **__: None,
+    key=lambda grads, *_, **__: (grads[0].device, grads[0].dtype),
     mutated=lambda grads, grad_scale, found_inf, amax, nonfinite, grad_norm=None: (
         [found_inf, amax, nonfinite] + ([] if grad_norm is None else [grad_norm])
     ),

@@ -53,9 +53,9 @@ op = Op(
         Implementation("triton", device_types=("cuda", "cpu")),
     ),
     check=_check,
-    fake=lambda *_: None,
-    key=lambda grad_scale, *_: (grad_scale.device, grad_scale.dtype),
-    mutated=lambda grad_scale, growth_tracker, hysteresis_tracker, skipped, *_: (
+    fake=lambda *_, **__: None,
+    key=lambda grad_scale, *_, **__: (grad_scale.device, grad_scale.dtype),
+    mutated=lambda grad_scale, growth_tracker, hysteresis_tracker, skipped, *_, **__: (
         [grad_scale, growth_tracker, hysteresis_tracker, skipped]
     ),
 )
