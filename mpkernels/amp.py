@@ -8,6 +8,7 @@ import torch
 from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 
 from mpkernels.ops.update_scale import update_scale_
+from mpkernels.optim import _ranks
 from mpkernels.optim._base import Optimizer
 
 _FLOAT32 = torch.finfo(torch.float32)
@@ -83,8 +84,9 @@ class GradScaler(torch.amp.GradScaler):
     def clip_grad_norm_(self, optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
         """Clip the global norm of the unscaled gradients to `max_norm`; returns the norm, on the device.
 
-        For one of our optimizers the gradients are read once and the factor is left to `step`. For another it is
-        `unscale_` and `torch.nn.utils.clip_grad_norm_`. Raises ValueError for an optimizer with its own `max_norm`.
+        For one of our optimizers the gradients are read once and the factor is left to `step`. For another, or after
+        `unscale_`, it is torch's (not with a `process_group`, of which that knows nothing).
+        Raises ValueError for an optimizer with its own `max_norm`.
         """
         if getattr(optimizer, "max_norm", None) is not None:
             raise ValueError(f"the optimizer clips by itself: it was made with max_norm={optimizer.max_norm}")
@@ -93,8 +95,11 @@ class GradScaler(torch.amp.GradScaler):
         stage = self._per_optimizer_states[id(optimizer)]["stage"] if self._enabled else OptState.READY
         if stage is OptState.STEPPED:
             raise RuntimeError("clip_grad_norm_() is being called after step().")
-        if isinstance(optimizer, Optimizer) and stage is OptState.READY:
-            norm = optimizer._clip_at_next_step(self._grad_scale(optimizer, "clip_grad_norm_"), max_norm)
+        if isinstance(optimizer, Optimizer) and (stage is OptState.READY or optimizer.process_group is not None):
+            grad_scale = self._grad_scale(optimizer, "clip_grad_norm_")
+            if stage is not OptState.READY:  # only what the user has set is left to divide by
+                grad_scale = getattr(optimizer, "grad_scale", None)
+            norm = optimizer._clip_at_next_step(grad_scale, max_norm)
             return torch.zeros((), dtype=torch.float64) if norm is None else norm
         if stage is OptState.READY:
             self.unscale_(optimizer)
@@ -189,6 +194,7 @@ class GradScaler(torch.amp.GradScaler):
     def overflow_report(self, optimizer: torch.optim.Optimizer) -> str:
         """Which gradients of the last step were not finite, a line each; "" if it was taken. Waits for the device.
 
+        Of DTensors and other shards each rank names and counts its own.
         `step 1204 skipped at scale 65536: blocks.7.fc2.weight has 3 non-finite of 4194304, amax inf`
         """
         if not isinstance(optimizer, Optimizer):
@@ -200,11 +206,15 @@ class GradScaler(torch.amp.GradScaler):
         grad_scale = all_stats[0].grad_scale
         scale = "none" if grad_scale is None else f"{grad_scale.item():.9g}"
         lines = [
-            f"{names[id(parameter)]} has {count} non-finite of {parameter.numel()}, amax {amax:g}"
+            f"{names[id(parameter)]} has {count} non-finite of {_ranks.local(parameter).numel()}, amax {amax:g}"
             for stats in all_stats
             for parameter, count, amax in zip(stats.params, stats.nonfinite.tolist(), stats.amax.tolist(), strict=True)
             if count
-        ] or ["every gradient is finite, but not once it is unscaled"]
+        ] or [
+            "every gradient of this rank is finite: another rank's is not, or it is not once it is unscaled"
+            if optimizer._ranks.many
+            else "every gradient is finite, but not once it is unscaled"
+        ]
         return "\n".join(f"step {optimizer.steps_called} skipped at scale {scale}: {line}" for line in lines)
 
     # ----- checkpoints ------------------------------------------------------------------------------

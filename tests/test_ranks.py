@@ -1,0 +1,652 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of the step on many ranks: gloo processes that must agree on the verdict, the norm, the scale and every step count.
+
+Each test runs a function in processes of its own; `run_ranks` fails what raises on any rank and what hangs.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from bounds import check_norm
+from ranks import gathered, run_ranks
+from steps import raw
+from torch import distributed, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+import mpkernels as mpk
+from mpkernels import _copies
+
+# With 4 ranks 9 rows lie as 3, 3, 3 and 0; 2 rows and 1 row leave ranks empty in every world but one; 8 rows leave none.
+SHAPES = ((8, 3), (9, 2), (2, 4), (1,), (0, 3))
+OPTIMIZERS = {
+    "AdamW": (mpk.optim.AdamW, {"lr": 0.01}),
+    "amsgrad": (mpk.optim.Adam, {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1}),
+    "momentum": (mpk.optim.SGD, {"lr": 0.01, "momentum": 0.9, "nesterov": True}),
+}
+# How parameters lie: mesh shape and dimension names, and the placements that they take in turn. "by hand": plain shards.
+LAYOUTS = {
+    "fsdp": (None, ((Shard(0),),)),
+    "hsdp": ((2, 2), ((Replicate(), Shard(0)),)),
+    "mixed": ((2, 2), ((Shard(0), Shard(0)), (Shard(0), Replicate()), (Replicate(), Shard(0)), (Replicate(), Replicate()))),
+    "replicated": (None, ((Replicate(),),)),
+}
+everywhere = pytest.mark.parametrize(
+    "world, layout",
+    [(2, "fsdp"), (3, "fsdp"), (4, "fsdp"), (4, "hsdp"), (4, "mixed"), (2, "replicated"), (3, "by hand")],
+)
+
+
+def values(seed: int, shape, dtype=torch.float32) -> torch.Tensor:
+    """The same on all ranks."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+class Sharded:
+    """Parameters that lie as a layout says, and their gradients from the whole ones."""
+
+    def __init__(self, layout: str, dtype=torch.float32, shapes=SHAPES):
+        self.shapes, self.by_hand = shapes, layout == "by hand"
+        if not self.by_hand:
+            sizes, self.placements = LAYOUTS[layout]
+            self.mesh = init_device_mesh("cpu", sizes or (distributed.get_world_size(),))
+        self.params = [nn.Parameter(self.shard(i, values(i, shape, dtype))) for i, shape in enumerate(shapes)]
+        self.options = {"process_group": distributed.group.WORLD} if self.by_hand else {}
+
+    def shard(self, i: int, whole: torch.Tensor) -> torch.Tensor:
+        if not self.by_hand:
+            return distribute_tensor(whole, self.mesh, self.placements[i % len(self.placements)])
+        parts = whole.tensor_split(distributed.get_world_size())
+        return parts[distributed.get_rank()].clone()
+
+    def give_grads(self, t: int, scale=1.0) -> None:
+        for i, parameter in enumerate(self.params):
+            parameter.grad = self.shard(i, values(100 * t + i, self.shapes[i]).mul(scale).to(parameter.dtype))
+
+    def poison(self, value: float) -> None:
+        """On this rank alone, as an overflow in a local reduction is."""
+        local(self.params[0].grad).view(-1)[-1] = value
+
+    def whole(self, tensors) -> list[torch.Tensor]:
+        if not self.by_hand:
+            return [t.full_tensor() for t in tensors]
+        return [torch.cat(parts) for parts in zip(*gathered(t.detach() for t in tensors), strict=True)]
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def everything(params, optimizer) -> list[bytes]:
+    return raw(local(t) for p in params for t in (p, *(v for _, v in sorted(optimizer.state[p].items()))))
+
+
+def assert_agree(*scalars) -> None:
+    """Bit for bit on all ranks."""
+    ranks = [raw(tensors) for tensors in gathered(torch.as_tensor(s) for s in scalars)]
+    assert all(rank == ranks[0] for rank in ranks), gathered(scalars)
+
+
+# ----- the verdict ----------------------------------------------------------------------
+
+
+def step_by(way: str, scaler, optimizer) -> None:
+    if way == "scaler's clip":
+        scaler.clip_grad_norm_(optimizer, 1.0)
+    if way in ("unscale_", "torch's clip"):
+        scaler.unscale_(optimizer)
+    if way == "torch's clip":
+        scaler.clip_grad_norm_(optimizer, 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def overflow_on_each_rank_in_turn(rank, layout, way, dtype):
+    sharded = Sharded(layout, dtype)
+    scaler = mpk.GradScaler(init_scale=1024.0)
+    optimizer = mpk.optim.AdamW(sharded.params, max_norm=1.0 if way == "max_norm" else None, **sharded.options)
+    scaler.scale(torch.zeros(()))
+    sharded.give_grads(0, 1024.0)
+    step_by(way, scaler, optimizer)
+    for bad, value in enumerate((math.nan, math.inf, -math.inf, math.nan)[: distributed.get_world_size()]):
+        before, scale = everything(sharded.params, optimizer), scaler.get_scale()
+        sharded.give_grads(bad, scale)
+        if rank == bad:
+            sharded.poison(value)
+        step_by(way, scaler, optimizer)
+        assert everything(sharded.params, optimizer) == before
+        assert scaler.get_scale() == scale / 2
+        assert scaler.last_step_skipped
+        report = scaler.overflow_report(optimizer)
+        assert ("non-finite of" in report) == (rank == bad)
+        assert report.startswith(f"step {2 * bad + 2} skipped at scale")
+        sharded.give_grads(bad, scale / 2)
+        step_by(way, scaler, optimizer)
+        assert everything(sharded.params, optimizer) != before or not local(sharded.params[0]).numel()
+        assert not scaler.last_step_skipped
+    assert_agree(*scaler.state_dict().values(), *(optimizer.state[p]["step"] for p in sharded.params))
+    replicas_agree(sharded, optimizer)
+
+
+def replicas_agree(sharded, optimizer) -> None:
+    """What two ranks both hold has the same bits on both."""
+    if sharded.by_hand:
+        return
+    held = {}
+    for p in sharded.params:
+        first = sharded.mesh.get_coordinate()
+        where = tuple(c for c, placement in zip(first, p.placements, strict=True) if not placement.is_replicate())
+        held[len(held), where] = raw(local(t) for t in (p, *optimizer.state[p].values()))
+    everyone = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everyone, held)
+    for rank in everyone:
+        assert all(held.get(key, value) == value for key, value in rank.items())
+
+
+def overflow_in_every_way(rank, layout):
+    for way in ("step", "unscale_", "torch's clip", "scaler's clip", "max_norm"):
+        overflow_on_each_rank_in_turn(rank, layout, way, torch.float32)
+    overflow_on_each_rank_in_turn(rank, layout, "step", torch.float16)
+    overflow_on_each_rank_in_turn(rank, layout, "torch's clip", torch.float16)
+
+
+@everywhere
+def test_every_rank_skips_where_one_overflows(world, layout):
+    run_ranks(world, overflow_in_every_way, layout)
+
+
+def overflow_without_a_scaler(rank, layout):
+    sharded = Sharded(layout)
+    optimizer = mpk.optim.AdamW(sharded.params, skip_nonfinite=True, **sharded.options)
+    for bad in range(distributed.get_world_size()):
+        sharded.give_grads(bad)
+        optimizer.step()
+        before = everything(sharded.params, optimizer)
+        if rank == bad:
+            sharded.poison(math.nan)
+        optimizer.step()
+        assert everything(sharded.params, optimizer) == before
+    assert_agree(*(optimizer.state[p]["step"] for p in sharded.params))
+
+
+@pytest.mark.parametrize("world, layout", [(3, "fsdp"), (4, "hsdp"), (3, "by hand")])
+def test_every_rank_skips_without_a_scaler(world, layout):
+    run_ranks(world, overflow_without_a_scaler, layout)
+
+
+def overflow_under_torchs_scaler(rank):
+    """torch takes the maximum itself, over the ranks that the first gradient is divided among."""
+    sharded = Sharded("fsdp")
+    optimizer, scaler = mpk.optim.AdamW(sharded.params), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))
+    for bad in range(distributed.get_world_size()):
+        sharded.give_grads(bad, scaler.get_scale())
+        if rank == bad:
+            sharded.poison(math.inf)
+        before, scale = raw(map(local, sharded.params)), scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        assert raw(map(local, sharded.params)) == before
+        assert scaler.get_scale() == scale / 2
+        sharded.give_grads(bad, scaler.get_scale())
+        scaler.step(optimizer)
+        scaler.update()
+    assert_agree(scaler.get_scale(), *(optimizer.state[p]["step"] for p in sharded.params))
+
+
+def test_every_rank_skips_under_torchs_scaler():
+    run_ranks(3, overflow_under_torchs_scaler)
+
+
+def a_rank_without_gradients(rank, layout):
+    """The last rank has none: it still hears of the verdict, and joins in whatever the others do."""
+    world = distributed.get_world_size()
+    sharded, scaler = Sharded(layout), mpk.GradScaler(init_scale=1024.0)
+    optimizer = mpk.optim.AdamW(sharded.params, **sharded.options)
+    clipping = mpk.optim.AdamW(sharded.params, max_norm=1.0, **sharded.options)
+    scaler.scale(torch.zeros(()))
+    for way, opt in (("step", optimizer), ("unscale_", optimizer), ("scaler's clip", optimizer), ("step", clipping)):
+        for value in (math.nan, 0.0):
+            scale = scaler.get_scale()
+            sharded.give_grads(0, scale)
+            if rank == 0:
+                sharded.poison(value)
+            if rank == world - 1:
+                opt.zero_grad()
+            norm = scaler.clip_grad_norm_(opt, 1.0) if way == "scaler's clip" else None
+            before = raw(map(local, sharded.params))
+            step_by(way if norm is None else "step", scaler, opt)
+            assert scaler.get_scale() == (scale / 2 if value else scale)
+            assert (raw(map(local, sharded.params)) == before) == (value != 0 or rank == world - 1)
+            if value == 0:
+                assert_agree(scaler.get_scale(), *([] if norm is None else [norm]))
+
+
+@pytest.mark.parametrize("world, layout", [(2, "fsdp"), (3, "by hand")])
+def test_rank_without_gradients_hears_of_the_verdict(world, layout):
+    run_ranks(world, a_rank_without_gradients, layout)
+
+
+def two_optimizers(rank):
+    """One scaler: only the optimizer with the overflow skips, on all ranks, and the scale backs off once."""
+    first, second, scaler = Sharded("fsdp"), Sharded("by hand"), mpk.GradScaler(init_scale=1024.0)
+    optimizers = mpk.optim.AdamW(first.params), mpk.optim.SGD(second.params, lr=0.1, **second.options)
+    scaler.scale(torch.zeros(()))
+    for sharded in (first, second):
+        sharded.give_grads(0, 1024.0)
+    if rank == 1:
+        second.poison(math.nan)
+    before = raw(map(local, first.params)), raw(map(local, second.params))
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    assert raw(map(local, first.params)) != before[0]
+    assert raw(map(local, second.params)) == before[1]
+    assert scaler.get_scale() == 512.0
+
+
+def test_two_optimizers_share_a_scaler():
+    run_ranks(2, two_optimizers)
+
+
+# ----- the norm ----------------------------------------------------------------------
+
+
+def norm_of_the_whole(rank, layout):
+    sharded = Sharded(layout)
+    plain = [] if sharded.by_hand else [nn.Parameter(values(50, (3, 5)))]  # beside DTensors: the same on all ranks
+    sharded.give_grads(0, 64.0)
+    for parameter in plain:
+        parameter.grad = values(51, (3, 5)) * 64.0
+    params = [*sharded.params, *plain]
+    wholes = [*sharded.whole(p.grad for p in sharded.params), *(p.grad for p in plain)]
+    flat = torch.cat([g.double().reshape(-1) / 64.0 for g in wholes])
+    scaler = mpk.GradScaler(init_scale=64.0)
+    scaler.scale(torch.zeros(()))
+    optimizer = mpk.optim.SGD(params, lr=0.0, **sharded.options)
+    norm = scaler.clip_grad_norm_(optimizer, 1.0)
+    clipping = mpk.optim.SGD(params, lr=0.0, max_norm=1.0, **sharded.options)
+    scaler.step(clipping)
+    for got in (norm, clipping.grad_norm):
+        assert got.dtype == torch.float64
+        check_norm(got.item(), math.sqrt(math.fsum((flat * flat).tolist())), flat.numel())
+    assert_agree(norm, clipping.grad_norm)
+    if sharded.by_hand:
+        scaler.unscale_(optimizer)
+        check_norm(scaler.clip_grad_norm_(optimizer, 1.0).item(), norm.item(), flat.numel())
+
+
+@everywhere
+def test_norm_is_that_of_the_whole_gradient(world, layout):
+    run_ranks(world, norm_of_the_whole, layout)
+
+
+def norm_over_two_meshes(rank):
+    """Some parameters lie over the whole mesh, some over a slice of it, some over all ranks in a row."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    layouts = [(mesh["tp"], [Shard(0)]), (mesh, [Shard(0), Shard(1)]), (mesh["dp"], [Shard(0)]), (mesh["tp"], [Replicate()])]
+    params = [nn.Parameter(distribute_tensor(values(i, (5, 3)), m, p)) for i, (m, p) in enumerate(layouts)]
+    for i, (parameter, (m, p)) in enumerate(zip(params, layouts, strict=True)):
+        parameter.grad = distribute_tensor(values(10 + i, (5, 3)), m, p)
+    flat = torch.cat([values(10 + i, (5, 3)).double().reshape(-1) for i in range(len(layouts))])
+    optimizer = mpk.optim.AdamW(params, max_norm=1.0, skip_nonfinite=True)
+    optimizer.step()
+    check_norm(optimizer.grad_norm.item(), math.sqrt(math.fsum((flat * flat).tolist())), flat.numel())
+    assert_agree(optimizer.grad_norm)
+    for bad in range(4):
+        before = everything(params, optimizer)
+        if rank == bad:
+            local(params[0].grad).view(-1)[0] = math.nan
+        optimizer.step()
+        assert everything(params, optimizer) == before
+        params[0].grad = distribute_tensor(values(10, (5, 3)), *layouts[0])
+
+
+def test_norm_and_verdict_over_two_meshes():
+    run_ranks(4, norm_over_two_meshes)
+
+
+# ----- the update ----------------------------------------------------------------------
+
+
+def same_as_unsharded(rank, layout):
+    """Same gradients, same bits: parameters, masters, moments and step counts, with an overflow on the way."""
+    for name, dtype in [
+        ("AdamW", torch.float32),
+        ("AdamW", torch.float16),
+        ("amsgrad", torch.bfloat16),
+        ("momentum", torch.float16),
+    ]:
+        make, options = OPTIMIZERS[name]
+        sharded = Sharded(layout, dtype)
+        alone = [nn.Parameter(values(i, shape, dtype)) for i, shape in enumerate(SHAPES)]
+        scalers = mpk.GradScaler(init_scale=64.0), mpk.GradScaler(init_scale=64.0)
+        optimizers = make(sharded.params, **options, **sharded.options), make(alone, **options)
+        for t in range(4):
+            for scaler in scalers:
+                scaler.scale(torch.zeros(()))
+            sharded.give_grads(t, scalers[0].get_scale())
+            for i, parameter in enumerate(alone):
+                parameter.grad = values(100 * t + i, SHAPES[i]).mul(scalers[1].get_scale()).to(dtype)
+            if t == 2:
+                alone[0].grad[0, 0] = math.inf
+                if rank == 0:
+                    local(sharded.params[0].grad).view(-1)[0] = math.inf
+            for scaler, optimizer in zip(scalers, optimizers, strict=True):
+                scaler.step(optimizer)
+                scaler.update()
+        assert raw(sharded.whole(sharded.params)) == raw(alone)
+        for key, value in optimizers[1].state[alone[0]].items():
+            states = [optimizers[0].state[p][key] for p in sharded.params]
+            expected = [optimizers[1].state[p][key] for p in alone]
+            assert raw(states if key == "step" else sharded.whole(states)) == raw(expected), (name, key, value)
+
+
+@everywhere
+def test_update_is_that_of_the_unsharded_run(world, layout):
+    run_ranks(world, same_as_unsharded, layout)
+
+
+def states_are_dtensors(rank):
+    sharded = Sharded("mixed", torch.float16)
+    optimizer = mpk.optim.AdamW(sharded.params, master_dtype=torch.float64)
+    sharded.give_grads(0)
+    optimizer.step()
+    for parameter in sharded.params:
+        state = dict(optimizer.state[parameter])
+        assert not isinstance(state.pop("step"), DTensor)
+        assert state.keys() == {"exp_avg", "exp_avg_sq", "master"}
+        for tensor in state.values():
+            assert isinstance(tensor, DTensor)
+            assert (tensor.placements, tensor.shape, tensor.dtype) == (parameter.placements, parameter.shape, torch.float64)
+    versions = [p._version for p in sharded.params]
+    optimizer.step()
+    assert all(p._version > version for p, version in zip(sharded.params, versions, strict=True))
+
+
+def foreign_writes(rank):
+    """Through the DTensor, through what it holds, unseen with the remedy, and by putting another tensor into it."""
+    parameter = Sharded("fsdp", torch.float16).params[0]
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = mpk.optim.SGD([parameter], lr=2.0**-12)  # lost in fp16
+    optimizer.step()
+    held = local(parameter)
+    with torch.no_grad():
+        for value, write in (
+            (2.0, lambda v: parameter.fill_(v)),
+            (3.0, lambda v: parameter.to_local().fill_(v)),
+            (4.0, lambda v: (held.fill_(v), optimizer.sync_masters_())),
+            (5.0, lambda v: setattr(parameter, "_local_tensor", torch.full_like(held, v))),
+        ):
+            write(value)
+            optimizer.step()
+            assert (optimizer.state[parameter]["master"].to_local() == value - 2.0**-12).all()
+            assert (parameter.to_local() == value).all()
+
+
+def test_states_are_dtensors_as_their_parameter():
+    run_ranks(4, states_are_dtensors)
+
+
+def test_foreign_writes_to_dtensors_reach_the_masters():
+    run_ranks(2, foreign_writes)
+
+
+# ----- errors and no collectives ----------------------------------------------------------------
+
+
+def bad_gradients(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    parameter = nn.Parameter(distribute_tensor(values(0, (4, 3)), mesh, [Replicate()]))
+    optimizer = mpk.optim.AdamW([("scale.weight", parameter)])
+    plain = nn.Parameter(values(0, (4, 3)))
+    for got in (
+        DTensor.from_local(values(1, (4, 3)), mesh, [Partial()]),
+        distribute_tensor(values(1, (4, 3)), mesh, [Shard(0)]),
+        values(1, (4, 3)),
+    ):
+        parameter.grad, before = got, parameter.to_local().clone()
+        with pytest.raises(
+            RuntimeError, match=r"gradient of parameter 0 \(scale.weight\) has placements .*, expected .*Replicate"
+        ):
+            optimizer.step()
+        assert torch.equal(parameter.to_local(), before)
+        assert not optimizer.state
+    plain.grad = distribute_tensor(values(1, (4, 3)), mesh, [Shard(0)])
+    with pytest.raises(RuntimeError, match=r"gradient of parameter 0 has placements .*, expected \(\)"):
+        mpk.optim.AdamW([plain]).step()
+
+
+def test_gradients_that_lie_otherwise_are_refused():
+    run_ranks(2, bad_gradients)
+
+
+def test_process_group_of_another_kind_is_refused():
+    with pytest.raises(TypeError, match="process_group must be a ProcessGroup"):
+        mpk.optim.AdamW([nn.Parameter(torch.zeros(2))], process_group="world")
+
+
+def no_collective(*args, **kwargs):
+    raise AssertionError("a collective on one rank")
+
+
+def one_rank_alone(rank):
+    distributed.all_reduce = no_collective
+    for layout in ("fsdp", "by hand"):
+        sharded, scaler = Sharded(layout), mpk.GradScaler()
+        optimizer = mpk.optim.AdamW(sharded.params, max_norm=1.0, **sharded.options)
+        scaler.scale(torch.zeros(()))
+        sharded.give_grads(0, 65536.0)
+        step_by("step", scaler, optimizer)
+        assert optimizer.state[sharded.params[0]]["step"] == 1
+
+
+def test_one_rank_calls_no_collective():
+    run_ranks(1, one_rank_alone)
+
+
+# ----- DDP and FSDP2 ----------------------------------------------------------------------
+
+
+class Net(nn.Sequential):
+    """Every gradient of the weighted sum of its outputs is exact in fp32, whatever the order of the sums."""
+
+    def __init__(self, policy="float32"):
+        super().__init__(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        with torch.no_grad():
+            for i, parameter in enumerate(self.parameters()):
+                parameter.copy_(values(i, parameter.shape).mul(4).round().div(4))
+        mpk.convert(self, policy)
+
+
+def batch(t: int, rows: int = 12):
+    return values(t, (rows, 4)).mul(2).round(), values(t + 50, (rows, 3)).mul(2).round()
+
+
+def ddp_is_one_process(rank):
+    """SGD by whole eighths: all stays exact, so ranks that each see their part equal one that sees the whole batch."""
+    world = distributed.get_world_size()
+    alone, model = Net(), nn.parallel.DistributedDataParallel(Net())
+    optimizers = mpk.optim.SGD(alone.parameters(), lr=0.125), mpk.optim.SGD(model.parameters(), lr=0.125)
+    scalers = mpk.GradScaler(init_scale=64.0), mpk.GradScaler(init_scale=64.0)
+    for t in range(3):
+        x, weights = batch(t)
+        mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
+        losses = (alone(x) * weights).sum() / world, (model(x[mine]) * weights[mine]).sum()
+        for loss, scaler, optimizer in zip(losses, scalers, optimizers, strict=True):
+            scaler.scale(loss / 4).backward()
+            all_reduce, distributed.all_reduce = distributed.all_reduce, no_collective
+            scaler.step(optimizer)
+            distributed.all_reduce = all_reduce
+            scaler.update()
+            optimizer.zero_grad()
+    assert raw(alone.parameters()) == raw(model.parameters())
+    for bad in range(world):  # DDP sums the NaN into every rank's gradients
+        before = raw(model.parameters())
+        x, weights = batch(9)
+        scalers[1].scale((model(x) * weights).sum() * (math.nan if rank == bad else 1.0)).backward()
+        scalers[1].step(optimizers[1])
+        scalers[1].update()
+        optimizers[1].zero_grad()
+        assert raw(model.parameters()) == before
+        assert scalers[1].get_scale() == 64.0 / 2 ** (bad + 1)
+    assert_agree(*model.parameters())
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ddp_is_one_process_with_the_whole_batch(world):
+    run_ranks(world, ddp_is_one_process)
+
+
+def sharded_net(policy: str, mesh=None) -> nn.Module:
+    model = Net(policy)
+    mesh = mesh or init_device_mesh("cpu", (distributed.get_world_size(),))
+    mp_policy = mpk.Policy.parse(policy).to_fsdp()
+    for module in (*(m for m in model if isinstance(m, nn.Linear)), model):
+        fully_shard(module, mesh=mesh, mp_policy=mp_policy)
+    return model
+
+
+def train_net(model, optimizer, scaler, steps=30) -> list[float]:
+    x, _ = batch(distributed.get_rank(), 32)
+    y = torch.stack([x[:, 0] * x[:, 1], x[:, 2], x[:, 3].abs()], dim=1) / 4
+    losses = []
+    for _ in range(steps):
+        loss = (model(x).float() - y).square().mean()
+        losses.append(loss.item())
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return losses
+
+
+def fsdp_trains(rank, policy, sizes):
+    mesh = None if sizes is None else init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard"))
+    model = sharded_net(policy, mesh)
+    optimizer = mpk.optim.AdamW(model.named_parameters(), lr=0.02, max_norm=10.0)
+    scaler = mpk.GradScaler(init_scale=1024.0)
+    losses = train_net(model, optimizer, scaler)
+    assert losses[-1] < losses[0] / 2
+    assert not any(rows.compute_copies for rows in optimizer._rows.values())
+    assert not any(isinstance(weight, DTensor) for weight in _copies._copies)
+    assert all(isinstance(optimizer.state[p]["exp_avg"], DTensor) for p in model.parameters())
+    assert all(("master" in optimizer.state[p]) == (p.dtype == torch.float16) for p in model.parameters())
+    scale = scaler.get_scale()
+    for bad in range(distributed.get_world_size()):  # the reduction carries it to some ranks, the verdict to all
+        before = everything(model.parameters(), optimizer)
+        x, _ = batch(bad)
+        scaler.scale(model(x).float().sum() * (math.inf if rank == bad else 1.0)).backward()
+        step_by("step", scaler, optimizer)
+        optimizer.zero_grad()
+        assert everything(model.parameters(), optimizer) == before
+        assert scaler.get_scale() == scale / 2 ** (bad + 1)
+    assert_agree(scaler.get_scale(), *(p.full_tensor() for p in model.parameters()))
+    clip_in_three_calls(model)
+
+
+def clip_in_three_calls(model):
+    """`unscale_`, torch's clip on DTensors, `step`; twice, because `unscale_` leaves fp32 gradients of 16-bit parameters."""
+    optimizer, scaler = mpk.optim.SGD(model.parameters(), lr=0.01), mpk.GradScaler(init_scale=256.0)
+    for t in range(2):
+        scaler.scale(model(batch(t)[0]).float().sum()).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        before = raw(map(local, model.parameters()))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert raw(map(local, model.parameters())) != before
+        assert not scaler.last_step_skipped
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "float16", "float32"])
+@pytest.mark.parametrize("world, sizes", [(3, None), (4, (2, 2))])
+def test_fsdp2_trains(policy, world, sizes):
+    run_ranks(world, fsdp_trains, policy, sizes)
+
+
+# ----- checkpoints ----------------------------------------------------------------------
+
+
+def save_sharded(rank, folder, policy):
+    model = sharded_net(policy)
+    optimizer = mpk.optim.AdamW(model.named_parameters(), lr=0.02)
+    train_net(model, optimizer, mpk.GradScaler(init_scale=1024.0), steps=3)
+    checkpoint.save(
+        {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder
+    )
+    whole = {n: [p.full_tensor(), *wholes(optimizer.state[p])] for n, p in model.named_parameters()}
+    if rank == 0:
+        torch.save(whole, f"{folder}/whole.pt")
+    before = everything(model.parameters(), optimizer)
+    fresh = sharded_net(policy)
+    loaded = load_checkpoint(fresh, folder)
+    assert everything(fresh.parameters(), loaded) == before  # every bit, empty shards included
+    again = mpk.optim.AdamW(fresh.named_parameters(), lr=0.02)
+    again.load_state_dict(loaded.state_dict())
+    assert everything(fresh.parameters(), again) == before
+    losses = [train_net(m, o, mpk.GradScaler(init_scale=1024.0), steps=3) for m, o in ((model, optimizer), (fresh, again))]
+    assert losses[0] == losses[1]
+
+
+def wholes(state) -> list[torch.Tensor]:
+    return [value.full_tensor() if isinstance(value, DTensor) else value for _, value in sorted(state.items())]
+
+
+def load_checkpoint(model, folder):
+    optimizer = mpk.optim.AdamW(model.named_parameters(), lr=0.5)
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    checkpoint.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    assert optimizer.param_groups[0]["lr"] == 0.02
+    return optimizer
+
+
+def load_elsewhere(rank, folder, policy, plain):
+    model = Net(policy) if plain else sharded_net(policy)
+    optimizer = load_checkpoint(model, folder)
+    expected = torch.load(f"{folder}/whole.pt", weights_only=True)
+    for name, parameter in model.named_parameters():
+        got = [parameter, *(value for _, value in sorted(optimizer.state[parameter].items()))]
+        assert all(isinstance(t, DTensor) != plain or not t.dim() for t in got)
+        assert raw(wholes(dict(enumerate(got)))) == raw(expected[name]), name
+    train_net(model, optimizer, mpk.GradScaler(init_scale=1024.0), steps=1)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "float16"])
+def test_checkpoint_goes_to_another_number_of_ranks(policy, tmp_path):
+    run_ranks(3, save_sharded, str(tmp_path), policy)
+    run_ranks(2, load_elsewhere, str(tmp_path), policy, False)
+    run_ranks(1, load_elsewhere, str(tmp_path), policy, True)
+
+
+def state_dicts_between_layouts(rank):
+    """`load_state_dict` itself takes whole tensors into DTensors, and DTensors into plain parameters."""
+    sharded, other = Sharded("fsdp", torch.float16), Sharded("mixed", torch.float16)
+    alone = [nn.Parameter(values(i, shape, torch.float16)) for i, shape in enumerate(SHAPES)]
+    optimizers = [mpk.optim.AdamW(p) for p in (sharded.params, other.params, alone)]
+    sharded.give_grads(0)
+    optimizers[0].step()
+    for before, after in itertools.pairwise(optimizers):
+        after.load_state_dict(before.state_dict())
+    optimizers[0].load_state_dict(optimizers[2].state_dict())
+    states = [
+        [t for p in params for t in wholes(o.state[p])] for params, o in zip((sharded.params, other.params, alone), optimizers)
+    ]
+    assert raw(states[0]) == raw(states[1]) == raw(states[2])
+
+
+def test_state_dict_goes_between_layouts():
+    run_ranks(4, state_dicts_between_layouts)
