@@ -106,7 +106,7 @@ def convert_report(model: nn.Module) -> Report:
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, MPLinear):
-            rows.append(Row(name, True, module.policy, module.activation, _output_note(module)))
+            rows.append(Row(name, True, module.policy, module.activation, _note(module)))
         elif isinstance(module, nn.Linear):
             rows.append(Row(name, False, None, None, _why_not(model, name, module) or "left as it was"))
     return Report(rows)
@@ -195,13 +195,21 @@ def _narrow_inner_outputs(model: nn.Module) -> None:
             narrowed[linear] = linear.policy.compute_dtype
             chained |= readers
     for linear in chained - narrowed.keys():
-        narrowed[linear] = linear.policy.param_dtype
+        narrowed[linear] = linear.weight.dtype
     for linear, output_dtype in narrowed.items():
         if linear.policy.output_dtype is None:
             linear.adopt(linear._activation, dataclasses.replace(linear.policy, output_dtype=output_dtype))
 
 
-def _output_note(linear: MPLinear) -> str:
-    if linear.policy is None or linear.policy.output_dtype != linear.policy.compute_dtype:
-        return ""
-    return f"output {str(linear.policy.output_dtype).removeprefix('torch.')}: only linears read it"
+def _note(linear: MPLinear) -> str:
+    """What a reader of the report would not expect."""
+    policy, notes = linear.policy, []
+    if policy is not None and policy.output_dtype == policy.compute_dtype:
+        notes.append(f"output {_short(policy.output_dtype)}: only linears read it")
+    if policy is not None and policy.param_dtype != linear.weight.dtype:
+        notes.append(f"its weight is {_short(linear.weight.dtype)}, the policy's parameters are {_short(policy.param_dtype)}")
+    return "; ".join(notes)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

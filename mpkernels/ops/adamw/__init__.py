@@ -28,8 +28,6 @@ Raises
 Source: torch.optim.AdamW, torch.optim.Adam (Loshchilov and Hutter, "Decoupled Weight Decay Regularization").
 """
 
-import torch
-
 from mpkernels._dispatch import Implementation, Op
 from mpkernels.ops._multi_tensor import check_update
 

@@ -27,8 +27,6 @@ Raises
 Source: torch.optim.SGD.
 """
 
-import torch
-
 from mpkernels._dispatch import Implementation, Op
 from mpkernels.ops._multi_tensor import check_update
 
