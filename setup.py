@@ -24,7 +24,7 @@ CXX_FLAGS = [
 ]  # fmt: skip
 # -fmad=false as -ffp-contract=off: vectors and single elements of a tensor get the same bits, and those of the CPU.
 NVCC_FLAGS = [
-    "-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
+    "-std=c++17", "-O3", "-fmad=false", f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
     f"-Xcompiler=-fPIC,-fvisibility=hidden,-ffile-prefix-map={ROOT}=.",
 ]  # fmt: skip
 

@@ -29,7 +29,7 @@ struct AdamwUpdate {
 
   template <int N>
   struct Values {
-    RawGrad<N> grad;
+    RawGrad<T, N> grad;
     Elements<T, N> w, m, v, vmax;
   };
 
@@ -51,8 +51,7 @@ struct AdamwUpdate {
 
   template <int N>
   __device__ void step_and_store(int64_t i, Values<N>& x) const {
-    Elements<T, N> g;
-    x.grad.convert_to(g, grad_dtype);
+    const Elements<T, N> g = x.grad.get(grad_dtype);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       adamw_element<T, kMax, kAddsDecay>(scalars, g.at[k], x.w.at[k], x.m.at[k], x.v.at[k], &x.vmax.at[k]);
@@ -120,6 +119,7 @@ bool adamw_(Tensors masters, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sq
             Tensor steps, Tensor lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> grad_norm,
             std::optional<double> max_norm) {
+  for (const Tensor& master : masters) check_same_device("masters", master, steps);
   check_list("grads", grads, masters);
   check_list("copies", copies, masters, /*may_be_empty=*/true);
   check_state("exp_avgs", exp_avgs, masters);

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <optional>
-#include <type_traits>
 #include <vector>
 
 #include "check.h"
@@ -94,13 +93,24 @@ __device__ inline bool is_vector(const char* data, ScalarType dtype, int64_t i) 
   return is_aligned(data + i * size, N * size < kWidest ? N * size : kWidest);
 }
 
-// N gradients as they lie in memory, so that loading them does not wait for converting them.
-template <int N>
+template <class To, class From, int N>
+__device__ inline Elements<To, N> converted(const Elements<From, N>& from) {
+  Elements<To, N> to;
+#pragma unroll
+  for (int k = 0; k < N; ++k) to.at[k] = convert<To>(from.at[k]);  // round: From -> To
+  return to;
+}
+
+// N gradients as they lie in memory, so that loading them does not wait for converting them; those wider than the master's
+// T, a rare case, as T, or they would cost every case its registers.
+template <class T, int N>
 class RawGrad {
  public:
   __device__ void load(const char* data, ScalarType dtype, int64_t i) {
     if (dtype == ScalarType::Double) {
-      load_as<uint64_t>(data, i);
+      Elements<double, N> wide;
+      mpk::load<PassCache>(reinterpret_cast<const double*>(data) + i, wide);
+      keep(converted<T>(wide));
     } else if (dtype == ScalarType::Float) {
       load_as<uint32_t>(data, i);
     } else {
@@ -108,17 +118,11 @@ class RawGrad {
     }
   }
 
-  template <class T>
-  __device__ void convert_to(Elements<T, N>& to, ScalarType dtype) const {
-    if (dtype == ScalarType::Half) {
-      convert_from<Half>(to);
-    } else if (dtype == ScalarType::BFloat16) {
-      convert_from<BFloat16>(to);
-    } else if (dtype == ScalarType::Float) {
-      convert_from<float>(to);
-    } else {
-      convert_from<double>(to);
-    }
+  __device__ Elements<T, N> get(ScalarType dtype) const {
+    if (dtype == ScalarType::Half) return get_as<Half>();
+    if (dtype == ScalarType::BFloat16) return get_as<BFloat16>();
+    if (dtype == ScalarType::Float) return get_as<float>();
+    return get_as<T>();
   }
 
  private:
@@ -126,46 +130,45 @@ class RawGrad {
   __device__ void load_as(const char* data, int64_t i) {
     Elements<Bits, N> bits;
     mpk::load<PassCache>(reinterpret_cast<const Bits*>(data) + i, bits);
-    if constexpr (sizeof(bits) == 2) {
-      words_[0] = bits.at[0];
+    keep(bits);
+  }
+
+  template <class G>
+  __device__ void keep(const Elements<G, N>& grad) {
+    if constexpr (sizeof(grad) == 2) {
+      uint16_t low;
+      memcpy(&low, &grad, sizeof(low));
+      words_[0] = low;
     } else {
-      memcpy(words_, &bits, sizeof(bits));
+      memcpy(words_, &grad, sizeof(grad));
     }
   }
 
-  template <class G, class T>
-  __device__ void convert_from(Elements<T, N>& to) const {
-    Elements<G, N> from;
-    if constexpr (sizeof(from) == 2) {
+  template <class G>
+  __device__ Elements<T, N> get_as() const {
+    Elements<G, N> grad;
+    if constexpr (sizeof(grad) == 2) {
       const uint16_t low = static_cast<uint16_t>(words_[0]);
-      memcpy(&from, &low, sizeof(from));
+      memcpy(&grad, &low, sizeof(grad));
     } else {
-      memcpy(&from, words_, sizeof(from));
+      memcpy(&grad, words_, sizeof(grad));
     }
-#pragma unroll
-    for (int k = 0; k < N; ++k) to.at[k] = convert<T>(from.at[k]);
+    return converted<T>(grad);
   }
 
-  uint32_t words_[2 * N];  // NOTE: whole words only, or the compiler puts them into memory
+  uint32_t words_[N * sizeof(T) / sizeof(uint32_t)];  // NOTE: whole words only, or the compiler puts them into memory
 };
 
 template <int N, class T>
 __device__ inline void store_copy(char* copy, ScalarType dtype, int64_t i, const Elements<T, N>& w) {
-  const auto store_as = [&](auto* to) {
-    using C = std::remove_pointer_t<decltype(to)>;
-    Elements<C, N> rounded;
-#pragma unroll
-    for (int k = 0; k < N; ++k) rounded.at[k] = convert<C>(w.at[k]);  // round: master -> copy
-    store(to + i, rounded);
-  };
   if (dtype == ScalarType::Half) {
-    store_as(reinterpret_cast<Half*>(copy));
+    store(reinterpret_cast<Half*>(copy) + i, converted<Half>(w));
   } else if (dtype == ScalarType::BFloat16) {
-    store_as(reinterpret_cast<BFloat16*>(copy));
+    store(reinterpret_cast<BFloat16*>(copy) + i, converted<BFloat16>(w));
   } else if (dtype == ScalarType::Float) {
-    store_as(reinterpret_cast<float*>(copy));
+    store(reinterpret_cast<float*>(copy) + i, converted<float>(w));
   } else {
-    store_as(reinterpret_cast<double*>(copy));
+    store(reinterpret_cast<double*>(copy) + i, converted<double>(w));
   }
 }
 

@@ -239,6 +239,7 @@ void grad_stats_(Tensors grads, std::optional<Tensor> grad_scale, Tensor found_i
   const int64_t length = chunk_length(grads);
   a.tensors.clear(length);
   for (size_t row = 0; row < grads.size(); ++row) {
+    check_same_device("grads", grads[row], found_inf);
     const int i = a.tensors.add(row, grads[row].numel());
     a.tensors.grad_dtype[i] = grads[row].scalar_type();
     a.tensors.data[0][i] = static_cast<char*>(const_cast<void*>(grads[row].const_data_ptr()));

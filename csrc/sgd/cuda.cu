@@ -29,7 +29,7 @@ struct SgdUpdate {
 
   template <int N>
   struct Values {
-    RawGrad<N> grad;
+    RawGrad<T, N> grad;
     Elements<T, N> w, buffer;
   };
 
@@ -48,8 +48,7 @@ struct SgdUpdate {
 
   template <int N>
   __device__ void step_and_store(int64_t i, Values<N>& x) const {
-    Elements<T, N> g;
-    x.grad.convert_to(g, grad_dtype);
+    const Elements<T, N> g = x.grad.get(grad_dtype);
 #pragma unroll
     for (int k = 0; k < N; ++k) sgd_element<T, kMomentum>(scalars, g.at[k], x.w.at[k], &x.buffer.at[k]);
     store(master + i, x.w);
@@ -105,6 +104,7 @@ void launch_sgd(const UpdateLists& lists, const std::vector<const Tensors*>& sta
 bool sgd_(Tensors masters, Tensors grads, Tensors momentum_buffers, Tensors copies, Tensor steps, Tensor lr, double momentum,
           double dampening, double weight_decay, bool nesterov, bool maximize, std::optional<Tensor> grad_scale,
           std::optional<Tensor> found_inf, std::optional<Tensor> grad_norm, std::optional<double> max_norm) {
+  for (const Tensor& master : masters) check_same_device("masters", master, steps);
   check_list("grads", grads, masters);
   check_list("copies", copies, masters, /*may_be_empty=*/true);
   check_state("momentum_buffers", momentum_buffers, masters);

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine code of the step's CUDA kernels in the built library: no spills, no stack, 16-byte loads and stores."""
+
+import functools
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpkernels import _native
+
+ARCHITECTURES = (75, 80, 90)
+# Kernels by the start of their name, each with the widest access that its memory traffic is made of.
+VECTOR_LOADS = ("adamw_kernel", "sgd_kernel", "chunk_kernel")
+VECTOR_STORES = ("adamw_kernel", "sgd_kernel")
+KERNELS = {  # how many there are for each architecture
+    "adamw_kernel": 8, "sgd_kernel": 4, "chunk_kernel": 2, "tensor_kernel": 1, "verdict_kernel": 1, "advance_kernel": 1,
+    "update_scale_kernel": 1,
+}  # fmt: skip
+BLOCKS_PER_SM, THREADS, REGISTERS_PER_SM = 2, 256, 65536
+
+
+def cuobjdump() -> str | None:
+    """The tool, of the toolkit or of Triton's wheel."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        triton = pytest.importorskip("triton", reason="neither the CUDA toolkit nor triton is here")
+        found = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return str(found)
+
+
+def run(*options: str) -> str:
+    return subprocess.run([cuobjdump(), *options, str(_native.LIBRARY)], check=True, capture_output=True, text=True).stdout
+
+
+@functools.cache
+def has_cuda() -> bool:
+    return _native.why_not() is None and torch._C._dispatch_has_kernel_for_dispatch_key("mpkernels_C::adamw_", "CUDA")
+
+
+@pytest.fixture(autouse=True)
+def needs_cuda_part():
+    if not has_cuda():
+        pytest.skip("the library was built without nvcc")
+
+
+@functools.cache
+def usage(sm: int) -> dict[str, dict[str, int]]:
+    """Registers and bytes of stack and local memory (REG, STACK, LOCAL, ...) by mangled name."""
+    text = "".join(_of_architecture(run("-res-usage"), sm))
+    found = re.findall(r"Function (\S+):\s*\n?\s*(REG:.*)", text)
+    return {name: {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)} for name, line in found}
+
+
+@functools.cache
+def opcodes(sm: int) -> dict[str, Counter]:
+    """How often each instruction stands in each kernel, by mangled name."""
+    suffix = "a" if sm == 90 else ""
+    text = run("-sass", "-arch", f"sm_{sm}{suffix}")
+    parts = re.split(r"Function : (\S+)", text)[1:]
+    return {
+        name: Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", code))
+        for name, code in zip(parts[::2], parts[1::2])
+    }
+
+
+def _of_architecture(text: str, sm: int) -> list[str]:
+    """The parts of a dump that belong to one architecture."""
+    return [part for part in text.split("Fatbin elf code:") if re.search(rf"arch = sm_{sm}a?\b", part)]
+
+
+def kind(name: str) -> str:
+    return next(k for k in KERNELS if k in name)
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_cuda_kernels_use_registers_only(sm, record_property):
+    used = usage(sm)
+    assert Counter(map(kind, used)) == KERNELS
+    for name, use in used.items():
+        print(f"sm_{sm} {use['REG']:3d} registers, {use['SHARED']:4d} bytes shared: {name}")
+        assert (use["STACK"], use["LOCAL"]) == (0, 0), name
+        assert use["REG"] * THREADS * BLOCKS_PER_SM <= REGISTERS_PER_SM, name
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_cuda_kernels_spill_nothing(sm):
+    for name, code in opcodes(sm).items():
+        assert not [op for op in code if op.startswith(("LDL", "STL"))], name
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_cuda_kernels_move_16_bytes_at_a_time(sm):
+    wide = {kernel: wide_accesses(code) for kernel, code in opcodes(sm).items()}
+    assert Counter(map(kind, wide)) == KERNELS
+    for name, (loads, stores) in wide.items():
+        if kind(name) in VECTOR_LOADS:
+            assert loads >= 4, f"{name}: {loads} loads of 16 bytes"  # two vectors in flight, of two lists or more
+        if kind(name) in VECTOR_STORES:
+            assert stores >= 2, f"{name}: {stores} stores of 16 bytes"
+
+
+def wide_accesses(code: Counter) -> tuple[int, int]:
+    return tuple(sum(n for op, n in code.items() if op.startswith(f"{what}.E") and ".128" in op) for what in ("LDG", "STG"))
+
+
+def test_cuda_library_needs_no_driver():
+    runtime, driver = torch.ops.mpkernels_C.cuda_versions()
+    assert runtime >= 12000
+    assert driver == 0 or driver >= 11000
+    needed = subprocess.run(["readelf", "-d", str(_native.LIBRARY)], check=True, capture_output=True, text=True).stdout
+    assert not re.search(r"NEEDED.*(cuda|nvrtc|c10_cuda)", needed)
