@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_act and linear_act_backward on eager against fp64: rounding, exact cases, the mask, non-finite values."""
 
+import os
 from itertools import product
 
 import numpy as np
@@ -56,7 +57,9 @@ def test_linear_act_odd_shapes(rows, generator, device):
         run_named(case, generator, device)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(
+    "seed", [*range(20), *(pytest.param(s, marks=pytest.mark.sweep) for s in range(20, 400 if os.environ.get("FULL") else 40))]
+)
 def test_linear_act_generated_shapes(seed, generator, device):
     random = np.random.default_rng(seed)
     for _ in range(100):
