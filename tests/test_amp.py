@@ -361,6 +361,15 @@ def test_no_gradients_at_all():
     assert scaler.overflow_report(optimizer) == ""
 
 
+def test_no_gradients_at_all_under_torchs_scaler():
+    params, scaler = parameters(torch.float32), torch.amp.GradScaler("cpu")
+    optimizer = mpk.optim.AdamW(params)
+    scaler.scale(torch.zeros(()))
+    before = raw(params)
+    scaler.step(optimizer)
+    assert raw(params) == before
+
+
 def test_disabled_scaler():
     params, twins = parameters(torch.float32), parameters(torch.float32)
     scaler, optimizer, plain = mpk.GradScaler(enabled=False), mpk.optim.SGD(params, lr=0.1), mpk.optim.SGD(twins, lr=0.1)

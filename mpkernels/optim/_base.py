@@ -185,8 +185,6 @@ class Optimizer(torch.optim.Optimizer):
         def here(tensor):
             return None if tensor is None else tensor.to(device, non_blocking=True).squeeze()
 
-        if found_inf is not None:
-            found_inf = _ranks.local(found_inf)  # torch's GradScaler has a DTensor of it
         norm = None if max_norm is None else here(self.grad_norm)
         return dict(grad_scale=here(grad_scale), found_inf=here(found_inf), grad_norm=norm, max_norm=max_norm)
 
@@ -486,6 +484,8 @@ def _name(group: dict, index: int) -> str:
 
 def _check_scalars(**scalars: torch.Tensor | None) -> None:
     for name, tensor in scalars.items():
+        if isinstance(tensor, int):  # torch's GradScaler without any gradient: the sum of no tensors
+            continue
         if tensor is not None and (tensor.numel() != 1 or tensor.dtype != torch.float32):
             raise RuntimeError(f"{name} must be a 1-element float32 tensor, got {tuple(tensor.shape)} {tensor.dtype}")
 
