@@ -4,6 +4,7 @@
 An optimizer here is one read of all gradients (only where a verdict or a norm is wanted) and one pass that updates.
 """
 
+import contextlib
 import copy
 import math
 from dataclasses import dataclass
@@ -82,8 +83,10 @@ class Optimizer(torch.optim.Optimizer):
         self._formats: dict[int, tuple[torch.dtype, torch.Size]] = {}
         self._rows: dict[tuple[int, torch.device], _Rows] = {}
         self._ranks = _ranks.Ranks([])
+        self._lent = False  # inside master_weights
 
     def __getstate__(self) -> dict:
+        self._refuse_while_lent("a copy of the optimizer")
         ours = ("master_dtype", "max_norm", "write_grads", "skip_nonfinite", "process_group")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
 
@@ -96,6 +99,7 @@ class Optimizer(torch.optim.Optimizer):
     # ----- construction -----------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict) -> None:
+        self._refuse_while_lent("add_param_group")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -151,6 +155,7 @@ class Optimizer(torch.optim.Optimizer):
         A scaler sets `grad_scale` (the gradients are divided by it) and, when it has checked already, `found_inf`.
         Raises RuntimeError for a sparse gradient, a parameter whose dtype or shape changed, a closure under a scaler.
         """
+        self._refuse_while_lent("step")
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         foreign = found_inf is not None  # somebody else's scalars: the op checks them
         _check_scalars(grad_scale=grad_scale, found_inf=found_inf)
@@ -267,6 +272,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _all_rows(self) -> dict[tuple[int, torch.device], _Rows]:
         """Rows by (group, device) of the parameters that have a gradient; state is made where it is missing."""
+        self._refuse_while_lent("a scaler's unscale_ or clip_grad_norm_")
         rows = {}
         for index, group in enumerate(self.param_groups):
             by_device: dict[torch.device, list[torch.Tensor]] = {}
@@ -377,6 +383,33 @@ class Optimizer(torch.optim.Optimizer):
             for _, compute_copy in rows.compute_copies:
                 compute_copy.stamp = None
 
+    @contextlib.contextmanager
+    def master_weights(self):
+        """Lend the masters: inside, each parameter that has one holds it, in its dtype; afterwards its own 16 bits again.
+
+        For evaluation, an EMA and saving; nothing is copied. Gradients, hooks and versions of the parameters are put aside
+        and come back. A write to a parameter inside that torch can see is one to its master, rounded to 16 bits at the end.
+        Raises RuntimeError for a DTensor that has a master (use `master_state_dict`) and, inside, for what would step,
+        load or copy the optimizer.
+        """
+        self._refuse_while_lent("master_weights")
+        masters = [(p, state["master"]) for p, state in self.state.items() if "master" in state]
+        if any(_ranks.is_dtensor(p) for p, _ in masters):
+            raise RuntimeError("master_weights cannot lend the masters of DTensors: use master_state_dict")
+        with torch.no_grad():
+            for parameter, master in masters:
+                _take_over(master, parameter)
+        with contextlib.ExitStack() as loans:
+            self._lent = True
+            loans.callback(setattr, self, "_lent", False)
+            for parameter, master in masters:
+                loans.enter_context(_lent(parameter, master))
+            yield
+
+    def _refuse_while_lent(self, what: str) -> None:
+        if self._lent:
+            raise RuntimeError(f"{what} is not possible inside master_weights(): the parameters are the masters there")
+
     def master_state_dict(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """`model.state_dict()` with the master in place of every parameter that has one."""
         masters = {p: state["master"] for p, state in self.state.items() if "master" in state}
@@ -404,6 +437,7 @@ class Optimizer(torch.optim.Optimizer):
         Where a 16-bit parameter is not its loaded master rounded, the next step starts from the parameter.
         Raises ValueError for groups, keys, shapes or values that do not fit; nothing is loaded then.
         """
+        self._refuse_while_lent("load_state_dict")
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
@@ -509,6 +543,25 @@ def _overlaps(tensor: torch.Tensor) -> bool:
 def _take_over(master: torch.Tensor, parameter: torch.Tensor) -> None:
     """What somebody wrote to the parameter becomes the master's; where the parameter is the master rounded, it stays."""
     master.copy_(torch.where(cast(master, parameter.dtype) == parameter, master, parameter))
+
+
+@contextlib.contextmanager
+def _lent(parameter: torch.Tensor, master: torch.Tensor):
+    """Inside, `parameter` is `master`.
+
+    NOTE: `parameter.data = master` would change its dtype, for which torch drops the node that accumulates its gradient,
+    and with it, silently, the hooks by which DDP averages gradients. Here the whole parameter steps aside.
+    """
+    loan = master.detach().requires_grad_(parameter.requires_grad)
+    version = master._version
+    torch._C._swap_tensor_impl(parameter, loan)  # what torch.utils.swap_tensors does, which refuses weak references
+    try:
+        yield
+    finally:
+        torch._C._swap_tensor_impl(parameter, loan)
+        if master._version != version:
+            with torch.no_grad():
+                parameter.copy_(cast(master, parameter.dtype))
 
 
 def _joined(reads: list[GradStats]) -> GradStats:
