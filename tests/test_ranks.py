@@ -6,6 +6,7 @@ Each test runs a function in processes of its own; `run_ranks` fails what raises
 
 import itertools
 import math
+import time
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from steps import raw
 from torch import distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -95,6 +97,26 @@ def assert_agree(*scalars) -> None:
     """Bit for bit on all ranks."""
     ranks = [raw(tensors) for tensors in gathered(torch.as_tensor(s) for s in scalars)]
     assert all(rank == ranks[0] for rank in ranks), gathered(scalars)
+
+
+def never_comes(rank):
+    if rank == 1:
+        time.sleep(600)
+    distributed.barrier()
+
+
+def comes_to_grief(rank):
+    if rank == 1:
+        raise ValueError("on rank 1")
+
+
+def test_what_hangs_or_raises_fails(monkeypatch):
+    """Negative control of the tests below."""
+    with pytest.raises(AssertionError, match="on rank 1"):
+        run_ranks(2, comes_to_grief)
+    monkeypatch.setattr("ranks.LIMIT", 3)
+    with pytest.raises(AssertionError, match=r"ranks \[0, 1\] were not done"):
+        run_ranks(2, never_comes)
 
 
 # ----- the verdict ----------------------------------------------------------------------
@@ -316,6 +338,27 @@ def test_norm_and_verdict_over_two_meshes():
     run_ranks(4, norm_over_two_meshes)
 
 
+def rows_add_in_another_order(rank):
+    """Each group rounds its sum in its own way, as a network with several rings may: replicas still get one clip factor."""
+    sharded, all_reduce = Sharded("mixed"), distributed.all_reduce
+
+    def rounding_otherwise(tensor, op, group):
+        all_reduce(tensor, op, group=group)
+        if op == distributed.ReduceOp.SUM:
+            tensor[1] *= 1 + 2.0**-20 * min(distributed.get_process_group_ranks(group))
+
+    distributed.all_reduce = rounding_otherwise
+    optimizer = mpk.optim.SGD(sharded.params, lr=0.1, momentum=0.9, max_norm=1.0)
+    sharded.give_grads(0)
+    optimizer.step()
+    assert_agree(optimizer.grad_norm)
+    replicas_agree(sharded, optimizer)
+
+
+def test_norm_agrees_where_groups_round_otherwise():
+    run_ranks(4, rows_add_in_another_order)
+
+
 # ----- the update ----------------------------------------------------------------------
 
 
@@ -355,6 +398,20 @@ def same_as_unsharded(rank, layout):
 @everywhere
 def test_update_is_that_of_the_unsharded_run(world, layout):
     run_ranks(world, same_as_unsharded, layout)
+
+
+def grads_left_unscaled(rank):
+    sharded, scaler = Sharded("fsdp"), mpk.GradScaler(init_scale=64.0)
+    scaler.scale(torch.zeros(()))
+    sharded.give_grads(0, 64.0)
+    scaler.step(mpk.optim.AdamW(sharded.params, write_grads=True))
+    written = raw(local(p.grad) for p in sharded.params)
+    sharded.give_grads(0)
+    assert written == raw(local(p.grad) for p in sharded.params)
+
+
+def test_write_grads_unscales_dtensors():
+    run_ranks(2, grads_left_unscaled)
 
 
 def states_are_dtensors(rank):
@@ -422,6 +479,9 @@ def bad_gradients(rank):
             optimizer.step()
         assert torch.equal(parameter.to_local(), before)
         assert not optimizer.state
+    summed = nn.Parameter(DTensor.from_local(values(1, (4, 3)), mesh, [Partial()]))
+    with pytest.raises(ValueError, match=r"parameter 0 has placements \(Partial"):
+        mpk.optim.AdamW([summed])
     plain.grad = distribute_tensor(values(1, (4, 3)), mesh, [Shard(0)])
     with pytest.raises(RuntimeError, match=r"gradient of parameter 0 has placements .*, expected \(\)"):
         mpk.optim.AdamW([plain]).step()
@@ -630,6 +690,46 @@ def test_checkpoint_goes_to_another_number_of_ranks(policy, tmp_path):
     run_ranks(3, save_sharded, str(tmp_path), policy)
     run_ranks(2, load_elsewhere, str(tmp_path), policy, False)
     run_ranks(1, load_elsewhere, str(tmp_path), policy, True)
+
+
+def options_of_torch(rank, policy):
+    """Flattened, or whole on rank 0 alone and broadcast from there: every bit comes back."""
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    broadcast = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    model = sharded_net(policy)
+    optimizer = mpk.optim.AdamW(model.parameters(), lr=0.02)
+    train_net(model, optimizer, mpk.GradScaler(init_scale=1024.0), steps=3)
+    for saving, loading in ((flat, flat), (whole, broadcast)):
+        fresh = sharded_net(policy)
+        loaded = mpk.optim.AdamW(fresh.parameters(), lr=0.5)
+        set_model_state_dict(fresh, get_model_state_dict(model))
+        state = get_optimizer_state_dict(model, optimizer, options=saving)
+        set_optimizer_state_dict(fresh, loaded, state, options=loading)
+        assert everything(fresh.parameters(), loaded) == everything(model.parameters(), optimizer)
+        assert loaded.param_groups[0]["lr"] == 0.02
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "float16"])
+def test_checkpoint_with_the_options_of_torch(policy):
+    run_ranks(3, options_of_torch, policy)
+
+
+def by_way_of_torch(rank):
+    """Sharded fp32 states go to torch's AdamW and back."""
+    sharded, other = Sharded("fsdp"), Sharded("fsdp")
+    ours, theirs = mpk.optim.AdamW(sharded.params, lr=0.02), torch.optim.AdamW(other.params, lr=0.5)
+    sharded.give_grads(0)
+    ours.step()
+    before = everything(sharded.params, ours)
+    theirs.load_state_dict(ours.state_dict())
+    again = mpk.optim.AdamW(sharded.params)
+    again.load_state_dict(theirs.state_dict())
+    assert everything(sharded.params, again) == before
+
+
+def test_checkpoint_goes_by_way_of_torch():
+    run_ranks(2, by_way_of_torch)
 
 
 def state_dicts_between_layouts(rank):

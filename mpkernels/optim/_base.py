@@ -127,6 +127,8 @@ class Optimizer(torch.optim.Optimizer):
             )
         if _overlaps(parameter):
             raise ValueError(f"{name} overlaps itself (strides {parameter.stride()}): its elements are not updated one by one")
+        if any(where.is_partial() for where in _ranks.placement(parameter)[1]):
+            raise ValueError(f"{name} has placements {parameter.placements}: no rank has its values")
         if self.master_dtype is not None and self.master_dtype.itemsize < parameter.dtype.itemsize:
             raise ValueError(f"master_dtype {self.master_dtype} is narrower than {parameter.dtype} of {name}")
 

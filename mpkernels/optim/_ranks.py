@@ -62,7 +62,7 @@ class Ranks:
         if not is_dtensor(parameter):
             return self._plain
         mesh, first = parameter.device_mesh, self._spans[parameter.device_mesh].first
-        counts = all(first[dim] for dim, placement in enumerate(parameter.placements) if placement.is_replicate())
+        counts = all(first[dim] for dim, where in enumerate(parameter.placements) if where.is_replicate())
         return mesh if counts else NOWHERE
 
     def agree(self, found_inf: torch.Tensor, squares: dict | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -85,8 +85,8 @@ def _mesh_span(mesh, placed: list[torch.Tensor]) -> _Span:
         dim
         for parameter in placed
         if parameter.device_mesh == mesh
-        for dim, placement in enumerate(parameter.placements)
-        if not placement.is_replicate()
+        for dim, where in enumerate(parameter.placements)
+        if not where.is_replicate()
     }
     groups: tuple[list, list] = ([], [])
     for dim in range(mesh.ndim):
@@ -119,13 +119,14 @@ def stamp(parameter: torch.Tensor, held: torch.Tensor) -> tuple[int, ...]:
 
 def check_placements(name: str, parameter: torch.Tensor, grad: torch.Tensor) -> None:
     """Raise RuntimeError unless the gradient lies as the parameter does: a Partial one is not the gradient yet."""
-    mesh, wanted = _placement(parameter)
-    grad_mesh, got = _placement(grad)
-    if mesh != grad_mesh or wanted != got or any(placement.is_partial() for placement in got):
+    mesh, wanted = placement(parameter)
+    grad_mesh, got = placement(grad)
+    if mesh != grad_mesh or wanted != got:
         raise RuntimeError(f"the gradient of {name} has placements {got}, expected {wanted}: redistribute it before the step")
 
 
-def _placement(tensor: torch.Tensor) -> tuple:
+def placement(tensor: torch.Tensor) -> tuple:
+    """Mesh and placements; of a plain tensor none."""
     return (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else (None, ())
 
 
