@@ -24,6 +24,7 @@ class GradScaler(torch.amp.GradScaler):
     `last_step_skipped`, `skipped_steps`, `skipped_in_a_row`: 0-d tensors on the device, as of the last `update()`.
     Only `get_scale`, `state_dict` and `overflow_report` wait for the device. Under this scaler `.grad` stays scaled after
     `step` of one of our optimizers (`write_grads=True` unscales it, as torch does).
+    On many ranks each has a scaler, and our optimizers agree on the overflow, so that all scales stay the same.
     Raises ValueError for values that make no scale, RuntimeError for a device that is not there.
     """
 
