@@ -8,8 +8,10 @@ tells the stand-in which memory the call may touch, and runs the kernels that ar
 import ctypes
 import fcntl
 import functools
+import importlib.util
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +25,7 @@ OPS = ("adamw_", "grad_stats_", "sgd_", "update_scale_")
 SOURCES = ("csrc/ops.cpp", *(f"csrc/{op.rstrip('_')}/cuda.cu" for op in OPS))
 STAND_IN = ("fibers.cpp", "on_device.cpp", "wrong_kernels.cu")
 # -ffp-contract=off as nvcc's -fmad=false. mpkernels_C=mpkernels_host: the same file may not register an op twice.
-FLAGS = "-std=c++17 -O1 -g0 -fPIC -fvisibility=default -ffp-contract=off -U_FORTIFY_SOURCE -Dmpkernels_C=mpkernels_host"
+FLAGS = "-std=c++17 -O2 -g0 -fPIC -fvisibility=default -ffp-contract=off -U_FORTIFY_SOURCE -Dmpkernels_C=mpkernels_host"
 
 
 class Counts(ctypes.Structure):
@@ -34,7 +36,9 @@ class Counts(ctypes.Structure):
 
 def why_not() -> str | None:
     """Why the kernels cannot be compiled here, or None."""
-    return None if shutil.which("g++") and shutil.which("ninja") else "g++ or ninja is not installed"
+    if shutil.which("g++") is None:
+        return "g++ is not installed"
+    return None if importlib.util.find_spec("ninja") else "ninja is not installed in this Python"
 
 
 @functools.cache
@@ -45,7 +49,7 @@ def library() -> ctypes.CDLL:
     with open(BUILD / "lock", "w") as lock:  # tests run in several processes
         fcntl.flock(lock, fcntl.LOCK_EX)
         (BUILD / "build.ninja").write_text(_ninja(path))
-        built = subprocess.run(["ninja", "-C", str(BUILD)], capture_output=True, text=True)
+        built = subprocess.run([sys.executable, "-m", "ninja", "-C", str(BUILD)], capture_output=True, text=True)
         if built.returncode:
             raise RuntimeError(built.stdout)
     torch.ops.load_library(str(path))

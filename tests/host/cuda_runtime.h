@@ -46,6 +46,7 @@ enum class Wait { kNothing, kBlock, kWarp };
 void wait_for(Wait what);
 bool check_access(const void* address, size_t bytes, bool is_store);
 void* exchange_slot(int lane_from_here);
+void end_exchange();
 
 template <class T>
 T read(const T* from) {
@@ -67,7 +68,7 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
   host::wait_for(host::Wait::kWarp);
   T other;
   std::memcpy(&other, host::exchange_slot(static_cast<int>(delta)), sizeof(T));
-  host::wait_for(host::Wait::kWarp);
+  host::end_exchange();
   return other;
 }
 

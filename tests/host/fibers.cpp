@@ -37,6 +37,7 @@ struct Fiber {
   jmp_buf jump;
   bool started, ended;
   Wait waits_for;
+  unsigned exchanges;
 };
 
 struct Range {
@@ -54,7 +55,7 @@ std::vector<Fiber> fibers;
 jmp_buf scheduler;
 unsigned current;
 const std::function<void()>* body;
-uint64_t exchange[kMostThreads];
+uint64_t exchange[2][kMostThreads];  // by turns: a lane may reach its next exchange before the others have read this one
 
 void fail(const std::string& message) {
   if (failure.empty()) failure = message;
@@ -103,6 +104,7 @@ class Block {
   explicit Block(unsigned threads) : threads_(threads), live_(threads), warps_((threads + kWarp - 1) / kWarp) {
     for (unsigned i = 0; i < threads; ++i) {
       fibers[i].ended = false;
+      fibers[i].exchanges = 0;
       ready_.push_back(i);
       ++warps_[i / kWarp].live;
     }
@@ -185,8 +187,10 @@ void wait_for(Wait what) {
 
 void* exchange_slot(int lane_from_here) {
   const int lane = static_cast<int>(current % kWarp) + lane_from_here;
-  return &exchange[lane < kWarp ? current + lane_from_here : current];
+  return &exchange[fibers[current].exchanges % 2][lane < kWarp ? current + lane_from_here : current];
 }
+
+void end_exchange() { ++fibers[current].exchanges; }
 
 // Whether the access may be done.
 bool check_access(const void* pointer, size_t bytes, bool is_store) {
