@@ -733,19 +733,18 @@ def test_checkpoint_goes_by_way_of_torch():
 
 
 def state_dicts_between_layouts(rank):
-    """`load_state_dict` itself takes whole tensors into DTensors, and DTensors into plain parameters."""
-    sharded, other = Sharded("fsdp", torch.float16), Sharded("mixed", torch.float16)
-    alone = [nn.Parameter(values(i, shape, torch.float16)) for i, shape in enumerate(SHAPES)]
-    optimizers = [mpk.optim.AdamW(p) for p in (sharded.params, other.params, alone)]
-    sharded.give_grads(0)
+    """`load_state_dict` itself takes whole tensors into DTensors, DTensors into plain parameters and into other layouts."""
+    params = [Sharded(layout, torch.float16).params for layout in ("fsdp", "replicated", "mixed")]
+    params.append([nn.Parameter(values(i, shape, torch.float16)) for i, shape in enumerate(SHAPES)])
+    optimizers = [mpk.optim.AdamW(p) for p in params]
+    for parameter in params[0]:
+        parameter.grad = torch.full_like(parameter, 0.5)
     optimizers[0].step()
     for before, after in itertools.pairwise(optimizers):
         after.load_state_dict(before.state_dict())
-    optimizers[0].load_state_dict(optimizers[2].state_dict())
-    states = [
-        [t for p in params for t in wholes(o.state[p])] for params, o in zip((sharded.params, other.params, alone), optimizers)
-    ]
-    assert raw(states[0]) == raw(states[1]) == raw(states[2])
+    optimizers[0].load_state_dict(optimizers[-1].state_dict())
+    states = [raw(t for p in group for t in wholes(o.state[p])) for group, o in zip(params, optimizers, strict=True)]
+    assert states == states[:1] * len(states)
 
 
 def test_state_dict_goes_between_layouts():
