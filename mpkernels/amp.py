@@ -129,22 +129,25 @@ class GradScaler(torch.amp.GradScaler):
         if state["stage"] is OptState.STEPPED:
             raise RuntimeError("step() has already been called since the last update().")
         unscaled = None if state["stage"] is OptState.READY else optimizer._stats
+        preset, calls = getattr(optimizer, "grad_scale", None), optimizer.steps_called
         if unscaled is None:
             optimizer.grad_scale = self._grad_scale(optimizer, "step")
         elif unscaled:
             found = [f.to(scale.device, non_blocking=True) for f in state["found_inf_per_device"].values()]
             optimizer.found_inf = torch.stack(found).amax()
         try:
-            result = optimizer.step()
+            return optimizer.step()
         finally:
             for name in ("grad_scale", "found_inf"):
                 vars(optimizer).pop(name, None)
-        if unscaled is None:
-            state["found_inf_per_device"] = {s.found_inf.device: s.found_inf for s in optimizer._stats.values()}
-        else:
-            optimizer._stats = unscaled  # for the report: the step has read no more than the norm
-        state["stage"] = OptState.STEPPED
-        return result
+            if unscaled is not None:
+                optimizer._stats = unscaled  # for the report: the step has read no more than the norm
+            if optimizer.steps_called > calls:  # also where a hook raised after it
+                if unscaled is None:
+                    state["found_inf_per_device"] = {s.found_inf.device: s.found_inf for s in optimizer._stats.values()}
+                state["stage"] = OptState.STEPPED
+            elif preset is not None:  # nothing was written: the step can be taken again
+                optimizer.grad_scale = preset
 
     def update(self, new_scale=None) -> None:
         """Grow, keep or back off the scale, on the device; count skipped steps. A step without any gradient changes nothing.

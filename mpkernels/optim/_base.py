@@ -48,6 +48,16 @@ class _Rows:
     checked: bool = False  # whether an op has checked these lists: only the scalars and the gradients' values are new
 
 
+@dataclass(eq=False)
+class _Call:
+    """One call of the update op."""
+
+    rows: _Rows
+    grads: list[torch.Tensor]
+    arguments: tuple
+    options: dict
+
+
 class Optimizer(torch.optim.Optimizer):
     """Base of AdamW, Adam and SGD.
 
@@ -156,6 +166,8 @@ class Optimizer(torch.optim.Optimizer):
 
         A scaler sets `grad_scale` (the gradients are divided by it) and, when it has checked already, `found_inf`.
         Raises RuntimeError for a sparse gradient, a parameter whose dtype or shape changed, a closure under a scaler.
+        After an exception, out of a hook too, the step can be taken again or left out: what can fail, or allocates, comes
+        before the first write. (Not so where the op itself fails to allocate: `eager`, and layouts that differ.)
         """
         self._refuse_while_lent("step")
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -167,26 +179,42 @@ class Optimizer(torch.optim.Optimizer):
                 raise RuntimeError("a closure cannot be used with loss scaling")
             with torch.enable_grad():
                 loss = closure()
-        pending, self._pending_clip = self._pending_clip, None
-        max_norm = pending or self.max_norm
-        rows = self._all_rows()
+        try:
+            calls = self._prepare(grad_scale, found_inf)
+            for call in calls:  # all of them before the first write
+                if foreign or not call.rows.checked:
+                    self._op.check(*call.arguments, **call.options)
+        except BaseException:
+            self._stats = {}  # what was read of these gradients: the next step may be of others
+            raise
+        for call in calls:
+            self._op(*call.arguments, **call.options, checked=True)
+            self._after_update(call.rows)
         self.steps_called += 1
+        self._pending_clip = None
+        if self.write_grads and grad_scale is not None:
+            for call in calls:
+                _unscale_in_place(call.grads, call.options)
+        return loss
+
+    def _prepare(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> list[_Call]:
+        """Read the gradients if need be and make all that a step needs: what fails here, or allocates, has written nothing."""
+        max_norm = self._pending_clip or self.max_norm
+        rows = self._all_rows()
         check = found_inf is None and (grad_scale is not None or self.skip_nonfinite)
-        if pending is None:
+        if self._pending_clip is None or not self._stats:
             self._stats = {}
             if check or max_norm is not None:
                 self._read_grads(rows, grad_scale, norm=max_norm is not None)
         if check and self._stats:
             found_inf = next(iter(self._stats.values())).found_inf
+        calls = []
         for (index, device), group_rows in rows.items():
+            group, grads = self.param_groups[index], self._local_grads(group_rows.params)
+            group_rows.checked &= not isinstance(group["lr"], torch.Tensor)
             options = self._step_options(device, grad_scale, found_inf, max_norm)
-            grads = self._local_grads(group_rows.params)
-            group_rows.checked &= not foreign and not isinstance(self.param_groups[index]["lr"], torch.Tensor)
-            self._update(self.param_groups[index], group_rows, grads, options)
-            self._after_update(group_rows)
-            if self.write_grads and grad_scale is not None:
-                _unscale_in_place(grads, options)
-        return loss
+            calls.append(_Call(group_rows, grads, self._arguments(group, group_rows, grads), options))
+        return calls
 
     def _step_options(self, device, grad_scale, found_inf, max_norm) -> dict:
         def here(tensor):
@@ -195,8 +223,16 @@ class Optimizer(torch.optim.Optimizer):
         norm = None if max_norm is None else here(self.grad_norm)
         return dict(grad_scale=here(grad_scale), found_inf=here(found_inf), grad_norm=norm, max_norm=max_norm)
 
-    def _update(self, group: dict, rows: _Rows, grads: list[torch.Tensor], options: dict) -> None:
+    _op = None  # the op of the update
+
+    def _arguments(self, group: dict, rows: _Rows, grads: list[torch.Tensor]) -> tuple:
+        """What `_op` is given, up to the options that all of them share."""
         raise NotImplementedError
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; a clip that was asked for these gradients goes with them."""
+        self._pending_clip = None
+        super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def _unscale_grads(self, grad_scale: torch.Tensor) -> dict[torch.device, torch.Tensor]:
@@ -328,10 +364,10 @@ class Optimizer(torch.optim.Optimizer):
             else:
                 copies.append(torch.empty(0, dtype=torch.float16, device=parameter.device))
         steps = torch.stack([self.state[p]["step"] for p in params])
-        for parameter, count in zip(params, steps.unbind(), strict=True):
-            self.state[parameter]["step"] = count  # a view: one array per call is what the op advances
         states = {name: [_ranks.local(self.state[p][name]) for p in params] for name in names}
         stamps, addresses = [None] * len(mastered), self._addresses(params)
+        for parameter, count in zip(params, steps.unbind(), strict=True):  # last: nothing can fail between this and its use
+            self.state[parameter]["step"] = count  # a view: one array per call is what the op advances
         return _Rows(params, masters, copies, states, steps, compute_copies, mastered, stamps, addresses, requests)
 
     def _addresses(self, params: list[torch.Tensor]) -> list[int]:
@@ -358,17 +394,21 @@ class Optimizer(torch.optim.Optimizer):
         return self.master_dtype or torch.promote_types(parameter.dtype, torch.float32)
 
     def _init_state(self, group: dict, parameter: torch.Tensor) -> None:
-        """Make what is missing of the state: all of it at first, later what a changed hyperparameter asks for."""
-        dtype, state = self._master_dtype(parameter), self.state[parameter]
+        """Make what is missing of the state: all of it at first, later what a changed hyperparameter asks for; or nothing."""
+        dtype, state, new = self._master_dtype(parameter), self.state.get(parameter, {}), {}
         if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
-            unrounded = _copies.take_unrounded(parameter)
+            new["step"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
             if dtype != parameter.dtype:
-                state["master"] = torch.empty_like(parameter, dtype=dtype)
-                state["master"].copy_(parameter if unrounded is None else unrounded)
+                new["master"] = torch.empty_like(parameter, dtype=dtype)
         for name in self._group_state_names(group):
             if name not in state:
-                state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+                new[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+        if "step" in new:
+            unrounded = _copies.take_unrounded(parameter)
+            if "master" in new:
+                new["master"].copy_(parameter if unrounded is None else unrounded)
+        if new:
+            self.state[parameter].update(new)
 
     def _group_state_names(self, group: dict) -> tuple[str, ...]:
         raise NotImplementedError

@@ -20,6 +20,7 @@ class AdamW(Optimizer):
     """
 
     _decoupled = True
+    _op = adamw_
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, *, maximize=False,
@@ -45,12 +46,12 @@ class AdamW(Optimizer):
     def _group_state_names(self, group):
         return ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
 
-    def _update(self, group, rows, grads, options):
+    def _arguments(self, group, rows, grads):
         states = rows.states
-        adamw_(
+        return (
             rows.masters, grads, states["exp_avg"], states["exp_avg_sq"], states.get("max_exp_avg_sq", []), rows.copies,
             rows.steps, lr_tensor(group["lr"]), *group["betas"], group["eps"], group["weight_decay"],
-            self._decoupled, group["maximize"], checked=rows.checked, **options,
+            self._decoupled, group["maximize"],
         )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ class SGD(Optimizer):
 
     # NOTE: torch's SGD saves no step count; a buffer that it saved is past its first step.
     _default_step = 1
+    _op = sgd_
 
     def __init__(
         self, params, lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, *, maximize=False,
@@ -44,9 +45,8 @@ class SGD(Optimizer):
     def _group_state_names(self, group):
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _update(self, group, rows, grads, options):
-        sgd_(
+    def _arguments(self, group, rows, grads):
+        return (
             rows.masters, grads, rows.states.get("momentum_buffer", []), rows.copies, rows.steps, lr_tensor(group["lr"]),
             group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"], group["maximize"],
-            checked=rows.checked, **options,
         )  # fmt: skip
