@@ -23,7 +23,8 @@ class GradScaler(torch.amp.GradScaler):
 
     `last_step_skipped`, `skipped_steps`, `skipped_in_a_row`: 0-d tensors on the device, as of the last `update()`.
     Only `get_scale`, `state_dict` and `overflow_report` wait for the device. Under this scaler `.grad` stays scaled after
-    `step` of one of our optimizers (`write_grads=True` unscales it, as torch does).
+    `step` of one of our optimizers (`write_grads=True` unscales it, as torch does). Under torch.compile what steps, unscales,
+    clips or updates is a graph break: dynamo loses what is recorded between these calls.
     On many ranks each has a scaler, and our optimizers agree on the overflow, so that all scales stay the same.
     Raises ValueError for values that make no scale, RuntimeError for a device that is not there.
     """
@@ -82,6 +83,12 @@ class GradScaler(torch.amp.GradScaler):
             return optimizer._unscale_grads(self._scale)
         return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
 
+    @torch._disable_dynamo
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients by the scale; those of our optimizers become fp32 where they have 16 bits."""
+        super().unscale_(optimizer)
+
+    @torch._disable_dynamo
     def clip_grad_norm_(self, optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
         """Clip the global norm of the unscaled gradients to `max_norm`; returns the norm, on the device.
 
@@ -115,6 +122,7 @@ class GradScaler(torch.amp.GradScaler):
         scale, _ = self._check_scale_growth_tracker(caller)
         return scale if preset is None else scale * preset
 
+    @torch._disable_dynamo
     def step(self, optimizer: torch.optim.Optimizer, *args, **kwargs):
         """Step the optimizer unless a gradient is inf or NaN, before or after unscaling; decided on the device.
 
@@ -149,6 +157,7 @@ class GradScaler(torch.amp.GradScaler):
             elif preset is not None:  # nothing was written: the step can be taken again
                 optimizer.grad_scale = preset
 
+    @torch._disable_dynamo
     def update(self, new_scale=None) -> None:
         """Grow, keep or back off the scale, on the device; count skipped steps. A step without any gradient changes nothing.
 

@@ -160,6 +160,9 @@ class Optimizer(torch.optim.Optimizer):
 
     # ----- the step ---------------------------------------------------------------------------
 
+    # NOTE: under torch.compile the step is a graph break: it is one or two kernels already, and dynamo would trace our
+    # bookkeeping in nine pieces. torch.compiler.disable does the same, but imports dynamo when this file is imported.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure=None):
         """Take a step, or skip it on the device where a scaler or `skip_nonfinite` asks for it. Returns the closure's loss.
