@@ -4,12 +4,10 @@
 python -m bench.linear_act [--rounds 9]     one thread, process time; prints one JSON row per case and contender
 """
 
-import argparse
-import json
-
 import torch
 import torch.nn.functional as F
 
+from bench.rows import main
 from bench.timing import interleave, ratio, summary
 from mpkernels.ops.linear_act import Activation, linear_act, reference
 
@@ -68,10 +66,4 @@ def rows(rounds: int):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    for row in rows(arguments.rounds):
-        print(json.dumps(row), flush=True)
+    main(__doc__.splitlines()[0], rows, rounds=9)

@@ -4,12 +4,10 @@
 python -m bench.step [--millions 10] [--rounds 9]     one thread, process time; one JSON row per case and contender
 """
 
-import argparse
-import json
-
 import torch
 
 import mpkernels as mpk
+from bench.rows import main
 from bench.timing import interleave, ratio, summary
 
 
@@ -94,11 +92,4 @@ def rows(millions: int, rounds: int):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--millions", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=9)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    for row in rows(arguments.millions, arguments.rounds):
-        print(json.dumps(row), flush=True)
+    main(__doc__.splitlines()[0], rows, millions=10, rounds=9)

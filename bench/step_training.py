@@ -7,11 +7,8 @@ Widths 784-1024-1024-1024-10 with ReLU, batch 256, cross entropy, AdamW; fp16 wi
 step and after all steps stand in the rows: a recipe that is fast and does not learn would show there.
 """
 
-import argparse
 import contextlib
 import itertools
-import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,6 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import mpkernels as mpk
+from bench.rows import main
 from bench.timing import interleave, ratio, summary
 
 WIDTHS, BATCH = (784, 1024, 1024, 1024, 10), 256
@@ -149,14 +147,8 @@ def rows(rounds: int):
             "case": CASE, "contender": name, **summary(times[name]),
             "ratio": {baseline: ratio(times, name, baseline) for baseline in BASELINES},
             "steps": len(contender.losses), "first_loss": contender.losses[0].item(), "last_loss": contender.losses[-1].item(),
-            "torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
         }  # fmt: skip
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    for row in rows(arguments.rounds):
-        print(json.dumps(row), flush=True)
+    main(__doc__.splitlines()[0], rows, rounds=3)
