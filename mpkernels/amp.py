@@ -126,12 +126,15 @@ class GradScaler(torch.amp.GradScaler):
     def step(self, optimizer: torch.optim.Optimizer, *args, **kwargs):
         """Step the optimizer unless a gradient is inf or NaN, before or after unscaling; decided on the device.
 
-        Raises RuntimeError for a second step before `update()` and for a closure, as torch.
+        Raises RuntimeError for a second step before `update()` and for a closure, as torch, and inside a backward, whose
+        gradients are not all there yet.
         """
         if not self._enabled or not isinstance(optimizer, Optimizer):
             return super().step(optimizer, *args, **kwargs)
         if args or kwargs:
             raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError("step() is being called inside backward: its gradients are not all there yet.")
         scale, _ = self._check_scale_growth_tracker("step")
         state = self._per_optimizer_states[id(optimizer)]
         if state["stage"] is OptState.STEPPED:
@@ -249,8 +252,9 @@ class GradScaler(torch.amp.GradScaler):
             names = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
             if missing := [name for name in names if name not in state_dict]:
                 raise ValueError(f"state_dict lacks {', '.join(missing)}")
-            self._check_scale("scale", state_dict["scale"])
-            _check_factors(*(state_dict[name] for name in names[1:4]))
+            self._check_scale("scale", _number("scale", state_dict["scale"]))
+            _check_factors(*(_number(name, state_dict[name]) for name in names[1:3]), state_dict["growth_interval"])
+            _check_counts(*map(state_dict.get, ("_growth_tracker", "hysteresis_tracker", "skipped"), (0, 0, [0, 0])))
         super().load_state_dict(state_dict)
         defaults = {"hysteresis_tracker": self._hysteresis, "skipped": [0, 0]}
         self._loaded = {name: state_dict.get(name, default) for name, default in defaults.items()}
@@ -269,6 +273,21 @@ def _check_factors(growth_factor, backoff_factor, growth_interval) -> None:
         raise ValueError(f"backoff_factor must be between 0 and 1, got {backoff_factor}")
     if isinstance(growth_interval, bool) or not isinstance(growth_interval, int) or growth_interval < 1:
         raise ValueError(f"growth_interval must be an int of 1 or more, got {growth_interval}")
+
+
+def _number(name: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return value
+
+
+def _check_counts(growth_tracker, hysteresis_tracker, skipped) -> None:
+    if not isinstance(skipped, list) or len(skipped) != 2:
+        raise ValueError(f"skipped must be two counts, got {skipped!r}")
+    counts = ("_growth_tracker", growth_tracker), ("hysteresis_tracker", hysteresis_tracker), *(("skipped", n) for n in skipped)
+    for name, count in counts:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(f"{name} must be a count, got {count!r}")
 
 
 def _check_there(device) -> None:

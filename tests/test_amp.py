@@ -606,6 +606,22 @@ def test_state_machine_errors_are_torchs(make):
     scaler.step(optimizer)
 
 
+def test_step_inside_backward():
+    params, scaler = parameters(torch.float32, torch.float32), mpk.GradScaler(init_scale=8.0)
+    optimizer = mpk.optim.AdamW(params)
+    handle = params[0].register_post_accumulate_grad_hook(lambda _: scaler.step(optimizer))
+    before = raw(params)
+    loss = scaler.scale(sum(p.sum() for p in params))
+    with pytest.raises(RuntimeError, match="inside backward"):
+        loss.backward(retain_graph=True)
+    assert raw(params) == before
+    handle.remove()
+    optimizer.zero_grad()
+    loss.backward()
+    scaler.step(optimizer)
+    assert raw(params) != before
+
+
 def test_fp16_gradients_of_other_optimizers_stay_an_error():
     params, scaler = parameters(torch.float16), mpk.GradScaler()
     give_grads(params, scaler, size=2.0**-16)
@@ -746,6 +762,12 @@ def test_state_dict_both_ways_with_torchs():
         ({"backoff_factor": 2.0}, "backoff_factor must be between 0 and 1"),
         ({"growth_interval": 0}, "growth_interval must be an int"),
         ({"growth_factor": None}, "state_dict lacks growth_factor"),
+        ({"scale": "1"}, "scale must be a number, got '1'"),
+        ({"backoff_factor": "1"}, "backoff_factor must be a number, got '1'"),
+        *(({"_growth_tracker": v}, "_growth_tracker must be a count") for v in (-1, 1.5, math.nan, "1", True)),
+        *(({"hysteresis_tracker": v}, "hysteresis_tracker must be a count") for v in (-1, math.nan, "1")),
+        *(({"skipped": v}, "skipped must be two counts") for v in ([1], "ab", 3)),
+        *(({"skipped": v}, "skipped must be a count") for v in ([-1, 0], [0, math.nan])),
     ],
 )
 def test_bad_state_dict_loads_nothing(change, message):

@@ -539,6 +539,14 @@ def _changed(state, **entries):
         (lambda s: _changed(s, master=torch.zeros(5).half()), "master of parameter 0 .a. is torch.float16, .* torch.float32"),
         (lambda s: _changed(s, master=torch.zeros(1)), r"master of parameter 0 .a. must have shape \(5,\), got \(1,\)"),
         (lambda s: _changed(s, master="m"), "master of parameter 0 .a. .* got str"),
+        (lambda s: _changed(s, exp_avg=torch.zeros(5).to_sparse()), "exp_avg of parameter 0 .a. must be a dense .*sparse_coo"),
+        (lambda s: _changed(s, exp_avg=torch.zeros(5).cfloat()), "exp_avg of parameter 0 .a. must be .*got torch.complex64"),
+        (lambda s: _changed(s, exp_avg=torch.zeros(5, device="meta")), "exp_avg of parameter 0 .a. must be .*on meta"),
+        (lambda s: {**s, "state": [1]}, "state must be a dict of dicts"),
+        (lambda s: {**s, "state": {0: None}}, "state must be a dict of dicts"),
+        (lambda s: {**s, "param_groups": None}, "param_groups must be a list of groups"),
+        (lambda s: {**s, "param_groups": [{"lr": 1.0}]}, "param_groups must be a list of groups"),
+        (lambda s: {**s, "param_groups": [{**s["param_groups"][0], "betas": (0.9,)}]}, "betas must be two numbers"),
     ],
 )
 def test_bad_state_dict_loads_nothing(change, message):
@@ -625,6 +633,7 @@ BAD_NUMBERS = (-1.0, math.nan, math.inf)
         *((mpk.optim.Adam, {"weight_decay": v}, f"Invalid weight_decay value: {v}") for v in BAD_NUMBERS),
         *((mpk.optim.AdamW, {"betas": (v, 0.9)}, f"Invalid beta parameter at index 0: {v}") for v in (1.0, *BAD_NUMBERS)),
         *((mpk.optim.AdamW, {"betas": (0.9, v)}, f"Invalid beta parameter at index 1: {v}") for v in (1.0, *BAD_NUMBERS)),
+        *((mpk.optim.AdamW, {"betas": v}, "betas must be two numbers") for v in ((0.9,), (0.9, 0.99, 0.999))),
         *((mpk.optim.SGD, {"momentum": v}, f"Invalid momentum value: {v}") for v in BAD_NUMBERS),
         *((mpk.optim.SGD, {"dampening": v}, f"Invalid dampening value: {v}") for v in (math.nan, math.inf)),
         (mpk.optim.SGD, {"nesterov": True}, "Nesterov momentum requires a momentum and zero dampening"),
@@ -672,6 +681,23 @@ def _resized(params, optimizer):
     params[1].data, params[1].grad = torch.ones(6), torch.ones(6)
 
 
+def _shared(params, optimizer):
+    params[1].data = params[2].data
+
+
+def _shared_in_part(params, optimizer):
+    params[2].data = torch.ones(8)[3:]
+    params[1].data = params[2].data.as_strided((5,), (1,), 0)
+
+
+def _float_grad_scale(params, optimizer):
+    optimizer.grad_scale = 2.0
+
+
+def _bad_lr(params, optimizer):
+    optimizer.param_groups[1]["lr"] = torch.tensor(1)
+
+
 def _bad_grad_scale(params, optimizer):
     optimizer.grad_scale = torch.ones(2)
 
@@ -692,6 +718,10 @@ def _wrong_found_inf(params, optimizer):
         (_resized_grad, r"the gradient of parameter 1 \(b\) must be .* of shape \(5,\), got \(3,\)"),
         (_retyped, r"parameter 1 \(b\) changed dtype since construction: torch.float32 then, torch.float16 now"),
         (_resized, r"parameter 1 \(b\) changed shape since construction"),
+        (_shared, r"^c shares memory with b"),
+        (_shared_in_part, r"^c shares memory with b"),
+        (_bad_lr, "lr must be a 0-d float32 or float64 tensor, got .*int64"),
+        (_float_grad_scale, "grad_scale must be .* got 2.0"),
         (_bad_grad_scale, "grad_scale must be"),
         (_wrong_grad_scale, "grad_scale must be .*float32.*got .*float64"),
         (_wrong_found_inf, "found_inf must be"),
@@ -699,15 +729,54 @@ def _wrong_found_inf(params, optimizer):
 )
 @ours
 def test_bad_steps_write_nothing(name, spoil, message):
-    params = parameters(torch.float16, torch.float32)
-    optimizer = OURS[name](zip("ab", params, strict=True))
+    """What is bad is in the second parameter or in the second group, so that something could have been written before."""
+    params = parameters(torch.float16, torch.float32, torch.float32)
+    named = list(zip("abc", params, strict=True))
+    optimizer = OURS[name]([{"params": named[:2]}, {"params": named[2:]}])
     train(params, optimizer, 1)
     set_grads(params, 1)
     spoil(params, optimizer)
     before = state_bytes(optimizer)
-    with pytest.raises(RuntimeError, match=message):
-        optimizer.step()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.step()
+        assert state_bytes(optimizer) == before
+
+
+def test_parameters_beside_each_other_in_one_storage():
+    """As views of a flat buffer, and interleaved: they share no element."""
+    flat = torch.ones(20)
+    params = [nn.Parameter(v) for v in (flat[:5], flat[5:10], flat[10::2], flat[11::2], flat[:0])]
+    optimizer = mpk.optim.SGD(params, lr=1.0)
+    for parameter in params:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert not flat.any()
+
+
+def test_parameter_moved_to_another_device():
+    params = parameters(torch.float32)
+    optimizer = mpk.optim.AdamW(params)
+    train(params, optimizer)
+    before = state_bytes(optimizer)
+    with pytest.raises(RuntimeError, match="incompatible tensor type"):  # torch's own
+        params[0].data = torch.ones(5, device="meta")
     assert state_bytes(optimizer) == before
+
+
+def test_step_inside_backward_without_a_scaler():
+    """As torch's: an optimizer per parameter, run by the hook that its gradient has arrived; under a scaler see test_amp.py."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    twin, x = copy.deepcopy(model), torch.ones(2, 3)
+    optimizers = {p: mpk.optim.SGD([p], lr=0.1) for p in model.parameters()}
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: optimizers[p].step())
+    model(x).sum().backward()
+    optimizer = mpk.optim.SGD(twin.parameters(), lr=0.1)
+    twin(x).sum().backward()
+    optimizer.step()
+    assert raw(model.parameters()) == raw(twin.parameters())
 
 
 def test_closure_under_a_scaler():

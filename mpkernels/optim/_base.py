@@ -8,7 +8,7 @@ import contextlib
 import copy
 import math
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 
 import torch
 
@@ -94,6 +94,7 @@ class Optimizer(torch.optim.Optimizer):
         self._rows: dict[tuple[int, torch.device], _Rows] = {}
         self._ranks = _ranks.Ranks([])
         self._lent = False  # inside master_weights
+        self._disjoint: list[int] = []  # addresses of parameters that were found to share no memory
 
     def __getstate__(self) -> dict:
         self._refuse_while_lent("a copy of the optimizer")
@@ -314,9 +315,8 @@ class Optimizer(torch.optim.Optimizer):
     def _all_rows(self) -> dict[tuple[int, torch.device], _Rows]:
         """Rows by (group, device) of the parameters that have a gradient; state is made where it is missing."""
         self._refuse_while_lent("a scaler's unscale_ or clip_grad_norm_")
-        rows = {}
+        present: dict[tuple[int, torch.device], list[torch.Tensor]] = {}
         for index, group in enumerate(self.param_groups):
-            by_device: dict[torch.device, list[torch.Tensor]] = {}
             for i, parameter in enumerate(group["params"]):
                 if parameter.grad is None:
                     continue
@@ -330,10 +330,21 @@ class Optimizer(torch.optim.Optimizer):
                         f"the gradient of {_name(group, i)} must be a dense floating-point tensor of shape {tuple(shape)}, "
                         f"got {tuple(grad.shape)} {grad.dtype}, {grad.layout}"
                     )
-                by_device.setdefault(parameter.device, []).append(parameter)
-            for device, params in by_device.items():
-                rows[index, device] = self._rows_of(index, device, params)
-        return rows
+                present.setdefault((index, parameter.device), []).append(parameter)
+        self._refuse_shared([p for params in present.values() for p in params])
+        return {key: self._rows_of(*key, params) for key, params in present.items()}
+
+    def _refuse_shared(self, params: list[torch.Tensor]) -> None:
+        """Raise RuntimeError where two parameters share memory, of which each would update its part of the other."""
+        held = [_ranks.local(p) for p in params] if self._ranks.dtensors else params
+        addresses = [tensor.data_ptr() for tensor in held]
+        if addresses == self._disjoint:
+            return
+        if shared := _first_shared(held, addresses):
+            names = self._parameter_names()
+            first, second = (names[id(params[i])] for i in sorted(shared))
+            raise RuntimeError(f"{second} shares memory with {first}: use one Parameter in both places")
+        self._disjoint = addresses
 
     def _rows_of(self, index: int, device: torch.device, params: list[torch.Tensor]) -> _Rows:
         """The rows of the last step if they are still those; one set at a time, because a step count lives in one array."""
@@ -501,6 +512,11 @@ class Optimizer(torch.optim.Optimizer):
         if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
             raise ValueError("state_dict must have the keys state and param_groups")
         saved, ours = state_dict["param_groups"], self.param_groups
+        if not isinstance(saved, list) or not all(isinstance(g, dict) and "params" in g for g in saved):
+            raise ValueError("state_dict: param_groups must be a list of groups with params")
+        states = state_dict["state"]
+        if not isinstance(states, dict) or not all(isinstance(state, dict) for state in states.values()):
+            raise ValueError("state_dict: state must be a dict of dicts")
         sizes = [len(g["params"]) for g in saved], [len(g["params"]) for g in ours]
         if sizes[0] != sizes[1]:
             raise ValueError(f"state_dict has groups of {sizes[0]} parameters, the optimizer of {sizes[1]}")
@@ -540,6 +556,11 @@ def _converted_tensor(value, parameter: torch.Tensor, dtype: torch.dtype, name: 
     if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
         got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(f"state_dict: {name} must have shape {tuple(parameter.shape)}, got {got}")
+    if value.layout != torch.strided or value.dtype not in DTYPES or value.is_meta:
+        raise ValueError(
+            f"state_dict: {name} must be a dense floating-point tensor with data, "
+            f"got {value.dtype}, {value.layout} on {value.device}"
+        )
     return torch.empty_like(parameter, dtype=dtype).copy_(_ranks.laid_out_as(value, parameter))
 
 
@@ -565,7 +586,11 @@ def _check_scalars(**scalars: torch.Tensor | None) -> None:
     for name, tensor in scalars.items():
         if isinstance(tensor, int):  # torch's GradScaler without any gradient: the sum of no tensors
             continue
-        if tensor is not None and (tensor.numel() != 1 or tensor.dtype != torch.float32):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise RuntimeError(f"{name} must be a 1-element float32 tensor, got {tensor!r}")
+        if tensor.numel() != 1 or tensor.dtype != torch.float32:
             raise RuntimeError(f"{name} must be a 1-element float32 tensor, got {tuple(tensor.shape)} {tensor.dtype}")
 
 
@@ -573,6 +598,16 @@ def _refuse_changed(name: str, before: tuple, now: tuple) -> None:
     index = int(before[0] == now[0])
     what = ("dtype", "shape")[index]
     raise RuntimeError(f"{name} changed {what} since construction: {before[index]} then, {now[index]} now")
+
+
+def _first_shared(tensors: list[torch.Tensor], addresses: list[int]) -> tuple[int, int] | None:
+    """Two that share memory. Of what is not contiguous only the first element is looked at: others may be interleaved."""
+    spans = sorted(
+        (address, address + (t.nbytes if t.is_contiguous() else t.itemsize), i)
+        for i, (t, address) in enumerate(zip(tensors, addresses, strict=True))
+        if address and t.numel()
+    )
+    return next(((i, j) for (_, end, i), (begin, _, j) in pairwise(spans) if begin < end), None)
 
 
 def _overlaps(tensor: torch.Tensor) -> bool:
