@@ -195,3 +195,20 @@ def test_refused_inside():
                 call()
     assert everything(params, optimizer) == before
     scaler.step(optimizer)
+
+
+def test_masters_of_dtensors_are_refused():
+    """Their local tensors are elsewhere, and FSDP2 reads them from there."""
+    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = DeviceMesh("cpu", [0])
+        placed = [nn.Parameter(distribute_tensor(torch.ones(4).half(), mesh, [Shard(0)]))]
+        optimizer = mpk.optim.AdamW(placed, lr=LR)
+        train(placed, optimizer)
+        with pytest.raises(RuntimeError, match="DTensors: use master_state_dict"), optimizer.master_weights():
+            raise AssertionError("must not be reached")
+        train(placed, optimizer)
+    finally:
+        torch.distributed.destroy_process_group()
