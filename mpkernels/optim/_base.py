@@ -8,27 +8,16 @@ import contextlib
 import copy
 import math
 from dataclasses import dataclass
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 
 import torch
 
 from mpkernels import _copies
 from mpkernels.ops._cast import cast
 from mpkernels.ops._multi_tensor import DTYPES, MASTER_DTYPES, inv_scale, skip_flag
-from mpkernels.ops.grad_stats import grad_stats_
-from mpkernels.optim import _ranks
-
-
-@dataclass(eq=False)
-class GradStats:
-    """What one read of the gradients of one device found; see mpkernels.ops.grad_stats. All on the device."""
-
-    params: list[torch.Tensor]
-    found_inf: torch.Tensor  # on many ranks: any rank's
-    amax: torch.Tensor
-    nonfinite: torch.Tensor
-    grad_norm: torch.Tensor | None
-    grad_scale: torch.Tensor | None  # a copy: update() changes the scaler's
+from mpkernels.optim import _checkpoints, _ranks, _stats
+from mpkernels.optim._parameters import first_shared, name_of, overlaps
+from mpkernels.optim._stats import GradStats
 
 
 @dataclass(eq=False)
@@ -117,9 +106,9 @@ class Optimizer(torch.optim.Optimizer):
             self._check_hyperparameters(group)
             seen = set()
             for i, parameter in enumerate(group["params"]):
-                self._check_parameter(parameter, _name(group, i))
+                self._check_parameter(parameter, name_of(group, i))
                 if id(parameter) in seen:
-                    raise ValueError(f"{_name(group, i)} stands twice in one group")
+                    raise ValueError(f"{name_of(group, i)} stands twice in one group")
                 seen.add(id(parameter))
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -136,7 +125,7 @@ class Optimizer(torch.optim.Optimizer):
                 f"{name} must be a dense float16, bfloat16, float32 or float64 tensor, "
                 f"got {parameter.dtype}, {parameter.layout}"
             )
-        if _overlaps(parameter):
+        if overlaps(parameter):
             raise ValueError(f"{name} overlaps itself (strides {parameter.stride()}): its elements are not updated one by one")
         if any(where.is_partial() for where in _ranks.placement(parameter)[1]):
             raise ValueError(f"{name} has placements {parameter.placements}: no rank has its values")
@@ -271,9 +260,9 @@ class Optimizer(torch.optim.Optimizer):
         if self._ranks.many:
             self._read_on_ranks(by_device, grad_scale, norm)
         else:
-            self._stats = {d: self._read_device(d, params, grad_scale, norm) for d, params in by_device.items()}
+            self._stats = {d: self._read(d, params, grad_scale, norm) for d, params in by_device.items()}
             if len(self._stats) > 1:
-                _combine_devices(list(self._stats.values()))
+                _stats.combine_devices(list(self._stats.values()))
         if norm and self._stats:
             self.grad_norm = next(iter(self._stats.values())).grad_norm
 
@@ -283,32 +272,21 @@ class Optimizer(torch.optim.Optimizer):
         squares: dict = {}
         for device, params in by_device.items():
             parts = self._ranks.parts(params) if norm and params else {_ranks.HERE: params}
-            reads = {part: self._read_device(device, members, grad_scale, norm) for part, members in parts.items()}
-            self._stats[device] = _joined(list(reads.values()))
+            reads = {part: self._read(device, members, grad_scale, norm) for part, members in parts.items()}
+            self._stats[device] = _stats.joined(list(reads.values()))
             for part, stats in reads.items() if norm else ():
                 square = stats.grad_norm.square().to(next(iter(by_device)), non_blocking=True)
                 squares[part] = squares[part] + square if part in squares else square
         if len(self._stats) > 1:
-            _combine_devices(list(self._stats.values()))
+            _stats.combine_devices(list(self._stats.values()))
         first = next(iter(self._stats.values()))
         first.found_inf, first.grad_norm = self._ranks.agree(first.found_inf, squares if norm else None)
 
     def _local_grads(self, params: list[torch.Tensor]) -> list[torch.Tensor]:
         return [_ranks.local(p.grad) for p in params] if self._ranks.dtensors else [p.grad for p in params]
 
-    def _read_device(self, device, params: list[torch.Tensor], grad_scale: torch.Tensor | None, norm: bool) -> GradStats:
-        stats = GradStats(
-            params=params,
-            found_inf=torch.zeros((), dtype=torch.float32, device=device),
-            amax=torch.empty(len(params), dtype=torch.float64, device=device),
-            nonfinite=torch.empty(len(params), dtype=torch.int64, device=device),
-            grad_norm=torch.zeros((), dtype=torch.float64, device=device) if norm else None,
-            grad_scale=None if grad_scale is None else grad_scale.to(device, copy=True).squeeze(),
-        )
-        if params:
-            grads = self._local_grads(params)
-            grad_stats_(grads, stats.grad_scale, stats.found_inf, stats.amax, stats.nonfinite, stats.grad_norm)
-        return stats
+    def _read(self, device, params: list[torch.Tensor], grad_scale: torch.Tensor | None, norm: bool) -> GradStats:
+        return _stats.read(device, params, self._local_grads(params), grad_scale, norm)
 
     # ----- rows: the parameters of a step and their state --------------------------------------------
 
@@ -322,12 +300,12 @@ class Optimizer(torch.optim.Optimizer):
                     continue
                 grad, shape = parameter.grad, parameter.shape
                 if self._formats[id(parameter)] != (parameter.dtype, shape):
-                    _refuse_changed(_name(group, i), self._formats[id(parameter)], (parameter.dtype, shape))
+                    _refuse_changed(name_of(group, i), self._formats[id(parameter)], (parameter.dtype, shape))
                 if self._ranks.dtensors or type(grad) is not torch.Tensor:
-                    _ranks.check_placements(_name(group, i), parameter, grad)
+                    _ranks.check_placements(name_of(group, i), parameter, grad)
                 if grad.layout != torch.strided or grad.dtype not in DTYPES or grad.shape != shape:
                     raise RuntimeError(
-                        f"the gradient of {_name(group, i)} must be a dense floating-point tensor of shape {tuple(shape)}, "
+                        f"the gradient of {name_of(group, i)} must be a dense floating-point tensor of shape {tuple(shape)}, "
                         f"got {tuple(grad.shape)} {grad.dtype}, {grad.layout}"
                     )
                 present.setdefault((index, parameter.device), []).append(parameter)
@@ -340,7 +318,7 @@ class Optimizer(torch.optim.Optimizer):
         addresses = [tensor.data_ptr() for tensor in held]
         if addresses == self._disjoint:
             return
-        if shared := _first_shared(held, addresses):
+        if shared := first_shared(held, addresses):
             names = self._parameter_names()
             first, second = (names[id(params[i])] for i in sorted(shared))
             raise RuntimeError(f"{second} shares memory with {first}: use one Parameter in both places")
@@ -497,89 +475,17 @@ class Optimizer(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        loaded = self._checked_state(state_dict)
+        loaded = _checkpoints.checked_state(self, state_dict)
         groups = copy.deepcopy(state_dict["param_groups"])
         for group, new in zip(self.param_groups, groups, strict=True):
-            group.update({**new, **_identity(group)})
+            group.update({**new, **_checkpoints.identity(group)})
         self.state.clear()
         self.state.update(loaded)
         self._rows.clear()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
-    def _checked_state(self, state_dict: dict) -> dict[torch.Tensor, dict]:
-        """The state by parameter, converted, or ValueError."""
-        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
-            raise ValueError("state_dict must have the keys state and param_groups")
-        saved, ours = state_dict["param_groups"], self.param_groups
-        if not isinstance(saved, list) or not all(isinstance(g, dict) and "params" in g for g in saved):
-            raise ValueError("state_dict: param_groups must be a list of groups with params")
-        states = state_dict["state"]
-        if not isinstance(states, dict) or not all(isinstance(state, dict) for state in states.values()):
-            raise ValueError("state_dict: state must be a dict of dicts")
-        sizes = [len(g["params"]) for g in saved], [len(g["params"]) for g in ours]
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"state_dict has groups of {sizes[0]} parameters, the optimizer of {sizes[1]}")
-        by_id = {
-            key: ({**group, **new, **_identity(group)}, i, parameter)
-            for new, group in zip(saved, ours, strict=True)
-            for i, (key, parameter) in enumerate(zip(new["params"], group["params"], strict=True))
-        }
-        if unknown := state_dict["state"].keys() - by_id.keys():
-            raise ValueError(f"state_dict has state for {sorted(unknown)}, which no group names")
-        for new, group in zip(saved, ours, strict=True):
-            self._check_hyperparameters({**group, **new})
-        result = {}
-        for key, state in state_dict["state"].items():
-            group, i, parameter = by_id[key]
-            result[parameter] = self._converted(state, parameter, group, _name(group, i))
-        return result
-
-    def _converted(self, state: dict, parameter: torch.Tensor, group: dict, name: str) -> dict:
-        dtype, wanted = self._master_dtype(parameter), self._group_state_names(group)
-        if extra := {key for key, value in state.items() if value is not None} - {"step", "master", *wanted}:
-            raise ValueError(f"state_dict: {name} has {', '.join(sorted(extra))}, expected {', '.join(wanted) or 'no state'}")
-        result = {"step": _converted_step(state, name, self._default_step, parameter.device)}
-        for key in wanted:
-            result[key] = _converted_tensor(state.get(key), parameter, dtype, f"{key} of {name}")
-        if dtype != parameter.dtype:
-            master = state.get("master", parameter)
-            result["master"] = _converted_tensor(master, parameter, dtype, f"master of {name}")
-            if master.dtype.itemsize < dtype.itemsize and master is not parameter:
-                raise ValueError(f"state_dict: master of {name} is {master.dtype}, the optimizer keeps {dtype}")
-        return result
-
     _default_step: int | None = None
-
-
-def _converted_tensor(value, parameter: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
-        got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise ValueError(f"state_dict: {name} must have shape {tuple(parameter.shape)}, got {got}")
-    if value.layout != torch.strided or value.dtype not in DTYPES or value.is_meta:
-        raise ValueError(
-            f"state_dict: {name} must be a dense floating-point tensor with data, "
-            f"got {value.dtype}, {value.layout} on {value.device}"
-        )
-    return torch.empty_like(parameter, dtype=dtype).copy_(_ranks.laid_out_as(value, parameter))
-
-
-def _converted_step(state: dict, name: str, default: int | None, device) -> torch.Tensor:
-    step = state.get("step", default)
-    value = step.item() if isinstance(step, torch.Tensor) and step.numel() == 1 else step
-    if not isinstance(value, int | float) or not 0 <= value < math.inf or value != int(value):
-        raise ValueError(f"state_dict: step of {name} must be a count, got {step}")
-    return torch.full((), int(value), dtype=torch.int64, device=device)
-
-
-def _identity(group: dict) -> dict:
-    """What a loaded group does not change: which parameters it has, and their names."""
-    return {key: group[key] for key in ("params", "param_names") if key in group}
-
-
-def _name(group: dict, index: int) -> str:
-    names = group.get("param_names")
-    return f"parameter {index} ({names[index]})" if names else f"parameter {index}"
 
 
 def _check_scalars(**scalars: torch.Tensor | None) -> None:
@@ -598,26 +504,6 @@ def _refuse_changed(name: str, before: tuple, now: tuple) -> None:
     index = int(before[0] == now[0])
     what = ("dtype", "shape")[index]
     raise RuntimeError(f"{name} changed {what} since construction: {before[index]} then, {now[index]} now")
-
-
-def _first_shared(tensors: list[torch.Tensor], addresses: list[int]) -> tuple[int, int] | None:
-    """Two that share memory. Of what is not contiguous only the first element is looked at: others may be interleaved."""
-    spans = sorted(
-        (address, address + (t.nbytes if t.is_contiguous() else t.itemsize), i)
-        for i, (t, address) in enumerate(zip(tensors, addresses, strict=True))
-        if address and t.numel()
-    )
-    return next(((i, j) for (_, end, i), (begin, _, j) in pairwise(spans) if begin < end), None)
-
-
-def _overlaps(tensor: torch.Tensor) -> bool:
-    """Whether two elements may share memory: a stride that does not pass all that lies within the smaller ones."""
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            return tensor.numel() > 0
-        reach += stride * (size - 1)
-    return False
 
 
 def _take_over(master: torch.Tensor, parameter: torch.Tensor) -> None:
@@ -642,28 +528,6 @@ def _lent(parameter: torch.Tensor, master: torch.Tensor):
         if master._version != version:
             with torch.no_grad():
                 parameter.copy_(cast(master, parameter.dtype))
-
-
-def _joined(reads: list[GradStats]) -> GradStats:
-    """What several reads on one device found."""
-    if len(reads) == 1:
-        return reads[0]
-    return GradStats(
-        params=[p for read in reads for p in read.params],
-        found_inf=torch.stack([read.found_inf for read in reads]).amax(),
-        amax=torch.cat([read.amax for read in reads]),
-        nonfinite=torch.cat([read.nonfinite for read in reads]),
-        grad_norm=reads[0].grad_norm,
-        grad_scale=reads[0].grad_scale,
-    )
-
-
-def _combine_devices(stats: list[GradStats]) -> None:
-    """One verdict and one norm over several devices, held by the first."""
-    first, here = stats[0], stats[0].found_inf.device
-    first.found_inf = torch.stack([s.found_inf.to(here, non_blocking=True) for s in stats]).amax()
-    if first.grad_norm is not None:
-        first.grad_norm = torch.stack([s.grad_norm.to(here, non_blocking=True) for s in stats]).square().sum().sqrt()
 
 
 def _unscale_in_place(grads: list[torch.Tensor], options: dict) -> None:

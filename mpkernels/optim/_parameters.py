@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is asked of a parameter: its name in messages, and which memory it lies in."""
+
+from itertools import pairwise
+
+import torch
+
+
+def name_of(group: dict, index: int) -> str:
+    """As messages call it: by its index in the group, and by name if the optimizer was made from named parameters."""
+    names = group.get("param_names")
+    return f"parameter {index} ({names[index]})" if names else f"parameter {index}"
+
+
+def first_shared(tensors: list[torch.Tensor], addresses: list[int]) -> tuple[int, int] | None:
+    """Two that share memory. Of what is not contiguous only the first element is looked at: others may be interleaved."""
+    spans = sorted(
+        (address, address + (t.nbytes if t.is_contiguous() else t.itemsize), i)
+        for i, (t, address) in enumerate(zip(tensors, addresses, strict=True))
+        if address and t.numel()
+    )
+    return next(((i, j) for (_, end, i), (begin, _, j) in pairwise(spans) if begin < end), None)
+
+
+def overlaps(tensor: torch.Tensor) -> bool:
+    """Whether two elements may share memory: a stride that does not pass all that lies within the smaller ones."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return tensor.numel() > 0
+        reach += stride * (size - 1)
+    return False

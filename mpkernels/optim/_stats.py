@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one read of the gradients found, and how several reads become one."""
+
+from dataclasses import dataclass
+
+import torch
+
+from mpkernels.ops.grad_stats import grad_stats_
+
+
+@dataclass(eq=False)
+class GradStats:
+    """What one read of the gradients of one device found; see mpkernels.ops.grad_stats. All on the device."""
+
+    params: list[torch.Tensor]
+    found_inf: torch.Tensor  # on many ranks: any rank's
+    amax: torch.Tensor
+    nonfinite: torch.Tensor
+    grad_norm: torch.Tensor | None
+    grad_scale: torch.Tensor | None  # a copy: update() changes the scaler's
+
+
+def read(
+    device, params: list[torch.Tensor], grads: list[torch.Tensor], grad_scale: torch.Tensor | None, norm: bool
+) -> GradStats:
+    """One read of `grads`, the (local) gradients of `params`; without any, what nothing found."""
+    stats = GradStats(
+        params=params,
+        found_inf=torch.zeros((), dtype=torch.float32, device=device),
+        amax=torch.empty(len(params), dtype=torch.float64, device=device),
+        nonfinite=torch.empty(len(params), dtype=torch.int64, device=device),
+        grad_norm=torch.zeros((), dtype=torch.float64, device=device) if norm else None,
+        grad_scale=None if grad_scale is None else grad_scale.to(device, copy=True).squeeze(),
+    )
+    if params:
+        grad_stats_(grads, stats.grad_scale, stats.found_inf, stats.amax, stats.nonfinite, stats.grad_norm)
+    return stats
+
+
+def joined(reads: list[GradStats]) -> GradStats:
+    """What several reads on one device found."""
+    if len(reads) == 1:
+        return reads[0]
+    return GradStats(
+        params=[p for read in reads for p in read.params],
+        found_inf=torch.stack([read.found_inf for read in reads]).amax(),
+        amax=torch.cat([read.amax for read in reads]),
+        nonfinite=torch.cat([read.nonfinite for read in reads]),
+        grad_norm=reads[0].grad_norm,
+        grad_scale=reads[0].grad_scale,
+    )
+
+
+def combine_devices(stats: list[GradStats]) -> None:
+    """One verdict and one norm over several devices, held by the first."""
+    first, here = stats[0], stats[0].found_inf.device
+    first.found_inf = torch.stack([s.found_inf.to(here, non_blocking=True) for s in stats]).amax()
+    if first.grad_norm is not None:
+        first.grad_norm = torch.stack([s.grad_norm.to(here, non_blocking=True) for s in stats]).square().sum().sqrt()
