@@ -3,7 +3,7 @@
 
 import torch
 
-from mpkernels.ops.linear_act import Activation, activation_of
+from mpkernels.ops.linear_act import Activation, activation_of, check_are_tensors
 from mpkernels.ops.linear_act import linear_act as _linear_act
 from mpkernels.policy import Policy
 
@@ -23,9 +23,7 @@ def linear_act(x, weight, bias=None, activation=None, policy=None):
 
 def forward(x, weight, bias, weight_copy, activation: Activation, policy: Policy | None):
     """`linear_act` with everything parsed: what the layers call. weight_copy: the weight in the compute dtype, or None."""
-    for name, value in (("x", x), ("weight", weight), ("bias", bias)):
-        if not isinstance(value, torch.Tensor) and not (value is None and name == "bias"):
-            raise TypeError(f"linear_act: {name} must be a Tensor, got {type(value).__name__}")
+    check_are_tensors(x, weight, bias)
     if policy is None:
         compute_dtype = out_dtype = _common_dtype(x, weight, bias)
         grad_dtype = None

@@ -14,7 +14,7 @@ from torch import nn
 from mpkernels import _copies
 from mpkernels.nn.edges import feeds_only_linears, has_hooks
 from mpkernels.nn.linear import MPLinear
-from mpkernels.ops._cast import cast
+from mpkernels.ops._cast import DTYPES, cast
 from mpkernels.ops.linear_act import Activation
 from mpkernels.policy import Policy
 
@@ -142,7 +142,7 @@ def _why_not(model: nn.Module, name: str, linear: nn.Linear) -> str | None:
         return "is parametrized"
     if type(linear) not in (nn.Linear, MPLinear):
         return f"is a {type(linear).__name__}, which has its own forward"
-    if linear.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if linear.weight.dtype not in DTYPES:
         return f"has a weight of {linear.weight.dtype}"
     return None
 

@@ -3,6 +3,8 @@
 
 import torch
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what every op here works on
+
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`tensor` in `dtype`, rounded once. NOTE: torch itself casts fp64 to 16 bits through fp32, in two roundings."""

@@ -3,7 +3,8 @@
 
 import torch
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from mpkernels.ops._cast import DTYPES
+
 MASTER_DTYPES = (torch.float32, torch.float64)
 CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
 
@@ -79,6 +80,12 @@ def grad_factor(grad_scale, grad_norm, max_norm, device) -> torch.Tensor:
     if max_norm is not None:
         factor = factor * (max_norm / (grad_norm + CLIP_EPS)).clamp(max=1.0)
     return factor
+
+
+def step_scalars(device, lr, maximize, grad_scale, found_inf, grad_norm, max_norm):
+    """(skip, factor, lr) of an update in plain torch: `skip_flag`, what gradients are multiplied by, and lr in fp64."""
+    factor = grad_factor(grad_scale, grad_norm, max_norm, device)
+    return skip_flag(found_inf, grad_scale), -factor if maximize else factor, lr.to(device, torch.float64)
 
 
 def where_taken(skip: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,8 @@ from itertools import zip_longest
 import torch
 
 from mpkernels import _copies
-from mpkernels.ops._cast import cast
-from mpkernels.ops._multi_tensor import DTYPES, MASTER_DTYPES, inv_scale, skip_flag
+from mpkernels.ops._cast import DTYPES, cast
+from mpkernels.ops._multi_tensor import MASTER_DTYPES, inv_scale, skip_flag
 from mpkernels.optim import _checkpoints, _ranks, _stats
 from mpkernels.optim._parameters import first_shared, name_of, overlaps
 from mpkernels.optim._stats import GradStats
@@ -120,7 +120,7 @@ class Optimizer(torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _check_parameter(self, parameter, name: str) -> None:
-        if parameter.layout != torch.strided or parameter.dtype not in (torch.float16, torch.bfloat16, *MASTER_DTYPES):
+        if parameter.layout != torch.strided or parameter.dtype not in DTYPES:
             raise ValueError(
                 f"{name} must be a dense float16, bfloat16, float32 or float64 tensor, "
                 f"got {parameter.dtype}, {parameter.layout}"

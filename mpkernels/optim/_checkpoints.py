@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from mpkernels.ops._multi_tensor import DTYPES
+from mpkernels.ops._cast import DTYPES
 from mpkernels.optim import _ranks
 from mpkernels.optim._parameters import name_of
 

@@ -4,7 +4,7 @@
 import torch
 
 from mpkernels.ops._cast import cast
-from mpkernels.ops._multi_tensor import grad_factor, skip_flag, where_taken
+from mpkernels.ops._multi_tensor import step_scalars, where_taken
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -16,12 +16,9 @@ def sgd_(
     grad_scale=None, found_inf=None, grad_norm=None, max_norm=None,
 ):  # fmt: skip
     device = steps.device
-    skip = skip_flag(found_inf, grad_scale)
+    skip, factor, lr = step_scalars(device, lr, maximize, grad_scale, found_inf, grad_norm, max_norm)
     if skip is not None and device.type == "cpu" and skip:
         return
-    factor = grad_factor(grad_scale, grad_norm, max_norm, device)
-    factor = -factor if maximize else factor
-    lr = lr.to(device, torch.float64)
     first = steps == 0
     for i, master in enumerate(masters):
         dtype = master.dtype
