@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PACKAGES := torch triton numpy setuptools wheel ninja pytest pytest-xdist pytest-timeout hypothesis expecttest \
-	ruff clang-format torch-abi-audit abi3audit scikit-learn matplotlib tqdm
+	ruff clang-format torch-abi-audit abi3audit scikit-learn matplotlib tqdm \
+	transformers accelerate lightning-fabric safetensors onnx onnxruntime onnxscript
 LIBRARY := mpkernels/_C.abi3.so
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export MAX_JOBS ?= 2
