@@ -46,7 +46,7 @@ def extension() -> dict:
     except ImportError:
         return {}
     sources = ["csrc/ops.cpp", *_glob("csrc/*/*.cpp")]
-    cuda_sources, home = _glob("csrc/*/cuda.cu"), cuda_home()
+    cuda_sources, home = _glob("csrc/*/*.cu"), cuda_home()
     options = {}
     if cuda_sources and home is not None:
         cpp_extension.CUDA_HOME = str(home)  # None under a CPU-only torch, whatever the environment says
