@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launch a kernel of sm_90 in clusters of blocks.
+
+#pragma once
+
+#include "launch.h"
+
+namespace mpk {
+
+// In clusters of `cluster` blocks, which divides the grid, with more than 48 KB of dynamic shared memory.
+template <class... Parameters, class... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), unsigned grid, unsigned cluster, unsigned block, size_t shared_bytes,
+                     cudaStream_t stream, const Arguments&... arguments) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(block);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+}  // namespace mpk
