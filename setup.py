@@ -53,7 +53,7 @@ def extension() -> dict:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)  # without a GPU torch finds none to build for
         sources += cuda_sources
         options = {
-            "include_dirs": [str(home / "include")],
+            "include_dirs": [str(home / "include"), str(ROOT / "csrc")],
             "library_dirs": [str(home / "lib64")],
             "libraries": ["cudart_static", "dl", "rt", "pthread"],  # static: a user without CUDA has no libcudart
         }

@@ -33,7 +33,9 @@ def cuobjdump() -> str:
     return str(found)
 
 
+@functools.cache
 def run(*options: str) -> str:
+    """What the tool says of the library."""
     return subprocess.run([cuobjdump(), *options, str(_native.LIBRARY)], check=True, capture_output=True, text=True).stdout
 
 
@@ -51,7 +53,7 @@ def needs_cuda_part():
 @functools.cache
 def usage(sm: int) -> dict[str, dict[str, int]]:
     """Registers and bytes of stack and local memory (REG, STACK, LOCAL, ...) by mangled name."""
-    text = "".join(_of_architecture(run("-res-usage"), sm))
+    text = "".join(of_architecture(run("-res-usage"), sm))
     found = re.findall(r"Function (\S+):\s*\n?\s*(REG:.*)", text)
     return {name: {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)} for name, line in found if kind(name)}
 
@@ -65,7 +67,7 @@ def instructions(sm: int) -> dict[str, list[str]]:
     return {name: opcode.findall(code) for name, code in zip(parts[::2], parts[1::2]) if kind(name)}
 
 
-def _of_architecture(text: str, sm: int) -> list[str]:
+def of_architecture(text: str, sm: int) -> list[str]:
     """The parts of a dump that belong to one architecture."""
     return [part for part in text.split("Fatbin elf code:") if re.search(rf"arch = sm_{sm}a?\b", part)]
 

@@ -69,6 +69,7 @@ struct GemmShared {
   float scalars[kMultiplyingWarpgroups][256];  // fprop: the bias of the tile; dgrad: sums of four warps, 64 columns
   sm90::Barrier full[kStages], empty[kStages];
 };
+static_assert(sizeof(GemmShared<256>) <= 232448 && sizeof(GemmShared<128>) <= 232448);
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 

@@ -211,6 +211,7 @@ def _fake_backward(
 _IMPLEMENTATIONS = (
     Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),
     Implementation("triton", device_types=("cuda", "cpu")),
+    Implementation("native", device_types=("cuda",)),
 )
 
 forward_op = Op(

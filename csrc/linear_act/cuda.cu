@@ -1,0 +1,280 @@
+// SPDX-License-Identifier: Apache-2.0
+// linear_act on Hopper: its GEMM in three roles and the passes around it, as operators. Sizes are positive.
+
+#include <torch/csrc/stable/library.h>
+
+#include "common/check.h"
+#include "common/clusters.h"
+#include "common/stream.h"
+#include "gemm.cuh"
+#include "select.cuh"
+
+namespace mpk {
+namespace {
+
+constexpr int64_t kMostSize = (int64_t{1} << 31) - 512;  // a tile past the end is still an int
+
+// A matrix that TMA takes.
+void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name, " must be ", rows, " x ",
+                  columns);
+  STD_TORCH_CHECK(rows > 0 && columns > 0 && rows <= kMostSize && columns <= kMostSize, name, " is empty or too large");
+  const int64_t bytes = static_cast<int64_t>(tensor.element_size());
+  const bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 && tensor.stride(0) * bytes % 16 == 0;
+  STD_TORCH_CHECK(tensor.stride(1) == 1 && (tensor.stride(0) >= columns || rows == 1) && aligned, name,
+                  " must have contiguous rows at multiples of 16 bytes");
+}
+
+TensorMap map_of(const Tensor& tensor, int box_rows) {
+  const int64_t columns = tensor.size(1), pitch = std::max(tensor.stride(0), (columns + 7) / 8 * 8);  // of one row it is free
+  return encode_tensor_map(tensor.const_data_ptr(), tensor.scalar_type(), tensor.size(0), columns, pitch, box_rows);
+}
+
+// The mask of a rows x columns matrix.
+void check_mask(const Tensor& mask, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Int && mask.dim() == 2 && mask.size(0) == rows &&
+                      mask.size(1) == ceil_div(columns, 32) && (mask.stride(1) == 1 || mask.size(1) == 1),
+                  "mask must be int32 ", rows, " x ", ceil_div(columns, 32), " with contiguous rows");
+}
+
+void check_sums(const Tensor& sums, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Float && sums.is_contiguous() && sums.numel() == rows * columns,
+                  "column sums must be float32 ", rows, " x ", columns, ", contiguous");
+}
+
+// How a GEMM is cut: columns of a tile, blocks of a cluster, and the most blocks of a launch.
+struct Cut {
+  int64_t block_n, cluster, blocks;
+};
+
+template <Role kRole, class T, class Out, int BLOCK_N>
+void launch_gemm(const GemmArguments& g, const Cut& cut, cudaStream_t stream) {
+  const int64_t tiles = ceil_div(g.rows, kBlockM * g.cluster) * ceil_div(g.columns, BLOCK_N) * g.splits;
+  STD_TORCH_CHECK(tiles <= kMostSize, "too many tiles");
+  const unsigned grid = static_cast<unsigned>(std::min(tiles, std::max<int64_t>(cut.blocks / g.cluster, 1)) * g.cluster);
+  launch_clusters(gemm_kernel<kRole, T, Out, BLOCK_N>, grid, g.cluster, kGemmThreads, sizeof(GemmShared<BLOCK_N>), stream, g);
+}
+
+template <Role kRole, class T>
+void launch_gemm(const GemmArguments& g, const Cut& cut, ScalarType out, cudaStream_t stream) {
+  const bool wide = cut.block_n == 256, rounds = out != ScalarType::Float;
+  if (wide && rounds) launch_gemm<kRole, T, T, 256>(g, cut, stream);
+  if (wide && !rounds) launch_gemm<kRole, T, float, 256>(g, cut, stream);
+  if (!wide && rounds) launch_gemm<kRole, T, T, 128>(g, cut, stream);
+  if (!wide && !rounds) launch_gemm<kRole, T, float, 128>(g, cut, stream);
+}
+
+// out (rows x columns, each split's below the other's) = a b; the rest of `g` is the epilogue's.
+template <Role kRole>
+void run_gemm(GemmArguments g, const Tensor& a, const Tensor& b, const Tensor& out, int64_t depth, const Cut& cut,
+              cudaStream_t stream) {
+  constexpr bool kTransA = kRole == Role::kWgrad, kTransB = kRole != Role::kFprop;
+  STD_TORCH_CHECK((cut.block_n == 128 || cut.block_n == 256) && (cut.cluster == 1 || cut.cluster == 2) && cut.blocks > 0,
+                  "block_n must be 128 or 256, cluster 1 or 2, blocks positive");
+  const ScalarType dtype = a.scalar_type();
+  STD_TORCH_CHECK((dtype == ScalarType::Half || dtype == ScalarType::BFloat16) && b.scalar_type() == dtype &&
+                      (out.scalar_type() == dtype || out.scalar_type() == ScalarType::Float),
+                  "operands must be float16 or bfloat16 alike, the result of their dtype or float32");
+  g.depth = static_cast<int>(depth);
+  g.cluster = static_cast<int>(cut.cluster);
+  g.a = map_of(a, kTransA ? kBlockK : kBlockM);
+  g.b = map_of(b, kTransB ? kBlockK : static_cast<int>(cut.block_n / cut.cluster));
+  g.out = map_of(out, kWarpgroupRows);
+  if (dtype == ScalarType::Half) {
+    launch_gemm<kRole, Half>(g, cut, out.scalar_type(), stream);
+  } else {
+    launch_gemm<kRole, BFloat16>(g, cut, out.scalar_type(), stream);
+  }
+}
+
+// ----- the operators -----
+
+void fprop(Tensor x, Tensor weight, std::optional<Tensor> bias, bool relu, Tensor out, std::optional<Tensor> mask,
+           int64_t block_n, int64_t cluster, int64_t blocks) {
+  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
+  check_matrix("x", x, M, K);
+  check_matrix("weight", weight, N, K);
+  check_matrix("out", out, M, N);
+  check_same_device("weight", weight, x);
+  check_same_device("out", out, x);
+  GemmArguments g{};
+  g.rows = static_cast<int>(M);
+  g.columns = static_cast<int>(N);
+  g.splits = 1;
+  g.relu = relu;
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == N, "bias must have ", N, " elements");
+    check_same_device("bias", *bias, x);
+    g.bias = static_cast<const char*>(bias->const_data_ptr());
+    g.bias_dtype = bias->scalar_type();
+    g.bias_stride = bias->stride(0);
+  }
+  if (mask) {
+    check_mask(*mask, M, N);
+    check_same_device("mask", *mask, x);
+    g.mask = static_cast<uint32_t*>(mask->mutable_data_ptr());
+    g.mask_pitch = mask->stride(0);
+  }
+  const OnDevice device(x);
+  run_gemm<Role::kFprop>(g, x, weight, out, K, {block_n, cluster, blocks}, device.stream());
+}
+
+void dgrad(Tensor grad_z, Tensor weight, std::optional<Tensor> mask, Tensor grad_x, std::optional<Tensor> column_sums,
+           int64_t block_n, int64_t cluster, int64_t blocks) {
+  const int64_t M = grad_z.size(0), N = grad_z.size(1), K = weight.size(1);
+  check_matrix("grad_z", grad_z, M, N);
+  check_matrix("weight", weight, N, K);
+  check_matrix("grad_x", grad_x, M, K);
+  check_same_device("weight", weight, grad_z);
+  check_same_device("grad_x", grad_x, grad_z);
+  GemmArguments g{};
+  g.rows = static_cast<int>(M);
+  g.columns = static_cast<int>(K);
+  g.splits = 1;
+  if (mask) {
+    check_mask(*mask, M, K);
+    check_same_device("mask", *mask, grad_z);
+    g.mask = const_cast<uint32_t*>(static_cast<const uint32_t*>(mask->const_data_ptr()));  // never written
+    g.mask_pitch = mask->stride(0);
+  }
+  if (column_sums) {
+    check_sums(*column_sums, ceil_div(M, kWarpgroupRows), K);
+    check_same_device("column_sums", *column_sums, grad_z);
+    g.column_sums = column_sums->mutable_data_ptr<float>();
+  }
+  const OnDevice device(grad_z);
+  run_gemm<Role::kDgrad>(g, grad_z, weight, grad_x, N, {block_n, cluster, blocks}, device.stream());
+}
+
+// With splits, `out` is the workspace: float32, that many matrices of a whole number of tiles of two blocks, one below the
+// other.
+void wgrad(Tensor grad_z, Tensor x, Tensor out, int64_t splits, int64_t block_n, int64_t cluster, int64_t blocks) {
+  const int64_t M = grad_z.size(0), N = grad_z.size(1), K = x.size(1);
+  check_matrix("grad_z", grad_z, M, N);
+  check_matrix("x", x, M, K);
+  check_same_device("x", x, grad_z);
+  check_same_device("out", out, grad_z);
+  STD_TORCH_CHECK(splits >= 1 && splits <= ceil_div(M, kBlockK), "more splits than steps");
+  const int64_t split_rows = splits == 1 ? N : ceil_div(N, 2 * kBlockM) * 2 * kBlockM;
+  check_matrix("out", out, splits * split_rows, K);
+  STD_TORCH_CHECK(splits == 1 || out.scalar_type() == ScalarType::Float, "the workspace must be float32");
+  GemmArguments g{};
+  g.rows = static_cast<int>(N);
+  g.columns = static_cast<int>(K);
+  g.splits = static_cast<int>(splits);
+  g.split_rows = static_cast<int>(split_rows);
+  const OnDevice device(grad_z);
+  run_gemm<Role::kWgrad>(g, grad_z, x, out, M, {block_n, cluster, blocks}, device.stream());
+}
+
+template <class G, class T>
+void launch_select(const Tensor& grad_out, const std::optional<Tensor>& saved, const std::optional<Tensor>& grad_z,
+                   const std::optional<Tensor>& sums, cudaStream_t stream) {
+  SelectArguments<G, T> a{};
+  a.rows = grad_out.size(0);
+  a.columns = grad_out.size(1);
+  a.grad_out = static_cast<const G*>(grad_out.const_data_ptr());
+  a.grad_out_strides[0] = grad_out.stride(0);
+  a.grad_out_strides[1] = grad_out.stride(1);
+  a.vectors = grad_out.stride(1) == 1 && grad_out.stride(0) * sizeof(G) % kWidest == 0 &&
+              reinterpret_cast<uintptr_t>(a.grad_out) % kWidest == 0;
+  if (saved && saved->scalar_type() == ScalarType::Int) {
+    check_mask(*saved, a.rows, a.columns);
+    a.mask = static_cast<const uint32_t*>(saved->const_data_ptr());
+    a.mask_pitch = saved->stride(0);
+  } else if (saved) {
+    STD_TORCH_CHECK(saved->scalar_type() == grad_out.scalar_type() && saved->dim() == 2 && saved->size(0) == a.rows &&
+                        saved->size(1) == a.columns,
+                    "saved must be the mask or the output");
+    a.out = static_cast<const G*>(saved->const_data_ptr());
+    a.out_strides[0] = saved->stride(0);
+    a.out_strides[1] = saved->stride(1);
+  }
+  if (grad_z) {
+    check_matrix("grad_z", *grad_z, a.rows, a.columns);
+    a.grad_z = static_cast<T*>(grad_z->mutable_data_ptr());
+    a.grad_z_pitch = grad_z->stride(0);
+  }
+  if (sums) {
+    check_sums(*sums, ceil_div(a.rows, kSelectRows), a.columns);
+    a.sums = sums->mutable_data_ptr<float>();
+  }
+  const int64_t grid = ceil_div(a.rows, kSelectRows) * ceil_div(a.columns, kSelectColumns);
+  STD_TORCH_CHECK(grid > 0 && grid <= kMostSize, "grad_out is empty or too large");
+  launch(select_kernel<G, T>, static_cast<unsigned>(grid), kSelectThreads, 0, stream, a);
+}
+
+template <class T>
+void select_as(const Tensor& grad_out, const std::optional<Tensor>& saved, const std::optional<Tensor>& grad_z,
+               const std::optional<Tensor>& sums, cudaStream_t stream) {
+  if (grad_out.scalar_type() == ScalarType::Float) {
+    launch_select<float, T>(grad_out, saved, grad_z, sums, stream);
+  } else {
+    launch_select<T, T>(grad_out, saved, grad_z, sums, stream);
+  }
+}
+
+// grad_z and the column sums of bands of 128 rows, each if given, in the dtype `compute_dtype` is an example of.
+void select(Tensor grad_out, std::optional<Tensor> saved, std::optional<Tensor> grad_z, std::optional<Tensor> sums) {
+  STD_TORCH_CHECK(grad_out.dim() == 2, "grad_out must be a matrix");
+  for (const auto* other : {&saved, &grad_z, &sums}) {
+    if (*other) check_same_device("tensors", **other, grad_out);
+  }
+  const ScalarType dtype = grad_z ? grad_z->scalar_type() : grad_out.scalar_type();
+  STD_TORCH_CHECK(grad_out.scalar_type() == dtype || grad_out.scalar_type() == ScalarType::Float,
+                  "grad_out must be of the compute dtype or float32");
+  const OnDevice device(grad_out);
+  if (dtype == ScalarType::BFloat16) {
+    select_as<BFloat16>(grad_out, saved, grad_z, sums, device.stream());
+  } else {
+    STD_TORCH_CHECK(dtype == ScalarType::Half || !grad_z, "grad_z must be float16 or bfloat16");
+    select_as<Half>(grad_out, saved, grad_z, sums, device.stream());
+  }
+}
+
+template <class Out>
+void launch_sum(const Tensor& parts, const Tensor& out, cudaStream_t stream) {
+  const bool deep = out.dim() == 1;  // many parts of one row, or a few of many
+  SumArguments<Out> a{};
+  a.parts = parts.const_data_ptr<float>();
+  a.count = parts.size(0);
+  a.part_stride = parts.stride(0);
+  a.pitch = deep ? 0 : parts.stride(1);
+  a.rows = deep ? 1 : out.size(0);
+  a.columns = out.size(out.dim() - 1);
+  a.out = static_cast<Out*>(out.mutable_data_ptr());
+  a.out_stride_m = deep ? 0 : out.stride(0);
+  a.out_stride_n = out.stride(out.dim() - 1);
+  constexpr int kSlices = 8;
+  const int64_t grid = a.rows * ceil_div(a.columns, deep ? kSelectThreads / kSlices : kSelectThreads);
+  STD_TORCH_CHECK(grid > 0 && grid <= kMostSize, "out is empty or too large");
+  const auto kernel = deep ? sum_kernel<Out, kSlices> : sum_kernel<Out, 1>;
+  launch(kernel, static_cast<unsigned>(grid), kSelectThreads, 0, stream, a);
+}
+
+// out = round(parts.sum(0)): parts (P, N) of an out (N,), or (P, R, C) of an out (R, C).
+void sum_parts(Tensor parts, Tensor out) {
+  const int64_t dims = out.dim();
+  STD_TORCH_CHECK((dims == 1 || dims == 2) && parts.dim() == dims + 1 && parts.scalar_type() == ScalarType::Float &&
+                      parts.stride(dims) == 1,
+                  "parts must be float32, of one dimension more than out");
+  for (int64_t i = 0; i < dims; ++i) STD_TORCH_CHECK(parts.size(i + 1) == out.size(i), "parts do not fit out");
+  check_same_device("parts", parts, out);
+  const OnDevice device(out);
+  const ScalarType dtype = out.scalar_type();
+  if (dtype == ScalarType::Half) return launch_sum<Half>(parts, out, device.stream());
+  if (dtype == ScalarType::BFloat16) return launch_sum<BFloat16>(parts, out, device.stream());
+  if (dtype == ScalarType::Float) return launch_sum<float>(parts, out, device.stream());
+  launch_sum<double>(parts, out, device.stream());
+}
+
+}  // namespace
+}  // namespace mpk
+
+STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, CUDA, m) {
+  m.impl("linear_act_fprop", TORCH_BOX(&mpk::fprop));
+  m.impl("linear_act_dgrad", TORCH_BOX(&mpk::dgrad));
+  m.impl("linear_act_wgrad", TORCH_BOX(&mpk::wgrad));
+  m.impl("linear_act_select", TORCH_BOX(&mpk::select));
+  m.impl("linear_act_sum", TORCH_BOX(&mpk::sum_parts));
+}
