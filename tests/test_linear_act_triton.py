@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_act in Triton against fp64: on a GPU, or through Triton's interpreter (tests/test_triton_interpreter.py starts it)."""
 
+import importlib
+import re
 import runpy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import bounds
 import linear_act_cases as cases
@@ -209,13 +212,154 @@ def test_linear_act_opcheck(generator, device):
     torch.library.opcheck(torch.ops.mpkernels.linear_act_backward, args, test_utils=utils)
 
 
-@pytest.mark.parametrize("sm", [80, 86, 90, 100])
+# ----- by tensor descriptors ---------------------------------------------------------------
+
+
+@pytest.fixture
+def gemms(device, monkeypatch) -> list[tiles.Plan]:
+    """The plans of the GEMMs that were launched since; skips where the GPU has no descriptors."""
+    if not INTERPRETED and torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        pytest.skip("descriptors are for sm_90 and sm_100")
+    plans, plan = [], tiles.plan.__wrapped__  # without its cache, as tests change what it depends on
+    monkeypatch.setattr(impl_triton, "plan", lambda *args: plans.append(plan(*args)) or plans[-1])
+    return plans
+
+
+def _by_tma(gemms) -> list[bool]:
+    return [plan.by_tma for plan in gemms]
+
+
+ALIGNED = {  # M, N, K of whole and of ragged tiles, several to a program; the smallest that a descriptor takes
+    "whole tiles": (64, 128, 64),
+    "ragged": (40, 104, 72),
+    "many tiles": (72, 200, 40),
+    "smallest": (8, 8, 8),
+}
+
+
+@pytest.mark.parametrize("sizes", ALIGNED.values(), ids=ALIGNED)
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "bfloat16, fp32 gradients", "float16, fp32 gradients"])
+def test_linear_act_by_descriptors(sizes, name, generator, device, gemms):
+    cases.run(Case(*sizes, DTYPES[name]), generator, device)
+    assert _by_tma(gemms) == [True] * 5  # forward, and backward by the mask and by the output
+
+
+def test_linear_act_by_descriptors_without_bias_and_mask(generator, device, gemms):
+    cases.run(Case(24, 72, 40, DTYPES["float16"], bias=False, activation=Activation.NONE), generator, device)
+    assert _by_tma(gemms) == [True] * 3
+
+
+def test_linear_act_casts_a_wide_weight_for_descriptors(generator, device, gemms):
+    """fp32 weights of many rows are cast in a pass of their own, of few rows in the kernel that takes any."""
+    cases.run(Case(impl_triton.CAST_FIRST, 40, 24, DTYPES["mixed_float16 inside"], save=0), generator, device)
+    assert _by_tma(gemms) == [True] * 3
+    gemms.clear()
+    cases.run(Case(16, 40, 24, DTYPES["mixed_float16 inside"], save=0), generator, device)
+    assert _by_tma(gemms) == [False, False, True]  # wgrad reads no weight
+
+
+def test_linear_act_descriptors_and_pointers_agree(generator, device, gemms, monkeypatch):
+    """On integers, where every sum is exact: bit for bit, the mask and its tail included, a NaN row too."""
+    tensors = _integers(((40, 72), (104, 72), (104,), (40, 104)), f16, generator, device)
+    tensors[0][3, 5] = NAN
+    results = []
+    for sms in (tiles.TMA_SMS, ()):
+        monkeypatch.setattr(tiles, "TMA_SMS", sms)
+        x, weight, bias, grad_out = tensors
+        out, saved, _ = forward(x, weight, bias, DTYPES["float16"])
+        results.append((out, saved, *backward(grad_out, x, weight, saved, DTYPES["float16"])))
+        assert not bits_of(saved, 104)[:, 104:].any()
+    assert _by_tma(gemms) == [True] * 3 + [False] * 3
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_linear_act_descriptors_read_nothing_behind_the_edges(generator, device, gemms):
+    """Operands inside NaN, on rows that a tensor map can describe."""
+    dtypes = DTYPES["float16"]
+    x, weight, bias, grad_out = Case(40, 104, 72, dtypes).tensors(generator, device)
+    results = []
+    for wrap in (lambda tensor: tensor, _inside_nan):
+        out, saved, _ = forward(wrap(x), wrap(weight), bias, dtypes)
+        results.append((out, saved, *backward(wrap(grad_out), wrap(x), wrap(weight), saved, dtypes)))
+    assert _by_tma(gemms) == [True] * 6
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_linear_act_allocator_is_there_in_autograds_thread_and_ours_alone(generator, device, gemms, monkeypatch):
+    """triton.set_allocator fills a ContextVar: other threads do not see it, and the user's is not to be replaced."""
+    allocation = importlib.import_module("triton.runtime._allocation")
+    before, seen, launch = allocation._allocator.get(), [], impl_triton._launch_tma
+
+    def launch_and_look(*args):
+        launch(*args)
+        seen.append(allocation._allocator.get())
+
+    monkeypatch.setattr(impl_triton, "_launch_tma", launch_and_look)
+    x, weight, bias, grad_out = Case(16, 32, 24, DTYPES["float16"]).tensors(generator, device)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    with ThreadPoolExecutor(1) as pool:
+        out = linear_act(*leaves, activation="relu")
+        pool.submit(out.backward, grad_out).result()
+        assert pool.submit(allocation._allocator.get).result() is before
+    assert seen == [impl_triton._allocate] * 3
+    assert allocation._allocator.get() is before
+    assert _by_tma(gemms) == [True] * 3
+
+
+# ----- which kernel, which tile ---------------------------------------------------------------
+
+
+def _operand(shape, dtype=f16, stride=None, misalignment=0):
+    return tiles.Operand(dtype, shape, stride or (shape[1], 1), misalignment)
+
+
+A, B, OUT = _operand((64, 32)), _operand((32, 48), stride=(1, 32)), _operand((64, 48))
+RUNGS = {
+    "sm80": (dict(sm=80), "needs sm90 or sm100, got sm80"),
+    "fp32": (dict(a=A._replace(dtype=f32)), "one 16-bit dtype"),
+    "a wider weight": (dict(b=B._replace(dtype=f32)), "one 16-bit dtype"),
+    "two 16-bit dtypes": (dict(b=B._replace(dtype=bf16)), "one 16-bit dtype"),
+    "fp64 out": (dict(out=OUT._replace(dtype=f64)), "at most 32 bits of result"),
+    "K=0": (dict(a=_operand((64, 0)), b=_operand((0, 48))), "a needs sizes from 1"),
+    "M=2**31": (dict(a=A._replace(shape=(1 << 31, 32))), "a needs sizes from 1 to 2"),
+    "every second column": (dict(a=A._replace(stride=(64, 2))), "a needs a stride of 1"),
+    "expanded": (dict(a=A._replace(stride=(0, 1))), "a needs rows that do not overlap"),
+    "overlapping columns": (dict(b=B._replace(stride=(1, 24))), "b needs rows that do not overlap"),
+    "odd pitch": (dict(b=B._replace(stride=(1, 36))), "b needs rows at multiples of 16 bytes, got a pitch of 72"),
+    "odd address": (dict(a=A._replace(misalignment=2)), "a needs rows at multiples of 16 bytes.*address 2 past"),
+    "odd rows of out": (dict(b=_operand((32, 44), stride=(1, 32)), out=_operand((64, 44))), "out needs rows at multiples"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), RUNGS.values(), ids=RUNGS)
+def test_linear_act_alignment_ladder(change, reason):
+    """One rung at a time, each with its reason; then the pointer kernel has a tile."""
+    ladder = dict(sm=90, a=A, b=B, out=OUT)
+    assert tiles.tma_why_not(**ladder) is None
+    assert re.search(reason, tiles.tma_why_not(**ladder | change))
+    operands = ladder | change
+    assert not tiles.plan(operands.pop("sm"), 132, True, *operands.values()).by_tma
+
+
+@pytest.mark.parametrize("sm", [80, 86, 89, 90, 100])
 def test_linear_act_tile_follows_the_size(sm):
     """Large results get the largest tile, small ones the smallest; odd strides get few registers."""
     every = tiles.tiles(sm, f16, f16, True)
-    assert tiles.choose(8192, 8192, sm, f16, f16, True) == every[0]
-    assert tiles.choose(64, 64, sm, f16, f16, True) == every[-1]
-    assert tiles.choose(8192, 8192, sm, f16, f32, False) not in every
+    assert tiles.choose(8192, 8192, every) == every[0]
+    assert tiles.choose(64, 64, every) == every[-1]
+    assert tiles.choose(8192, 8192, tiles.tiles(sm, f16, f32, False)) not in every
+
+
+def test_linear_act_plan_is_persistent_and_specialized_where_it_can_be():
+    big = [_operand((8192, 8192)), _operand((8192, 8192), stride=(1, 8192)), _operand((8192, 8192))]
+    for sm, specializes in ((90, True), (90, False), (100, True)):
+        plan = tiles.plan(sm, 132, specializes, *big)
+        assert plan.by_tma
+        assert plan.grid == (132,)
+        assert plan.options["SPECIALIZE"] == (sm == 90 and specializes)
+        assert (plan.options["A_IS_KM"], plan.options["B_IS_NK"]) == (False, True)
+    small = tiles.plan(90, 132, True, A, B, OUT)
+    assert small.grid == (1,)
 
 
 def test_linear_act_without_triton_says_so(monkeypatch):

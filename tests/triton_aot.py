@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile Triton kernels ahead of time, for GPUs that are not here, and measure the machine code.
 
-    python -m tests.triton_aot linear_act --sm 80 90 [--all]
+    python -m tests.triton_aot linear_act --sm 80 90 [--all] [--kernel gemm_tma_kernel]
 
 prints one JSON object per line for each kernel x tile x architecture. The cases of an op are in
 `tests/triton_aot_<op>.py`: `cases(sm, all)` yields `(kernel, signature, constexprs, options)`, those that the op would
@@ -26,6 +26,10 @@ from triton.compiler import ASTSource
 
 # Bytes of shared memory that one block may ask for, by architecture.
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
+
+# Tensor cores by generation, and TMA's loads and stores.
+TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "DMMA")
+OPCODES = (*TENSOR_CORES, "UTMALDG", "UTMASTG")
 
 
 @dataclass
@@ -99,17 +103,20 @@ def _cuobjdump(*arguments: str) -> str:
     return subprocess.run([triton.knobs.nvidia.cuobjdump.path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def compile_cases(op: str, sms: Iterable[int], every: bool) -> Iterable[dict]:
-    """What the command prints, row by row."""
+def compile_cases(op: str, sms: Iterable[int], every: bool, name: str | None) -> Iterable[dict]:
+    """What the command prints, row by row; `name`: of one kernel, the others are left out."""
     cases = importlib.import_module(f"tests.triton_aot_{op}").cases
     for sm in sms:
         for kernel, signature, constexprs, options in cases(sm, every):
+            if name not in (None, kernel.__name__):
+                continue
             start = time.perf_counter()
             compiled = compile_for(kernel, signature, constexprs, sm, **options)
-            row = asdict(compiled)
+            row = {"triton": triton.__version__} | asdict(compiled)
             del row["ptx"], row["sass"]
             row["maxima_that_drop_nan"] = compiled.maxima_that_drop_nan()
-            row["tensor_core"] = sum(compiled.count(opcode) for opcode in ("HMMA", "HGMMA", "UTCHMMA", "DMMA"))
+            row["opcodes"] = {opcode: compiled.count(opcode) for opcode in OPCODES}
+            row["specialized"] = "setmaxnreg" in compiled.ptx and ".reqntid 384" in compiled.ptx
             row["seconds"] = round(time.perf_counter() - start, 2)
             yield row
 
@@ -119,8 +126,9 @@ def main() -> None:
     parser.add_argument("op")
     parser.add_argument("--sm", type=int, nargs="+", default=sorted(SHARED_LIMIT))
     parser.add_argument("--all", action="store_true", help="every tile instead of a few")
+    parser.add_argument("--kernel", help="compile this kernel alone")
     arguments = parser.parse_args()
-    for row in compile_cases(arguments.op, arguments.sm, arguments.all):
+    for row in compile_cases(arguments.op, arguments.sm, arguments.all, arguments.kernel):
         print(json.dumps(row, default=str), flush=True)
 
 

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels of linear_act as they are launched: every GEMM role, dtype and tile, for tests/triton_aot.py."""
 
+from dataclasses import asdict
+
 import torch
 
 from mpkernels.ops.linear_act import impl_triton, tiles
 from mpkernels.ops.linear_act.kernels_triton import gemm_kernel, select_kernel, sum_kernel
+from mpkernels.ops.linear_act.kernels_triton_tma import gemm_tma_kernel
 
 NAMES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32"}
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -27,6 +30,10 @@ def cases(sm: int, every: bool):
         candidates = tiles.tiles(sm, a, b, vectors=role != "any")
         for tile in candidates if every else dict.fromkeys((candidates[0], candidates[-1])):
             yield _gemm(role, a, b, out, tile)
+        if role != "any" and a == b and sm in tiles.TMA_SMS and a.itemsize == 2:
+            candidates = tiles.tma_tiles(sm, out, impl_triton.specializes())
+            for tile in candidates if every else candidates[:1]:
+                yield _gemm_tma(role, a, out, tile)
     yield _select(f16, torch.int32, f16, f32)
     yield _select(bf16, f32, bf16, f32)
     yield _sum(f32, f16)
@@ -40,8 +47,20 @@ def _gemms(every: bool):
     """(role, dtypes of a, b and out)."""
     yield from (("fprop", f16, f16, f16), ("fprop", bf16, f32, bf16), ("wgrad", f16, f16, f32))
     if every:
-        yield from (("fprop", bf16, bf16, bf16), ("fprop", f16, f32, f32), ("fprop", f32, f32, f32), ("fprop", f64, f64, f64))
-        yield from (("dgrad", f16, f16, f16), ("dgrad", bf16, f32, f32), ("dgrad", f32, f32, f32), ("dgrad", f64, f64, f64))
+        yield from (
+            ("fprop", bf16, bf16, bf16),
+            ("fprop", f16, f16, f32),
+            ("fprop", f16, f32, f32),
+            ("fprop", f32, f32, f32),
+            ("fprop", f64, f64, f64),
+        )
+        yield from (
+            ("dgrad", f16, f16, f16),
+            ("dgrad", f16, f16, f32),
+            ("dgrad", bf16, f32, f32),
+            ("dgrad", f32, f32, f32),
+            ("dgrad", f64, f64, f64),
+        )
         yield from (("wgrad", bf16, bf16, bf16), ("wgrad", f32, f32, f32), ("wgrad", f64, f64, f64))
         yield from (("any", f16, f16, f16), ("any", f16, f64, f16), ("any", bf16, f64, bf16), ("any", f64, f64, bf16))
 
@@ -56,6 +75,17 @@ def _gemm(role, a, b, out, tile):
     constexprs = {name: getattr(tile, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")} | {"RELU": forward}
     constexprs |= {} if forward else {"bias_ptr": None, "mask_ptr": None}
     return gemm_kernel, signature, constexprs, {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
+def _gemm_tma(role, operand, out, tile):
+    forward = role == "fprop"
+    signature = {"a_ptr": NAMES[operand] + ":16", "b_ptr": NAMES[operand] + ":16", "out_ptr": NAMES[out] + ":16"}
+    signature |= dict(M="i32", N="i32", K="i32", stride_a="i32", stride_b="i32", stride_bias="i32:1", stride_mask="i32")
+    signature |= {"bias_ptr": "*fp32:16", "mask_ptr": "*i32:16"} if forward else {}
+    constexprs = asdict(tile) | {"A_IS_KM": role == "wgrad", "B_IS_NK": forward, "RELU": forward}
+    options = {name: constexprs.pop(name) for name in ("num_warps", "num_stages")}
+    constexprs |= {} if forward else {"bias_ptr": None, "mask_ptr": None}
+    return gemm_tma_kernel, signature, constexprs, options
 
 
 def _select(grad_out, saved, grad_z, acc):

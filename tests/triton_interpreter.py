@@ -67,9 +67,9 @@ def _patch_storage() -> None:
 def _patch_memory() -> None:
     load, store = _Builder.create_masked_load, _Builder.create_masked_store
 
-    def create_masked_load(self, ptrs, mask, other, *hints):
+    def create_masked_load(self, ptrs, mask, other, *hints, **more_hints):
         if not _is_bf16(ptrs.get_element_ty()):
-            return load(self, ptrs, mask, other, *hints)
+            return load(self, ptrs, mask, other, *hints, **more_hints)
         outside = np.zeros(ptrs.data.shape, np.uint16) if other is None else _pack(np.broadcast_to(other.data, ptrs.data.shape))
         bits = interpreter._interpreter.load(ptrs.data, mask.data, outside, np.dtype(np.uint16))
         return _Handle(_widen(bits), tl.bfloat16)

@@ -1,24 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linear_act in Triton: out = round(act(x @ weight.T + bias)) in one kernel, by pointers, for GPUs from sm_80.
+"""linear_act in Triton: out = round(act(x @ weight.T + bias)) in one kernel, for GPUs from sm_80.
 
-Backward is one streaming pass (select, grad_bias) and two launches of the same GEMM. Same inputs, same bits: no atomics,
-no split of K. Under TRITON_INTERPRET=1 the kernels run on the CPU.
+The GEMM is there twice: by tensor descriptors (TMA) on sm_90 and sm_100, and by pointers for every GPU and for what no
+descriptor takes, which `tiles.tma_why_not` tells. Backward is one streaming pass (select, grad_bias) and two launches of
+the same GEMM. Same inputs, same bits: no atomics, no split of K. Under TRITON_INTERPRET=1 the kernels run on the CPU.
 """
 
-from dataclasses import asdict
+import contextvars
+import functools
 
 import torch
 
 from mpkernels._dispatch import triton_why_not
 from mpkernels.ops._cast import cast
 from mpkernels.ops.linear_act import Activation, acc_dtype, empty_mask
-from mpkernels.ops.linear_act.tiles import choose
+from mpkernels.ops.linear_act.tiles import TMA_SMS, Operand, plan
 
 try:
-    from mpkernels.ops.linear_act import kernels_triton as kernels
-except ImportError:  # without Triton there is still `why_not`, which says so
-    kernels = None
+    import triton
 
+    from mpkernels.ops.linear_act import kernels_triton as kernels
+    from mpkernels.ops.linear_act import kernels_triton_tma as tma
+except ImportError:  # without Triton there is still `why_not`, which says so
+    triton = kernels = tma = None
+
+CAST_FIRST = 128  # rows from which a cast weight is worth the pass that makes it: the descriptor kernel reads no other
+INTERPRETED_PROGRAMS = 3  # few, so that each works on several tiles
 SELECT = {"BLOCK_M": 32, "BLOCK_N": 128}
 SELECT_ROWS = 256  # summed by one program of the select pass
 
@@ -72,15 +79,34 @@ def _gemm(a, b, out_dtype, *, bias=None, relu=False, mask=None):
     out = a.new_empty((M, N), dtype=out_dtype)
     if out.numel() == 0:
         return out
-    tile = choose(M, N, _sm(a.device), a.dtype, b.dtype, all(map(_vectors, (a, b, out))))
-    grid = (-(-M // tile.BLOCK_M) * -(-N // tile.BLOCK_N),)
+    device = _device(a.device)
+    if b.dtype != a.dtype and a.dtype.itemsize == 2 and M >= CAST_FIRST and device[0] in TMA_SMS:
+        b = cast(b, a.dtype)
+    chosen = plan(*device, Operand.of(a), Operand.of(b), Operand.of(out))
+    stride_bias, stride_mask = 0 if bias is None else bias.stride(0), 0 if mask is None else mask.stride(0)
     with torch.cuda.device_of(a):
-        kernels.gemm_kernel[grid](
-            a, b, bias, out, mask, M, N, K, *a.stride(), *b.stride(),
-            0 if bias is None else bias.stride(0), 0 if mask is None else mask.stride(0),
-            RELU=relu, **asdict(tile),
+        if not chosen.by_tma:
+            kernels.gemm_kernel[chosen.grid](
+                a, b, bias, out, mask, M, N, K, *a.stride(), *b.stride(), stride_bias, stride_mask, RELU=relu, **chosen.options
+            )  # fmt: skip
+            return out
+        contextvars.copy_context().run(
+            _launch_tma, chosen, a, b, bias, out, mask, M, N, K, max(a.stride()), max(b.stride()),
+            stride_bias, stride_mask, relu,
         )  # fmt: skip
     return out
+
+
+def _launch_tma(chosen, *arguments):
+    """Launch in a context of its own: the allocator is a ContextVar, which autograd's threads do not have, and is not ours."""
+    triton.set_allocator(_allocate)
+    *arguments, relu = arguments
+    tma.gemm_tma_kernel[chosen.grid](*arguments, RELU=relu, **chosen.options)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Memory for the tensor maps that a kernel makes; stream-ordered, so it may go when the launch is queued."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _select(grad_out, saved, compute_dtype, wants_grad_z, grad_bias_dtype):
@@ -104,16 +130,15 @@ def _select(grad_out, saved, compute_dtype, wants_grad_z, grad_bias_dtype):
     return grad_out if is_grad_z else grad_z, grad_bias
 
 
-def _vectors(tensor: torch.Tensor) -> bool:
-    """Whether Triton finds, by what it knows of arguments (divisible by 16 or not), that 16 bytes may move at once."""
-    inner = int(tensor.stride(1) == 1)
-    along, across = tensor.stride(inner), tensor.stride(1 - inner)
-    return along == 1 and across % 16 == 0 and tensor.shape[inner] % 16 == 0 and tensor.data_ptr() % 16 == 0
-
-
-def _sm(device: torch.device) -> int:
-    """Compute capability as 90 for 9.0; 0 under the interpreter."""
+@functools.cache
+def _device(device: torch.device) -> tuple[int, int, bool]:
+    """(compute capability as 90 for 9.0, 0 interpreted; programs, one per multiprocessor; whether Triton specializes)."""
     if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
+        return 0, INTERPRETED_PROGRAMS, specializes()
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count, specializes()
+
+
+def specializes() -> bool:
+    """Whether this Triton specializes warps of the descriptor kernel: 3.6 fails to compile its epilogue then."""
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)

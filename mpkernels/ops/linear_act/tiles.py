@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tile that a Triton GEMM of linear_act runs with: a plain function of sizes, architecture and dtypes."""
+"""Which Triton kernel a GEMM of linear_act runs by, and with which tile: plain functions of architecture and operands."""
 
-from dataclasses import dataclass
+import functools
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
+
+TMA_SMS = (0, 90, 100)  # 0 is the interpreter
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,14 @@ class Tile:
     GROUP_M: int = 8
 
 
+@dataclass(frozen=True)
+class TmaTile(Tile):
+    """The same for the descriptor kernel. SUBTILES: parts that it is stored in. SPECIALIZE: a warp loads, others multiply."""
+
+    SUBTILES: int = 1
+    SPECIALIZE: bool = False
+
+
 # From large to small, by the operands: of one 16-bit dtype; 16-bit with a wider weight; 16-bit not in vectors of 16
 # bytes (an address per element: more registers); fp32; fp64.
 _SM80 = {
@@ -28,9 +40,34 @@ _SM80 = {
     "double": (Tile(64, 64, 16, 8, 3),),
 }
 _SM86 = _SM80 | {"half": (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3))}
-_SM90 = _SM80 | {"half": (Tile(128, 256, 64, 8, 3), *_SM80["half"])}
-_LITTLE_SHARED_MEMORY = (86, 89, 120, 121)
+_SM90 = _SM80 | {
+    "half": (Tile(128, 256, 64, 8, 3), *_SM80["half"]),
+    "single": (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 3)),
+}
+_SM100 = (
+    _SM80
+    | {  # with 4 warps the smallest spill
+        "half": (*_SM80["half"][:-1], Tile(64, 64, 64, 8, 3)),
+        "mixed": (*_SM80["mixed"][:-1], Tile(64, 64, 32, 8, 3)),
+    }
+)
+_BY_SM = {86: _SM86, 89: _SM86, 120: _SM86, 121: _SM86, 90: _SM90, 100: _SM100, 103: _SM100}
 _INTERPRETER = Tile(16, 32, 32, 1, 1)
+
+# Of the descriptor kernel, by the bytes of an element of the result: staged tiles of fp32 leave room for a stage less.
+# Where it specializes, 4 warps are a consumer; Triton makes two of them, each with half of BLOCK_M, and a producer.
+_SM90_TMA = {
+    2: (TmaTile(128, 256, 64, 8, 4, SUBTILES=2), TmaTile(128, 128, 64, 8, 4), TmaTile(64, 128, 64, 4, 4)),
+    4: (TmaTile(128, 256, 64, 8, 3, SUBTILES=2), TmaTile(128, 128, 64, 8, 4), TmaTile(64, 128, 64, 4, 4)),
+}
+_SM90_SPECIALIZED = {
+    2: (TmaTile(128, 256, 64, 4, 4, SUBTILES=2, SPECIALIZE=True), TmaTile(128, 128, 64, 4, 4, SUBTILES=2, SPECIALIZE=True)),
+    4: (_SM90_TMA[4][0], TmaTile(128, 128, 64, 4, 4, SPECIALIZE=True)),
+}
+_INTERPRETER_TMA = {
+    2: (TmaTile(16, 64, 32, 1, 1, SUBTILES=2, SPECIALIZE=True),),
+    4: (TmaTile(16, 32, 32, 1, 1, GROUP_M=2),),
+}
 
 # A card that has fewer tiles than this to work on idles: take a smaller tile then.
 ENOUGH_TILES = 100
@@ -43,16 +80,109 @@ def tiles(sm: int, a: torch.dtype, b: torch.dtype, vectors: bool) -> tuple[Tile,
     """
     if sm == 0:
         return (_INTERPRETER,)
-    by_kind = _SM86 if sm in _LITTLE_SHARED_MEMORY else _SM90 if sm == 90 else _SM80
+    by_kind = _BY_SM.get(sm, _SM80)
     if a.itemsize > 2:
         return by_kind["single" if a.itemsize == 4 else "double"]
     return by_kind["ragged" if not vectors else "half" if b.itemsize == 2 else "mixed"]
 
 
-def choose(M: int, N: int, sm: int, a: torch.dtype, b: torch.dtype, vectors: bool) -> Tile:
-    """The largest tile of which there are enough for an (M, N) result, else the smallest."""
-    candidates = tiles(sm, a, b, vectors)
+def tma_tiles(sm: int, out: torch.dtype, specializes: bool) -> tuple[TmaTile, ...]:
+    """The tiles of the descriptor kernel for a result of dtype `out` on `sm` (0 is the interpreter), from large to small.
+
+    specializes: whether this Triton can.
+    """
+    if sm == 0:
+        return _INTERPRETER_TMA[out.itemsize]
+    if sm == 90 and specializes:
+        return (*_SM90_SPECIALIZED[out.itemsize], _SM90_TMA[out.itemsize][-1])
+    return _SM90_TMA[out.itemsize]
+
+
+def choose(M: int, N: int, candidates: tuple[Tile, ...]) -> Tile:
+    """The first tile, the largest, of which there are enough for an (M, N) result, else the last."""
     for tile in candidates:
-        if -(-M // tile.BLOCK_M) * -(-N // tile.BLOCK_N) >= ENOUGH_TILES:
+        if count(M, N, tile) >= ENOUGH_TILES:
             return tile
     return candidates[-1]
+
+
+def count(M: int, N: int, tile: Tile) -> int:
+    """How many such tiles an (M, N) result has."""
+    return -(-M // tile.BLOCK_M) * -(-N // tile.BLOCK_N)
+
+
+class Operand(NamedTuple):
+    """What the choice of a kernel depends on; misalignment is that of the address from 16 bytes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    stride: tuple[int, int]
+    misalignment: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "Operand":
+        """That of a matrix."""
+        return cls(tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16)
+
+    @property
+    def inner(self) -> int:
+        """The dimension along which elements follow each other, where one does."""
+        return int(self.stride[1] == 1)
+
+    @property
+    def pitch(self) -> int:
+        """Elements from one row (or column) in memory to the next."""
+        return self.stride[1 - self.inner]
+
+
+class Plan(NamedTuple):
+    """Which kernel multiplies, by what grid, and its constants and options."""
+
+    by_tma: bool
+    grid: tuple[int]
+    options: dict
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(sm: int, programs: int, specializes: bool, a: Operand, b: Operand, out: Operand) -> Plan:
+    """The kernel for out (M, N) = a (M, K) @ b (K, N) on a GPU that has room for `programs` persistent programs."""
+    M, N = out.shape
+    if tma_why_not(sm, a, b, out) is None:
+        tile = choose(M, N, tma_tiles(sm, out.dtype, specializes))
+        majors = {"A_IS_KM": a.inner == 0, "B_IS_NK": b.inner == 0}
+        return Plan(True, (min(programs, count(M, N, tile)),), asdict(tile) | majors)
+    tile = choose(M, N, tiles(sm, a.dtype, b.dtype, all(map(_vectors, (a, b, out)))))
+    return Plan(False, (count(M, N, tile),), asdict(tile))
+
+
+def tma_why_not(sm: int, a: Operand, b: Operand, out: Operand) -> str | None:
+    """Why tensor descriptors do not serve out = a @ b, or None; the rungs are the GPU, the dtypes and a tensor map's rules."""
+    if sm not in TMA_SMS:
+        return f"needs sm90 or sm100, got sm{sm}"
+    if a.dtype.itemsize != 2 or a.dtype != b.dtype or out.dtype.itemsize > 4:
+        return f"needs operands of one 16-bit dtype and at most 32 bits of result, got {a.dtype}, {b.dtype} and {out.dtype}"
+    for name, operand in (("a", a), ("b", b), ("out", out)):
+        reason = _map_why_not(operand)
+        if reason is not None:
+            return f"{name} {reason}"
+    return None
+
+
+def _map_why_not(operand: Operand) -> str | None:
+    """Why no tensor map describes a matrix, or None."""
+    if not (min(operand.shape) > 0 and max(operand.shape) < 1 << 31):
+        return f"needs sizes from 1 to 2**31 - 1, got {tuple(operand.shape)}"
+    if operand.stride[operand.inner] != 1:
+        return f"needs a stride of 1, got {operand.stride}"
+    if operand.pitch < operand.shape[operand.inner]:
+        return f"needs rows that do not overlap, got a pitch of {operand.pitch} for {operand.shape[operand.inner]} elements"
+    pitch = operand.pitch * operand.dtype.itemsize
+    if pitch % 16 or operand.misalignment:
+        return f"needs rows at multiples of 16 bytes, got a pitch of {pitch} and an address {operand.misalignment} past one"
+    return None
+
+
+def _vectors(operand: Operand) -> bool:
+    """Whether Triton finds, by what it knows of arguments (divisible by 16 or not), that 16 bytes may move at once."""
+    aligned = operand.pitch % 16 == 0 and operand.shape[operand.inner] % 16 == 0 and operand.misalignment == 0
+    return operand.stride[operand.inner] == 1 and aligned
