@@ -90,15 +90,12 @@ def _block(
 
 @triton.jit
 def adamw_formula(w, g, m, v, vmax, factor, decay, added, keep1, beta2, keep2, step_size, eps, ADDS_DECAY: tl.constexpr):
-    """(w, m, v, vmax) after one step; vmax may be None."""
+    """(w, m, v, vmax) after one step; vmax may be None, and is v then: Triton 3.6 returns no None."""
     g = g * factor
     if ADDS_DECAY:
         g = g + added * w
     m = m + keep1 * (g - m)
     v = beta2 * v + keep2 * g * g
-    used = v
-    if vmax is not None:
-        vmax = tl.maximum(vmax, v, propagate_nan=tl.PropagateNan.ALL)
-        used = vmax
-    w = w * decay - step_size * divide(m, square_root(used) + eps)
+    vmax = v if vmax is None else tl.maximum(vmax, v, propagate_nan=tl.PropagateNan.ALL)
+    w = w * decay - step_size * divide(m, square_root(vmax) + eps)
     return w, m, v, vmax

@@ -80,4 +80,6 @@ def sgd_formula(w, g, b, is_first, factor, rate, decay, fade, keep, DECAY: tl.co
             g = g + fade * b
         else:
             g = b
+    else:
+        b = g  # Triton 3.6 returns no None
     return w - rate * g, b
