@@ -131,7 +131,7 @@ class GradScaler(torch.amp.GradScaler):
         """
         if not self._enabled or not isinstance(optimizer, Optimizer):
             return super().step(optimizer, *args, **kwargs)
-        if args or kwargs:
+        if any(argument is not None for argument in (*args, *kwargs.values())):  # accelerate passes a closure of None
             raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError("step() is being called inside backward: its gradients are not all there yet.")
