@@ -3,7 +3,7 @@
 
 import torch
 
-from mpkernels.ops.linear_act import Activation, activation_of, check_are_tensors
+from mpkernels.ops.linear_act import Activation, Seam, activation_of, check_are_tensors
 from mpkernels.ops.linear_act import linear_act as _linear_act
 from mpkernels.policy import Policy
 
@@ -21,18 +21,26 @@ def linear_act(x, weight, bias=None, activation=None, policy=None):
     return forward(x, weight, bias, None, activation_of(activation), policy)
 
 
-def forward(x, weight, bias, weight_copy, activation: Activation, policy: Policy | None):
-    """`linear_act` with everything parsed: what the layers call. weight_copy: the weight in the compute dtype, or None."""
+def forward(
+    x, weight, bias, weight_copy, activation: Activation, policy: Policy | None,
+    below: Seam | None = None, above: Seam | None = None,
+):  # fmt: skip
+    """`linear_act` with everything parsed: what the layers call.
+
+    weight_copy: the weight in the compute dtype, or None. below, above: what lies between layers of one MPMLP.
+    """
     check_are_tensors(x, weight, bias)
     if policy is None:
         compute_dtype = out_dtype = _common_dtype(x, weight, bias)
-        grad_dtype = None
+        grad_dtype, batch_invariant = None, False
     else:
         compute_dtype, grad_dtype = policy.compute_dtype, policy.grad_dtype
         out_dtype = policy.output_dtype or _output_dtype(x, weight, policy)
+        batch_invariant = policy.batch_invariant
     return _linear_act(
         x, weight, bias, weight_copy,
         activation=activation, compute_dtype=compute_dtype, out_dtype=out_dtype, grad_dtype=grad_dtype,
+        batch_invariant=batch_invariant, below=below, above=above,
     )  # fmt: skip
 
 

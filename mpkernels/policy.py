@@ -30,7 +30,8 @@ class Policy:
 
     param_dtype: the Parameters. compute_dtype: the operands of the GEMM (the accumulator is fp32, fp64 for fp64).
     output_dtype: the result; None means the input's dtype under `mixed_*` (autocast's inside `torch.autocast`), else
-    the parameter's. grad_dtype: gradients of weight and bias; None means the parameter's dtype.
+    the parameter's. grad_dtype: gradients of weight and bias; None means the parameter's dtype. batch_invariant: a row of
+    the result has the same bits whatever the other rows are and however many; slower, for training and sampling to agree.
     Raises ValueError for a dtype that is not floating point with 16 bits or more, a `compute_dtype` wider than
     `param_dtype` and a `grad_dtype` narrower than `compute_dtype`.
     """
@@ -39,9 +40,12 @@ class Policy:
     compute_dtype: torch.dtype
     output_dtype: torch.dtype | None = None
     grad_dtype: torch.dtype | None = None
+    batch_invariant: bool = False
 
     def __post_init__(self):
-        for field in fields(self):
+        if not isinstance(self.batch_invariant, bool):
+            raise ValueError(f"batch_invariant must be True or False, got {self.batch_invariant!r}")
+        for field in _dtype_fields(self):
             value = getattr(self, field.name)
             if value not in _DTYPES.values() and not (value is None and field.default is None):
                 raise ValueError(f"{field.name} must be one of {', '.join(_DTYPES)}, got {value}")
@@ -61,35 +65,39 @@ class Policy:
     def parse(cls, text: "str | Policy") -> "Policy":
         """A policy from its name (`"mixed_float16"`) or its fields (`"param=float32,compute=float16,output=float32"`).
 
-        A name may be followed by fields: `"mixed_float16,grad=float16"`. Raises ValueError, naming what is allowed.
+        A name may be followed by fields: `"mixed_float16,grad=float16,batch_invariant"`. Raises ValueError, naming what is
+        allowed.
         """
         if isinstance(text, Policy):
             return text
         if not isinstance(text, str):
             raise TypeError(f"policy must be a Policy or a string, got {type(text).__name__}")
-        values: dict[str, torch.dtype] = {}
+        values: dict[str, torch.dtype | bool] = {}
         for part in text.split(","):
             key, equals, value = part.strip().partition("=")
             if not equals and key in _NAMED and not values:
                 param, compute = _NAMED[key]
                 values = {"param_dtype": _DTYPES[param], "compute_dtype": _DTYPES[compute]}
+            elif not equals and key == "batch_invariant":
+                values[key] = True
             elif equals and f"{key}_dtype" in {f.name for f in fields(cls)} and value in _DTYPES:
                 values[f"{key}_dtype"] = _DTYPES[value]
             else:
                 raise ValueError(
                     f"unknown policy {text!r}: expected one of {', '.join(_NAMED)}, or "
-                    f"param=, compute=, output=, grad= with one of {', '.join(_DTYPES)}"
+                    f"param=, compute=, output=, grad= with one of {', '.join(_DTYPES)}; batch_invariant may follow"
                 )
         if missing := {"param_dtype", "compute_dtype"} - values.keys():
             raise ValueError(f"policy {text!r} lacks {', '.join(sorted(missing))}")
         return cls(**values)
 
     def __str__(self) -> str:
-        short = {f.name: str(getattr(self, f.name)).removeprefix("torch.") for f in fields(self)}
+        short = {f.name: str(getattr(self, f.name)).removeprefix("torch.") for f in _dtype_fields(self)}
         pair = (short.pop("param_dtype"), short.pop("compute_dtype"))
         names = [name for name, dtypes in _NAMED.items() if dtypes == pair]
         head = names if names else [f"param={pair[0]}", f"compute={pair[1]}"]
-        return ",".join(head + [f"{k.removesuffix('_dtype')}={v}" for k, v in short.items() if v != "None"])
+        head += [f"{k.removesuffix('_dtype')}={v}" for k, v in short.items() if v != "None"]
+        return ",".join(head + ["batch_invariant"] * self.batch_invariant)
 
     def to_fsdp(self):
         """The same for `torch.distributed.fsdp.fully_shard(mp_policy=...)`; gradients are reduced in `grad_dtype`, else fp32.
@@ -105,6 +113,10 @@ class Policy:
             reduce_dtype=self.grad_dtype or torch.promote_types(torch.float32, self.compute_dtype),
             output_dtype=self.output_dtype,
         )
+
+
+def _dtype_fields(policy):
+    return [field for field in fields(policy) if field.name.endswith("_dtype")]
 
 
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:

@@ -101,6 +101,57 @@ def check_backward(grads, grad_out, x, weight, positive, compute_dtype, acc_roun
             _check_product(name, got, r, grad.dtype, a, b, 0, compute_dtype, acc_roundoff, random_sign)
 
 
+def check_backward_below(grads, grad_out, weight, positive, positive_below, compute_dtype, acc_roundoff, random_sign) -> None:
+    """The same bounds for (grad_x, grad_bias_below or None), grad_x selected by the mask of the layer below, (*, K) or None.
+
+    grad_bias_below sums the accumulators of grad_x before they are rounded: each is off by what N terms may be off by, and
+    their sum by what M terms may be off by.
+    """
+    N, K = weight.shape
+    grad_z = _wide(grad_out.reshape(grad_out.shape[:-1].numel(), N), compute_dtype)
+    if positive is not None:
+        grad_z = np.where(positive.reshape(grad_z.shape).cpu().numpy(), grad_z, 0)
+    operand = rounded(grad_z, compute_dtype) if grad_out.dtype != compute_dtype else grad_z
+    weight = _operand(weight, compute_dtype)
+    kept = np.ones((operand.shape[0], K), bool)
+    if positive_below is not None:
+        kept = positive_below.reshape(kept.shape).cpu().numpy()
+    r = np.where(kept, _product(operand, weight), 0)
+    grad_x = _wide(grads[0].reshape(r.shape), compute_dtype)
+    assert not grad_x[~kept].any(), "grad_x: a gradient got through the mask of the layer below"
+    _check_product("grad_x", grad_x, r, grads[0].dtype, operand, weight, 0, compute_dtype, acc_roundoff, random_sign)
+    if grads[1] is None:
+        return
+    got, rows, v = _wide(grads[1], compute_dtype), r.shape[0], _acc(compute_dtype, acc_roundoff)[1]
+    with np.errstate(invalid="ignore"):
+        magnitude = np.where(kept, _product(np.abs(operand), np.abs(weight)), 0).sum(0)
+        _check_sum(got, r.sum(0), gamma(N + rows + 2, v) * magnitude, grads[1].dtype, "bound 1")
+        if random_sign:
+            spread = np.sqrt(np.where(kept, _product(operand * operand, weight * weight), 0).sum(0))
+            allowed = RANDOM_SIGN_FACTOR * (math.sqrt(max(N, 1)) + math.sqrt(max(rows, 1))) * v * spread
+            _check_sum(got, r.sum(0), allowed, grads[1].dtype, "bound 2")
+
+
+def check_bias_summed_unrounded(joined, single, rows, compute_dtype) -> None:
+    """grad_bias_below beside the sum of the same `rows` terms each rounded to compute_dtype first, both of random signs.
+
+    A rounded term is off by u times itself, and the norm of all columns grows by its share of at most u; without a look at
+    the terms only this is known: |joined - single| <= c u sqrt(rows) rms(single), c = 4 for sums of less than sqrt(rows).
+    """
+    joined, single = joined.double(), single.double()
+    allowed = 4 * unit_roundoff(compute_dtype) * math.sqrt(rows) * single.square().mean().sqrt()
+    error = (joined - single).abs().max()
+    assert error <= allowed, f"grad_bias_below is {error:.4g} away from the layers one by one, allowed {allowed:.4g}"
+
+
+def _check_sum(got, r, accumulated, dtype, bound) -> None:
+    """grad_bias_below; where terms are not finite, neither may the sum be."""
+    finite = np.isfinite(r)
+    assert not np.isfinite(got[~finite]).any(), "grad_bias_below, bound 7: finite where the sum is not"
+    error, allowed = np.abs(got - r)[finite], _bound(r, accumulated, dtype)[finite]
+    _check_error(f"grad_bias_below, {bound}", error, allowed, got[finite], r[finite])
+
+
 def check_mask(positive, x, weight, bias, compute_dtype, out_dtype, acc_roundoff=2.0**-24) -> None:
     """The mask (bool, (*, N)) may differ from fp64's only where the pre-activation is within bound 1 of 0; NaN is 1."""
     x, weight, bias = _operand(x, compute_dtype), _operand(weight, compute_dtype), _bias(bias, compute_dtype)

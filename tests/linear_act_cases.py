@@ -112,10 +112,10 @@ def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     return tensor
 
 
-def forward(x, weight, bias, dtypes: Dtypes, activation=Activation.RELU, save=1, copy=None):
+def forward(x, weight, bias, dtypes: Dtypes, activation=Activation.RELU, save=1, copy=None, batch_invariant=False):
     """(out, saved, x_compute) of the op."""
     op = torch.ops.mpkernels.linear_act
-    return op(x, weight, bias, copy, int(activation), dtypes.compute, dtypes.out, save, dtypes.grad)
+    return op(x, weight, bias, copy, int(activation), dtypes.compute, dtypes.out, save, batch_invariant, dtypes.grad)
 
 
 def backward(grad_out, x, weight, saved, dtypes: Dtypes, activation=Activation.RELU, copy=None, output_mask=(True,) * 3):
@@ -124,6 +124,18 @@ def backward(grad_out, x, weight, saved, dtypes: Dtypes, activation=Activation.R
     return op(
         grad_out, x, weight, copy, saved, int(activation), dtypes.compute, dtypes.x, dtypes.grad, dtypes.grad,
         list(output_mask),
+    )[:3]  # fmt: skip
+
+
+def backward_below(
+    grad_out, x, weight, saved, saved_below, dtypes: Dtypes, activation=Activation.RELU, activation_below=Activation.RELU,
+    *, wants_bias=True, copy=None,
+):  # fmt: skip
+    """The same for the layer above another, whose output x is: (grad_x, grad_weight, grad_bias, grad_bias_below)."""
+    op = torch.ops.mpkernels.linear_act_backward
+    return op(
+        grad_out, x, weight, copy, saved, int(activation), dtypes.compute, dtypes.x, dtypes.grad, dtypes.grad,
+        [True] * 3, saved_below, int(activation_below), dtypes.grad if wants_bias else None,
     )  # fmt: skip
 
 

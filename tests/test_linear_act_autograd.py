@@ -197,7 +197,7 @@ def test_linear_act_opcheck(name, save, generator, device):
         for tensor in (x, weight, bias):
             tensor.requires_grad_()
         for maybe_bias in (bias, None):
-            args = (x, weight, maybe_bias, None, int(activation), dtypes.compute, dtypes.out, save, None)
+            args = (x, weight, maybe_bias, None, int(activation), dtypes.compute, dtypes.out, save, False, None)
             torch.library.opcheck(torch.ops.mpkernels.linear_act.default, args)
 
 

@@ -14,6 +14,8 @@ import torch
 from linear_act_cases import DTYPES, Case, backward, bits_of, forward, same_bits
 
 from mpkernels.functional import linear_act
+from mpkernels.nn import MPMLP
+from mpkernels.ops._cast import cast
 from mpkernels.ops.linear_act import Activation, backward_op, empty_mask, forward_op, impl_triton, tiles
 from mpkernels.ops.linear_act.reference import self_check
 
@@ -59,6 +61,74 @@ def test_linear_act_matches_reference(name, generator, device):
 @pytest.mark.parametrize("name", ["float16", "mixed_bfloat16"])
 def test_linear_act_odd_shapes(sizes, name, generator, device):
     cases.run(Case(*sizes, DTYPES[name], save=sizes[0] % 2, bias=sizes[1] != 33), generator, device)
+
+
+@pytest.mark.parametrize("name", ["float32", "mixed_float16", "mixed_bfloat16 inside", "fp64 to fp16"])
+@pytest.mark.parametrize("sizes", [(19, 70, 45), (33, 5, 97), (1, 1, 1), (0, 5, 7), (5, 0, 7), (5, 7, 0)])
+def test_linear_act_below(name, sizes, generator, device):
+    """The dgrad epilogue does the pass of the layer below: the bits of dgrad and then the selection, sums of the unrounded."""
+    dtypes = DTYPES[name]
+    x, weight, bias, grad_out = Case(*sizes, dtypes).tensors(generator, device)
+    x = cast(x.relu(), dtypes.compute)
+    out, saved, _ = forward(x, weight, bias, dtypes)
+    same = cases.Dtypes(dtypes.compute, dtypes.compute, dtypes.compute, dtypes.compute, f32)
+    _, mask, _ = forward(x, torch.eye(sizes[2], dtype=dtypes.compute, device=device), None, same)
+    plain = backward(grad_out, x, weight, saved, dtypes)
+    for selector in (mask, x):
+        grads = cases.backward_below(grad_out, x, weight, saved, selector, dtypes)
+        assert same_bits(grads[0], torch.where(x > 0, plain[0], 0))
+        assert all(same_bits(a, b) for a, b in zip(grads[1:3], plain[1:], strict=True))
+        v = bounds.accumulator_roundoff(device, dtypes.compute)
+        checked = (grads[0], grads[3])
+        bounds.check_backward_below(checked, grad_out, weight, out > 0, x > 0, dtypes.compute, v, True)
+    no_bias = cases.backward_below(grad_out, x, weight, saved, mask, dtypes, wants_bias=False)
+    assert same_bits(no_bias[0], grads[0])
+    unselected = cases.backward_below(grad_out, x, weight, saved, None, dtypes, activation_below=Activation.NONE)
+    assert same_bits(unselected[0], plain[0])
+    checked = (unselected[0], unselected[3])
+    bounds.check_backward_below(checked, grad_out, weight, out > 0, None, dtypes.compute, v, True)
+
+
+def test_linear_act_below_selects(device):
+    """An inf or NaN behind a 0 of the layer below is 0 in both gradients; padding rows add nothing to the sum, not even NaN."""
+    x = torch.tensor([[-1.0, 0.0, 1.0, NAN]], dtype=f16, device=device)
+    for value in (3.0, INF, NAN):
+        grad_out, weight = torch.ones(1, 1, dtype=f16, device=device), torch.full((1, 4), value, dtype=f16, device=device)
+        grads = cases.backward_below(grad_out, x, weight, None, x, DTYPES["float16"], Activation.NONE)
+        expected = torch.tensor([0, 0, value, value], dtype=f16, device=device)
+        assert same_bits(grads[0][0], expected)
+        assert same_bits(grads[3], expected)
+
+
+@pytest.mark.parametrize("policy", ["float16", "mixed_float16", "mixed_bfloat16"])
+def test_linear_act_mlp_moves_up(policy, generator, device):
+    """Through MPMLP: forward and the gradients of x and weights have the bits of the layers one by one, biases the bound."""
+    torch.manual_seed(0)
+    model = MPMLP([21, 34, 40, 10], policy=policy, device=device)
+    x = torch.randn(19, 21, generator=generator).to(device, model[0].weight.dtype)
+    grads = []
+    for function in (model, lambda x: model[4](model[2](model[0](x)))):
+        leaf = x.clone().requires_grad_()
+        out = function(leaf)
+        grads.append((out, *torch.autograd.grad(out.square().sum(), (leaf, *model.parameters()))))
+    for i, (joined, single) in enumerate(zip(*grads, strict=True)):
+        if i in (3, 5):  # biases of inner layers: summed before they are rounded
+            bounds.check_bias_summed_unrounded(joined, single, 19, model[0].policy.compute_dtype)
+            assert policy == "float16" or not same_bits(joined, single)
+        else:
+            assert same_bits(joined, single), i
+
+
+@pytest.mark.parametrize("name", ["mixed_float16", "float32", "bfloat16"])
+def test_linear_act_batch_invariant(name, generator, device):
+    """A row has its bits at every M and every place."""
+    dtypes = DTYPES[name]
+    x, weight, bias, _ = Case(37, 40, 70, dtypes).tensors(generator, device)
+    call = lambda x: forward(x, weight, bias, dtypes, save=0, batch_invariant=True)[0]
+    out = call(x)
+    for M in (1, 2, 15, 16, 17, 33):
+        assert same_bits(call(x[:M]), out[:M])
+        assert same_bits(call(x[-M:].t().contiguous().t()), out[-M:])
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS[1:])
@@ -205,7 +275,7 @@ def test_linear_act_opcheck(generator, device):
     dtypes = DTYPES["mixed_float16"]
     x, weight, bias, grad_out = Case(3, 35, 5, dtypes).tensors(generator, device)
     utils = ("test_schema", "test_faketensor")
-    args = (x, weight, bias, None, 1, dtypes.compute, dtypes.out, 1, None)
+    args = (x, weight, bias, None, 1, dtypes.compute, dtypes.out, 1)
     torch.library.opcheck(torch.ops.mpkernels.linear_act, args, test_utils=utils)
     _, saved, x_compute = forward(x, weight, bias, dtypes)
     args = (grad_out, x_compute, weight, None, saved, 1, dtypes.compute, f32, f32, f32, [True, False, True])

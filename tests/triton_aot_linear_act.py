@@ -20,6 +20,7 @@ ROLES = {
     "fprop": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:1", "i32:16"), strict=True)),
     "dgrad": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:16", "i32:1"), strict=True)),
     "wgrad": dict(zip(SIZES + STRIDES, ("i32:16", "i32:16", "i32", "i32:1", "i32:16", "i32:16", "i32:1"), strict=True)),
+    "below": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:16", "i32:1"), strict=True)),
     "any": dict.fromkeys(SIZES + STRIDES, "i64"),
 }
 
@@ -30,7 +31,7 @@ def cases(sm: int, every: bool):
         candidates = tiles.tiles(sm, a, b, vectors=role != "any")
         for tile in candidates if every else dict.fromkeys((candidates[0], candidates[-1])):
             yield _gemm(role, a, b, out, tile)
-        if role != "any" and a == b and sm in tiles.TMA_SMS and a.itemsize == 2:
+        if role not in ("any", "below") and a == b and sm in tiles.TMA_SMS and a.itemsize == 2:
             candidates = tiles.tma_tiles(sm, out, impl_triton.specializes())
             for tile in candidates if every else candidates[:1]:
                 yield _gemm_tma(role, a, out, tile)
@@ -45,7 +46,7 @@ def cases(sm: int, every: bool):
 
 def _gemms(every: bool):
     """(role, dtypes of a, b and out)."""
-    yield from (("fprop", f16, f16, f16), ("fprop", bf16, f32, bf16), ("wgrad", f16, f16, f32))
+    yield from (("fprop", f16, f16, f16), ("fprop", bf16, f32, bf16), ("wgrad", f16, f16, f32), ("below", f16, f16, f16))
     if every:
         yield from (
             ("fprop", bf16, bf16, bf16),
@@ -61,19 +62,25 @@ def _gemms(every: bool):
             ("dgrad", f32, f32, f32),
             ("dgrad", f64, f64, f64),
         )
+        yield from (("below", bf16, f32, bf16), ("below", f32, f32, f32), ("below", f64, f64, f64))
         yield from (("wgrad", bf16, bf16, bf16), ("wgrad", f32, f32, f32), ("wgrad", f64, f64, f64))
         yield from (("any", f16, f16, f16), ("any", f16, f64, f16), ("any", bf16, f64, bf16), ("any", f64, f64, bf16))
 
 
 def _gemm(role, a, b, out, tile):
-    """fprop has bias, ReLU and mask, the gradients none of them; `any` is fprop on odd sizes and strides."""
+    """fprop has bias, ReLU and mask, the gradients none of them; `any` is fprop on odd sizes and strides; `below` is dgrad
+    with the pass of the layer below, by a mask."""
     forward = role in ("fprop", "any")
     align = "" if role == "any" else ":16"
     signature = {"a_ptr": NAMES[a] + align, "b_ptr": NAMES[b] + align, "out_ptr": NAMES[out] + align}
-    signature |= ROLES[role] | {"stride_bias": "i32", "stride_mask": "i32"}
-    signature |= {"bias_ptr": "*fp32:16", "mask_ptr": "*i32:16"} if forward else {}
+    signature |= ROLES[role] | {"stride_bias": "i32", "stride_mask": "i32", "stride_sm": "i32", "stride_sn": "i32:1"}
+    pointers = ("bias_ptr", "mask_ptr", "saved_ptr", "partial_ptr")
+    present = {"bias_ptr": "*fp32:16", "mask_ptr": "*i32:16"} if forward else {}
+    if role == "below":
+        present = {"saved_ptr": "*i32:16", "partial_ptr": ("*fp64" if a == f64 else "*fp32") + ":16"}
+    signature |= present
     constexprs = {name: getattr(tile, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")} | {"RELU": forward}
-    constexprs |= {} if forward else {"bias_ptr": None, "mask_ptr": None}
+    constexprs |= {name: None for name in pointers if name not in present}
     return gemm_kernel, signature, constexprs, {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 

@@ -109,6 +109,34 @@ def mask_multiplied(grad_out, positive):
     return grad_out * positive
 
 
+def sound_backward_below(grad_z, x, weight, grad_dtype):
+    """(grad_x, grad_bias_below) where x is the output of a ReLU."""
+    grad_x = torch.where(x > 0, _acc(grad_z, weight.T), 0)
+    return grad_x.to(x.dtype), grad_x.sum(0).to(grad_dtype)
+
+
+def below_not_selected(grad_z, x, weight, grad_dtype):
+    grad_x = _acc(grad_z, weight.T)
+    return grad_x.to(x.dtype), torch.where(x > 0, grad_x, 0).sum(0).to(grad_dtype)
+
+
+def below_summed_unselected(grad_z, x, weight, grad_dtype):
+    """The sums are taken before the mask."""
+    grad_x, _ = sound_backward_below(grad_z, x, weight, grad_dtype)
+    return grad_x, _acc(grad_z, weight.T).sum(0).to(grad_dtype)
+
+
+def below_summed_in_16_bit(grad_z, x, weight, grad_dtype):
+    """The sums are of what was rounded at the store."""
+    grad_x, _ = sound_backward_below(grad_z, x, weight, grad_dtype)
+    return grad_x, grad_x.float().sum(0).to(grad_dtype)
+
+
+def below_by_row(grad_z, x, weight, grad_dtype):
+    """The last row's mask is another row's."""
+    return sound_backward_below(grad_z, torch.cat([x[:-1], -x[-1:]]), weight, grad_dtype)
+
+
 def _acc(a, b):
     return a.float() @ b.float().T if a.dtype != torch.float64 else a @ b.T
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from mpkernels import _copies, functional
 from mpkernels.ops._cast import cast
-from mpkernels.ops.linear_act import Activation, activation_of
+from mpkernels.ops.linear_act import Activation, Seam, activation_of
 from mpkernels.policy import Policy, get_default_policy
 
 
@@ -72,8 +72,10 @@ class MPLinear(nn.Linear):
         """None or "relu"."""
         return None if self._activation == Activation.NONE else self._activation.name.lower()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.forward(x, self.weight, self.bias, self._weight_copy(), self._activation, self.policy)
+    def forward(self, x: torch.Tensor, below: Seam | None = None, above: Seam | None = None) -> torch.Tensor:
+        """The layer's output. below, above: for MPMLP."""
+        copy = self._weight_copy()
+        return functional.forward(x, self.weight, self.bias, copy, self._activation, self.policy, below, above)
 
     def _weight_copy(self) -> torch.Tensor | None:
         """The weight in the compute dtype where one is kept. Only eager training reads the optimizer's."""

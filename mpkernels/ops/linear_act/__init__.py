@@ -5,6 +5,12 @@
     grad_z = select(saved, grad_out)                   grad_bias = grad_z.sum(0)
     grad_x = grad_z @ weight                           grad_weight = grad_z.T @ x
 
+Backward can do the streaming pass of the layer below, whose output is x, in the epilogue of its own grad_x:
+
+    grad_z_below = select(saved_below, grad_x)         grad_bias_below = grad_z_below.sum(0)
+
+Then grad_z_below stands where grad_x does, and the layer below, which `moved_up`, takes it as it is.
+
 Shapes and dtypes
     | tensor      | shape                | dtype                                                       |
     | x           | (*, K)               | any; cast once to compute_dtype where it differs            |
@@ -14,12 +20,16 @@ Shapes and dtypes
     | out         | (*, N)               | out_dtype                                                   |
     | saved       | (M, ceil(N/32)) or 0 | int32: bit j of word w is column 32w+j, tail bits 0         |
     | x_compute   | (*, K) or 0          | compute_dtype: x as it was cast, kept for backward          |
+    | saved_below | as saved, of x       | what the forward of the layer below saved, or x itself      |
+    | bias_below  | (K,)                 | any; the layer below's: its values are not read             |
     "any" is fp16, bf16, fp32, fp64. M is the product of the leading dimensions. Any stride, any size, 0 included.
 
 Numerics
     Operands are rounded to compute_dtype once; products and sums are fp32 (fp64 for fp64), no partial sum is narrower;
     out, grad_x, grad_weight and grad_bias are rounded once, to their own dtype. grad_z is rounded to compute_dtype for
-    the two GEMMs; grad_bias sums it unrounded. Bounds: tests/bounds.py, forward and backward.
+    the two GEMMs; grad_bias sums it unrounded, grad_bias_below the accumulator. Bounds: tests/bounds.py.
+    With `batch_invariant` a row of out has the same bits whatever the other rows are and however many: one order of the
+    sum, by K and N alone. On a CPU that costs a fixed block of rows per call, M=1 pays for it.
 
 Saved for backward
     `save=1` writes the 1-bit mask of `not (out <= 0)`, taken from the rounded output: 0 at zeros and at underflow, 1 at
@@ -49,6 +59,9 @@ class Activation(enum.IntEnum):
     RELU = 1
 
 
+_ACTIVATIONS = frozenset(map(int, Activation))
+
+
 def activation_of(name: str | None) -> Activation:
     """`None` or `"relu"` as an Activation; ValueError for another name."""
     names = {None: Activation.NONE, "relu": Activation.RELU}
@@ -62,17 +75,40 @@ def acc_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(compute_dtype, torch.float32)
 
 
-def linear_act(x, weight, bias=None, weight_copy=None, *, activation, compute_dtype, out_dtype, grad_dtype=None):
+class Seam:
+    """Between two layers, the upper one of which alone reads what the lower returns: what moves up in backward.
+
+    The lower layer's forward gets it as `above`, and fills it where kernels do the upper one's dgrad; the upper layer's
+    gets it as `below`.
+    """
+
+    __slots__ = ("activation", "bias", "moved", "saved")
+
+    def __init__(self):
+        self.moved, self.saved, self.activation, self.bias = False, None, Activation.NONE, None
+
+
+def linear_act(
+    x, weight, bias=None, weight_copy=None, *, activation, compute_dtype, out_dtype, grad_dtype=None,
+    batch_invariant=False, below: Seam | None = None, above: Seam | None = None,
+):  # fmt: skip
     """`out` (*, N) in `out_dtype`; see the module. Differentiable once in x, weight and bias.
 
     activation: an Activation. grad_dtype: dtype of the gradients of weight and bias; None means their own.
+    above: filled, and then has to be the `below` of the one call that reads `out`; gradients are wrong otherwise.
     """
     check_are_tensors(x, weight, bias)
     save = _save(x.device, compute_dtype, activation)
-    args = (x, weight, bias, weight_copy, int(activation), compute_dtype, out_dtype, save, grad_dtype)
-    if torch.compiler.is_compiling():
-        return torch.ops.mpkernels.linear_act(*args)[0]
-    return _LinearAct.apply(*args)[0]
+    args = (x, weight, bias, weight_copy, int(activation), compute_dtype, out_dtype, save, batch_invariant, grad_dtype)
+    moves = above is not None and torch.is_grad_enabled() and writes_mask(x.device, compute_dtype)
+    if moves or (below is not None and below.moved):
+        below = below or Seam()
+        args += (moves, below.saved, int(below.activation), below.bias)
+    op = torch.ops.mpkernels.linear_act if torch.compiler.is_compiling() else _LinearAct.apply
+    out, saved, _ = op(*args)
+    if moves:
+        above.moved, above.saved, above.activation, above.bias = True, saved if save else None, activation, bias
+    return out
 
 
 def check_are_tensors(x, weight, bias) -> None:
@@ -84,13 +120,16 @@ def check_are_tensors(x, weight, bias) -> None:
 
 def _save(device, compute_dtype, activation) -> int:
     """Whether the forward writes the mask: kernels read 1 bit instead of 16; torch selects faster by `out` itself."""
-    if activation == Activation.NONE or not torch.is_grad_enabled():
-        return 0
-    return int(forward_op.backend(device, compute_dtype) != "eager")
+    return int(activation != Activation.NONE and torch.is_grad_enabled() and writes_mask(device, compute_dtype))
+
+
+def writes_mask(device, compute_dtype) -> bool:
+    """Whether the forward that serves such a call writes the mask, and its dgrad has an epilogue: kernels, not torch."""
+    return forward_op.backend(device, compute_dtype) != "eager"
 
 
 # torch.compiler.assume_constant_result does just this, and loads the compiler, seconds long, to do it.
-_save._dynamo_marked_constant = True
+_save._dynamo_marked_constant = writes_mask._dynamo_marked_constant = True
 
 
 def mask_pitch(columns: int) -> int:
@@ -138,8 +177,30 @@ def _check_dtypes(op: str, **dtypes: torch.dtype) -> None:
             raise RuntimeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {dtype}")
 
 
-def _check(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, grad_dtype=None) -> None:
-    _check_tensors("linear_act", x=x, weight=weight, bias=bias, weight_copy=weight_copy)
+def _check_activation(op: str, name: str, activation: int) -> None:
+    if activation not in _ACTIVATIONS:
+        known = ", ".join(f"{a:d} ({a.name})" for a in Activation)
+        raise RuntimeError(f"{op}: {name} must be one of {known}, got {activation}")
+
+
+def _check_saved(op: str, name: str, saved, activation: int, what: str, shape: tuple[int, ...], device) -> None:
+    """What backward selects by: the mask of an output of `shape`, or that output, called `what`."""
+    if activation == Activation.NONE:
+        return
+    mask = (math.prod(shape[:-1]), (shape[-1] + 31) // 32)
+    by_mask = saved is not None and saved.dtype == torch.int32 and saved.shape == mask
+    if not by_mask and (saved is None or saved.dtype not in DTYPES or saved.shape != shape):
+        got = "None" if saved is None else f"{tuple(saved.shape)} {saved.dtype}"
+        raise RuntimeError(f"{op}: {name} must be the mask {mask} int32 or {what}, got {got}")
+    if saved.device != device:
+        raise RuntimeError(f"{op}: {name} is on {saved.device}, expected {device}")
+
+
+def _check(
+    x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, batch_invariant=False, grad_dtype=None,
+    moved_up=False, saved_below=None, activation_below=0, bias_below=None,
+) -> None:  # fmt: skip
+    _check_tensors("linear_act", x=x, weight=weight, bias=bias, weight_copy=weight_copy, bias_below=bias_below)
     _check_dtypes("linear_act", compute_dtype=compute_dtype, out_dtype=out_dtype)
     _check_weight("linear_act", weight, weight_copy, compute_dtype)
     if x.dim() == 0:
@@ -148,13 +209,18 @@ def _check(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, s
         raise RuntimeError(f"linear_act: x has last dimension {x.shape[-1]}, weight expects {weight.shape[1]}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise RuntimeError(f"linear_act: bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if activation not in (0, 1) or save not in (0, 1):
-        raise RuntimeError(f"linear_act: activation must be 0 or 1 and save 0 or 1, got {activation} and {save}")
+    _check_activation("linear_act", "activation", activation)
+    _check_activation("linear_act", "activation_below", activation_below)
+    _check_saved("linear_act", "saved_below", saved_below, activation_below, "x", x.shape, x.device)
+    if bias_below is not None and bias_below.shape != weight.shape[1:]:
+        raise RuntimeError(f"linear_act: bias_below must have shape ({weight.shape[1]},), got {tuple(bias_below.shape)}")
+    if save not in (0, 1):
+        raise RuntimeError(f"linear_act: save must be 0 or 1, got {save}")
 
 
 def _check_backward(
     grad_out, x, weight, weight_copy, saved, activation, compute_dtype, grad_x_dtype, grad_weight_dtype, grad_bias_dtype,
-    output_mask,
+    output_mask, saved_below=None, activation_below=0, grad_bias_below_dtype=None,
 ) -> None:  # fmt: skip
     op = "linear_act_backward"
     _check_tensors(op, grad_out=grad_out, x=x, weight=weight, weight_copy=weight_copy)
@@ -164,7 +230,10 @@ def _check_backward(
         grad_x_dtype=grad_x_dtype,
         grad_weight_dtype=grad_weight_dtype,
         grad_bias_dtype=grad_bias_dtype,
+        grad_bias_below_dtype=grad_bias_below_dtype or grad_bias_dtype,
     )
+    _check_activation(op, "activation", activation)
+    _check_activation(op, "activation_below", activation_below)
     _check_weight(op, weight, weight_copy, compute_dtype)
     N, K = weight.shape
     if grad_out.dim() == 0 or grad_out.shape[-1] != N:
@@ -172,19 +241,16 @@ def _check_backward(
     if output_mask[1] and (x is None or x.dtype != compute_dtype or x.shape != (*grad_out.shape[:-1], K)):
         got = "None" if x is None else f"{tuple(x.shape)} {x.dtype}"
         raise RuntimeError(f"{op}: x must be {(*grad_out.shape[:-1], K)} {compute_dtype}, got {got}")
-    if activation == Activation.NONE:
-        return
-    rows = math.prod(grad_out.shape[:-1])
-    by_mask = saved is not None and saved.dtype == torch.int32 and saved.shape == (rows, (N + 31) // 32)
-    if not by_mask and (saved is None or saved.dtype not in DTYPES or saved.shape != grad_out.shape):
-        got = "None" if saved is None else f"{tuple(saved.shape)} {saved.dtype}"
-        raise RuntimeError(f"{op}: saved must be the mask ({rows}, {(N + 31) // 32}) int32 or the output, got {got}")
+    _check_saved(op, "saved", saved, activation, "the output", grad_out.shape, grad_out.device)
+    _check_saved(op, "saved_below", saved_below, activation_below, "x", (*grad_out.shape[:-1], K), grad_out.device)
+    if (activation_below != Activation.NONE or grad_bias_below_dtype is not None) and not output_mask[0]:
+        raise RuntimeError(f"{op}: the gradients of the layer below come out of grad_x: output_mask[0] must be True")
 
 
 # ----- fakes ---------------------------------------------------------------
 
 
-def _fake(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, grad_dtype=None):
+def _fake(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, *_):
     columns = weight.shape[0]
     saved = x.new_empty(0, dtype=torch.int32)
     if save and activation != Activation.NONE:
@@ -195,14 +261,14 @@ def _fake(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, sa
 
 def _fake_backward(
     grad_out, x, weight, weight_copy, saved, activation, compute_dtype, grad_x_dtype, grad_weight_dtype, grad_bias_dtype,
-    output_mask,
+    output_mask, saved_below=None, activation_below=0, grad_bias_below_dtype=None,
 ):  # fmt: skip
     N, K = weight.shape
-    shapes = ((*grad_out.shape[:-1], K), (N, K), (N,))
-    dtypes = (grad_x_dtype, grad_weight_dtype, grad_bias_dtype)
+    shapes = ((*grad_out.shape[:-1], K), (N, K), (N,), (K,))
+    dtypes = (grad_x_dtype, grad_weight_dtype, grad_bias_dtype, grad_bias_below_dtype)
     return tuple(
         grad_out.new_empty(shape if wanted else 0, dtype=dtype)
-        for shape, dtype, wanted in zip(shapes, dtypes, output_mask, strict=True)
+        for shape, dtype, wanted in zip(shapes, dtypes, (*output_mask, grad_bias_below_dtype is not None), strict=True)
     )
 
 
@@ -216,7 +282,9 @@ _IMPLEMENTATIONS = (
 
 forward_op = Op(
     "linear_act(Tensor x, Tensor weight, Tensor? bias, Tensor? weight_copy, int activation, ScalarType compute_dtype, "
-    "ScalarType out_dtype, int save, ScalarType? grad_dtype=None) -> (Tensor out, Tensor saved, Tensor x_compute)",
+    "ScalarType out_dtype, int save, bool batch_invariant=False, ScalarType? grad_dtype=None, bool moved_up=False, "
+    "Tensor? saved_below=None, int activation_below=0, Tensor? bias_below=None) "
+    "-> (Tensor out, Tensor saved, Tensor x_compute)",
     __name__,
     _IMPLEMENTATIONS,
     check=_check,
@@ -226,7 +294,8 @@ forward_op = Op(
 backward_op = Op(
     "linear_act_backward(Tensor grad_out, Tensor? x, Tensor weight, Tensor? weight_copy, Tensor? saved, int activation, "
     "ScalarType compute_dtype, ScalarType grad_x_dtype, ScalarType grad_weight_dtype, ScalarType grad_bias_dtype, "
-    "bool[3] output_mask) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    "bool[3] output_mask, Tensor? saved_below=None, int activation_below=0, ScalarType? grad_bias_below_dtype=None) "
+    "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_bias_below)",
     __name__,
     _IMPLEMENTATIONS,
     check=_check_backward,
@@ -238,30 +307,41 @@ backward_op = Op(
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, weight_copy, activation, compute_dtype, _, save, grad_dtype = inputs
+    x, weight, bias, weight_copy, activation, compute_dtype, _, save, _, grad_dtype, *seam = inputs
     out, saved, x_compute = output
-    selector = None if activation == Activation.NONE else saved if save else out
+    moved_up, saved_below, activation_below, bias_below = seam or (False, None, 0, None)
+    ctx.activation = Activation.NONE if moved_up else activation
+    selector = None if ctx.activation == Activation.NONE else saved if save else out
     kept_x = None if not ctx.needs_input_grad[1] else x_compute if x.dtype != compute_dtype else x
-    ctx.save_for_backward(kept_x, weight, weight_copy, selector)
+    ctx.save_for_backward(kept_x, weight, weight_copy, selector, saved_below)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(saved, x_compute)
-    ctx.activation, ctx.compute_dtype, ctx.x_dtype = activation, compute_dtype, x.dtype
+    ctx.compute_dtype, ctx.x_dtype = compute_dtype, x.dtype
     ctx.grad_weight_dtype = grad_dtype or weight.dtype
     ctx.grad_bias_dtype = grad_dtype or (weight if bias is None else bias).dtype
+    ctx.moved_up, ctx.activation_below = moved_up, activation_below
+    wants_below = bias_below is not None and ctx.needs_input_grad[13]
+    ctx.grad_bias_below_dtype = (grad_dtype or bias_below.dtype) if wants_below else None
 
 
 def _backward(ctx, grad_out, grad_saved, grad_x_compute):
-    wanted = ctx.needs_input_grad[:3]
+    below = ctx.activation_below != Activation.NONE or ctx.grad_bias_below_dtype is not None
+    x_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad[:3]
+    wanted = (x_wanted or ctx.grad_bias_below_dtype is not None, weight_wanted, bias_wanted and not ctx.moved_up)
     if grad_out is None or not any(wanted):
-        return (None,) * 9
-    x, weight, weight_copy, selector = ctx.saved_tensors
+        return (None,) * 14
+    x, weight, weight_copy, selector, saved_below = ctx.saved_tensors
     may_be_differentiated = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     op = _LinearActBackward.apply if may_be_differentiated else backward_op
-    grads = op(
+    args = (
         grad_out, x, weight, weight_copy, selector, ctx.activation, ctx.compute_dtype,
         ctx.x_dtype, ctx.grad_weight_dtype, ctx.grad_bias_dtype, list(wanted),
     )  # fmt: skip
-    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 6
+    if below and wanted[0]:
+        args += (saved_below, ctx.activation_below, ctx.grad_bias_below_dtype)
+    *grads, grad_bias_below = op(*args)
+    grads = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
+    return *grads, *(None,) * 10, grad_bias_below if ctx.grad_bias_below_dtype is not None else None
 
 
 def _no_double_backward(ctx, *grads):
@@ -312,14 +392,15 @@ def _each(op, info, in_dims, args):
     def sample(i):
         return [a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)]
 
-    return tuple(torch.stack(results) for results in zip(*(op(*sample(i)) for i in range(info.batch_size)), strict=True))
+    return tuple(map(torch.stack, zip(*(op(*sample(i)) for i in range(info.batch_size)), strict=True)))
 
 
 @torch.library.register_vmap("mpkernels::linear_act")
 def _vmap(info, in_dims, *args):
     if any(dim is not None for dim in in_dims[1:4]):
         return _each(torch.ops.mpkernels.linear_act, info, in_dims, args), (0, 0, 0)
-    out, saved, x_compute = torch.ops.mpkernels.linear_act(args[0].movedim(in_dims[0], 0), *args[1:])
+    x = args[0].movedim(in_dims[0], 0)
+    out, saved, x_compute = torch.ops.mpkernels.linear_act(x, *args[1:10])  # the others are for backward
     if saved.dim() == 1:
         return (out, saved, x_compute), (0, None, 0 if x_compute.dim() > 1 else None)
     return (out, saved.unflatten(0, (info.batch_size, -1)), x_compute), (0, 0, 0 if x_compute.dim() > 1 else None)
@@ -327,4 +408,4 @@ def _vmap(info, in_dims, *args):
 
 @torch.library.register_vmap("mpkernels::linear_act_backward")
 def _vmap_backward(info, in_dims, *args):
-    return _each(torch.ops.mpkernels.linear_act_backward, info, in_dims[: len(args)], args), (0, 0, 0)
+    return _each(torch.ops.mpkernels.linear_act_backward, info, in_dims[: len(args)], args), (0, 0, 0, 0)

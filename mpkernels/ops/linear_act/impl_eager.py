@@ -13,6 +13,7 @@ from mpkernels.ops.linear_act import Activation, acc_dtype, empty_mask
 
 BLOCK_ELEMENTS = 1 << 20  # of a weight, upcast at a time: 4 MB, a fresh larger buffer costs page faults
 SMALL_GEMM = 1 << 20  # M * N * K up to which oneDNN's own set-up costs more than it saves
+INVARIANT_ROWS = 16  # of a GEMM under batch_invariant: more make M=1 dearer, fewer a large M
 FEW_ROWS = 2  # up to here reading the weight costs more than multiplying with it
 
 
@@ -20,13 +21,13 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, grad_dtype=None):
+def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, batch_invariant=False, *_):
     lead, (N, K) = x.shape[:-1], weight.shape
     x_compute = cast(x, compute_dtype) if x.dtype != compute_dtype else x.new_empty(0)
     operand = x_compute if x.dtype != compute_dtype else x
     out = _matmul_nt(
         operand.reshape(lead.numel(), K), weight if weight_copy is None else weight_copy, compute_dtype, out_dtype,
-        bias=bias, relu=activation == Activation.RELU,
+        bias=bias, relu=activation == Activation.RELU, batch_invariant=batch_invariant,
     )  # fmt: skip
     saved = x.new_empty(0, dtype=torch.int32)
     if save and activation != Activation.NONE:
@@ -36,34 +37,48 @@ def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtyp
 
 def linear_act_backward(
     grad_out, x, weight, weight_copy, saved, activation, compute_dtype, grad_x_dtype, grad_weight_dtype, grad_bias_dtype,
-    output_mask,
+    output_mask, saved_below=None, activation_below=Activation.NONE, grad_bias_below_dtype=None,
 ):  # fmt: skip
     lead, (N, K) = grad_out.shape[:-1], weight.shape
     M = lead.numel()
     grad_z = grad_out.reshape(M, N)
     if activation == Activation.RELU:
         grad_z = _select(saved, grad_z)
-    grad_x = grad_weight = grad_bias = None
+    grad_x = grad_weight = grad_bias = grad_bias_below = None
     if output_mask[2]:
         grad_bias = cast(grad_z.sum(0, dtype=acc_dtype(compute_dtype)), grad_bias_dtype)
     grad_z = cast(grad_z, compute_dtype)
     if output_mask[0]:
         operand = weight if weight_copy is None else weight_copy
-        grad_x = _matmul_nt(grad_z, operand.t(), compute_dtype, grad_x_dtype).view(*lead, K)
+        below = activation_below != Activation.NONE or grad_bias_below_dtype is not None
+        acc = acc_dtype(compute_dtype)
+        grad_x = _matmul_nt(grad_z, operand.t(), compute_dtype, acc if below else grad_x_dtype)
+        if activation_below == Activation.RELU:
+            grad_x = _select(saved_below, grad_x).contiguous()
+        if grad_bias_below_dtype is not None:
+            grad_bias_below = cast(grad_x.sum(0), grad_bias_below_dtype)
+        grad_x = cast(grad_x, grad_x_dtype).view(*lead, K)
     if output_mask[1]:
         grad_weight = _matmul_nt(grad_z.t(), x.reshape(M, K).t(), compute_dtype, grad_weight_dtype)
-    dtypes = (grad_x_dtype, grad_weight_dtype, grad_bias_dtype)
-    grads = (grad_x, grad_weight, grad_bias)
+    dtypes = (grad_x_dtype, grad_weight_dtype, grad_bias_dtype, grad_bias_below_dtype)
+    grads = (grad_x, grad_weight, grad_bias, grad_bias_below)
     return tuple(g if g is not None else grad_out.new_empty(0, dtype=d) for g, d in zip(grads, dtypes, strict=True))
 
 
-def _matmul_nt(a, b, compute_dtype, out_dtype, *, bias=None, relu=False):
+def _matmul_nt(a, b, compute_dtype, out_dtype, *, bias=None, relu=False, batch_invariant=False):
     """round(act(a @ b.T + bias)) for a (M, K) and b (N, K); b is cast and multiplied a block of rows at a time."""
     acc = acc_dtype(compute_dtype)
+    linear = _linear_batch_invariant if batch_invariant else _linear
     if a.device.type != "cpu" and compute_dtype.itemsize == 2:
-        return _matmul_nt_tensor_cores(a, b, compute_dtype, out_dtype, bias, relu)
+        return _matmul_nt_tensor_cores(a, b, compute_dtype, out_dtype, bias, relu, batch_invariant)
     dtypes = {a.dtype, b.dtype, out_dtype, b.dtype if bias is None else bias.dtype}
-    if a.shape[0] <= FEW_ROWS and b.stride(1) == 1 and dtypes == {compute_dtype} and acc != compute_dtype:
+    if (
+        a.shape[0] <= FEW_ROWS
+        and not batch_invariant
+        and b.stride(1) == 1
+        and dtypes == {compute_dtype}
+        and acc != compute_dtype
+    ):
         # torch's dot-product loop: sums and adds the bias in fp32, rounds once, and reads 16 bits of a weight, not 32.
         z = F.linear(a, b, bias)
         return z.relu_() if relu else z
@@ -72,12 +87,12 @@ def _matmul_nt(a, b, compute_dtype, out_dtype, *, bias=None, relu=False):
     K, N = b.shape[1], b.shape[0]
     rows = max(64, BLOCK_ELEMENTS // max(K, 1))
     if b.dtype == acc or rows >= N:
-        z = _linear(a, cast(b, compute_dtype).to(acc), bias)
+        z = linear(a, cast(b, compute_dtype).to(acc), bias)
         return cast(z.relu_() if relu else z, out_dtype)
     out = a.new_empty((a.shape[0], N), dtype=out_dtype)
     for n in range(0, N, rows):
         block = _rows(b, n, rows, compute_dtype, acc)
-        z = _linear(a, block, None if bias is None else bias[n : n + rows])
+        z = linear(a, block, None if bias is None else bias[n : n + rows])
         out[:, n : n + rows] = cast(z.relu_() if relu else z, out_dtype)
     return out
 
@@ -102,9 +117,31 @@ def _linear(a, b, bias):
     return F.linear(a, b, bias)
 
 
-def _matmul_nt_tensor_cores(a, b, compute_dtype, out_dtype, bias, relu):
+def _linear_batch_invariant(a, b, bias):
+    """`_linear`, a row's bits whatever its place and the other rows. oneDNN gives all rows of a block the same bits, as a
+    GPU does where a block fits in a tile; other CPU libraries do not, they get one row at a time, always at one address."""
+    if a.device.type != "cpu":
+        return _by_blocks(lambda block: F.linear(block, b, bias), a, b.shape[0])
+    if a.dtype == torch.float32 and b.numel() and torch.backends.mkldnn.is_available():
+        return _by_blocks(lambda block: torch.ops.mkldnn._linear_pointwise(block, b, bias, "none", [], ""), a, b.shape[0])
+    return _by_blocks(lambda block: F.linear(block, b, bias), a, b.shape[0], rows=1)
+
+
+def _by_blocks(multiply, a, columns, rows=INVARIANT_ROWS):
+    """multiply(a) in fp32 or wider, `rows` rows at a time: every call has one shape, whatever lies in the rows left over."""
+    out, block = a.new_empty((a.shape[0], columns), dtype=acc_dtype(a.dtype)), a.new_zeros(rows, a.shape[1])
+    for m in range(0, a.shape[0], rows):
+        here = min(rows, a.shape[0] - m)
+        block[:here] = a[m : m + here]
+        out[m : m + here] = multiply(block)[:here]
+    return out
+
+
+def _matmul_nt_tensor_cores(a, b, compute_dtype, out_dtype, bias, relu, batch_invariant):
     """The same on a GPU: 16-bit operands, fp32 result of the GEMM, so that no split of K is reduced in 16 bits."""
-    z = torch.mm(a, cast(b, compute_dtype).t(), out_dtype=torch.float32)
+    b = cast(b, compute_dtype).t()
+    multiply = lambda a: torch.mm(a, b, out_dtype=torch.float32)
+    z = _by_blocks(multiply, a, b.shape[1]) if batch_invariant else multiply(a)
     if bias is not None:
         z += bias.to(torch.float32)
     return cast(z.relu_() if relu else z, out_dtype)

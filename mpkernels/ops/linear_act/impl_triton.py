@@ -3,7 +3,8 @@
 
 The GEMM is there twice: by tensor descriptors (TMA) on sm_90 and sm_100, and by pointers for every GPU and for what no
 descriptor takes, which `tiles.tma_why_not` tells. Backward is one streaming pass (select, grad_bias) and two launches of
-the same GEMM. Same inputs, same bits: no atomics, no split of K. Under TRITON_INTERPRET=1 the kernels run on the CPU.
+the same GEMM, in whose epilogue dgrad can do that pass for the layer below (by pointers). Same inputs, same bits: no atomics, no split of K. Under
+TRITON_INTERPRET=1 the kernels run on the CPU.
 """
 
 import contextvars
@@ -34,38 +35,45 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return triton_why_not(device)
 
 
-def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, grad_dtype=None):
+def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, batch_invariant=False, *_):
     lead, (N, K) = x.shape[:-1], weight.shape
     x_compute = cast(x, compute_dtype) if x.dtype != compute_dtype else x.new_empty(0)
     operand = x_compute if x.dtype != compute_dtype else x
     relu = activation == Activation.RELU
     mask = empty_mask(x, lead.numel(), N) if save and relu else None
     out = _gemm(
-        operand.reshape(lead.numel(), K), _operand(weight, weight_copy).t(), out_dtype, bias=bias, relu=relu, mask=mask
+        operand.reshape(lead.numel(), K), _operand(weight, weight_copy).t(), out_dtype,
+        bias=bias, relu=relu, mask=mask, batch_invariant=batch_invariant,
     )  # fmt: skip
     return out.view(*lead, N), x.new_empty(0, dtype=torch.int32) if mask is None else mask, x_compute
 
 
 def linear_act_backward(
     grad_out, x, weight, weight_copy, saved, activation, compute_dtype, grad_x_dtype, grad_weight_dtype, grad_bias_dtype,
-    output_mask,
+    output_mask, saved_below=None, activation_below=Activation.NONE, grad_bias_below_dtype=None,
 ):  # fmt: skip
     lead, (N, K) = grad_out.shape[:-1], weight.shape
     M = lead.numel()
     grad_z, grad_bias = _select(
         grad_out.reshape(M, N),
-        None if activation == Activation.NONE else saved if saved.dtype == torch.int32 else saved.reshape(M, N),
+        _selector(saved, activation, M, N),
         compute_dtype,
         output_mask[0] or output_mask[1],
         grad_bias_dtype if output_mask[2] else None,
     )
-    grad_x = grad_weight = None
+    grad_x = grad_weight = grad_bias_below = None
     if output_mask[0]:
-        grad_x = _gemm(grad_z, _operand(weight, weight_copy), grad_x_dtype).view(*lead, K)
+        operand, selector = _operand(weight, weight_copy), _selector(saved_below, activation_below, M, K)
+        if selector is None and grad_bias_below_dtype is None:
+            grad_x = _gemm(grad_z, operand, grad_x_dtype)
+        else:
+            args = (grad_z, operand, grad_x_dtype, selector, compute_dtype, grad_bias_below_dtype)
+            grad_x, grad_bias_below = _dgrad_below(*args)
+        grad_x = grad_x.view(*lead, K)
     if output_mask[1]:
         grad_weight = _gemm(grad_z.t(), x.reshape(M, K), grad_weight_dtype)
-    dtypes = (grad_x_dtype, grad_weight_dtype, grad_bias_dtype)
-    grads = (grad_x, grad_weight, grad_bias)
+    dtypes = (grad_x_dtype, grad_weight_dtype, grad_bias_dtype, grad_bias_below_dtype)
+    grads = (grad_x, grad_weight, grad_bias, grad_bias_below)
     return tuple(g if g is not None else grad_out.new_empty(0, dtype=d) for g, d in zip(grads, dtypes, strict=True))
 
 
@@ -73,21 +81,31 @@ def _operand(weight, weight_copy):
     return weight if weight_copy is None else weight_copy
 
 
-def _gemm(a, b, out_dtype, *, bias=None, relu=False, mask=None):
+def _selector(saved, activation, rows, columns):
+    """What `saved` selects by, as a matrix: the mask, or the output; None where there is nothing to select."""
+    if activation == Activation.NONE:
+        return None
+    return saved if saved.dtype == torch.int32 else saved.reshape(rows, columns)
+
+
+def _gemm(a, b, out_dtype, *, bias=None, relu=False, mask=None, batch_invariant=False):
     """round(act(a @ b + bias)) for a (M, K) and b (K, N) of any stride; `mask` is filled where it is given."""
     M, K, N = *a.shape, b.shape[1]
     out = a.new_empty((M, N), dtype=out_dtype)
     if out.numel() == 0:
         return out
     device = _device(a.device)
-    if b.dtype != a.dtype and a.dtype.itemsize == 2 and M >= CAST_FIRST and device[0] in TMA_SMS:
+    if b.dtype != a.dtype and a.dtype.itemsize == 2 and (M >= CAST_FIRST or batch_invariant) and device[0] in TMA_SMS:
         b = cast(b, a.dtype)
-    chosen = plan(*device, Operand.of(a), Operand.of(b), Operand.of(out))
+    if batch_invariant and (a.stride() != (K, 1) or a.data_ptr() % 16):
+        a = a.clone(memory_format=torch.contiguous_format)  # so that how it lies does not decide, either
+    chosen = plan(*device, Operand.of(a), Operand.of(b), Operand.of(out), batch_invariant=batch_invariant)
     stride_bias, stride_mask = 0 if bias is None else bias.stride(0), 0 if mask is None else mask.stride(0)
     with torch.cuda.device_of(a):
         if not chosen.by_tma:
             kernels.gemm_kernel[chosen.grid](
-                a, b, bias, out, mask, M, N, K, *a.stride(), *b.stride(), stride_bias, stride_mask, RELU=relu, **chosen.options
+                a, b, bias, out, mask, None, None, M, N, K, *a.stride(), *b.stride(), stride_bias, stride_mask, 0, 0,
+                RELU=relu, **chosen.options,
             )  # fmt: skip
             return out
         contextvars.copy_context().run(
@@ -95,6 +113,24 @@ def _gemm(a, b, out_dtype, *, bias=None, relu=False, mask=None):
             stride_bias, stride_mask, relu,
         )  # fmt: skip
     return out
+
+
+def _dgrad_below(grad_z, weight, grad_x_dtype, selector, compute_dtype, grad_bias_dtype):
+    """(grad_x of the layer below, selected by `selector` where it is given; its sums unrounded, None where not wanted)."""
+    M, N, K = grad_z.shape[0], *weight.shape
+    grad_x = grad_z.new_empty((M, K), dtype=grad_x_dtype)
+    operands = (Operand.of(grad_z), Operand.of(weight), Operand.of(grad_x))
+    chosen = plan(*_device(grad_z.device), *operands, by_pointers=True)
+    partial = None
+    if grad_bias_dtype is not None:
+        partial = grad_z.new_empty((-(-M // chosen.options["BLOCK_M"]), K), dtype=acc_dtype(compute_dtype))
+    if grad_x.numel():
+        with torch.cuda.device_of(grad_z):
+            kernels.gemm_kernel[chosen.grid](
+                grad_z, weight, None, grad_x, None, selector, partial, M, K, N, *grad_z.stride(), *weight.stride(), 0, 0,
+                *((0, 0) if selector is None else selector.stride()), RELU=False, **chosen.options,
+            )  # fmt: skip
+    return grad_x, None if partial is None else _sum(partial, grad_bias_dtype)
 
 
 def _launch_tma(chosen, *arguments):
@@ -114,10 +150,9 @@ def _select(grad_out, saved, compute_dtype, wants_grad_z, grad_bias_dtype):
     M, N = grad_out.shape
     is_grad_z = saved is None and grad_out.dtype == compute_dtype
     grad_z = grad_out.new_empty((M, N), dtype=compute_dtype) if wants_grad_z and not is_grad_z else None
-    partial = grad_bias = None
+    partial = None
     if grad_bias_dtype is not None:
         partial = grad_out.new_empty((-(-M // SELECT_ROWS), N), dtype=acc_dtype(compute_dtype))
-        grad_bias = grad_out.new_empty(N, dtype=grad_bias_dtype)
     with torch.cuda.device_of(grad_out):
         tiles_n = -(-N // SELECT["BLOCK_N"])
         if grad_out.numel() and (grad_z is not None or partial is not None):
@@ -125,9 +160,18 @@ def _select(grad_out, saved, compute_dtype, wants_grad_z, grad_bias_dtype):
             kernels.select_kernel[(-(-M // SELECT_ROWS) * tiles_n,)](
                 grad_out, saved, grad_z, partial, M, N, *strides, ROWS=SELECT_ROWS, **SELECT
             )
-        if partial is not None and N:
-            kernels.sum_kernel[(tiles_n,)](partial, grad_bias, partial.shape[0], N, **SELECT)
+    grad_bias = None if partial is None else _sum(partial, grad_bias_dtype)
     return grad_out if is_grad_z else grad_z, grad_bias
+
+
+def _sum(partial, dtype):
+    """The sum of partial (P, N) over its rows, rounded once to `dtype`."""
+    out = partial.new_empty(partial.shape[1], dtype=dtype)
+    if out.numel():
+        with torch.cuda.device_of(partial):
+            grid = (-(-out.shape[0] // SELECT["BLOCK_N"]),)
+            kernels.sum_kernel[grid](partial, out, *partial.shape, **SELECT)
+    return out
 
 
 @functools.cache

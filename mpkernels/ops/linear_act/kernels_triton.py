@@ -10,13 +10,15 @@ import triton.language as tl
 
 @triton.jit
 def gemm_kernel(
-    a_ptr, b_ptr, bias_ptr, out_ptr, mask_ptr, M, N, K,
-    stride_am, stride_ak, stride_bk, stride_bn, stride_bias, stride_mask,
+    a_ptr, b_ptr, bias_ptr, out_ptr, mask_ptr, saved_ptr, partial_ptr, M, N, K,
+    stride_am, stride_ak, stride_bk, stride_bn, stride_bias, stride_mask, stride_sm, stride_sn,
     RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """out (M, N), contiguous, = round(act(a (M, K) @ b (K, N) + bias)): fprop with weight.T as b, dgrad, wgrad.
 
     b is rounded to a's dtype as it is loaded. bias_ptr and mask_ptr may be None; the mask is that of the op's contract.
+    dgrad for the layer below: out is selected by saved_ptr (a mask or an output), and partial_ptr (tiles of M, N) takes the
+    unrounded sums of each tile's columns; both may be None.
     """
     # ----- map program to tile: GROUP_M rows of tiles share columns of b in L2
     pid = tl.program_id(0)
@@ -51,6 +53,12 @@ def gemm_kernel(
         acc += bias.to(acc.dtype)[None, :]
     if RELU:
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if saved_ptr is not None:
+        inside = row_inside[:, None] & column_inside[None, :]
+        acc = tl.where(_zero(saved_ptr, rows, columns, stride_sm, stride_sn, inside), 0.0, acc)
+    if partial_ptr is not None:
+        sums = tl.sum(tl.where(row_inside[:, None], acc, 0.0), axis=0)  # behind the edge 0 * inf is NaN
+        tl.store(partial_ptr + pid_m.to(tl.int64) * N + columns, sums, mask=column_inside)
     out = acc.to(out_ptr.dtype.element_ty)  # round: accumulator -> out_dtype
     # ----- store
     tl.store(out_ptr + rows[:, None] * N + columns[None, :], out, mask=row_inside[:, None] & column_inside[None, :])

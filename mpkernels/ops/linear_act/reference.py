@@ -25,6 +25,13 @@ def linear_act_backward(grad_out, x, weight, positive, compute_dtype):
     return grad_z @ _rounded(weight, compute_dtype), grad_z.T @ _rounded(x, compute_dtype), grad_bias
 
 
+def linear_act_backward_below(grad_x, positive):
+    """fp64 (grad_x, grad_bias) of the layer below, for the fp64 grad_x (M, K) that arrives at its output; `positive` is its
+    own mask, or None."""
+    grad_z = grad_x if positive is None else torch.where(positive, grad_x, 0)
+    return grad_z, grad_z.sum(0)
+
+
 def _rounded(tensor, dtype):
     """`tensor` rounded once to `dtype`, in fp64."""
     return cast(tensor, dtype).double()
@@ -43,8 +50,12 @@ def self_check(backend: str, device: torch.device) -> str | None:
     out, saved, _ = forward_op.function(backend)(x, weight, bias, None, int(relu), f16, f16, 1)
     if not torch.equal(out.double(), linear_act(x, weight, bias, relu, f16)):
         return "linear_act differs from fp64"
-    grads = backward_op.function(backend)(grad_out, x, weight, None, saved, int(relu), f16, f16, f16, f16, [True] * 3)
+    grads = backward_op.function(backend)(
+        grad_out, x, weight, None, saved, int(relu), f16, f16, f16, f16, [True] * 3, x, int(relu), torch.float32
+    )
     expected = linear_act_backward(grad_out, x, weight, out > 0, f16)
+    grad_z, grad_bias_below = linear_act_backward_below(expected[0], x > 0)
+    expected = (grad_z, *expected[1:], grad_bias_below)
     if not all(torch.equal(g.double(), e) for g, e in zip(grads, expected, strict=True)):
         return "linear_act_backward differs from fp64"
     return None

@@ -71,6 +71,7 @@ _INTERPRETER_TMA = {
 
 # A card that has fewer tiles than this to work on idles: take a smaller tile then.
 ENOUGH_TILES = 100
+INVARIANT_M = 1024  # of the tile that batch_invariant takes for every M
 
 
 def tiles(sm: int, a: torch.dtype, b: torch.dtype, vectors: bool) -> tuple[Tile, ...]:
@@ -144,14 +145,20 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(sm: int, programs: int, specializes: bool, a: Operand, b: Operand, out: Operand) -> Plan:
-    """The kernel for out (M, N) = a (M, K) @ b (K, N) on a GPU that has room for `programs` persistent programs."""
+def plan(
+    sm: int, programs: int, specializes: bool, a: Operand, b: Operand, out: Operand, *, by_pointers=False, batch_invariant=False
+) -> Plan:
+    """The kernel for out (M, N) = a (M, K) @ b (K, N) on a GPU that has room for `programs` persistent programs.
+
+    by_pointers: what only the pointer kernel does. batch_invariant: one tile for every M, another may sum in another order.
+    """
     M, N = out.shape
-    if tma_why_not(sm, a, b, out) is None:
-        tile = choose(M, N, tma_tiles(sm, out.dtype, specializes))
+    rows = INVARIANT_M if batch_invariant else M
+    if not by_pointers and tma_why_not(sm, a, b, out) is None:
+        tile = choose(rows, N, tma_tiles(sm, out.dtype, specializes))
         majors = {"A_IS_KM": a.inner == 0, "B_IS_NK": b.inner == 0}
         return Plan(True, (min(programs, count(M, N, tile)),), asdict(tile) | majors)
-    tile = choose(M, N, tiles(sm, a.dtype, b.dtype, all(map(_vectors, (a, b, out)))))
+    tile = choose(rows, N, tiles(sm, a.dtype, b.dtype, all(map(_vectors, (a, b, out)))))
     return Plan(False, (count(M, N, tile),), asdict(tile))
 
 
