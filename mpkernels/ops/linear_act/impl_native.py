@@ -18,9 +18,11 @@ from mpkernels.ops._cast import cast
 from mpkernels.ops.linear_act import Activation, empty_mask
 
 BLOCK_M, BLOCK_K = 128, 64
+WARPGROUP_ROWS = 64  # that one row of dgrad's column sums stands for
 SELECT_ROWS = 128  # that one row of the select pass's column sums stands for
 STEPS_PER_SPLIT = 8  # of BLOCK_K, at least: a part costs the write and the read of an fp32 tile
 MOST_SPLITS = 8
+INVARIANT_M = 1024  # of the cut that batch_invariant takes for every M
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -46,7 +48,7 @@ def why_not_call(N: int, K: int, activation: int, compute_dtype: torch.dtype, ou
     return None
 
 
-def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, grad_dtype=None):
+def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, batch_invariant=False, *_):
     lead, (N, K) = x.shape[:-1], weight.shape
     _serve("linear_act", N, K, activation, compute_dtype, out_dtype)
     x_compute = cast(x, compute_dtype) if x.dtype != compute_dtype else x.new_empty(0)
@@ -58,18 +60,20 @@ def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtyp
         a, b = _matrix(operand.reshape(lead.numel(), K)), _weight(weight, weight_copy, compute_dtype)
         if K == 0:  # an empty sum: one step of zeros
             a, b = a.new_zeros((lead.numel(), 8)), b.new_zeros((N, 8))
-        cut = choose(lead.numel(), N, _multiprocessors(x.device))
+        cut = choose(INVARIANT_M if batch_invariant else lead.numel(), N, _multiprocessors(x.device))
         torch.ops.mpkernels_C.linear_act_fprop(a, b, bias, relu, out, mask, *cut)
     return out.view(*lead, N), x.new_empty(0, dtype=torch.int32) if mask is None else mask, x_compute
 
 
 def linear_act_backward(
     grad_out, x, weight, weight_copy, saved, activation, compute_dtype, grad_x_dtype, grad_weight_dtype, grad_bias_dtype,
-    output_mask,
+    output_mask, saved_below=None, activation_below=Activation.NONE, grad_bias_below_dtype=None,
 ):  # fmt: skip
     lead, (N, K) = grad_out.shape[:-1], weight.shape
     M = lead.numel()
     _serve("linear_act_backward", N, K, activation, compute_dtype, grad_out.dtype)
+    if activation_below != Activation.NONE and (activation_below != Activation.RELU or saved_below.dtype != torch.int32):
+        raise RuntimeError("linear_act_backward: native does the pass of a layer below by the mask of its ReLU only")
     grad_z, grad_bias = _select(
         grad_out.reshape(M, N),
         None if activation == Activation.NONE else saved if saved.dtype == torch.int32 else saved.reshape(M, N),
@@ -77,13 +81,16 @@ def linear_act_backward(
         output_mask[0] or output_mask[1],
         grad_bias_dtype if output_mask[2] else None,
     )
-    grad_x = grad_weight = None
+    grad_x = grad_weight = grad_bias_below = None
     if output_mask[0]:
-        grad_x = _dgrad(grad_z, _weight(weight, weight_copy, compute_dtype), grad_x_dtype).view(*lead, K)
+        mask = saved_below if activation_below == Activation.RELU else None
+        weight = _weight(weight, weight_copy, compute_dtype)
+        grad_x, grad_bias_below = _dgrad(grad_z, weight, grad_x_dtype, mask, grad_bias_below_dtype)
+        grad_x = grad_x.view(*lead, K)
     if output_mask[1]:
         grad_weight = _wgrad(grad_z, _matrix(x.reshape(M, K)), grad_weight_dtype)
-    dtypes = (grad_x_dtype, grad_weight_dtype, grad_bias_dtype)
-    grads = (grad_x, grad_weight, grad_bias)
+    dtypes = (grad_x_dtype, grad_weight_dtype, grad_bias_dtype, grad_bias_below_dtype)
+    grads = (grad_x, grad_weight, grad_bias, grad_bias_below)
     return tuple(g if g is not None else grad_out.new_empty(0, dtype=d) for g, d in zip(grads, dtypes, strict=True))
 
 
@@ -161,16 +168,22 @@ def _select(grad_out, saved, compute_dtype, wants_grad_z, grad_bias_dtype):
     return grad_out if is_grad_z else grad_z, grad_bias
 
 
-def _dgrad(grad_z, weight, dtype):
-    """grad_z @ weight in `dtype`."""
+def _dgrad(grad_z, weight, dtype, mask, grad_bias_below_dtype):
+    """(grad_z @ weight in `dtype`, selected by `mask` where it is given; the sums of its columns, None where not wanted)."""
     M, (N, K) = grad_z.shape[0], weight.shape
+    sums = grad_bias_below = None
+    if grad_bias_below_dtype is not None:
+        sums = grad_z.new_empty((-(-M // WARPGROUP_ROWS), K), dtype=torch.float32)
+        grad_bias_below = grad_z.new_zeros(K, dtype=grad_bias_below_dtype)
     grad_x = grad_z.new_empty((M, K), dtype=_stored(dtype, grad_z.dtype))
     if N == 0:
         grad_x.zero_()
     elif grad_x.numel():
         cut = choose(M, K, _multiprocessors(grad_z.device))
-        torch.ops.mpkernels_C.linear_act_dgrad(grad_z, weight, None, grad_x, None, *cut)
-    return cast(grad_x, dtype)
+        torch.ops.mpkernels_C.linear_act_dgrad(grad_z, weight, mask, grad_x, sums, *cut)
+        if sums is not None:
+            torch.ops.mpkernels_C.linear_act_sum(sums, grad_bias_below)
+    return cast(grad_x, dtype), grad_bias_below
 
 
 def _wgrad(grad_z, x, dtype):
