@@ -291,7 +291,7 @@ def gemms(device, monkeypatch) -> list[tiles.Plan]:
     if not INTERPRETED and torch.cuda.get_device_capability(device)[0] not in (9, 10):
         pytest.skip("descriptors are for sm_90 and sm_100")
     plans, plan = [], tiles.plan.__wrapped__  # without its cache, as tests change what it depends on
-    monkeypatch.setattr(impl_triton, "plan", lambda *args: plans.append(plan(*args)) or plans[-1])
+    monkeypatch.setattr(impl_triton, "plan", lambda *args, **how: plans.append(plan(*args, **how)) or plans[-1])
     return plans
 
 

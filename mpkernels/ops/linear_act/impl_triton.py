@@ -3,8 +3,8 @@
 
 The GEMM is there twice: by tensor descriptors (TMA) on sm_90 and sm_100, and by pointers for every GPU and for what no
 descriptor takes, which `tiles.tma_why_not` tells. Backward is one streaming pass (select, grad_bias) and two launches of
-the same GEMM, in whose epilogue dgrad can do that pass for the layer below (by pointers). Same inputs, same bits: no atomics, no split of K. Under
-TRITON_INTERPRET=1 the kernels run on the CPU.
+the same GEMM; by pointers, dgrad's epilogue can be that pass for the layer below. Same inputs, same bits: no atomics, no
+split of K. Under TRITON_INTERPRET=1 the kernels run on the CPU.
 """
 
 import contextvars
