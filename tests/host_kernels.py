@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of the step, compiled by the C++ compiler against tests/host, as operators on CPU tensors.
+"""The CUDA kernels, compiled by the C++ compiler against tests/host, as operators on CPU tensors.
 
-`library()` builds build/host/mpkernels_host.so where a source is newer. `HostOps` stands in for `torch.ops.mpkernels_C`: it
-tells the stand-in which memory the call may touch, and runs the kernels that are registered for CUDA.
+`library()` builds build/host/<name>/<name>.so where a source is newer: mpkernels_host has the step's kernels,
+mpkernels_hopper those of sm_90a and the tests' own. `HostOps` stands in for `torch.ops.mpkernels_C`: it tells the stand-in
+which memory the call may touch, and runs the kernels that are registered for CUDA.
 """
 
 import ctypes
@@ -22,16 +23,18 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build/host"
 OPS = ("adamw_", "grad_stats_", "sgd_", "update_scale_")
-SOURCES = ("csrc/ops.cpp", *(f"csrc/{op.rstrip('_')}/cuda.cu" for op in OPS))
-STAND_IN = ("fibers.cpp", "on_device.cpp", "wrong_kernels.cu")
-# -ffp-contract=off as nvcc's -fmad=false. mpkernels_C=mpkernels_host: the same file may not register an op twice.
-FLAGS = "-std=c++17 -O2 -g0 -fPIC -fvisibility=default -ffp-contract=off -U_FORTIFY_SOURCE -Dmpkernels_C=mpkernels_host"
+STAND_IN = tuple(f"tests/host/{name}" for name in ("fibers.cpp", "sm90.cpp", "on_device.cpp"))
+STEP = ("csrc/ops.cpp", *(f"csrc/{op.rstrip('_')}/cuda.cu" for op in OPS), "tests/host/wrong_kernels.cu")
+HOPPER = ("csrc/ops.cpp", "csrc/common/tensor_map.cu", "csrc/linear_act/cuda.cu", "tests/host/sm90_kernels.cu")
+SOURCES = {"mpkernels_host": STEP + STAND_IN, "mpkernels_hopper": HOPPER + STAND_IN}
+# -ffp-contract=off as nvcc's -fmad=false.
+FLAGS = "-std=c++17 -O2 -g0 -fPIC -fvisibility=default -ffp-contract=off -U_FORTIFY_SOURCE"
 
 
 class Counts(ctypes.Structure):
-    """What kernels did: launches, and by csrc/common/vector.cuh accesses of memory and bytes."""
+    """What kernels did: launches; by csrc/common/vector.cuh accesses of memory and bytes; by TMA bytes."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("launches", "accesses", "loaded", "stored")]
+    _fields_ = [(f, ctypes.c_int64) for f in ("launches", "accesses", "loaded", "stored", "tma_loaded", "tma_stored")]
 
 
 def why_not() -> str | None:
@@ -42,14 +45,15 @@ def why_not() -> str | None:
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """The library, built and loaded; its operators are torch.ops.mpkernels_host."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    path = BUILD / "mpkernels_host.so"
-    with open(BUILD / "lock", "w") as lock:  # tests run in several processes
+def library(name: str = "mpkernels_host") -> ctypes.CDLL:
+    """The library, built and loaded; its operators are those of torch.ops.<name>."""
+    build = BUILD / name
+    build.mkdir(parents=True, exist_ok=True)
+    path = build / f"{name}.so"
+    with open(build / "lock", "w") as lock:  # tests run in several processes
         fcntl.flock(lock, fcntl.LOCK_EX)
-        (BUILD / "build.ninja").write_text(_ninja(path))
-        built = subprocess.run([sys.executable, "-m", "ninja", "-C", str(BUILD)], capture_output=True, text=True)
+        (build / "build.ninja").write_text(_ninja(name, path))
+        built = subprocess.run([sys.executable, "-m", "ninja", "-C", str(build)], capture_output=True, text=True)
         if built.returncode:
             raise RuntimeError(built.stdout)
     torch.ops.load_library(str(path))
@@ -58,61 +62,67 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def _ninja(path: Path) -> str:
+def _ninja(name: str, path: Path) -> str:
     includes = [ROOT / "tests/host", ROOT / "csrc"]
     includes = " ".join(f"-I{i}" for i in includes) + "".join(f" -isystem {i}" for i in cpp_extension.include_paths())
     libraries = f"-L{cpp_extension.TORCH_LIB_PATH} -Wl,--no-as-needed -ltorch_cpu -ltorch -lc10"
+    defines = f"-Dmpkernels_C={name} -DTORCH_TARGET_VERSION=0x020b000000000000"  # a schema may not be registered twice
     lines = [
         "rule compile",
-        f"  command = g++ {FLAGS} {includes} -DTORCH_TARGET_VERSION=0x020b000000000000 -MMD -MF $out.d -x c++ -c $in -o $out",
+        f"  command = g++ {FLAGS} {defines} {includes} -MMD -MF $out.d -x c++ -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = g++ -shared $in {libraries} -o $out",
+        f"  command = g++ -shared -Wl,-Bsymbolic $in {libraries} -o $out",
     ]
     objects = []
-    for source in [*(ROOT / s for s in SOURCES), *(ROOT / "tests/host" / s for s in STAND_IN)]:
+    for source in (ROOT / s for s in SOURCES[name]):
         objects.append(f"{source.parent.name}_{source.name}.o")
         lines.append(f"build {objects[-1]}: compile {source}")
     return "\n".join([*lines, f"build {path}: link {' '.join(objects)}", ""])
 
 
-def set_memory(tensors: list[torch.Tensor], read_only: list[torch.Tensor]) -> None:
+def set_memory(tensors: list[torch.Tensor], read_only: list[torch.Tensor], name: str = "mpkernels_host") -> None:
     """Make the elements of these tensors, from the first to the last, the device's memory."""
     memory = {}
-    for written, some in ((True, tensors), (False, read_only)):
+    for written, some in ((False, read_only), (True, tensors)):
         for tensor in filter(torch.Tensor.numel, some):
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
             memory[tensor.data_ptr()] = ((last + 1) * tensor.element_size(), written)
     begins = (ctypes.c_size_t * len(memory))(*memory)
     sizes = (ctypes.c_int64 * len(memory))(*(size for size, _ in memory.values()))
     writable = (ctypes.c_bool * len(memory))(*(written for _, written in memory.values()))
-    library().host_set_memory(begins, sizes, writable, ctypes.c_int64(len(memory)))
+    library(name).host_set_memory(begins, sizes, writable, ctypes.c_int64(len(memory)))
 
 
-def take_counts() -> Counts:
+def take_counts(name: str = "mpkernels_host") -> Counts:
     """The counts since the last call."""
     counts = Counts()
-    library().host_take_counts(ctypes.byref(counts))
+    library(name).host_take_counts(ctypes.byref(counts))
     return counts
 
 
 @dataclass
 class HostOps:
-    """The operators of mpkernels_C, on the stand-in. host_tensors: those of a call that are not on the device."""
+    """The operators of mpkernels_C, by a library of the stand-in. host_tensors: those of a call that are not on the device.
+
+    Of the others a call may write those that its schema says, and read the rest.
+    """
 
     host_tensors: tuple[torch.Tensor, ...] = ()
+    library: str = "mpkernels_host"
 
     def __getattr__(self, name: str):
-        library()
-        op = getattr(torch.ops.mpkernels_host, name).default
+        library(self.library)
+        op = getattr(getattr(torch.ops, self.library), name).default
         cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+        is_written = [a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments]
 
         def call(*args):
-            on_device = [t for t in leaves(args) if not any(t is h for h in self.host_tensors)]
-            grads = args[0] if name == "grad_stats_" else args[1] if name in ("adamw_", "sgd_") else []
-            written = {id(t) for t in on_device} - {id(g) for g in grads}
-            set_memory([t for t in on_device if id(t) in written], [t for t in on_device if id(t) not in written])
+            tensors = {True: [], False: []}
+            for arg, written in zip(args, is_written, strict=True):
+                tensors[written] += [t for t in leaves([arg]) if not any(t is h for h in self.host_tensors)]
+            set_memory(tensors[True], tensors[False], self.library)
             return op.redispatch(cuda, *args)
 
         return call

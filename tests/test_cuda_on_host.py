@@ -335,7 +335,7 @@ def test_cuda_bytes_per_parameter(kind, grad, expected, generator, host):
 
 
 @pytest.mark.parametrize("which, message", [
-    (3, "deadlock in block 0: thread 0 at __syncthreads; thread 1 at a shuffle;"),
+    (3, "deadlock in block 0: thread 0 at __syncthreads; threads 1-31 at a shuffle;"),
     (4, "a load outside of every tensor"),
     (5, "a store outside of every tensor"),
     (6, "an access of 16 bytes at an address that is no multiple of it"),

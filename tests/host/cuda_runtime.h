@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA words that the step kernels use, for a C++ compiler: each thread of a block is a fiber, blocks run one at a time.
+// The CUDA words that the kernels use, for a C++ compiler: each thread is a fiber, clusters of blocks run one after the other.
 //
 // Found in place of the toolkit's header of this name. What it means is written in fibers.cpp; from CUDA's documentation, not
 // from what the kernels assume.
@@ -17,9 +17,12 @@
 #define __global__
 #define __device__
 #define __host__
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 // One block at a time: a block's memory is the process's. In a section of its own, so that it can be poisoned.
 #define __shared__ static __attribute__((section("mpk_shared")))
+
+#define CUDART_VERSION 13000
 
 // ----- types -----
 
@@ -41,35 +44,49 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace host {
 
-enum class Wait { kNothing, kBlock, kWarp };
+void sync_block();
+void sync_warp(const char* where);
+void check_access(const void* address, size_t bytes, bool is_store);
 
-void wait_for(Wait what);
-bool check_access(const void* address, size_t bytes, bool is_store);
-void* exchange_slot(int lane_from_here);
+// 32 bytes of each lane that the others read: put there, then the warp meets, then looked at, then ended.
+void* exchange_slot(unsigned lane);
+unsigned lane();
 void end_exchange();
 
 template <class T>
 T read(const T* from) {
+  check_access(from, sizeof(T), false);
   T value;
-  std::memset(&value, 0, sizeof(value));
-  if (check_access(from, sizeof(T), false)) std::memcpy(&value, from, sizeof(T));
+  std::memcpy(&value, from, sizeof(T));
   return value;
+}
+
+// What lane `from` gives. All lanes take part.
+template <class T>
+T exchange(T value, unsigned from, const char* where) {
+  static_assert(sizeof(T) <= 8);
+  std::memcpy(exchange_slot(lane()), &value, sizeof(T));
+  sync_warp(where);
+  T other;
+  std::memcpy(&other, exchange_slot(from), sizeof(T));
+  end_exchange();
+  return other;
 }
 
 }  // namespace host
 
-inline void __syncthreads() { host::wait_for(host::Wait::kBlock); }
+inline void __syncthreads() { host::sync_block(); }
 
-// The value of the lane `delta` above, one's own where there is none. All lanes take part.
+// The value of the lane `delta` above, one's own where there is none.
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
-  static_assert(sizeof(T) <= 8);
-  std::memcpy(host::exchange_slot(0), &value, sizeof(T));
-  host::wait_for(host::Wait::kWarp);
-  T other;
-  std::memcpy(&other, host::exchange_slot(static_cast<int>(delta)), sizeof(T));
-  host::end_exchange();
-  return other;
+T __shfl_down_sync(unsigned, T value, unsigned delta) {
+  const unsigned from = host::lane() + delta;
+  return host::exchange(value, from < 32 ? from : host::lane(), "a shuffle");
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, unsigned lanes) {
+  return host::exchange(value, host::lane() ^ lanes, "a shuffle");
 }
 
 template <class T>
@@ -84,33 +101,60 @@ T __ldcs(const T* from) {
 
 template <class T>
 void __stcs(T* to, T value) {
-  if (host::check_access(to, sizeof(T), true)) std::memcpy(to, &value, sizeof(T));
+  host::check_access(to, sizeof(T), true);
+  std::memcpy(to, &value, sizeof(T));
 }
 
 // ----- from the host -----
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
 using cudaStream_t = void*;
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaLaunchAttributeID { cudaLaunchAttributeIgnore, cudaLaunchAttributeClusterDimension };
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
 
+// The driver's functions, by name.
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
+constexpr unsigned long long cudaEnableDefault = 0;
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version, unsigned long long flags,
+                                             cudaDriverEntryPointQueryResult* result);
+
 namespace host {
 
-cudaError_t run(const cudaLaunchConfig_t& config, size_t argument_bytes, const std::function<void()>& thread);
+cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, size_t argument_bytes,
+                const std::function<void()>& thread);
+cudaError_t set_most_shared(const void* kernel, int bytes);
 
 }  // namespace host
+
+template <class... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int value) {
+  return host::set_most_shared(reinterpret_cast<const void*>(kernel), value);
+}
 
 // The arguments are copied, as a launch does.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
   const std::tuple<std::decay_t<Parameters>...> copies(std::forward<Arguments>(arguments)...);
-  return host::run(*config, sizeof(copies), [&] { std::apply(kernel, copies); });
+  return host::run(*config, reinterpret_cast<const void*>(kernel), sizeof(copies), [&] { std::apply(kernel, copies); });
 }

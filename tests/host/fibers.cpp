@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the CUDA words of cuda_runtime.h mean here: fibers in a seeded random order, poisoned shared memory, checked addresses.
 //
-// A fiber runs until it waits or ends. A barrier opens when every thread that has not ended waits at it; when nobody can run
-// and no barrier opens, the launch fails with what each fiber waits for.
+// A fiber runs until it waits or ends. Between two of them, what was started and does not wait for (copies, products) happens,
+// or happens later: seldom or often, by the seed. When nobody can run and nothing can happen, the launch fails with what each
+// fiber waits for.
+
+#include "fibers.h"
 
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <map>
 #include <numeric>
 #include <random>
-#include <string>
-#include <vector>
 
 #include "cuda_runtime.h"
 #include "host.h"
@@ -24,20 +26,28 @@ extern "C" char __start_mpk_shared __attribute__((weak, visibility("hidden")));
 extern "C" char __stop_mpk_shared __attribute__((weak, visibility("hidden")));
 
 namespace host {
+
+Counts counts;
+
 namespace {
 
-constexpr int kWarp = 32;
-constexpr unsigned kMostThreads = 1024;
+constexpr unsigned kMostThreads = 1024, kMostBlocks = 2;  // of a block, of a cluster
 constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kMostArgumentBytes = 32764;
+constexpr size_t kMostShared = 232448, kMostSharedUnasked = 48 << 10;
 constexpr int kPoison = 0xff;  // a NaN in every format
+constexpr unsigned kExchangeBytes = 32;
+
+enum class AtCluster { kAway, kArrived, kOpen };  // where a thread is in the cluster's barrier
 
 struct Fiber {
   ucontext_t context;
   jmp_buf jump;
   bool started, ended;
-  Wait waits_for;
+  AtCluster at_cluster;
+  const char* waits_at;
   unsigned exchanges;
+  Block* block;
 };
 
 struct Range {
@@ -47,19 +57,27 @@ struct Range {
 
 std::mt19937 random_order;
 std::vector<Range> ranges;
-Counts counts;
-std::string failure;  // the first of a launch
+std::map<const void*, size_t> most_shared;  // by kernel
+std::string failure;                        // the first of a launch
 bool capturing;
 
 std::vector<Fiber> fibers;
+std::vector<unsigned> ready;
+std::vector<Block> blocks;
 jmp_buf scheduler;
 unsigned current;
+bool in_fiber;
 const std::function<void()>* body;
-uint64_t exchange[2][kMostThreads];  // by turns: a lane may reach its next exchange before the others have read this one
 
-void fail(const std::string& message) {
-  if (failure.empty()) failure = message;
-}
+// By turns: a lane may reach its next exchange before the others have read this one.
+alignas(16) uint8_t exchanged[2][kMostThreads * kMostBlocks][kExchangeBytes];
+
+struct ClusterBarrier {
+  unsigned threads, arrived, ended;
+  Queue queue;
+} cluster_barrier;
+
+struct Failed {};
 
 // ----- fibers -----
 
@@ -77,100 +95,135 @@ void fiber_main() {
 }
 
 void make_fibers() {
+  constexpr unsigned kCount = kMostThreads * kMostBlocks;
   static char* const stacks = static_cast<char*>(
-      mmap(nullptr, kMostThreads * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  fibers.assign(kMostThreads, Fiber{});
-  for (unsigned i = 0; i < kMostThreads; ++i) {
+      mmap(nullptr, kCount * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  fibers.assign(kCount, Fiber{});
+  for (unsigned i = 0; i < kCount; ++i) {
     getcontext(&fibers[i].context);
     fibers[i].context.uc_stack = {stacks + i * kStackBytes, 0, kStackBytes};
     makecontext(&fibers[i].context, fiber_main, 0);
   }
 }
 
-void resume(unsigned thread) {
-  current = thread;
-  threadIdx.x = thread;
-  fibers[thread].waits_for = Wait::kNothing;
-  if (_setjmp(scheduler) != 0) return;
-  if (fibers[thread].started) _longjmp(fibers[thread].jump, 1);
-  fibers[thread].started = true;
-  setcontext(&fibers[thread].context);
+void resume(unsigned fiber) {
+  current = fiber;
+  threadIdx.x = fiber - fibers[fiber].block->first;
+  blockIdx.x = fibers[fiber].block->index;
+  if (_setjmp(scheduler) != 0) {
+    in_fiber = false;
+    return;
+  }
+  in_fiber = true;
+  if (fibers[fiber].started) _longjmp(fibers[fiber].jump, 1);
+  fibers[fiber].started = true;
+  setcontext(&fibers[fiber].context);
 }
 
-// ----- one block -----
+// ----- barriers -----
 
-class Block {
- public:
-  explicit Block(unsigned threads) : threads_(threads), live_(threads), warps_((threads + kWarp - 1) / kWarp) {
-    for (unsigned i = 0; i < threads; ++i) {
-      fibers[i].ended = false;
-      fibers[i].exchanges = 0;
-      ready_.push_back(i);
-      ++warps_[i / kWarp].live;
+void open_block_if_full(Block& block) {
+  if (block.live == 0 || block.waiting < block.live) return;
+  block.waiting = 0;
+  wake(block.queue);
+}
+
+// Threads that have ended count as arrived.
+void open_cluster_if_full() {
+  ClusterBarrier& barrier = cluster_barrier;
+  if (barrier.arrived == 0 || barrier.arrived + barrier.ended < barrier.threads) return;
+  barrier.arrived = 0;
+  for (unsigned i = 0; i < barrier.threads; ++i) {
+    if (fibers[i].at_cluster == AtCluster::kArrived) fibers[i].at_cluster = AtCluster::kOpen;
+  }
+  wake(barrier.queue);
+}
+
+void note_end(unsigned fiber) {
+  Block& block = *fibers[fiber].block;
+  Warp& warp = block.warps[(fiber - block.first) / kWarp];
+  --block.live;
+  --warp.live;
+  ++cluster_barrier.ended;
+  if (warp.waiting > 0) fail(std::string("a thread ends while its warp is at ") + warp.where);
+  if (fibers[fiber].at_cluster != AtCluster::kAway)
+    fail("a thread ends that has arrived at the cluster's barrier and not waited");
+  open_block_if_full(block);
+  open_cluster_if_full();
+  if (block.live == 0) finish_units(block);
+}
+
+// ----- one cluster -----
+
+void make_block(unsigned index, unsigned rank, unsigned first, unsigned threads, size_t shared_bytes) {
+  // NOTE: a swizzle depends on addresses, so that shared memory starts at the same multiple everywhere.
+  alignas(1024) static uint8_t shared[kMostBlocks][kMostShared];
+  std::memset(shared[rank], kPoison, shared_bytes);
+  Block block{};
+  block.index = index;
+  block.rank = rank;
+  block.first = first;
+  block.threads = block.live = threads;
+  block.shared = shared[rank];
+  block.shared_bytes = shared_bytes;
+  block.warps.resize((threads + kWarp - 1) / kWarp);
+  for (unsigned i = 0; i < threads; ++i) ++block.warps[i / kWarp].live;
+  blocks.push_back(block);
+}
+
+void start_threads() {
+  ready.clear();
+  for (Block& block : blocks) {
+    for (unsigned i = block.first; i < block.first + block.threads; ++i) {
+      Fiber& fiber = fibers[i];
+      fiber.ended = false;
+      fiber.at_cluster = AtCluster::kAway;
+      fiber.exchanges = 0;
+      fiber.block = &block;
+      ready.push_back(i);
     }
   }
+  cluster_barrier = {static_cast<unsigned>(ready.size()), 0, 0, {}};
+}
 
-  void run() {
-    while (!ready_.empty()) {
-      std::swap(ready_[random_order() % ready_.size()], ready_.back());
-      const unsigned thread = ready_.back();
-      ready_.pop_back();
-      resume(thread);
-      note(thread);
+// "threads 1-31 at a shuffle;" for those that have not ended.
+void report_deadlock() {
+  std::string message;
+  for (const Block& block : blocks) {
+    if (block.live == 0) continue;
+    message += (message.empty() ? "deadlock in block " : " block ") + std::to_string(block.index) + ":";
+    for (unsigned i = 0; i < block.threads;) {
+      const Fiber& fiber = fibers[block.first + i];
+      unsigned end = i + 1;
+      if (!fiber.ended) {
+        const auto same = [&](const Fiber& other) { return !other.ended && !std::strcmp(other.waits_at, fiber.waits_at); };
+        while (end < block.threads && same(fibers[block.first + end])) ++end;
+        message +=
+            end == i + 1 ? " thread " + std::to_string(i) : " threads " + std::to_string(i) + "-" + std::to_string(end - 1);
+        message += std::string(" at ") + fiber.waits_at + ";";
+      }
+      i = end;
     }
-    if (live_ > 0) report_deadlock();
   }
+  fail(message);
+}
 
- private:
-  struct Warp {
-    int live = 0, waiting = 0;
-  };
-
-  void note(unsigned thread) {
-    Warp& warp = warps_[thread / kWarp];
-    if (fibers[thread].ended) {
-      --live_;
-      --warp.live;
-    } else if (fibers[thread].waits_for == Wait::kWarp) {
-      ++warp.waiting;
+void run_cluster(unsigned patience) {
+  while (failure.empty()) {
+    if (has_events() && (ready.empty() || random_order() % patience == 0)) {
+      run_event();
+    } else if (!ready.empty()) {
+      std::swap(ready[random_order() % ready.size()], ready.back());
+      const unsigned fiber = ready.back();
+      ready.pop_back();
+      resume(fiber);
+      if (fibers[fiber].ended) note_end(fiber);
     } else {
-      ++waiting_;
-    }
-    if (warp.live > 0 && warp.waiting == warp.live) open_warp(thread / kWarp, warp);
-    if (live_ > 0 && waiting_ == live_) open_block();
-  }
-
-  void open_warp(unsigned index, Warp& warp) {
-    const unsigned first = index * kWarp, end = std::min(first + kWarp, threads_);
-    if (warp.live != kWarp) fail("a shuffle of all lanes while some of the warp have ended");
-    warp.waiting = 0;
-    for (unsigned i = first; i < end; ++i) {
-      if (!fibers[i].ended) ready_.push_back(i);
+      break;
     }
   }
-
-  void open_block() {
-    waiting_ = 0;
-    for (unsigned i = 0; i < threads_; ++i) {
-      if (!fibers[i].ended) ready_.push_back(i);
-    }
-  }
-
-  void report_deadlock() const {
-    std::string message = "deadlock in block " + std::to_string(blockIdx.x) + ":";
-    for (unsigned i = 0; i < threads_; ++i) {
-      if (fibers[i].ended) continue;
-      message +=
-          " thread " + std::to_string(i) + (fibers[i].waits_for == Wait::kBlock ? " at __syncthreads;" : " at a shuffle;");
-    }
-    fail(message);
-    make_fibers();  // those that hang are abandoned
-  }
-
-  unsigned threads_, live_, waiting_ = 0;
-  std::vector<Warp> warps_;
-  std::vector<unsigned> ready_;
-};
+  if (failure.empty() && cluster_barrier.ended < cluster_barrier.threads) report_deadlock();
+}
 
 const Range* range_of(uintptr_t address) {
   const auto after =
@@ -178,59 +231,197 @@ const Range* range_of(uintptr_t address) {
   return after != ranges.begin() && address < std::prev(after)->end ? &*std::prev(after) : nullptr;
 }
 
+unsigned cluster_of(const cudaLaunchConfig_t& config) {
+  unsigned size = 1;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) size = config.attrs[i].val.clusterDim.x;
+  }
+  return size;
+}
+
+void check_launch(const cudaLaunchConfig_t& config, const void* kernel, size_t argument_bytes) {
+  const unsigned cluster = cluster_of(config);
+  const auto asked = most_shared.find(kernel);
+  if (config.gridDim.x == 0 || config.blockDim.x == 0 || config.blockDim.x > kMostThreads) fail("an impossible launch");
+  if (argument_bytes > kMostArgumentBytes) fail("arguments of " + std::to_string(argument_bytes) + " bytes");
+  if (cluster == 0 || config.gridDim.x % cluster != 0) fail("a grid that is no multiple of the cluster");
+  if (cluster > kMostBlocks) fail("a cluster of " + std::to_string(cluster) + " blocks");
+  if (config.dynamicSmemBytes > (asked == most_shared.end() ? kMostSharedUnasked : asked->second)) {
+    fail("more dynamic shared memory than was asked for");
+  }
+}
+
+// The order of clusters, and of all that happens in them, is the seed's.
+void run_grid(const cudaLaunchConfig_t& config) {
+  const unsigned size = cluster_of(config), threads = config.blockDim.x;
+  constexpr unsigned kPatience[] = {1, 3, 17, 257};
+  std::vector<unsigned> order(config.gridDim.x / size);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), random_order);
+  for (const unsigned index : order) {
+    if (&__stop_mpk_shared != nullptr) std::memset(&__start_mpk_shared, kPoison, &__stop_mpk_shared - &__start_mpk_shared);
+    blocks.clear();
+    for (unsigned rank = 0; rank < size; ++rank) {
+      make_block(index * size + rank, rank, rank * threads, threads, config.dynamicSmemBytes);
+    }
+    start_threads();
+    start_units();
+    run_cluster(kPatience[random_order() % std::size(kPatience)]);
+    if (!failure.empty()) return;
+  }
+}
+
 }  // namespace
 
-void wait_for(Wait what) {
-  fibers[current].waits_for = what;
+// ----- for sm90.cpp -----
+
+void fail(const std::string& message) {
+  if (failure.empty()) failure = message;
+  if (!in_fiber) throw Failed{};
+  fibers[current].waits_at = "a failure";
+  switch_to_scheduler();  // which does not come back
+  std::abort();
+}
+
+void wait_in(Queue& queue, const char* what) {
+  fibers[current].waits_at = what;
+  queue.fibers.push_back(current);
   switch_to_scheduler();
 }
 
-void* exchange_slot(int lane_from_here) {
-  const int lane = static_cast<int>(current % kWarp) + lane_from_here;
-  return &exchange[fibers[current].exchanges % 2][lane < kWarp ? current + lane_from_here : current];
+void wake(Queue& queue) {
+  ready.insert(ready.end(), queue.fibers.begin(), queue.fibers.end());
+  queue.fibers.clear();
+}
+
+void yield() {
+  ready.push_back(current);
+  switch_to_scheduler();
+}
+
+Block& current_block() { return *fibers[current].block; }
+std::vector<Block>& cluster() { return blocks; }
+uint32_t random_number() { return random_order(); }
+
+// ----- words -----
+
+void sync_block() {
+  Block& block = current_block();
+  if (++block.waiting == block.live) {
+    block.waiting = 0;
+    wake(block.queue);
+    yield();
+  } else {
+    wait_in(block.queue, "__syncthreads");
+  }
+}
+
+void sync_warp(const char* where) {
+  Warp& warp = current_block().warps[threadIdx.x / kWarp];
+  if (warp.live != kWarp) fail(std::string(where) + " of all lanes while some of the warp have ended");
+  if (warp.waiting > 0 && std::strcmp(warp.where, where) != 0) {
+    fail(std::string("lanes of a warp at ") + where + " and at " + warp.where);
+  }
+  warp.where = where;
+  if (++warp.waiting == kWarp) {
+    warp.waiting = 0;
+    wake(warp.queue);
+    yield();
+  } else {
+    wait_in(warp.queue, where);
+  }
+}
+
+unsigned lane() { return threadIdx.x % kWarp; }
+
+void* exchange_slot(unsigned lane) {
+  const Fiber& fiber = fibers[current];
+  return exchanged[fiber.exchanges % 2][current - threadIdx.x % kWarp + lane];
 }
 
 void end_exchange() { ++fibers[current].exchanges; }
 
-// Whether the access may be done.
-bool check_access(const void* pointer, size_t bytes, bool is_store) {
+void sync_named(int id, int threads) {
+  if (id < 0 || id > 15) fail("no named barrier " + std::to_string(id));
+  if (threads <= 0 || threads % kWarp != 0) fail("a named barrier for " + std::to_string(threads) + " threads");
+  NamedBarrier& barrier = current_block().named[id];
+  if (!barrier.arrived.empty() && barrier.expected != static_cast<unsigned>(threads)) {
+    fail("a named barrier for " + std::to_string(barrier.expected) + " threads, and for " + std::to_string(threads));
+  }
+  barrier.expected = threads;
+  barrier.arrived.push_back(threadIdx.x);
+  if (barrier.arrived.size() < barrier.expected) return wait_in(barrier.queue, "a named barrier");
+  std::vector<unsigned> of_warp(current_block().warps.size());
+  for (const unsigned thread : barrier.arrived) ++of_warp[thread / kWarp];
+  for (const unsigned count : of_warp) {
+    if (count % kWarp != 0) fail("a named barrier with a part of a warp");
+  }
+  barrier.arrived.clear();
+  wake(barrier.queue);
+  yield();
+}
+
+void arrive_cluster() {
+  Fiber& fiber = fibers[current];
+  if (fiber.at_cluster != AtCluster::kAway) fail("a thread arrives at the cluster's barrier twice");
+  fiber.at_cluster = AtCluster::kArrived;
+  ++cluster_barrier.arrived;
+  open_cluster_if_full();
+}
+
+void wait_cluster() {
+  Fiber& fiber = fibers[current];
+  if (fiber.at_cluster == AtCluster::kAway) fail("a thread waits at the cluster's barrier and has not arrived");
+  while (fiber.at_cluster == AtCluster::kArrived) wait_in(cluster_barrier.queue, "the cluster's barrier");
+  fiber.at_cluster = AtCluster::kAway;
+}
+
+void check_range(const void* pointer, size_t bytes, bool is_store) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
+  const Range* range = range_of(address);
+  if (range == nullptr || address + bytes > range->end) {
+    fail(std::string(is_store ? "a store" : "a load") + " outside of every tensor");
+  }
+  if (is_store && !range->writable) fail("a store to a tensor that is only read");
+}
+
+void check_access(const void* pointer, size_t bytes, bool is_store) {
   ++counts.accesses;
   (is_store ? counts.stored : counts.loaded) += bytes;
-  const Range* range = range_of(address);
-  if (address % bytes != 0) {
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) {
     fail("an access of " + std::to_string(bytes) + " bytes at an address that is no multiple of it");
-  } else if (range == nullptr || address + bytes > range->end) {
-    fail(std::string(is_store ? "a store" : "a load") + " outside of every tensor");
-  } else if (is_store && !range->writable) {
-    fail("a store to a tensor that is only read");
-  } else {
-    return true;
   }
-  return false;
+  check_range(pointer, bytes, is_store);
 }
 
 bool is_known(const void* address) { return range_of(reinterpret_cast<uintptr_t>(address)) != nullptr; }
 
-cudaError_t run(const cudaLaunchConfig_t& config, size_t argument_bytes, const std::function<void()>& thread) {
+cudaError_t set_most_shared(const void* kernel, int bytes) {
+  failure.clear();
+  if (bytes < 0 || static_cast<size_t>(bytes) > kMostShared) {
+    failure = "no " + std::to_string(bytes) + " bytes of shared memory for a block";
+    return cudaErrorInvalidValue;
+  }
+  most_shared[kernel] = bytes;
+  return cudaSuccess;
+}
+
+cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, size_t argument_bytes,
+                const std::function<void()>& thread) {
   failure.clear();
   ++counts.launches;
   if (fibers.empty()) make_fibers();
-  if (config.gridDim.x == 0 || config.blockDim.x == 0 || config.blockDim.x > kMostThreads) fail("an impossible launch");
-  if (argument_bytes > kMostArgumentBytes) fail("arguments of " + std::to_string(argument_bytes) + " bytes");
   body = &thread;
   gridDim = config.gridDim;
   blockDim = config.blockDim;
-  std::vector<unsigned> blocks(config.gridDim.x);
-  std::iota(blocks.begin(), blocks.end(), 0);
-  std::shuffle(blocks.begin(), blocks.end(), random_order);
-  for (const unsigned block : blocks) {
-    if (!failure.empty()) break;
-    blockIdx.x = block;
-    std::memset(&__start_mpk_shared, kPoison, &__stop_mpk_shared - &__start_mpk_shared);
-    Block(config.blockDim.x).run();
+  try {
+    check_launch(config, kernel, argument_bytes);
+    run_grid(config);
+  } catch (const Failed&) {
   }
-  return failure.empty() ? cudaSuccess : cudaErrorInvalidConfiguration;
+  if (failure.empty()) return cudaSuccess;
+  make_fibers();  // those that hang are abandoned
+  return cudaErrorInvalidConfiguration;
 }
 
 }  // namespace host

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace host {
@@ -10,9 +11,15 @@ namespace host {
 struct Counts {
   int64_t launches;
   int64_t accesses, loaded, stored;  // those of vector.cuh, and the bytes they moved
+  int64_t tma_loaded, tma_stored;    // bytes of tensors that TMA moved; once for all blocks of a multicast
 };
+
+extern Counts counts;
 
 // Whether the address is in the device's memory.
 bool is_known(const void* address);
+
+// Fails the launch where the access is not one that the tests allow.
+void check_range(const void* address, size_t bytes, bool is_store);
 
 }  // namespace host

@@ -1,0 +1,625 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the words of sm_90a mean here: mbarriers, TMA and WGMMA with the latest and the earliest they may happen.
+//
+// A copy lands, and a product reads its operands, at a random later time, or when nobody can go on without it; each warp of a
+// warpgroup reads at a time of its own. Until its wait a product's accumulator is NaN for the kernel. What the async proxy
+// touches must not hold ordinary stores that were not fenced. What PTX calls undefined and is seen here fails the launch.
+//
+// Source: PTX ISA 8.0 and later: mbarrier, cp.async.bulk.tensor, Tensors (swizzling modes), wgmma (matrix descriptor, strides,
+// canonical layouts, accumulator fragments), stmatrix, async proxy. Of these: 2-d tiles, and the swizzle of 128 bytes.
+
+#include "sm90.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <deque>
+#include <limits>
+#include <map>
+
+#include "cuda.h"
+#include "cuda_runtime.h"
+#include "fibers.h"
+#include "host.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+
+namespace host {
+namespace {
+
+constexpr uint32_t kWindow = 1024;  // where dynamic shared memory starts in the window .shared: below it lies the system's
+constexpr uint32_t kLine = 16;      // bytes that a swizzle keeps together
+constexpr uint32_t kBoxRow = 128;   // bytes: of the swizzle
+constexpr int64_t kMostTx = (1 << 20) - 1;
+constexpr int kMostN = 256, kRows = 64, kWarpRows = 16, kDepth = 16;
+
+// ----- state of a block -----
+
+struct MBarrier {
+  uint32_t expected, pending;
+  int64_t tx = 0;
+  uint64_t phase = 0;
+  unsigned initialized_by = 0;  // thread
+  bool fenced = false;          // others' copies and blocks may see it
+  Queue queue;
+};
+
+struct StoreGroup {
+  int unread = 0, unwritten = 0;
+};
+
+struct Thread {
+  std::vector<StoreGroup> groups{1};  // the last one is open
+  Queue queue;                        // for them
+  std::vector<uint32_t> unfenced;     // lines of shared memory
+  // wgmma
+  bool fenced = false;
+  float* acc = nullptr;  // what the warpgroup has taken
+  int64_t issued = 0;
+  std::vector<int64_t> committed;  // products in and before each group
+  size_t waited = 0;               // groups
+};
+
+struct Product {
+  Operand a, b;
+  int n;
+  bool accumulate, bf16;
+  int issued = 0;  // by threads
+};
+
+struct Warpgroup {
+  std::deque<Product> products;  // not all of whose warps have run, from number `first` on
+  int64_t first = 0;
+  int64_t done[4] = {};  // by warp
+  Queue queues[4];
+  int n = 0;
+  alignas(32) float tile[kRows][kMostN];
+};
+
+struct State {
+  Block* block;
+  std::map<uint32_t, MBarrier> barriers;  // by address
+  std::vector<Thread> threads;
+  std::deque<Warpgroup> warpgroups;
+  std::vector<uint16_t> unfenced;  // ordinary stores to each line that no fence followed
+};
+
+std::vector<State> states;  // by rank
+int64_t products_to_run;    // by warps
+
+State& here() { return states[current_block().rank]; }
+Thread& this_thread() { return here().threads[threadIdx.x]; }
+
+// ----- shared memory -----
+
+uint8_t* at(const State& state, uint32_t address, uint32_t bytes) {
+  if (address < kWindow || address - kWindow + bytes > state.block->shared_bytes) {
+    fail("shared memory that the block does not have");
+  }
+  return state.block->shared + (address - kWindow);
+}
+
+// Before the async proxy touches it.
+void check_fenced(const State& state, uint32_t address, uint32_t bytes) {
+  at(state, address, bytes);
+  for (uint32_t line = (address - kWindow) / kLine; line * kLine < address - kWindow + bytes; ++line) {
+    if (state.unfenced[line] > 0) fail("TMA or WGMMA meets ordinary stores to shared memory with no fence.proxy.async since");
+  }
+}
+
+void note_store(State& state, uint32_t address, uint32_t bytes) {
+  Thread& thread = state.threads[threadIdx.x];
+  for (uint32_t line = (address - kWindow) / kLine; line * kLine < address - kWindow + bytes; ++line) {
+    ++state.unfenced[line];
+    thread.unfenced.push_back(line);
+  }
+}
+
+// The swizzle of 128 bytes: bits 4-6 of the address are those and bits 7-9.
+uint32_t swizzle(uint32_t address) { return address ^ (address >> 3 & 0x70); }
+
+// ----- barriers -----
+
+MBarrier& barrier_at(State& state, uint32_t address) {
+  const auto found = state.barriers.find(address);
+  if (found == state.barriers.end()) fail("an mbarrier that is not initialized");
+  return found->second;
+}
+
+void end_phase_if_complete(MBarrier& barrier) {
+  if (barrier.pending > 0 || barrier.tx != 0) return;
+  ++barrier.phase;
+  barrier.pending = barrier.expected;
+  wake(barrier.queue);
+}
+
+void expect_bytes(MBarrier& barrier, int64_t bytes) {
+  barrier.tx += bytes;
+  if (barrier.tx > kMostTx || barrier.tx < -kMostTx) fail("an mbarrier's tx-count is out of range");
+  if (barrier.pending == 0 && barrier.tx < 0) fail("more bytes than an mbarrier expects");
+}
+
+void arrive(MBarrier& barrier) {
+  if (barrier.pending == 0) fail("more arrivals than an mbarrier expects");
+  --barrier.pending;
+  if (barrier.pending == 0 && barrier.tx < 0) fail("more bytes than an mbarrier expects");
+  end_phase_if_complete(barrier);
+}
+
+void check_alive(const State& state, const char* what) {
+  if (state.block->live == 0) fail(std::string(what) + " reaches a block that has ended");
+}
+
+// ----- TMA -----
+
+struct Map {
+  uint64_t magic;
+  uintptr_t address;
+  uint64_t rows, columns, pitch;  // pitch: bytes
+  uint32_t element, box_rows;     // element: bytes
+};
+constexpr uint64_t kMagic = 0x6d7061636b746d61;
+static_assert(sizeof(Map) <= sizeof(CUtensorMap));
+
+struct Copy {
+  Map map;
+  State* state;
+  uint32_t shared, barrier;
+  int32_t c0, c1;
+  bool is_first;  // of a multicast, for the count
+  bool is_store;
+  unsigned thread;  // of a store
+  size_t group;
+  std::vector<uint8_t> read;  // by a store that has not written
+};
+
+std::vector<Copy> copies;
+
+Map read_map(const void* pointer) {
+  if (reinterpret_cast<uintptr_t>(pointer) % 64 != 0) fail("a tensor map that is not at a multiple of 64 bytes");
+  Map map;
+  std::memcpy(&map, pointer, sizeof(map));
+  if (map.magic != kMagic) fail("this is no tensor map");
+  return map;
+}
+
+uint32_t box_bytes(const Map& map) { return map.box_rows * kBoxRow; }
+
+// f(global, byte within the row of the box, bytes, row of the box) for what lies inside of the tensor.
+template <class F>
+void for_each_inside(const Copy& copy, const F& f) {
+  const int64_t width = kBoxRow / copy.map.element;
+  const int64_t begin = std::max<int64_t>(copy.c0, 0), end = std::min<int64_t>(copy.c0 + width, copy.map.columns);
+  if (begin >= end) return;
+  for (int64_t row = 0; row < copy.map.box_rows; ++row) {
+    const int64_t y = copy.c1 + row;
+    if (y < 0 || y >= static_cast<int64_t>(copy.map.rows)) continue;
+    const auto global = reinterpret_cast<uint8_t*>(copy.map.address + y * copy.map.pitch + begin * copy.map.element);
+    f(global, (begin - copy.c0) * copy.map.element, (end - begin) * copy.map.element, row);
+  }
+}
+
+// f(swizzled place, number) for each line of the box.
+template <class F>
+void for_each_line(const Copy& copy, const F& f) {
+  at(*copy.state, copy.shared, box_bytes(copy.map));
+  for (uint32_t i = 0; i < box_bytes(copy.map) / kLine; ++i) f(swizzle(copy.shared + i * kLine), i);
+}
+
+void land(const Copy& copy) {
+  check_alive(*copy.state, "a TMA load");
+  std::vector<uint8_t> box(box_bytes(copy.map), 0);
+  for_each_inside(copy, [&](const uint8_t* global, int64_t byte, int64_t bytes, int64_t row) {
+    check_range(global, bytes, false);
+    std::memcpy(&box[row * kBoxRow + byte], global, bytes);
+    if (copy.is_first) counts.tma_loaded += bytes;
+  });
+  for_each_line(copy, [&](uint32_t place, uint32_t i) {
+    check_fenced(*copy.state, place, kLine);
+    std::memcpy(at(*copy.state, place, kLine), &box[i * kLine], kLine);
+  });
+  MBarrier& barrier = barrier_at(*copy.state, copy.barrier);
+  if (!barrier.fenced) fail("TMA meets an mbarrier with no fence.mbarrier_init");
+  expect_bytes(barrier, -static_cast<int64_t>(box.size()));
+  end_phase_if_complete(barrier);
+}
+
+void read_box(Copy& copy) {
+  copy.read.resize(box_bytes(copy.map));
+  for_each_line(copy, [&](uint32_t place, uint32_t i) {
+    check_fenced(*copy.state, place, kLine);
+    std::memcpy(&copy.read[i * kLine], at(*copy.state, place, kLine), kLine);
+  });
+  Thread& thread = copy.state->threads[copy.thread];
+  --thread.groups[copy.group].unread;
+  wake(thread.queue);
+}
+
+void write_box(const Copy& copy) {
+  for_each_inside(copy, [&](uint8_t* global, int64_t byte, int64_t bytes, int64_t row) {
+    check_range(global, bytes, true);
+    std::memcpy(global, &copy.read[row * kBoxRow + byte], bytes);
+    counts.tma_stored += bytes;
+  });
+  Thread& thread = copy.state->threads[copy.thread];
+  --thread.groups[copy.group].unwritten;
+  wake(thread.queue);
+}
+
+void run_copy(size_t which) {
+  Copy& copy = copies[which];
+  if (copy.is_store && copy.read.empty()) return read_box(copy);
+  const Copy done = std::move(copy);
+  copy = std::move(copies.back());
+  copies.pop_back();
+  done.is_store ? write_box(done) : land(done);
+}
+
+// ----- WGMMA -----
+
+float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// fp16: as an fp32 with the exponent's bias of fp16, which a factor corrects, subnormals too.
+CLONES void widen(const uint16_t* from, float* to, int count, bool bf16) {
+  for (int i = 0; i < count; ++i) {
+    const uint32_t bits = from[i], sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff;
+    uint32_t word = magnitude << 13;
+    float value;
+    std::memcpy(&value, &word, sizeof(value));
+    value *= 0x1p112f;
+    std::memcpy(&word, &value, sizeof(word));
+    word |= sign | (magnitude >= 0x7c00 ? 0x7f800000u : 0u);
+    to[i] = bits_to_float(bf16 ? bits << 16 : word);
+  }
+}
+
+// The line of an operand in which `major` steps along the contiguous dimension and `minor` along the other one stand.
+// K-major: ((8, m), (8, 2)) : ((128 B, stride), (2 B, 16 B)); MN-major: ((64, m), (8, 2)) : ((2 B, leading), (128 B, stride));
+// then the swizzle.
+struct Layout {
+  uint32_t start, leading, stride;
+  bool transposed;
+
+  explicit Layout(const Operand& operand)
+      : start((operand.descriptor & 0x3fff) << 4),
+        leading((operand.descriptor >> 16 & 0x3fff) << 4),
+        stride((operand.descriptor >> 32 & 0x3fff) << 4),
+        transposed(operand.transposed) {
+    if (operand.descriptor >> 62 != 1) fail("a matrix descriptor without the swizzle of 128 bytes");
+    if ((operand.descriptor >> 49 & 7) != 0) fail("a matrix descriptor with a base offset");
+  }
+
+  uint32_t line(int mn, int k) const {
+    if (transposed) return swizzle(start + mn / 64 * leading + mn % 64 * 2 + k / 8 * stride + k % 8 * 128);
+    return swizzle(start + mn / 8 * stride + mn % 8 * 128 + k * 2);
+  }
+};
+
+// values[mn][k] or, where `by_k`, values[k][mn], of `count` rows or columns from `first` on.
+void gather(const State& state, const Operand& operand, int first, int count, bool by_k, bool bf16, float* values) {
+  const Layout layout(operand);
+  static uint16_t raw[kMostN * kDepth];
+  const auto line = [&](int mn, int k) {
+    const uint32_t address = layout.line(mn, k);
+    check_fenced(state, address, kLine);
+    return reinterpret_cast<const uint16_t*>(at(state, address, kLine));
+  };
+  const auto place = [&](int i, int k) -> uint16_t& { return raw[by_k ? k * count + i : i * kDepth + k]; };
+  if (operand.transposed) {
+    for (int k = 0; k < kDepth; ++k) {
+      for (int i = 0; i < count; i += 8) {
+        const uint16_t* const from = line(first + i, k);
+        for (int j = 0; j < 8; ++j) place(i + j, k) = from[j];
+      }
+    }
+  } else {
+    for (int i = 0; i < count; ++i) {
+      for (int k = 0; k < kDepth; k += 8) {
+        const uint16_t* const from = line(first + i, k);
+        for (int j = 0; j < 8; ++j) place(i, k + j) = from[j];
+      }
+    }
+  }
+  widen(raw, values, count * kDepth, bf16);
+}
+
+// The products are exact in fp32; each sum is rounded, along K in order.
+CLONES void multiply_add(const float* a, const float* b, float* tile, int n) {
+  for (int row = 0; row < kWarpRows; ++row) {
+    float* const sums = tile + row * kMostN;
+    for (int k = 0; k < kDepth; ++k) {
+      const float factor = a[row * kDepth + k];
+      for (int column = 0; column < n; ++column) sums[column] += factor * b[k * n + column];
+    }
+  }
+}
+
+// The 16 rows of a warp.
+void run_product(State& state, Warpgroup& warpgroup, int warp) {
+  static float a[kWarpRows * kDepth], b[kMostN * kDepth];
+  const Product& product = warpgroup.products[warpgroup.done[warp] - warpgroup.first];
+  gather(state, product.a, warp * kWarpRows, kWarpRows, false, product.bf16, a);
+  gather(state, product.b, 0, product.n, true, product.bf16, b);
+  float* const tile = warpgroup.tile[warp * kWarpRows];
+  if (!product.accumulate) std::fill(tile, tile + kWarpRows * kMostN, 0.0f);
+  multiply_add(a, b, tile, product.n);
+  ++warpgroup.done[warp];
+  --products_to_run;
+  while (!warpgroup.products.empty() && *std::min_element(warpgroup.done, warpgroup.done + 4) > warpgroup.first) {
+    warpgroup.products.pop_front();
+    ++warpgroup.first;
+  }
+  wake(warpgroup.queues[warp]);
+}
+
+bool can_run(const Warpgroup& warpgroup, int warp) {
+  const size_t next = warpgroup.done[warp] - warpgroup.first;
+  return next < warpgroup.products.size() && warpgroup.products[next].issued == static_cast<int>(kWarpgroup);
+}
+
+Warpgroup& this_warpgroup() {
+  std::deque<Warpgroup>& warpgroups = here().warpgroups;
+  const size_t index = threadIdx.x / kWarpgroup;
+  if (index >= warpgroups.size()) fail("wgmma by a part of a warpgroup");
+  return warpgroups[index];
+}
+
+// Value i of the thread: element (16 warp + lane / 4 + 8 (i / 2 % 2), 8 (i / 4) + 2 (lane % 4) + i % 2).
+float& element(Warpgroup& warpgroup, int i) {
+  const int thread = threadIdx.x % kWarpgroup, lane = thread % kWarp;
+  return warpgroup.tile[thread / kWarp * kWarpRows + lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2];
+}
+
+}  // namespace
+
+// ----- what runs beside the fibers -----
+
+void start_units() {
+  copies.clear();
+  products_to_run = 0;
+  states.clear();
+  states.resize(cluster().size());
+  for (State& state : states) {
+    state.block = &cluster()[&state - states.data()];
+    state.threads.resize(state.block->threads);
+    state.unfenced.assign(state.block->shared_bytes / kLine + 1, 0);
+    for (unsigned i = 0; i < state.block->threads / kWarpgroup; ++i) state.warpgroups.emplace_back();
+  }
+}
+
+bool has_events() { return !copies.empty() || products_to_run > 0; }
+
+// Each copy, and each warp that has products, is as likely as any other.
+void run_event() {
+  struct At {
+    State& state;
+    Warpgroup& warpgroup;
+    int warp;
+  };
+  std::vector<At> warps;
+  for (State& state : states) {
+    for (Warpgroup& warpgroup : state.warpgroups) {
+      for (int warp = 0; warp < 4; ++warp) {
+        if (can_run(warpgroup, warp)) warps.push_back({state, warpgroup, warp});
+      }
+    }
+  }
+  const size_t which = random_number() % (copies.size() + warps.size());
+  if (which < copies.size()) return run_copy(which);
+  const At& at = warps[which - copies.size()];
+  run_product(at.state, at.warpgroup, at.warp);
+}
+
+void finish_units(const Block& block) {
+  State& state = states[block.rank];
+  for (const Copy& copy : copies) {
+    if (copy.state == &state && !copy.is_store) fail("a block ends before a TMA load to it");
+    if (copy.state == &state && copy.read.empty()) fail("a block ends before a TMA store has read its memory");
+  }
+  for (const Thread& thread : state.threads) {
+    if (thread.groups.back().unwritten > 0) fail("a TMA store that is in no group");
+    if (thread.acc != nullptr) fail("a thread ends before its wgmma");
+  }
+}
+
+// ----- words: shared memory -----
+
+uint8_t* dynamic_shared() { return current_block().shared; }
+
+uint32_t shared_address(const void* shared) {
+  const Block& block = current_block();
+  const auto byte = static_cast<const uint8_t*>(shared);
+  if (byte < block.shared || byte >= block.shared + block.shared_bytes) fail("not an address of the block's shared memory");
+  return static_cast<uint32_t>(byte - block.shared) + kWindow;
+}
+
+unsigned cluster_rank() { return current_block().rank; }
+
+void store_shared(void* shared, const void* value, uint32_t bytes) {
+  const uint32_t address = shared_address(shared);
+  if (address % bytes != 0) fail("a store to shared memory at no multiple of its size");
+  note_store(here(), address, bytes);
+  std::memcpy(at(here(), address, bytes), value, bytes);
+}
+
+// Lane 8 i + r has the address of row r of matrix i; value i of lane l is the pair l % 4 of row l / 4 of matrix i.
+void stmatrix_x4(void* row, const uint32_t (&matrices)[4]) {
+  if (shared_address(row) % 16 != 0) fail("stmatrix at no multiple of 16 bytes");
+  std::memcpy(exchange_slot(lane()), &row, sizeof(row));
+  sync_warp("stmatrix");
+  for (unsigned i = 0; i < 4; ++i) {
+    uint8_t* to;
+    std::memcpy(&to, exchange_slot(8 * i + lane() / 4), sizeof(to));
+    store_shared(to + lane() % 4 * 4, &matrices[i], 4);
+  }
+  end_exchange();
+}
+
+void fence_proxy_async() {
+  Thread& thread = this_thread();
+  for (const uint32_t line : thread.unfenced) --here().unfenced[line];
+  thread.unfenced.clear();
+}
+
+// ----- words: barriers -----
+
+void barrier_init(void* barrier, uint32_t arrivals) {
+  const uint32_t address = shared_address(barrier);
+  if (address % 8 != 0) fail("an mbarrier at no multiple of 8 bytes");
+  if (arrivals == 0 || arrivals > kMostTx) fail("an mbarrier for " + std::to_string(arrivals) + " arrivals");
+  MBarrier made{};
+  made.expected = made.pending = arrivals;
+  made.initialized_by = threadIdx.x;
+  if (!here().barriers.emplace(address, made).second) fail("an mbarrier is initialized twice");
+}
+
+void fence_barrier_init() {
+  for (auto& [address, barrier] : here().barriers) barrier.fenced |= barrier.initialized_by == threadIdx.x;
+}
+
+void barrier_arrive(void* barrier) { arrive(barrier_at(here(), shared_address(barrier))); }
+
+void barrier_arrive_expect_tx(void* barrier, uint32_t bytes) {
+  MBarrier& here_barrier = barrier_at(here(), shared_address(barrier));
+  if (here_barrier.pending == 0) fail("more arrivals than an mbarrier expects");
+  expect_bytes(here_barrier, bytes);
+  arrive(here_barrier);
+}
+
+void barrier_arrive_cluster(void* barrier, uint32_t rank) {
+  if (rank >= states.size()) fail("the cluster has no block " + std::to_string(rank));
+  check_alive(states[rank], "an arrival");
+  MBarrier& there = barrier_at(states[rank], shared_address(barrier));
+  if (!there.fenced && rank != cluster_rank()) fail("an arrival from afar at an mbarrier with no fence.mbarrier_init");
+  arrive(there);
+}
+
+void barrier_wait(void* barrier, uint32_t parity) {
+  MBarrier& here_barrier = barrier_at(here(), shared_address(barrier));
+  if (parity > 1) fail("a parity that is neither 0 nor 1");
+  if (random_number() % 4 == 0) yield();
+  while (here_barrier.phase % 2 == parity)
+    wait_in(here_barrier.queue, parity ? "an mbarrier, parity 1" : "an mbarrier, parity 0");
+}
+
+// ----- words: TMA -----
+
+void tma_prefetch(const void* map) { read_map(map); }
+
+void tma_load(void* shared, const void* map, void* barrier, int32_t c0, int32_t c1, uint32_t blocks) {
+  const uint32_t to = shared_address(shared), signal = shared_address(barrier);
+  if (to % kBoxRow != 0) fail("TMA to shared memory at no multiple of 128 bytes");
+  if (blocks == 0 || blocks >> states.size() != 0) fail("TMA to a block that the cluster does not have");
+  bool is_first = true;
+  for (unsigned rank = 0; rank < states.size(); ++rank) {
+    if ((blocks >> rank & 1) == 0) continue;
+    copies.push_back({read_map(map), &states[rank], to, signal, c0, c1, is_first, false, 0, 0, {}});
+    is_first = false;
+  }
+}
+
+void tma_store(const void* map, const void* shared, int32_t c0, int32_t c1) {
+  const uint32_t from = shared_address(shared);
+  if (from % kBoxRow != 0) fail("TMA from shared memory at no multiple of 128 bytes");
+  Thread& thread = this_thread();
+  ++thread.groups.back().unread;
+  ++thread.groups.back().unwritten;
+  copies.push_back({read_map(map), &here(), from, 0, c0, c1, true, true, threadIdx.x, thread.groups.size() - 1, {}});
+}
+
+void tma_store_commit() { this_thread().groups.emplace_back(); }
+
+void tma_store_wait(int groups, bool only_read) {
+  Thread& thread = this_thread();
+  const auto is_done = [&] {
+    const int64_t waited = static_cast<int64_t>(thread.groups.size()) - 1 - groups;
+    for (int64_t i = 0; i < waited; ++i) {
+      if ((only_read ? thread.groups[i].unread : thread.groups[i].unwritten) > 0) return false;
+    }
+    return true;
+  };
+  while (!is_done()) wait_in(thread.queue, only_read ? "a TMA store's reading" : "a TMA store");
+}
+
+// ----- words: WGMMA -----
+
+void wgmma_fence() { this_thread().fenced = true; }
+
+void wgmma(float* acc, int n, Operand a, Operand b, bool accumulate, bool bf16) {
+  Warpgroup& warpgroup = this_warpgroup();
+  Thread& thread = this_thread();
+  if (!thread.fenced) fail("wgmma with no wgmma.fence since the accumulator was the thread's");
+  if (thread.acc == nullptr) {
+    for (int i = 0; i < n / 2; ++i) {
+      element(warpgroup, i) = acc[i];
+      acc[i] = std::numeric_limits<float>::quiet_NaN();
+    }
+    thread.acc = acc;
+    warpgroup.n = n;
+  }
+  if (thread.acc != acc || warpgroup.n != n) fail("the stand-in has one accumulator at a time");
+  const int64_t index = thread.issued++ - warpgroup.first;
+  if (index == static_cast<int64_t>(warpgroup.products.size())) warpgroup.products.push_back({a, b, n, accumulate, bf16});
+  Product& product = warpgroup.products[index];
+  if (!(product.a == a && product.b == b) || product.n != n || product.accumulate != accumulate || product.bf16 != bf16) {
+    fail("the threads of a warpgroup differ in their wgmma");
+  }
+  if (++product.issued == static_cast<int>(kWarpgroup)) products_to_run += 4;
+}
+
+void wgmma_commit() { this_thread().committed.push_back(this_thread().issued); }
+
+void wgmma_wait(int groups) {
+  Warpgroup& warpgroup = this_warpgroup();
+  Thread& thread = this_thread();
+  const size_t all = thread.committed.size(), waited = all > static_cast<size_t>(groups) ? all - groups : 0;
+  const int64_t products = waited > 0 ? thread.committed[waited - 1] : 0;
+  const unsigned warp = threadIdx.x % kWarpgroup / kWarp;
+  while (warpgroup.done[warp] < products) wait_in(warpgroup.queues[warp], "wgmma's products");
+  thread.waited = std::max(thread.waited, waited);
+  if (thread.acc == nullptr || thread.waited < all || products < thread.issued) return;
+  for (int i = 0; i < warpgroup.n / 2; ++i) thread.acc[i] = element(warpgroup, i);
+  thread.acc = nullptr;
+  thread.fenced = false;
+}
+
+}  // namespace host
+
+// ----- the driver's function -----
+
+// Refuses what the driver refuses, and what is not emulated.
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
+                                const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                                const cuuint32_t* element_strides, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
+                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  const uint32_t element = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(address);
+  if (rank != 2 || swizzle != CU_TENSOR_MAP_SWIZZLE_128B) return CUDA_ERROR_INVALID_VALUE;
+  if (reinterpret_cast<uintptr_t>(map) % 64 != 0 || begin == 0 || begin % 16 != 0) return CUDA_ERROR_INVALID_VALUE;
+  if (strides[0] == 0 || strides[0] % 16 != 0 || strides[0] >> 40 != 0) return CUDA_ERROR_INVALID_VALUE;
+  for (int i = 0; i < 2; ++i) {
+    if (sizes[i] == 0 || sizes[i] > (1ull << 32) || box[i] == 0 || box[i] > 256) return CUDA_ERROR_INVALID_VALUE;
+    if (element_strides[i] != 1) return CUDA_ERROR_INVALID_VALUE;
+  }
+  if (box[0] * element != host::kBoxRow) return CUDA_ERROR_INVALID_VALUE;
+  const host::Map made{host::kMagic, begin, sizes[1], sizes[0], strides[0], element, box[1]};
+  std::memset(map, 0, sizeof(*map));
+  std::memcpy(map, &made, sizeof(made));
+  return CUDA_SUCCESS;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+  const bool is_known = std::strcmp(symbol, "cuTensorMapEncodeTiled") == 0;
+  *function = is_known ? reinterpret_cast<void*>(&cuTensorMapEncodeTiled) : nullptr;
+  *result = is_known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
+}
