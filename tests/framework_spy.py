@@ -51,7 +51,8 @@ class Spy(ExitStack):
 
     def _read(self, optimizer, rows, grad_scale, *_):
         self.optimizers[id(optimizer)] = optimizer
-        grads = [_ranks.local(p.grad).double() / grad_scale.double() for p in optimizer._parameters()]
+        scale = 1.0 if grad_scale is None else grad_scale.double()
+        grads = [_ranks.local(p.grad).double() / scale for p in optimizer._parameters()]
         self.squares.append(sum(grad.square().sum().item() for grad in grads))
 
     def seen(self) -> dict:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples of docs/frameworks train in fp16 through an overflow: nothing but the fused step ran, and the norms are right."""
+"""The examples of docs/frameworks train in fp16 through an overflow: only the fused step ran, and the norms are right."""
 
 import csv
 import json
