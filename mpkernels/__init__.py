@@ -5,7 +5,7 @@ from mpkernels import functional, nn, ops, optim
 from mpkernels._copies import refresh_
 from mpkernels._dispatch import is_available
 from mpkernels.amp import GradScaler
-from mpkernels.nn import MPMLP, MPLinear, cached_weights, convert, convert_report, revert
+from mpkernels.nn import MPMLP, MPLinear, cached_weights, convert, convert_report, revert, warmup
 from mpkernels.policy import Policy, default_policy, get_default_policy, set_default_policy
 
 __version__ = "0.1.0"
@@ -28,4 +28,5 @@ __all__ = [
     "refresh_",
     "revert",
     "set_default_policy",
+    "warmup",
 ]

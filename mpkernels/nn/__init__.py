@@ -4,5 +4,6 @@
 from mpkernels.nn.convert import convert, convert_report, revert
 from mpkernels.nn.linear import MPLinear, cached_weights
 from mpkernels.nn.mlp import MPMLP
+from mpkernels.nn.warmup import warmup
 
-__all__ = ["MPMLP", "MPLinear", "cached_weights", "convert", "convert_report", "revert"]
+__all__ = ["MPMLP", "MPLinear", "cached_weights", "convert", "convert_report", "revert", "warmup"]

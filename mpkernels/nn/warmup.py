@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run once, without a trace, what the first use of a kernel does: load and check it, where capture and compile could not."""
+
+import contextlib
+import sys
+from collections import abc
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from mpkernels import _dispatch
+
+
+@torch._disable_dynamo
+def warmup(model: nn.Module, example_inputs) -> None:
+    """One forward and backward of `model`, so that its kernels are chosen and checked before a capture or a compile.
+
+    example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, of the shapes that will come.
+    Parameters, their gradients, buffers, modes and random numbers stay what they were, bit for bit; what the hooks of the
+    model do is theirs. A compiled model runs uncompiled. Call it before DDP and `fully_shard`, on every rank.
+    Raises TypeError for what is not a module, RuntimeError under capture and for a model that is distributed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"warmup: model must be a torch.nn.Module, got {type(model).__name__}")
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("warmup: call it before the capture, not inside")
+    if wrapped := [name or type(m).__name__ for name, m in model.named_modules() if _is_wrapped(m)]:
+        raise RuntimeError(f"warmup: {wrapped[0]} is distributed already: call it before DDP and fully_shard")
+    args, kwargs = _arguments(example_inputs)
+    params = [p for p in model.parameters() if p.requires_grad]
+    with _untouched(model), torch.inference_mode(False), torch.enable_grad(), _uncompiled():
+        outputs = [t for t in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(t, torch.Tensor) and t.requires_grad]
+        if outputs and params:  # not backward(): that adds to .grad, and steps optimizers that live in hooks
+            torch.autograd.grad(outputs, params, [torch.zeros_like(t) for t in outputs], allow_unused=True)
+    for device, dtype in {(p.device, p.dtype) for p in params}:
+        for op in _dispatch.ops.values():  # the step's too
+            op.backend(device, dtype)
+
+
+def _arguments(example_inputs) -> tuple[tuple, dict]:
+    if isinstance(example_inputs, abc.Mapping):
+        return (), dict(example_inputs)
+    return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """DDP waits for gradients that never come; FSDP2 makes other tensors of its parameters."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return True
+    tensor = sys.modules.get("torch.distributed.tensor")  # imported by whoever has sharded something
+    return tensor is not None and any(isinstance(p, tensor.DTensor) for p in module.parameters(recurse=False))
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module):
+    """Restore buffers, values and objects, and the states of the random number generators."""
+    buffers = [(m, name, b, None if b is None else b.clone()) for m in model.modules() for name, b in m._buffers.items()]
+    devices = {t.device for t in (*model.parameters(), *model.buffers())}
+    try:
+        with torch.random.fork_rng([d for d in devices if d.type == "cuda"]):
+            yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, values in buffers:
+                module._buffers[name] = buffer
+                if buffer is not None:
+                    buffer.copy_(values)
+
+
+def _uncompiled():
+    """Let compiled functions run as they were written; where nothing loaded the compiler, there are none."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
