@@ -14,7 +14,7 @@ import sys
 import torch
 
 import mpkernels
-from mpkernels import _dispatch, _native
+from mpkernels import _dispatch, _native, _table
 
 
 def main() -> int:
@@ -48,7 +48,14 @@ def versions() -> dict[str, str]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         found[f"cuda:{index}"] = f"{properties.name}, sm{properties.major}{properties.minor}, CUDA {torch.version.cuda}"
+        found[f"tuned:{index}"] = tuned(torch.device("cuda", index), properties.name)
     return found
+
+
+def tuned(device: torch.device, name: str) -> str:
+    """How many problems the table of `device` answers, or that there is none."""
+    count = len(_table.of(device))
+    return f"table of {count} problems for {name}" if count else f"no table for {name}: python -m mpkernels tune"
 
 
 def implementations() -> list[dict[str, str]]:
@@ -67,7 +74,10 @@ def state(op: _dispatch.Op, device: torch.device, backend: str) -> tuple[str, st
     reason = op.why_not(backend, device, torch.float32)
     if reason is not None:
         return "unavailable", reason
-    wrong = importlib.import_module(f"{op.package}.reference").self_check(backend, device)
+    try:
+        wrong = op.self_check(backend, device)
+    except Exception as error:  # whatever a kernel raises that does not compile here
+        wrong = f"{type(error).__name__}: {error}".splitlines()[0]
     if wrong is not None:
         return "wrong", wrong
     try:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mpkernels import _self_check, _table
+
 BACKENDS = ("eager", "triton", "native")
 ENVIRONMENT_VARIABLE = "MPKERNELS_BACKEND"
 
@@ -27,7 +29,8 @@ class Implementation:
     """One way to run an op: the module `<op folder>.impl_<backend>`, imported at its first use.
 
     `device_types`: where the code exists. `auto_on`: where it was proven and may be chosen without being asked for;
-    a kernel that no committed result row shows on a GPU is never in `auto_on` for "cuda".
+    a kernel that no committed result row shows on a GPU is never in `auto_on` for "cuda", and one that is there is chosen
+    only after its self-check on that very machine.
     The module has a function named as the op and `why_not(device, dtype) -> str | None`.
     """
 
@@ -42,6 +45,7 @@ class Op:
     check: raises on bad input; runs before every call and in the fake.
     fake: shapes and dtypes of the result, from the same arguments.
     key: `(device, dtype)` of a call, which the selector chooses by.
+    problem: what a tuned table is asked by, from the same arguments; None where there are none.
     mutated: the tensors that a call writes, whose version counters are moved (raw-pointer writes do not move them).
     """
 
@@ -54,12 +58,13 @@ class Op:
         check: Callable[..., None],
         fake: Callable[..., object],
         key: Callable[..., tuple[torch.device, torch.dtype]],
+        problem: Callable[..., _table.Problem] | None = None,
         mutated: Callable[..., list[torch.Tensor]] | None = None,
     ):
         self.name = schema.split("(")[0]
         self.package = package
         self.implementations = {i.backend: i for i in implementations}
-        self.check, self.fake, self.key, self.mutated = check, fake, key, mutated
+        self.check, self.fake, self.key, self.problem, self.mutated = check, fake, key, problem, mutated
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mpkernels::{self.name}", self._fake, lib=_library)
@@ -74,7 +79,7 @@ class Op:
         return self._run_checked(*args, **kwargs)
 
     def _run_checked(self, *args, **kwargs):
-        function = self.select(*self.key(*args, **kwargs))
+        function = self.select(*self.key(*args, **kwargs), self.tuned(*args, **kwargs))
         with torch._C._DisableAutocast():  # dtypes are in the arguments: the torch ops inside are not to be cast again
             if self.mutated is None:
                 # A result that torch knows as a view could not be changed in place (`+=`, nn.ReLU(inplace=True)).
@@ -90,13 +95,7 @@ class Op:
 
         checked: these tensors have passed `check` before; only their values are new.
         """
-        watched = (
-            torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._are_functorch_transforms_active()
-            or any(type(a) not in _PLAIN for a in args if isinstance(a, torch.Tensor))
-        )
-        if watched:
+        if _is_watched() or any(type(a) not in _PLAIN for a in args if isinstance(a, torch.Tensor)):
             return getattr(torch.ops.mpkernels, self.name)(*args, **kwargs)
         return self._run_checked(*args, **kwargs) if checked else self._run(*args, **kwargs)
 
@@ -111,22 +110,44 @@ class Op:
             return "not implemented"
         if device.type not in implementation.device_types:
             return f"not implemented for {device.type}"
-        return self._module(backend).why_not(device, dtype)
+        return self._module(backend).why_not(device, dtype) or _self_check.failure(self.package, backend, device)
 
-    def select(self, device: torch.device, dtype: torch.dtype) -> Callable:
+    def self_check(self, backend: str, device: torch.device) -> str | None:
+        """One real run of `backend` against the op's fp64 reference: None, or what came out wrong."""
+        return importlib.import_module(f"{self.package}.reference").self_check(backend, device)
+
+    def tuned(self, *args, **kwargs) -> str | None:
+        """The backend that a tuned table names for a call, or None."""
+        if self.problem is None:
+            return None
+        table = _table.of(self.key(*args, **kwargs)[0])
+        entry = table.get(self.problem(*args, **kwargs)) if table else None
+        return None if entry is None else entry.backend
+
+    def select(self, device: torch.device, dtype: torch.dtype, tuned: str | None = None) -> Callable:
         """The function that serves a call; raises when a forced backend cannot."""
-        return self.function(self.backend(device, dtype))
+        return self.function(self.backend(device, dtype, tuned))
 
-    def backend(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Name of the backend that serves a call on `device`, its arithmetic in `dtype`."""
-        return _choose(self.name, device, dtype, os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
+    def backend(self, device: torch.device, dtype: torch.dtype, tuned: str | None = None) -> str:
+        """Name of the backend that serves a call on `device`, its arithmetic in `dtype`; `tuned` is asked before others."""
+        try:
+            return _choose(self.name, device, dtype, os.environ.get(ENVIRONMENT_VARIABLE, "auto"), tuned)
+        except _self_check.NotNow:
+            return "eager"
 
     def _module(self, backend: str):
         return importlib.import_module(f"{self.package}.impl_{backend}")
 
 
+def _is_watched() -> bool:
+    """Whether something else than eager execution goes on: a compiler, a mode, a transform."""
+    return bool(
+        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+    )
+
+
 @functools.cache
-def _choose(name: str, device: torch.device, dtype: torch.dtype, setting: str) -> str:
+def _choose(name: str, device: torch.device, dtype: torch.dtype, setting: str, tuned: str | None = None) -> str:
     op, forced = ops[name], parse_setting(setting)
     backend = forced.get(name)
     if backend is None:
@@ -138,10 +159,19 @@ def _choose(name: str, device: torch.device, dtype: torch.dtype, setting: str) -
         if reason is not None:
             raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={setting}: {name} on {device.type} cannot use {backend}: {reason}")
         return backend
-    for implementation in op.implementations.values():
-        if device.type in implementation.auto_on and op.why_not(implementation.backend, device, dtype) is None:
+    for implementation in sorted(op.implementations.values(), key=lambda implementation: implementation.backend != tuned):
+        able = device.type in implementation.auto_on and op.why_not(implementation.backend, device, dtype) is None
+        if able and _agrees(op, implementation.backend, device):
             return implementation.backend
     return "eager"
+
+
+def _agrees(op: Op, backend: str, device: torch.device) -> bool:
+    """Whether a GPU's results were held against fp64; elsewhere the tests did that. eager is what is left without any."""
+    if device.type != "cuda" or backend == "eager":
+        return True
+    busy = _is_watched() or torch.cuda.is_current_stream_capturing()
+    return _self_check.verdict(op.package, backend, device, lambda: op.self_check(backend, device), busy) is None
 
 
 @functools.cache

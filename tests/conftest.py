@@ -9,6 +9,14 @@ import torch
 torch.set_num_threads(1)  # tests run side by side in processes, and the order of a sum must not depend on the machine
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_its_own(tmp_path_factory):
+    """Self-checks and tuned tables of the user neither decide nor change; processes that tests start inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def generator(request) -> torch.Generator:
     """Random numbers of this test: the same at every run, others in every parametrization."""

@@ -49,6 +49,7 @@ import math
 import torch
 
 from mpkernels._dispatch import Implementation, Op
+from mpkernels._table import problem
 from mpkernels.ops._cast import DTYPES
 
 
@@ -98,9 +99,12 @@ def linear_act(
     above: filled, and then has to be the `below` of the one call that reads `out`; gradients are wrong otherwise.
     """
     check_are_tensors(x, weight, bias)
-    save = _save(x.device, compute_dtype, activation)
+    tuned = None
+    if not torch.compiler.is_compiling():
+        tuned = forward_op.tuned(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, 0, batch_invariant)
+    save = _save(x.device, compute_dtype, activation, tuned)
     args = (x, weight, bias, weight_copy, int(activation), compute_dtype, out_dtype, save, batch_invariant, grad_dtype)
-    moves = above is not None and torch.is_grad_enabled() and writes_mask(x.device, compute_dtype)
+    moves = above is not None and torch.is_grad_enabled() and writes_mask(x.device, compute_dtype, tuned)
     if moves or (below is not None and below.moved):
         below = below or Seam()
         args += (moves, below.saved, int(below.activation), below.bias)
@@ -118,14 +122,14 @@ def check_are_tensors(x, weight, bias) -> None:
             raise TypeError(f"linear_act: {name} must be a Tensor, got {type(value).__name__}")
 
 
-def _save(device, compute_dtype, activation) -> int:
+def _save(device, compute_dtype, activation, tuned=None) -> int:
     """Whether the forward writes the mask: kernels read 1 bit instead of 16; torch selects faster by `out` itself."""
-    return int(activation != Activation.NONE and torch.is_grad_enabled() and writes_mask(device, compute_dtype))
+    return int(activation != Activation.NONE and torch.is_grad_enabled() and writes_mask(device, compute_dtype, tuned))
 
 
-def writes_mask(device, compute_dtype) -> bool:
+def writes_mask(device, compute_dtype, tuned=None) -> bool:
     """Whether the forward that serves such a call writes the mask, and its dgrad has an epilogue: kernels, not torch."""
-    return forward_op.backend(device, compute_dtype) != "eager"
+    return forward_op.backend(device, compute_dtype, tuned) != "eager"
 
 
 # torch.compiler.assume_constant_result does just this, and loads the compiler, seconds long, to do it.
@@ -272,6 +276,24 @@ def _fake_backward(
     )
 
 
+# ----- what tuned tables are asked by ---------------------------------------------------------------
+
+
+def _problem(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, batch_invariant=False, *_):
+    """None where a table may not decide: with batch_invariant a row's bits would depend on the number of rows."""
+    if batch_invariant:
+        return None
+    dtypes = (compute_dtype, (weight if weight_copy is None else weight_copy).dtype, out_dtype)
+    return problem("fprop", math.prod(x.shape[:-1]), *weight.shape, int(activation), *dtypes)
+
+
+def _problem_backward(
+    grad_out, x, weight, weight_copy, saved, activation, compute_dtype, grad_x_dtype, grad_weight_dtype, *_
+):  # fmt: skip
+    dtypes = (compute_dtype, (weight if weight_copy is None else weight_copy).dtype, grad_x_dtype, grad_weight_dtype)
+    return problem("backward", math.prod(grad_out.shape[:-1]), *weight.shape, int(activation), *dtypes)
+
+
 # ----- the ops ---------------------------------------------------------------
 
 _IMPLEMENTATIONS = (
@@ -290,6 +312,7 @@ forward_op = Op(
     check=_check,
     fake=_fake,
     key=lambda x, weight, bias, weight_copy, activation, compute_dtype, *_: (x.device, compute_dtype),
+    problem=_problem,
 )
 backward_op = Op(
     "linear_act_backward(Tensor grad_out, Tensor? x, Tensor weight, Tensor? weight_copy, Tensor? saved, int activation, "
@@ -301,6 +324,7 @@ backward_op = Op(
     check=_check_backward,
     fake=_fake_backward,
     key=lambda grad_out, x, weight, weight_copy, saved, activation, compute_dtype, *_: (grad_out.device, compute_dtype),
+    problem=_problem_backward,
 )
 
 # ----- autograd ---------------------------------------------------------------

@@ -12,6 +12,7 @@ import functools
 
 import torch
 
+from mpkernels import _table
 from mpkernels._dispatch import triton_why_not
 from mpkernels.ops._cast import cast
 from mpkernels.ops.linear_act import Activation, acc_dtype, empty_mask
@@ -41,8 +42,10 @@ def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtyp
     operand = x_compute if x.dtype != compute_dtype else x
     relu = activation == Activation.RELU
     mask = empty_mask(x, lead.numel(), N) if save and relu else None
+    M, b = lead.numel(), _operand(weight, weight_copy)
+    tile = None if batch_invariant else _tuned(x.device, "fprop", M, N, K, activation, compute_dtype, b.dtype, out_dtype)
     out = _gemm(
-        operand.reshape(lead.numel(), K), _operand(weight, weight_copy).t(), out_dtype,
+        operand.reshape(M, K), b.t(), out_dtype, tile,
         bias=bias, relu=relu, mask=mask, batch_invariant=batch_invariant,
     )  # fmt: skip
     return out.view(*lead, N), x.new_empty(0, dtype=torch.int32) if mask is None else mask, x_compute
@@ -65,13 +68,15 @@ def linear_act_backward(
     if output_mask[0]:
         operand, selector = _operand(weight, weight_copy), _selector(saved_below, activation_below, M, K)
         if selector is None and grad_bias_below_dtype is None:
-            grad_x = _gemm(grad_z, operand, grad_x_dtype)
+            tile = _tuned(weight.device, "dgrad", M, N, K, 0, compute_dtype, operand.dtype, grad_x_dtype)
+            grad_x = _gemm(grad_z, operand, grad_x_dtype, tile)
         else:
             args = (grad_z, operand, grad_x_dtype, selector, compute_dtype, grad_bias_below_dtype)
             grad_x, grad_bias_below = _dgrad_below(*args)
         grad_x = grad_x.view(*lead, K)
     if output_mask[1]:
-        grad_weight = _gemm(grad_z.t(), x.reshape(M, K), grad_weight_dtype)
+        tile = _tuned(weight.device, "wgrad", M, N, K, 0, compute_dtype, grad_weight_dtype)
+        grad_weight = _gemm(grad_z.t(), x.reshape(M, K), grad_weight_dtype, tile)
     dtypes = (grad_x_dtype, grad_weight_dtype, grad_bias_dtype, grad_bias_below_dtype)
     grads = (grad_x, grad_weight, grad_bias, grad_bias_below)
     return tuple(g if g is not None else grad_out.new_empty(0, dtype=d) for g, d in zip(grads, dtypes, strict=True))
@@ -88,7 +93,14 @@ def _selector(saved, activation, rows, columns):
     return saved if saved.dtype == torch.int32 else saved.reshape(rows, columns)
 
 
-def _gemm(a, b, out_dtype, *, bias=None, relu=False, mask=None, batch_invariant=False):
+def _tuned(device, *question):
+    """The tile that a tuned table has for a GEMM, or None."""
+    table = _table.of(device)
+    entry = table.get(_table.problem(*question)) if table else None
+    return None if entry is None else entry.tile
+
+
+def _gemm(a, b, out_dtype, tile=None, *, bias=None, relu=False, mask=None, batch_invariant=False):
     """round(act(a @ b + bias)) for a (M, K) and b (K, N) of any stride; `mask` is filled where it is given."""
     M, K, N = *a.shape, b.shape[1]
     out = a.new_empty((M, N), dtype=out_dtype)
@@ -99,7 +111,7 @@ def _gemm(a, b, out_dtype, *, bias=None, relu=False, mask=None, batch_invariant=
         b = cast(b, a.dtype)
     if batch_invariant and (a.stride() != (K, 1) or a.data_ptr() % 16):
         a = a.clone(memory_format=torch.contiguous_format)  # so that how it lies does not decide, either
-    chosen = plan(*device, Operand.of(a), Operand.of(b), Operand.of(out), batch_invariant=batch_invariant)
+    chosen = plan(*device, Operand.of(a), Operand.of(b), Operand.of(out), tile, batch_invariant=batch_invariant)
     stride_bias, stride_mask = 0 if bias is None else bias.stride(0), 0 if mask is None else mask.stride(0)
     with torch.cuda.device_of(a):
         if not chosen.by_tma:

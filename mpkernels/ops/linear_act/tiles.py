@@ -146,20 +146,36 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def plan(
-    sm: int, programs: int, specializes: bool, a: Operand, b: Operand, out: Operand, *, by_pointers=False, batch_invariant=False
-) -> Plan:
+    sm: int, programs: int, specializes: bool, a: Operand, b: Operand, out: Operand, tuned: tuple | None = None, *,
+    by_pointers=False, batch_invariant=False,
+) -> Plan:  # fmt: skip
     """The kernel for out (M, N) = a (M, K) @ b (K, N) on a GPU that has room for `programs` persistent programs.
 
+    tuned: the (name, value) pairs of a tile from a tuned table; left aside where the other kernel has to serve.
     by_pointers: what only the pointer kernel does. batch_invariant: one tile for every M, another may sum in another order.
     """
     M, N = out.shape
     rows = INVARIANT_M if batch_invariant else M
-    if not by_pointers and tma_why_not(sm, a, b, out) is None:
-        tile = choose(rows, N, tma_tiles(sm, out.dtype, specializes))
+    by_tma = not by_pointers and tma_why_not(sm, a, b, out) is None
+    tile = _tile(tuned, by_tma) or choose(rows, N, candidates(sm, specializes, a, b, out, by_tma))
+    if by_tma:
         majors = {"A_IS_KM": a.inner == 0, "B_IS_NK": b.inner == 0}
         return Plan(True, (min(programs, count(M, N, tile)),), asdict(tile) | majors)
-    tile = choose(rows, N, tiles(sm, a.dtype, b.dtype, all(map(_vectors, (a, b, out)))))
     return Plan(False, (count(M, N, tile),), asdict(tile))
+
+
+def candidates(sm: int, specializes: bool, a: Operand, b: Operand, out: Operand, by_tma: bool) -> tuple[Tile, ...]:
+    """The tiles that a GEMM may run with, from large to small."""
+    if by_tma:
+        return tma_tiles(sm, out.dtype, specializes)
+    return tiles(sm, a.dtype, b.dtype, all(map(_vectors, (a, b, out))))
+
+
+def _tile(tuned: tuple | None, by_tma: bool) -> Tile | None:
+    """A tile from a table, where it is one of that kernel."""
+    kind = TmaTile if by_tma else Tile
+    fields = dict(tuned or ())
+    return kind(**fields) if fields.keys() == kind.__dataclass_fields__.keys() else None
 
 
 def tma_why_not(sm: int, a: Operand, b: Operand, out: Operand) -> str | None:
