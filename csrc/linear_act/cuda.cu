@@ -168,7 +168,7 @@ void wgrad(Tensor grad_z, Tensor x, Tensor out, int64_t splits, int64_t block_n,
 }
 
 template <class G, class T>
-void launch_select(const Tensor& grad_out, const std::optional<Tensor>& saved, const std::optional<Tensor>& grad_z,
+void launch_select(const Tensor& grad_out, const std::optional<Tensor>& mask, const std::optional<Tensor>& grad_z,
                    const std::optional<Tensor>& sums, cudaStream_t stream) {
   SelectArguments<G, T> a{};
   a.rows = grad_out.size(0);
@@ -178,17 +178,10 @@ void launch_select(const Tensor& grad_out, const std::optional<Tensor>& saved, c
   a.grad_out_strides[1] = grad_out.stride(1);
   a.vectors = grad_out.stride(1) == 1 && grad_out.stride(0) * sizeof(G) % kWidest == 0 &&
               reinterpret_cast<uintptr_t>(a.grad_out) % kWidest == 0;
-  if (saved && saved->scalar_type() == ScalarType::Int) {
-    check_mask(*saved, a.rows, a.columns);
-    a.mask = static_cast<const uint32_t*>(saved->const_data_ptr());
-    a.mask_pitch = saved->stride(0);
-  } else if (saved) {
-    STD_TORCH_CHECK(saved->scalar_type() == grad_out.scalar_type() && saved->dim() == 2 && saved->size(0) == a.rows &&
-                        saved->size(1) == a.columns,
-                    "saved must be the mask or the output");
-    a.out = static_cast<const G*>(saved->const_data_ptr());
-    a.out_strides[0] = saved->stride(0);
-    a.out_strides[1] = saved->stride(1);
+  if (mask) {
+    check_mask(*mask, a.rows, a.columns);
+    a.mask = static_cast<const uint32_t*>(mask->const_data_ptr());
+    a.mask_pitch = mask->stride(0);
   }
   if (grad_z) {
     check_matrix("grad_z", *grad_z, a.rows, a.columns);
@@ -205,19 +198,19 @@ void launch_select(const Tensor& grad_out, const std::optional<Tensor>& saved, c
 }
 
 template <class T>
-void select_as(const Tensor& grad_out, const std::optional<Tensor>& saved, const std::optional<Tensor>& grad_z,
+void select_as(const Tensor& grad_out, const std::optional<Tensor>& mask, const std::optional<Tensor>& grad_z,
                const std::optional<Tensor>& sums, cudaStream_t stream) {
   if (grad_out.scalar_type() == ScalarType::Float) {
-    launch_select<float, T>(grad_out, saved, grad_z, sums, stream);
+    launch_select<float, T>(grad_out, mask, grad_z, sums, stream);
   } else {
-    launch_select<T, T>(grad_out, saved, grad_z, sums, stream);
+    launch_select<T, T>(grad_out, mask, grad_z, sums, stream);
   }
 }
 
-// grad_z and the column sums of bands of 128 rows, each if given, in the dtype `compute_dtype` is an example of.
-void select(Tensor grad_out, std::optional<Tensor> saved, std::optional<Tensor> grad_z, std::optional<Tensor> sums) {
+// grad_z and the column sums of bands of 128 rows, each if given.
+void select(Tensor grad_out, std::optional<Tensor> mask, std::optional<Tensor> grad_z, std::optional<Tensor> sums) {
   STD_TORCH_CHECK(grad_out.dim() == 2, "grad_out must be a matrix");
-  for (const auto* other : {&saved, &grad_z, &sums}) {
+  for (const auto* other : {&mask, &grad_z, &sums}) {
     if (*other) check_same_device("tensors", **other, grad_out);
   }
   const ScalarType dtype = grad_z ? grad_z->scalar_type() : grad_out.scalar_type();
@@ -225,10 +218,10 @@ void select(Tensor grad_out, std::optional<Tensor> saved, std::optional<Tensor> 
                   "grad_out must be of the compute dtype or float32");
   const OnDevice device(grad_out);
   if (dtype == ScalarType::BFloat16) {
-    select_as<BFloat16>(grad_out, saved, grad_z, sums, device.stream());
+    select_as<BFloat16>(grad_out, mask, grad_z, sums, device.stream());
   } else {
     STD_TORCH_CHECK(dtype == ScalarType::Half || !grad_z, "grad_z must be float16 or bfloat16");
-    select_as<Half>(grad_out, saved, grad_z, sums, device.stream());
+    select_as<Half>(grad_out, mask, grad_z, sums, device.stream());
   }
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The passes around the GEMM: grad_z = select(saved, grad_out) with its column sums, and sums of parts. In a fixed order.
+// The passes around the GEMM: grad_z = select(mask, grad_out) with its column sums, and sums of parts. In a fixed order.
 
 #pragma once
 
@@ -19,7 +19,7 @@ constexpr int kSelectColumns = 32 * kSelectVector;                            //
 constexpr int kSelectStep = kSelectThreads * kSelectVector / kSelectColumns;  // rows that a block reads at once
 constexpr int kSelectRows = 128;                                              // of a block: one row of column sums
 
-// By the mask, or by the output itself; by neither, everything is selected.
+// Without a mask everything is selected.
 template <class G, class T>
 struct SelectArguments {
   int64_t rows, columns;
@@ -28,26 +28,10 @@ struct SelectArguments {
   bool vectors;  // grad_out lies in vectors of 16 bytes
   const uint32_t* mask;
   int64_t mask_pitch;
-  const G* out;
-  int64_t out_strides[2];
   T* grad_z;  // in vectors of 16 bytes; or null
   int64_t grad_z_pitch;
   float* sums;  // (ceil(rows / kSelectRows), columns); or null
 };
-
-// Bit i: whether the gradient of column + i goes through.
-template <class G, class T>
-__device__ inline uint32_t selected(const SelectArguments<G, T>& a, int64_t row, int64_t column, int columns) {
-  if (a.mask != nullptr) return __ldg(a.mask + row * a.mask_pitch + column / 32) >> (column % 32);
-  if (a.out == nullptr) return ~0u;
-  uint32_t bits = 0;
-  for (int i = 0; i < columns; ++i) {
-    Elements<G, 1> out;
-    load<PassCache>(a.out + row * a.out_strides[0] + (column + i) * a.out_strides[1], out);
-    bits |= static_cast<uint32_t>(!(convert<float>(out.at[0]) <= 0)) << i;
-  }
-  return bits;
-}
 
 template <class G, class T>
 __global__ void __launch_bounds__(kSelectThreads) select_kernel(MPK_GRID_CONSTANT(SelectArguments<G, T>) a) {
@@ -79,7 +63,7 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(MPK_GRID_CONSTAN
     }
 
     // select, accumulate
-    const uint32_t bits = selected(a, row, column, columns);
+    const uint32_t bits = a.mask == nullptr ? ~0u : __ldg(a.mask + row * a.mask_pitch + column / 32) >> (column % 32);
     Elements<T, kSelectVector> grad_z;
 #pragma unroll
     for (int k = 0; k < kSelectVector; ++k) {

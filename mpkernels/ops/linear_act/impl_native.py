@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_act in CUDA C++ for Hopper: out = round(act(x @ weight.T + bias)) in one kernel, by TMA and WGMMA, on sm_90.
 
-Backward is one streaming pass (select, grad_bias) and two launches of the same GEMM. Same inputs, same bits: no atomics;
-where the sum over M is split, the parts are fp32 and are added in order.
+Backward is one streaming pass (select, grad_bias) and two launches of the same GEMM, in whose epilogue dgrad can do that
+pass for the layer below. Same inputs, same bits: no atomics; where the sum over M is split, the parts are fp32 and are
+added in order.
 
 What TMA asks of a matrix: rows that are contiguous and start at multiples of 16 bytes. So K and N are multiples of 8 (else
 the call is refused: that is Triton's), and an operand that lies otherwise is copied once.
@@ -12,17 +13,17 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from mpkernels import _native
 from mpkernels.ops._cast import cast
 from mpkernels.ops.linear_act import Activation, empty_mask
 
 BLOCK_M, BLOCK_K = 128, 64
-WARPGROUP_ROWS = 64  # that one row of dgrad's column sums stands for
-SELECT_ROWS = 128  # that one row of the select pass's column sums stands for
+SELECT_ROWS, SUM_ROWS = 128, 64  # that one row of column sums stands for, of the select pass and of dgrad
+INVARIANT_M = 1024  # whose tile batch_invariant takes for every M
 STEPS_PER_SPLIT = 8  # of BLOCK_K, at least: a part costs the write and the read of an fp32 tile
 MOST_SPLITS = 8
-INVARIANT_M = 1024  # of the cut that batch_invariant takes for every M
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -50,17 +51,18 @@ def why_not_call(N: int, K: int, activation: int, compute_dtype: torch.dtype, ou
 
 def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, batch_invariant=False, *_):
     lead, (N, K) = x.shape[:-1], weight.shape
+    M = lead.numel()
     _serve("linear_act", N, K, activation, compute_dtype, out_dtype)
     x_compute = cast(x, compute_dtype) if x.dtype != compute_dtype else x.new_empty(0)
     operand = x_compute if x.dtype != compute_dtype else x
     relu = activation == Activation.RELU
-    mask = empty_mask(x, lead.numel(), N) if save and relu else None
-    out = x.new_empty((lead.numel(), N), dtype=out_dtype)
+    mask = empty_mask(x, M, N) if save and relu else None
+    out = x.new_empty((M, N), dtype=out_dtype)
     if out.numel():
-        a, b = _matrix(operand.reshape(lead.numel(), K)), _weight(weight, weight_copy, compute_dtype)
+        a, b = _matrix(operand.reshape(M, K)), _weight(weight, weight_copy, compute_dtype)
         if K == 0:  # an empty sum: one step of zeros
-            a, b = a.new_zeros((lead.numel(), 8)), b.new_zeros((N, 8))
-        cut = choose(INVARIANT_M if batch_invariant else lead.numel(), N, _multiprocessors(x.device))
+            a, b = a.new_zeros((M, 8)), b.new_zeros((N, 8))
+        cut = choose(INVARIANT_M if batch_invariant else M, N, _multiprocessors(x.device))
         torch.ops.mpkernels_C.linear_act_fprop(a, b, bias, relu, out, mask, *cut)
     return out.view(*lead, N), x.new_empty(0, dtype=torch.int32) if mask is None else mask, x_compute
 
@@ -72,20 +74,19 @@ def linear_act_backward(
     lead, (N, K) = grad_out.shape[:-1], weight.shape
     M = lead.numel()
     _serve("linear_act_backward", N, K, activation, compute_dtype, grad_out.dtype)
-    if activation_below != Activation.NONE and (activation_below != Activation.RELU or saved_below.dtype != torch.int32):
-        raise RuntimeError("linear_act_backward: native does the pass of a layer below by the mask of its ReLU only")
+    _serve("linear_act_backward", N, K, activation_below, compute_dtype, grad_out.dtype)
     grad_z, grad_bias = _select(
         grad_out.reshape(M, N),
-        None if activation == Activation.NONE else saved if saved.dtype == torch.int32 else saved.reshape(M, N),
+        _mask(saved, activation, M, N),
         compute_dtype,
         output_mask[0] or output_mask[1],
         grad_bias_dtype if output_mask[2] else None,
     )
     grad_x = grad_weight = grad_bias_below = None
     if output_mask[0]:
-        mask = saved_below if activation_below == Activation.RELU else None
         weight = _weight(weight, weight_copy, compute_dtype)
-        grad_x, grad_bias_below = _dgrad(grad_z, weight, grad_x_dtype, mask, grad_bias_below_dtype)
+        mask_below = _mask(saved_below, activation_below, M, K)
+        grad_x, grad_bias_below = _dgrad(grad_z, weight, mask_below, grad_x_dtype, grad_bias_below_dtype)
         grad_x = grad_x.view(*lead, K)
     if output_mask[1]:
         grad_weight = _wgrad(grad_z, _matrix(x.reshape(M, K)), grad_weight_dtype)
@@ -148,61 +149,72 @@ def _matrix(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(1) == 1 and aligned else tensor.clone(memory_format=torch.contiguous_format)
 
 
+def _mask(saved, activation, rows, columns):
+    """The mask that `saved` is, or that of the output that it is; None where nothing is selected."""
+    if activation == Activation.NONE:
+        return None
+    if saved.dtype == torch.int32:
+        return saved if saved.stride(1) == 1 else saved.contiguous()
+    mask = empty_mask(saved, rows, columns)
+    bits = F.pad(~(saved.reshape(rows, columns) <= 0), (0, mask.shape[1] * 32 - columns)).view(rows, mask.shape[1], 32)
+    places = torch.arange(32, dtype=torch.int32, device=saved.device)
+    return mask.copy_((bits.int() << places).sum(-1, dtype=torch.int32))
+
+
 # ----- backward ---------------------------------------------------------------
 
 
-def _select(grad_out, saved, compute_dtype, wants_grad_z, grad_bias_dtype):
+def _select(grad_out, mask, compute_dtype, wants_grad_z, grad_bias_dtype):
     """(grad_z in compute_dtype, grad_bias), None where not wanted; grad_out itself where it already is grad_z."""
     M, N = grad_out.shape
-    is_grad_z = saved is None and grad_out.dtype == compute_dtype and _matrix(grad_out) is grad_out
+    is_grad_z = mask is None and grad_out.dtype == compute_dtype and _matrix(grad_out) is grad_out
     grad_z = grad_out.new_empty((M, N), dtype=compute_dtype) if wants_grad_z and not is_grad_z else None
-    sums = grad_bias = None
-    if grad_bias_dtype is not None:
-        sums = grad_out.new_empty((-(-M // SELECT_ROWS), N), dtype=torch.float32)
-        grad_bias = grad_out.new_zeros(N, dtype=grad_bias_dtype)
-    if grad_out.numel():
-        if grad_z is not None or sums is not None:
-            torch.ops.mpkernels_C.linear_act_select(grad_out, saved, grad_z, sums)
-        if sums is not None:
-            torch.ops.mpkernels_C.linear_act_sum(sums, grad_bias)
+    sums = None if grad_bias_dtype is None else grad_out.new_empty((-(-M // SELECT_ROWS), N), dtype=torch.float32)
+    if grad_out.numel() and (grad_z is not None or sums is not None):
+        torch.ops.mpkernels_C.linear_act_select(grad_out, mask, grad_z, sums)
+    grad_bias = None if sums is None else _sum(sums, grad_bias_dtype)
     return grad_out if is_grad_z else grad_z, grad_bias
 
 
-def _dgrad(grad_z, weight, dtype, mask, grad_bias_below_dtype):
-    """(grad_z @ weight in `dtype`, selected by `mask` where it is given; the sums of its columns, None where not wanted)."""
+def _sum(parts, dtype):
+    """parts.sum(0), rounded once to `dtype`."""
+    if parts.numel() == 0:
+        return parts.new_zeros(parts.shape[1:], dtype=dtype)
+    out = parts.new_empty(parts.shape[1:], dtype=dtype)
+    torch.ops.mpkernels_C.linear_act_sum(parts, out)
+    return out
+
+
+def _dgrad(grad_z, weight, mask_below, dtype, grad_bias_below_dtype):
+    """(grad_z @ weight, selected by `mask_below` where it is given, in `dtype`; its column sums unrounded, or None)."""
     M, (N, K) = grad_z.shape[0], weight.shape
-    sums = grad_bias_below = None
-    if grad_bias_below_dtype is not None:
-        sums = grad_z.new_empty((-(-M // WARPGROUP_ROWS), K), dtype=torch.float32)
-        grad_bias_below = grad_z.new_zeros(K, dtype=grad_bias_below_dtype)
-    grad_x = grad_z.new_empty((M, K), dtype=_stored(dtype, grad_z.dtype))
-    if N == 0:
-        grad_x.zero_()
-    elif grad_x.numel():
-        cut = choose(M, K, _multiprocessors(grad_z.device))
-        torch.ops.mpkernels_C.linear_act_dgrad(grad_z, weight, mask, grad_x, sums, *cut)
-        if sums is not None:
-            torch.ops.mpkernels_C.linear_act_sum(sums, grad_bias_below)
-    return cast(grad_x, dtype), grad_bias_below
+    parts = -(-M // SUM_ROWS) if N else 0
+    sums = None if grad_bias_below_dtype is None else grad_z.new_empty((parts, K), dtype=torch.float32)
+    if N and M and K:
+        grad_x = grad_z.new_empty((M, K), dtype=_stored(dtype, grad_z.dtype))
+        torch.ops.mpkernels_C.linear_act_dgrad(
+            grad_z, weight, mask_below, grad_x, sums, *choose(M, K, _multiprocessors(grad_z.device))
+        )
+    else:
+        grad_x = grad_z.new_zeros((M, K), dtype=dtype)
+    return cast(grad_x, dtype), None if sums is None else _sum(sums, grad_bias_below_dtype)
 
 
 def _wgrad(grad_z, x, dtype):
     """grad_z.T @ x in `dtype`."""
     M, N, K = *grad_z.shape, x.shape[1]
-    grad_weight = grad_z.new_empty((N, K), dtype=_stored(dtype, grad_z.dtype))
-    if M == 0:
-        grad_weight.zero_()
-    elif grad_weight.numel():
-        cut = choose(N, K, _multiprocessors(grad_z.device))
-        splits = choose_splits(N, K, M, cut)
-        if splits == 1:
-            torch.ops.mpkernels_C.linear_act_wgrad(grad_z, x, grad_weight, 1, *cut)
-        else:
-            rows = -(-N // (2 * BLOCK_M)) * 2 * BLOCK_M  # of whole tiles, so that one part's last does not touch the next part
-            parts = grad_z.new_empty((splits, rows, K), dtype=torch.float32)
-            torch.ops.mpkernels_C.linear_act_wgrad(grad_z, x, parts.view(-1, K), splits, *cut)
-            torch.ops.mpkernels_C.linear_act_sum(parts[:, :N], grad_weight)
-    return cast(grad_weight, dtype)
+    if not (M and N and K):
+        return grad_z.new_zeros((N, K), dtype=dtype)
+    cut = choose(N, K, _multiprocessors(grad_z.device))
+    splits = choose_splits(N, K, M, cut)
+    if splits == 1:
+        grad_weight = grad_z.new_empty((N, K), dtype=_stored(dtype, grad_z.dtype))
+        torch.ops.mpkernels_C.linear_act_wgrad(grad_z, x, grad_weight, 1, *cut)
+        return cast(grad_weight, dtype)
+    rows = -(-N // (2 * BLOCK_M)) * 2 * BLOCK_M  # of whole tiles, so that one part's last does not touch the next part
+    parts = grad_z.new_empty((splits, rows, K), dtype=torch.float32)
+    torch.ops.mpkernels_C.linear_act_wgrad(grad_z, x, parts.view(-1, K), splits, *cut)
+    return _sum(parts[:, :N], dtype)
 
 
 def _stored(dtype: torch.dtype, compute_dtype: torch.dtype) -> torch.dtype:
