@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear_act as `native` on Hopper: the op's implementation over its kernels, their source run on the CPU by tests/host."""
+
+import host_kernels
+import linear_act_cases
+import numpy as np
+import pytest
+import torch
+from linear_act_cases import DTYPES, LAYOUTS, Case, bits_of, data, same_bits
+
+from mpkernels.ops.linear_act import Activation, empty_mask, impl_native
+from tests import bounds
+
+f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+HALVES = (f16, bf16)
+
+
+@pytest.fixture(autouse=True)
+def ops(monkeypatch, request):
+    """The kernels in place of the library's, on a chip of 4 multiprocessors; what is allocated is NaN until it is written."""
+    reason = host_kernels.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    ops = host_kernels.HostOps(library="mpkernels_hopper")
+    seed(len(request.node.name))
+    monkeypatch.setattr(torch.ops, "mpkernels_C", ops)
+    monkeypatch.setattr(impl_native, "_multiprocessors", lambda device: 4)
+    monkeypatch.setattr(linear_act_cases, "forward", forward)
+    monkeypatch.setattr(linear_act_cases, "backward", backward)
+    torch.use_deterministic_algorithms(True)  # so that torch fills what it allocates
+    yield ops
+    torch.use_deterministic_algorithms(False)
+
+
+def seed(number: int) -> None:
+    host_kernels.library("mpkernels_hopper").host_seed(number)
+
+
+def forward(x, weight, bias, dtypes, activation=Activation.RELU, save=1, copy=None):
+    return impl_native.linear_act(x, weight, bias, copy, int(activation), dtypes.compute, dtypes.out, save)
+
+
+def backward(grad_out, x, weight, saved, dtypes, activation=Activation.RELU, copy=None, output_mask=(True,) * 3):
+    return impl_native.linear_act_backward(
+        grad_out, x, weight, copy, saved, int(activation), dtypes.compute, dtypes.x, dtypes.grad, dtypes.grad, output_mask
+    )[:3]
+
+
+def poisoned(shape, dtype) -> torch.Tensor:
+    return torch.full(shape, torch.nan, dtype=dtype) if dtype.is_floating_point else torch.full(shape, -1, dtype=dtype)
+
+
+def fprop(ops, x, weight, bias, relu, out_dtype, cut):
+    """(out, mask)."""
+    M, N = x.shape[0], weight.shape[0]
+    out, mask = poisoned((M, N), out_dtype), empty_mask(x, M, N) if relu else None
+    if relu:
+        mask.fill_(-1)
+    ops.linear_act_fprop(x, weight, bias, relu, out, mask, *cut)
+    return out, mask
+
+
+# ----- the op ---------------------------------------------------------------
+
+SIZES = (
+    (1, 8, 8),
+    (65, 72, 40),
+    (130, 264, 64),
+    (200, 136, 328),
+    (257, 8, 72),
+    (2, 520, 8),
+    (1030, 8, 16),
+)  # the last splits its rows
+
+
+@pytest.mark.parametrize("name", [name for name, d in DTYPES.items() if d.compute in HALVES and d.out != f64])
+def test_hopper_matches_reference(name, generator):
+    """Forward, backward by the mask and by the output, every combination of dtypes that the kernels store."""
+    for i, (M, N, K) in enumerate(SIZES[:3]):
+        linear_act_cases.run(Case(M, N, K, DTYPES[name], bias=i != 1, activation=Activation(i != 2)), generator)
+
+
+@pytest.mark.parametrize("M, N, K", SIZES)
+@pytest.mark.parametrize("name", ["float16", "mixed_bfloat16"])
+def test_hopper_odd_shapes(M, N, K, name, generator):
+    linear_act_cases.run(Case(M, N, K, DTYPES[name]), generator)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "unaligned"])
+def test_hopper_strided(layout, generator):
+    linear_act_cases.run(Case(70, 136, 72, DTYPES["float16"], layout=layout), generator)
+    linear_act_cases.run(Case(70, 136, 72, DTYPES["mixed_float16"], layout=layout, activation=Activation.NONE), generator)
+
+
+@pytest.mark.parametrize("M, N, K", [(0, 8, 8), (8, 0, 8), (8, 16, 0), (0, 0, 0)])
+def test_hopper_empty(M, N, K, generator):
+    linear_act_cases.run(Case(M, N, K, DTYPES["mixed_float16"]), generator)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (dict(N=12), "multiples of 8 .* got 16 and 12"),
+        (dict(K=20), "multiples of 8 .* got 20 and 16"),
+        (dict(out=f64), "torch.float16 or torch.float32, got torch.float64"),
+        (dict(out=bf16), "torch.float16 or torch.float32, got torch.bfloat16"),
+    ],
+)
+def test_hopper_refuses_with_the_reason(change, reason):
+    sizes = dict(M=4, N=16, K=16, out=f16) | change
+    x, weight = torch.ones(sizes["M"], sizes["K"], dtype=f16), torch.ones(sizes["N"], sizes["K"], dtype=f16)
+    with pytest.raises(RuntimeError, match=f"linear_act: native needs .*{reason}"):
+        impl_native.linear_act(x, weight, None, None, 1, f16, sizes["out"], 1)
+
+
+# ----- fprop ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias_dtype", [f16, bf16, f32, f64])
+def test_hopper_fprop_adds_the_bias_unrounded(ops, bias_dtype, generator):
+    x, weight = torch.zeros(8, 8, dtype=f16), torch.zeros(136, 8, dtype=f16)
+    bias = data((272,), bias_dtype, "normal", generator)[::2]
+    out, _ = fprop(ops, x, weight, bias, False, f32, (128, 1, 1))
+    assert torch.equal(out, bias.float().expand(8, 136))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("out_dtype", [None, f32], ids=["16-bit", "fp32"])
+def test_hopper_fprop_nan_zero_and_overflow(ops, dtype, out_dtype):
+    """NaN goes through and its bit is 1; both zeros and what underflows are 0; a row with NaN leaves the tail bits 0."""
+    out_dtype = out_dtype or dtype
+    tiny = bounds.least_subnormal(dtype) ** 0.5 / 2  # squared it rounds to 0
+    values = [1.0, -1.0, torch.nan, torch.inf, -torch.inf, 0.0, -0.0, tiny, -tiny, 60000.0]
+    x, weight = torch.zeros(len(values), 8, dtype=dtype), torch.zeros(40, 8, dtype=dtype)
+    x[:, 0] = torch.tensor(values)
+    weight[::2, 0] = tiny
+    weight[1::2, 0] = 2.0
+    out, mask = fprop(ops, x, weight, None, True, out_dtype, (128, 1, 1))
+    bounds.check_forward(out, x, weight, None, Activation.RELU, dtype)
+    assert out[2].isnan().all()
+    bits = bits_of(mask, 40)
+    assert (bits[:, :40] == ~(out <= 0).numpy()).all()
+    assert bits[2, :40].all()
+    assert not bits[[1, 5, 6]][:, :40].any()
+    assert bits[7, 0] == (out_dtype == f32)
+    assert not bits[:, 40:].any()
+
+
+def test_hopper_fprop_same_bits_for_any_number_of_rows(ops, generator):
+    x, weight = data((300, 200), f16, "normal", generator), data((136, 200), f16, "normal", generator)
+    out, _ = fprop(ops, x, weight, None, True, f16, (128, 2, 2))
+    for M in (1, 130):
+        for cut in ((128, 1, 1), (256, 2, 4)):
+            assert same_bits(fprop(ops, x[:M], weight, None, True, f16, cut)[0], out[:M])
+
+
+# ----- dgrad ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("activation_below", [Activation.NONE, Activation.RELU])
+@pytest.mark.parametrize("by_mask", [True, False], ids=["mask", "output"])
+def test_hopper_gradients_of_the_layer_below(name, activation_below, by_mask, generator):
+    dtypes, M, N, K = DTYPES[name], 130, 72, 136
+    x, weight, _, grad_out = Case(M, N, K, dtypes).tensors(generator)
+    positive = ~(x <= 0)
+    saved_below = None if activation_below == Activation.NONE else pack(positive) if by_mask else x
+    grad_x, _, _, grad_bias_below = impl_native.linear_act_backward(
+        grad_out, None, weight, None, None, 0, dtypes.compute, dtypes.x, dtypes.grad, dtypes.grad, (True, False, False),
+        saved_below, int(activation_below), dtypes.grad,
+    )  # fmt: skip
+    selected = None if activation_below == Activation.NONE else positive
+    bounds.check_backward_below(
+        (grad_x, grad_bias_below), grad_out, weight, None, selected, dtypes.compute, 2.0**-24, random_sign=True
+    )
+
+
+def pack(positive: torch.Tensor) -> torch.Tensor:
+    """The mask of these bits, packed by numpy."""
+    M, N = positive.shape
+    mask = empty_mask(positive, M, N)
+    padded = np.zeros((M, mask.shape[1] * 32), bool)
+    padded[:, :N] = positive.numpy()
+    mask.copy_(torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view("<i4").copy()))
+    return mask
+
+
+# ----- how a GEMM is cut ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rows, columns, depth", [(1, 8, 8), (4096, 4096, 1024), (512, 4096, 64), (1024, 1024, 16384), (384, 64, 640)]
+)
+def test_hopper_cut_is_one_that_runs(rows, columns, depth):
+    cut = impl_native.choose(rows, columns, 132)
+    splits = impl_native.choose_splits(rows, columns, depth, cut)
+    assert cut.block_n in (128, 256)
+    assert cut.cluster in (1, 2)
+    assert 1 <= splits <= max(1, -(-depth // 64))
+    assert splits == 1 or splits * -(-rows // 128) * -(-columns // cut.block_n) <= 132
+
+
+def test_hopper_small_weights_are_split():
+    cut = impl_native.choose(1024, 1024, 132)
+    assert impl_native.choose_splits(1024, 1024, 16384, cut) > 1
