@@ -21,6 +21,17 @@ def linear_act(x, weight, bias=None, activation=None, policy=None):
     return forward(x, weight, bias, None, activation_of(activation), policy)
 
 
+def decompositions() -> dict:
+    """`linear_act` in ATen ops, for `ExportedProgram.run_decompositions`: what ONNX and processes without mpkernels can run.
+
+    The numerics are the op's: operands rounded to the compute dtype, fp32 products and sums (fp64 for fp64), one rounding.
+    For inference: the backward op has none. Rounding fp64 to 16 bits once takes bit operations that ONNX does not have.
+    """
+    from mpkernels.ops.linear_act import decomposition
+
+    return {torch.ops.mpkernels.linear_act.default: decomposition.linear_act}
+
+
 def forward(
     x, weight, bias, weight_copy, activation: Activation, policy: Policy | None,
     below: Seam | None = None, above: Seam | None = None,
