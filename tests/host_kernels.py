@@ -25,7 +25,13 @@ BUILD = ROOT / "build/host"
 OPS = ("adamw_", "grad_stats_", "sgd_", "update_scale_")
 STAND_IN = tuple(f"tests/host/{name}" for name in ("fibers.cpp", "sm90.cpp", "on_device.cpp"))
 STEP = ("csrc/ops.cpp", *(f"csrc/{op.rstrip('_')}/cuda.cu" for op in OPS), "tests/host/wrong_kernels.cu")
-HOPPER = ("csrc/ops.cpp", "csrc/common/tensor_map.cu", "csrc/linear_act/cuda.cu", "tests/host/sm90_kernels.cu")
+HOPPER = (
+    "csrc/ops.cpp",
+    "csrc/common/tensor_map.cu",
+    "csrc/linear_act/cuda.cu",
+    "tests/host/sm90_kernels.cu",
+    "tests/device/probes.cu",
+)
 SOURCES = {"mpkernels_host": STEP + STAND_IN, "mpkernels_hopper": HOPPER + STAND_IN}
 # -ffp-contract=off as nvcc's -fmad=false.
 FLAGS = "-std=c++17 -O2 -g0 -fPIC -fvisibility=default -ffp-contract=off -U_FORTIFY_SOURCE"
