@@ -198,6 +198,111 @@ def test_report_prints_a_table():
     assert str(mpk.convert_report(mpk.convert(nn.Linear(2, 2)))).startswith("(model) ")
 
 
+class Quantized(nn.Module):
+    """A linear of torch.ao, which is no nn.Linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.ao.nn.quantized.dynamic.Linear(6, 6)
+
+
+@pytest.mark.parametrize(
+    "make, note",
+    [
+        (Quantized, "is quantized"),
+        (
+            lambda: nn.Sequential(torch.ao.nn.qat.Linear(6, 6, qconfig=torch.ao.quantization.default_qat_qconfig)),
+            "is quantized",
+        ),
+        (lambda: nn.Sequential(nn.LazyLinear(6)), "is lazy and has no weight yet: call the model once before"),
+        (lambda: nn.Sequential(nn.Linear(6, 6).to(torch.complex64)), "has a weight of torch.complex64"),
+        (lambda: nn.Sequential(nn.Linear(6, 6).to(torch.float8_e4m3fn)), "has a weight of torch.float8_e4m3fn"),
+        (lambda: nn.Sequential(with_own_forward(nn.Linear(6, 6))), "is a Linear, which has its own forward"),
+    ],
+    ids=["quantized", "qat", "lazy", "complex", "float8", "instance"],
+)
+@pytest.mark.filterwarnings("ignore")  # torch.ao is deprecated, lazy modules are young
+def test_skipped_kinds_have_reasons(make, note):
+    model = make()
+    kinds = [type(module) for module in model.modules()]
+    (row,) = mpk.convert_report(mpk.convert(model, "mixed_float16"))
+    assert (row.converted, row.note) == (False, note)
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def with_own_forward(linear):
+    linear.forward = lambda x: x
+    return linear
+
+
+def test_lazy_linears_are_converted_once_they_have_a_weight():
+    model = nn.Sequential(nn.LazyLinear(6))
+    model(torch.ones(2, 3))
+    assert type(mpk.convert(model)[0]) is mpk.MPLinear
+
+
+# ----- which ones ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, converted",
+    [
+        ({"include": "0"}, ["0"]),
+        ({"include": ["0", "[4-9]"]}, ["0", "4"]),
+        ({"include": ()}, []),
+        ({"exclude": "2"}, ["0", "4"]),
+        ({"include": "[02]", "exclude": ["2"]}, ["0"]),
+        ({"filter_fn": lambda module, name: module.out_features % 8 == 0}, ["0", "2"]),
+        ({"filter_fn": lambda module, name: name == "4", "keep": "0"}, ["4"]),
+    ],
+    ids=str,
+)
+def test_include_exclude_and_filter(options, converted):
+    for policy, dtype in (("mixed_float16", torch.float32), ("float16", torch.float16)):
+        model = mpk.convert(mlp(), policy, **options)
+        assert [row.name for row in mpk.convert_report(model) if row.converted] == converted
+        assert len(mpk.convert_report(model)) == 3
+        kept = {"0.weight", "0.bias"} if "keep" in options else set()
+        assert {v.dtype for name, v in model.state_dict().items() if name not in kept} == {dtype}, "what is left is cast too"
+
+
+def test_filter_is_asked_about_what_is_left():
+    asked = []
+    model = mpk.convert(mlp())
+    mpk.convert(model, exclude="0", keep="4", filter_fn=lambda module, name: asked.append((type(module), name)))
+    assert asked == [(nn.Linear, "2")]
+
+
+# ----- a Sequential of linears ----------------------------------------------------------------------
+
+
+def test_sequentials_of_linears_become_mlps_and_go_back():
+    with_tanh = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    model = nn.ModuleDict({"mlp": mlp(), "with_tanh": with_tanh, "one": nn.Sequential(nn.Linear(6, 6))})
+    before, keys = snapshot(model), list(model.state_dict())
+    mpk.convert(model)
+    assert [type(m) for m in model.values()] == [mpk.nn.MPMLP, nn.Sequential, nn.Sequential]
+    assert list(model.state_dict()) == keys
+    assert snapshot(mpk.revert(model)) == before
+
+
+@pytest.mark.parametrize("looked_at", ["hook", "shared"])
+def test_sequentials_that_somebody_looks_into_stay(looked_at):
+    model = nn.ModuleList([mlp()])
+    if looked_at == "hook":
+        model[0][2].register_forward_hook(lambda *args: None)
+    else:
+        model.append(model[0][2])
+    assert type(mpk.convert(model)[0]) is nn.Sequential
+
+
+def test_mlps_of_the_user_stay():
+    model = mpk.nn.MPMLP([6, 6, 2], policy="mixed_bfloat16")
+    mpk.revert(mpk.convert(nn.ModuleList([model]), "mixed_float16"))
+    assert type(model) is mpk.nn.MPMLP
+    assert {str(m.policy.compute_dtype) for m in model.modules() if isinstance(m, mpk.MPLinear)} == {"torch.bfloat16"}
+
+
 # ----- globs ----------------------------------------------------------------------
 
 
@@ -228,6 +333,7 @@ def test_policy_objects_and_mappings_of_them():
         ({"*": "mixed_float16", "hed": "float32"}, (), ValueError, "no linear of the model matches 'hed'"),
         ({"*": "float16", "1": "float32"}, (), ValueError, "no linear of the model matches '1'"),
         ("float16", ["0", "nrom"], ValueError, "no module of the model matches 'nrom'"),
+        ({}, (), ValueError, "policy must not be empty"),
         ("float16", "nrom", ValueError, "no module of the model matches 'nrom'"),
         ({"*": "float16", "4": "mixed_float16"}, (), ValueError, "float16, mixed_float16 do not go together"),
         ({"*": "float16", "4": "bfloat16"}, (), ValueError, "float16, bfloat16 do not go together"),
@@ -244,6 +350,23 @@ def test_bad_arguments_change_nothing(policy, keep, error, message, converted):
     with pytest.raises(error, match=message):
         mpk.convert(model, policy, keep=keep)
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("name", ["include", "exclude"])
+def test_globs_that_match_nothing_change_nothing(name):
+    model = mlp()
+    before = snapshot(model)
+    for globs in ("1", ["0", "hed"]):
+        with pytest.raises(ValueError, match="no linear of the model matches"):
+            mpk.convert(model, **{name: globs})
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("model", [[nn.Linear(2, 2)], None, "model"])
+def test_what_is_no_module_is_refused(model):
+    for function in (mpk.convert, mpk.revert, mpk.convert_report):
+        with pytest.raises(TypeError, match=f"model must be a Module, got {type(model).__name__}"):
+            function(model)
 
 
 # ----- revert and convert again ----------------------------------------------------------------------
@@ -399,6 +522,7 @@ def test_inner_outputs_are_narrow_in_a_chain():
     assert output_dtypes(model) == {"0": torch.float16, "2": torch.float16, "4": torch.float32}
     notes = [row.note for row in mpk.convert_report(model)]
     assert notes == ["output float16: only linears read it"] * 2 + [""]
+    assert isinstance(model, mpk.nn.MPMLP)
     with_dropout = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Dropout(0.1), nn.Flatten(), nn.Linear(6, 2))
     assert output_dtypes(mpk.convert(with_dropout)) == {"0": torch.float16, "4": torch.float32}
 
@@ -436,6 +560,76 @@ def test_inner_outputs_stay_wide_where_a_hook_looks(where):
     mpk.convert(model, "mixed_float16")
     model(torch.ones(2, 6))
     assert seen == [torch.float32]
+
+
+class Flagged(Returns):
+    """fx sees the path that the flag takes now, and nothing else."""
+
+    raw = False
+
+    def forward(self, x):
+        hidden = self.first(x)
+        if self.raw:
+            return hidden
+        return self.second(hidden)
+
+
+class Remembers(Returns):
+    def forward(self, x):
+        self.hidden = self.first(x)
+        return self.second(self.hidden)
+
+
+class Asks(Returns):
+    def pick(self, hidden):
+        return hidden if self.training else self.second(hidden)
+
+    def forward(self, x):
+        return self.second(self.pick(self.first(x)))
+
+
+def choose(module, hidden):
+    return hidden * 2 if module.training else hidden
+
+
+class AsksElsewhere(Returns):
+    def forward(self, x):
+        return self.second(choose(self, self.first(x)))
+
+
+@pytest.mark.parametrize("make", [Flagged, Remembers, Asks, AsksElsewhere])
+def test_inner_outputs_stay_wide_on_paths_that_fx_does_not_see(make):
+    model = mpk.convert(make().eval(), "mixed_float16")
+    assert output_dtypes(model)["first"] == torch.float32
+    inside = mpk.convert(nn.Sequential(make().eval(), nn.Linear(6, 6)), "mixed_float16")
+    assert output_dtypes(inside)["0.first"] == torch.float32
+    assert "hidden" not in vars(mpk.convert(make())), "the trace left its proxy in the model"
+
+
+def test_conversion_runs_no_hook_and_draws_no_random_number():
+    model, seen = nn.Sequential(Block(), nn.Linear(2, 2)), []
+    model[0].register_forward_hook(lambda *args: seen.append(args))
+    model[0].norm.register_forward_hook(lambda *args: seen.append(args))
+    state = torch.get_rng_state()
+    mpk.convert(model)
+    assert not seen
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_output_is_the_dtype_that_its_reader_takes():
+    """An fp16 output into a LayerNorm in fp32 is an error on CUDA: the report names the edge."""
+    model = mpk.convert(Block(), "float16", keep="norm")
+    rows = {row.name: row for row in mpk.convert_report(model)}
+    assert rows["down"].note == "output float32: norm takes it"
+    assert output_dtypes(model) == {"up": torch.float16, "down": torch.float32, "head": torch.float16}
+    model = mpk.convert(mlp(), "float16", keep="2")
+    assert mpk.convert_report(model)[0].note == "output float32: 2 takes it"
+    assert model(torch.ones(2, 6)).dtype == torch.float16
+    model = mpk.convert(nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)), {"*": "float16", "0": "float32"})
+    assert mpk.convert_report(model)[0].note == "output float16: 1 takes it"
+    model = mpk.convert(nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)), "mixed_float16,output=float16")
+    assert mpk.convert_report(model)[0].note == "output float32: 1 takes it"
+    assert model(torch.ones(2, 6)).dtype == torch.float32
 
 
 def test_inner_outputs_with_other_policies():

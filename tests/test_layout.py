@@ -100,10 +100,10 @@ def test_layout_references_are_not_imported(module):
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_layout_needs_torch_only(module):
-    """numpy is for references, triton for files named after it."""
+    """numpy is for references, triton and transformers for files named after them."""
     allowed = {"torch", "mpkernels", *sys.stdlib_module_names}
     allowed |= {"numpy"} if module.endswith(".reference") else set()
-    allowed |= {"triton"} if "triton" in module else set()
+    allowed |= {name for name in ("triton", "transformers") if name in module}
     assert {name.split(".")[0] for name in imports_of(module, at_import=True)} <= allowed
 
 

@@ -5,15 +5,16 @@ import dataclasses
 import fnmatch
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from mpkernels import _copies
-from mpkernels.nn.edges import feeds_only_linears, has_hooks
+from mpkernels.nn.edges import RELU, has_hooks, readers_of_linears
 from mpkernels.nn.linear import MPLinear
+from mpkernels.nn.mlp import MPMLP
 from mpkernels.ops._cast import DTYPES, cast
 from mpkernels.ops.linear_act import Activation
 from mpkernels.policy import Policy
@@ -50,70 +51,120 @@ class Report(tuple):
         return "\n".join(str(row) for row in self)
 
 
-def convert(model: nn.Module, policy: "str | Policy | Mapping[str, str | Policy]" = "mixed_float16", *, keep=()) -> nn.Module:
+def convert(
+    model: nn.Module, policy: "str | Policy | Mapping[str, str | Policy]" = "mixed_float16", *, include="*", exclude=(),
+    filter_fn: Callable[[nn.Module, str], bool] | None = None, keep=(),
+) -> nn.Module:  # fmt: skip
     """Make every nn.Linear of `model`, with the nn.ReLU after it in an nn.Sequential, an MPLinear. In place; returns it.
 
     policy: one for all, or an ordered mapping from globs of module names, where the last match wins.
-    keep: a glob, or several, of module names that stay as they are. A glob that names a module means what is in it, too.
+    include, exclude: a glob, or several, of linears to convert, and of those to leave; filter_fn(module, name) is asked
+    about the rest. What is left is cast with the model under `float16` and `bfloat16`; what `keep` names is not: a glob, or
+    several, of modules that stay as they are, dtype too. A glob that names a module means what is in it as well.
+    `transformers`' Conv1D, a linear whose weight is (in, out), is converted too, and an nn.Sequential of linears and ReLUs
+    becomes an MPMLP. What cannot be converted is skipped; `convert_report` has the reason.
     Parameters stay the same objects. Under `mixed_*` their dtype and the state_dict stay too. Under `float16` and
     `bfloat16` all floating-point parameters and buffers are cast as `model.half()` does, but for linears that a glob
     gives a wider policy, and the optimizer made afterwards starts its masters from the unrounded values.
-    Converting again changes the policy. A policy with a `grad_dtype` other than the parameters' is for the optimizers
-    here: torch's own and DDP refuse such gradients; `grad_dtype=None` is for them.
-    Raises ValueError for an unknown policy, a glob that matches nothing, and policies that do not go together.
+    Converting again changes the policy. Adapters that wrap a linear are put around it before: afterwards its ReLU is inside.
+    A policy with a `grad_dtype` other than the parameters' is for the optimizers here: torch's own and DDP refuse such
+    gradients; `grad_dtype=None` is for them.
+    Raises ValueError for an unknown policy, a glob that matches nothing, and policies that do not go together; TypeError
+    for what is no module.
     """
+    _check_module(model)
     policies = dict(policy) if isinstance(policy, Mapping) else {"*": policy}
+    if not policies:
+        raise ValueError("policy must not be empty")
     policies = {glob: Policy.parse(p) for glob, p in policies.items()}
-    keep = (keep,) if isinstance(keep, str) else tuple(keep)
+    include, exclude, keep = ((globs,) if isinstance(globs, str) else tuple(globs) for globs in (include, exclude, keep))
     narrow = _narrow_dtype(policies.values())
-    _check_globs([name for name, _ in _linears(model)], [glob for glob in policies if glob != "*"], "linear")
+    _check_globs([name for name, _ in _linears(model)], [g for g in (*policies, *include, *exclude) if g != "*"], "linear")
     _check_globs([name for name, _ in model.named_modules()], keep, "module")
     revert(model)
     kept = {module for name, module in model.named_modules() if any(_matches(name, glob) for glob in keep)}
     chosen = {}
     for name, linear in _linears(model):
         found = [p for glob, p in policies.items() if _matches(name, glob)]
-        if found and linear not in kept and _why_not(model, name, linear) is None:
+        wanted = any(_matches(name, glob) for glob in include) and not any(_matches(name, glob) for glob in exclude)
+        if not found or not wanted or linear in kept or _why_not(model, name, linear) is not None:
+            continue
+        if filter_fn is None or filter_fn(linear, name):
             chosen[linear] = found[-1]
     if narrow is not None:
         _cast_model(model, narrow, kept | {linear for linear, p in chosen.items() if p.param_dtype != narrow})
     for linear, chosen_policy in chosen.items():
         _convert_linear(linear, chosen_policy)
     _fuse_relus(model)
-    _narrow_inner_outputs(model)
+    _set_output_dtypes(model)
+    _adopt_mlps(model)
     return model
 
 
 def revert(model: nn.Module) -> nn.Module:
     """Undo `convert`: the linears are again what they were, every fused ReLU is back. Dtypes stay as they are."""
+    _check_module(model)
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, FusedReLU):
                 setattr(module, name, child.replaced[0].train(child.training))
-        if type(module) is MPLinear and "_before" in vars(module):
-            cls, activation, policy = vars(module).pop("_before")
-            module.adopt(activation, policy)
+        before = vars(module).pop("_before", None)
+        if isinstance(before, _Linear):
+            module.adopt(before.activation, before.policy)
             _copies.forget(module.weight)
-            if cls is nn.Linear:
+            if type(module) is not before.cls:
                 for name in ("_activation", "policy", "_cached"):
                     module.__dict__.pop(name, None)
-                module.__class__ = nn.Linear
+        if before is not None:
+            module.__class__ = before.cls
     return model
 
 
 def convert_report(model: nn.Module) -> Report:
     """What became of each linear of `model`, and why one was left alone."""
+    _check_module(model)
     rows = []
-    for name, module in model.named_modules():
-        if isinstance(module, MPLinear):
+    for name, module in _linears(model):
+        if hasattr(module, "adopt"):
             rows.append(Row(name, True, module.policy, module.activation, _note(module)))
-        elif isinstance(module, nn.Linear):
+        else:
             rows.append(Row(name, False, None, None, _why_not(model, name, module) or "left as it was"))
     return Report(rows)
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    return ((name, m) for name, m in list(model.named_modules()) if isinstance(m, nn.Linear))
+def _check_module(model) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a Module, got {type(model).__name__}")
+
+
+@dataclass(frozen=True)
+class _Before:
+    """The class of a module before convert changed it; kept on the module."""
+
+    cls: type
+
+
+@dataclass(frozen=True)
+class _Linear(_Before):
+    """The same for a linear, with what else it had, and what the report says of it."""
+
+    activation: Activation
+    policy: Policy | None
+    notes: tuple[str, ...] = ()
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, m) for name, m in list(model.named_modules()) if isinstance(m, nn.Linear) or _kind(m) is not None)
+
+
+def _kind(module: nn.Module) -> str | None:
+    """What kind of linear a module is that is no nn.Linear; by name, so that nobody's package is imported."""
+    for cls in type(module).__mro__:
+        if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
+            return "Conv1D"
+        if cls.__name__ in ("Linear", "LinearReLU") and cls.__module__.startswith("torch.ao.nn."):
+            return "quantized"
+    return None
 
 
 def _matches(name: str, glob: str) -> bool:
@@ -134,41 +185,69 @@ def _narrow_dtype(policies: Iterable[Policy]) -> torch.dtype | None:
     return narrow.pop() if narrow else None
 
 
-def _why_not(model: nn.Module, name: str, linear: nn.Linear) -> str | None:
+def _why_not(model: nn.Module, name: str, linear: nn.Module) -> str | None:
     parent = model.get_submodule(name.rpartition(".")[0]) if name else None
     if isinstance(parent, nn.MultiheadAttention):
         return "its weight is used by nn.MultiheadAttention without calling it"
     if hasattr(linear, "parametrizations"):
         return "is parametrized"
-    if type(linear) not in (nn.Linear, MPLinear):
+    if isinstance(linear, nn.modules.lazy.LazyModuleMixin):
+        return "is lazy and has no weight yet: call the model once before"
+    if _kind(linear) == "quantized":
+        return "is quantized"
+    known = type(linear) in (nn.Linear, MPLinear) or type(linear).__name__ in ("Conv1D", "MPConv1D")
+    if not known or "forward" in vars(linear):
         return f"is a {type(linear).__name__}, which has its own forward"
     if linear.weight.dtype not in DTYPES:
         return f"has a weight of {linear.weight.dtype}"
     return None
 
 
-def _convert_linear(linear: nn.Linear, policy: Policy) -> None:
+def _convert_linear(linear: nn.Module, policy: Policy) -> None:
     """Change the class: the module stays the same object, with its Parameters, hooks and name."""
-    if type(linear) is nn.Linear:
-        linear.__class__ = MPLinear
-        linear._before = (nn.Linear, Activation.NONE, None)
+    if hasattr(linear, "adopt"):
+        linear._before = _Linear(type(linear), linear._activation, linear.policy)
     else:
-        linear._before = (MPLinear, linear._activation, linear.policy)
+        linear._before = _Linear(type(linear), Activation.NONE, None)
+        linear.__class__ = MPLinear if isinstance(linear, nn.Linear) else _conv1d()
     linear.adopt(linear._activation, policy)
+
+
+def _conv1d() -> type:
+    from mpkernels.nn.transformers_conv1d import MPConv1D
+
+    return MPConv1D
 
 
 def _fuse_relus(model: nn.Module) -> None:
     """Where an MPLinear and an nn.ReLU are neighbours in an nn.Sequential and nobody can see what is between them."""
-    uses = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    uses = _uses(model)
     for sequential in [m for m in model.modules() if type(m) is nn.Sequential]:
         children = list(sequential.named_children())
         for (_, linear), (name, relu) in itertools.pairwise(children):
             if type(linear) is not MPLinear or type(relu) is not nn.ReLU or linear._activation != Activation.NONE:
                 continue
             seen = "_before" not in vars(linear) or has_hooks(linear) or has_hooks(relu)
-            if max(uses[id(linear)], uses[id(relu)]) == 1 and not seen:
+            if max(uses[linear], uses[relu]) == 1 and not seen:
                 linear._activation = Activation.RELU
                 setattr(sequential, name, FusedReLU(relu))
+
+
+def _uses(model: nn.Module) -> Counter:
+    """How often each module is somebody's child."""
+    return Counter(child for module in model.modules() for child in module._modules.values())
+
+
+def _adopt_mlps(model: nn.Module) -> None:
+    """An nn.Sequential of two or more converted linears, each seen by its neighbours alone, is an MPMLP."""
+    uses = _uses(model)
+    for sequential in [m for m in model.modules() if type(m) is nn.Sequential]:
+        children = list(sequential)
+        linears = [child for child in children if type(child) is MPLinear and "_before" in vars(child)]
+        ours = len(linears) > 1 and all(isinstance(child, FusedReLU) or child in linears for child in children)
+        if ours and all(uses[child] == 1 and not has_hooks(child) for child in children):
+            sequential._before = _Before(nn.Sequential)
+            MPMLP.adopt(sequential)
 
 
 def _cast_model(model: nn.Module, dtype: torch.dtype, kept: set[nn.Module]) -> None:
@@ -185,27 +264,57 @@ def _cast_model(model: nn.Module, dtype: torch.dtype, kept: set[nn.Module]) -> N
                 module._buffers[key] = cast(buffer, dtype)
 
 
-def _narrow_inner_outputs(model: nn.Module) -> None:
-    """Between MPLinears of one compute dtype nobody needs the wide output; what leaves the chain stays wide."""
+def _set_output_dtypes(model: nn.Module) -> None:
+    """Between MPLinears of one compute dtype nobody needs the wide output; what leaves the chain stays wide.
+
+    A module whose parameters have another dtype than the output it would be given is given theirs.
+    """
+    readers_of = readers_of_linears(model)
     chained: set[MPLinear] = set()
     narrowed = {}
-    for linear, readers in feeds_only_linears(model).items():
-        dtypes = {None if m.policy is None else m.policy.compute_dtype for m in (linear, *readers)}
-        if len(dtypes) == 1 and linear.policy is not None and linear.policy.mixed:
+    for linear, readers in readers_of.items():
+        if RELU in readers:
+            _remember(linear, 'relu in forward() not fused: use MPLinear(activation="relu")')
+        above = readers - {RELU}
+        dtypes = {m.policy and m.policy.compute_dtype for m in (linear, *above) if isinstance(m, MPLinear)}
+        if all(isinstance(m, MPLinear) for m in above) and len(dtypes) == 1 and linear.policy and linear.policy.mixed:
             narrowed[linear] = linear.policy.compute_dtype
-            chained |= readers
+            chained |= above
     for linear in chained - narrowed.keys():
         narrowed[linear] = linear.weight.dtype
     for linear, output_dtype in narrowed.items():
         if linear.policy.output_dtype is None:
             linear.adopt(linear._activation, dataclasses.replace(linear.policy, output_dtype=output_dtype))
+            if output_dtype == linear.policy.compute_dtype:
+                _remember(linear, f"output {_short(output_dtype)}: only linears read it")
+    names = {module: name for name, module in model.named_modules()}
+    for linear, readers in readers_of.items():
+        for module in readers - {RELU, None}:
+            taken = {p.dtype for p in module.parameters() if p.is_floating_point()}
+            output_dtype = _known_output_dtype(linear)
+            if not isinstance(module, MPLinear) and output_dtype is not None and len(taken) == 1 and taken != {output_dtype}:
+                (dtype,) = taken
+                linear.adopt(linear._activation, dataclasses.replace(linear.policy, output_dtype=dtype))
+                _remember(linear, f"output {_short(dtype)}: {names[module]} takes it")
 
 
-def _note(linear: MPLinear) -> str:
+def _known_output_dtype(linear: MPLinear) -> torch.dtype | None:
+    """None where it is that of the input."""
+    policy = linear.policy
+    if policy is None or (policy.mixed and policy.output_dtype is None):
+        return None
+    return policy.output_dtype or linear.weight.dtype
+
+
+def _remember(linear: MPLinear, note: str) -> None:
+    """For the report. A layer of the user's own has nothing to revert but its policy."""
+    before = vars(linear).get("_before") or _Linear(type(linear), linear._activation, linear.policy)
+    linear._before = dataclasses.replace(before, notes=(*before.notes, note))
+
+
+def _note(linear: nn.Module) -> str:
     """What a reader of the report would not expect."""
-    policy, notes = linear.policy, []
-    if policy is not None and policy.output_dtype == policy.compute_dtype:
-        notes.append(f"output {_short(policy.output_dtype)}: only linears read it")
+    policy, notes = linear.policy, list(getattr(vars(linear).get("_before"), "notes", ()))
     if policy is not None and policy.param_dtype != linear.weight.dtype:
         notes.append(f"its weight is {_short(linear.weight.dtype)}, the policy's parameters are {_short(policy.param_dtype)}")
     return "; ".join(notes)

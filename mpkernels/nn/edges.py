@@ -1,19 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which linears feed nothing but linears, proved by torch.fx."""
+"""Which modules read the output of a linear, proved by torch.fx."""
+
+import operator
 
 import torch
 from torch import fx, nn
 
 from mpkernels.nn.linear import MPLinear
+from mpkernels.nn.sources import has_branches
 
 # Elementwise: what they return has the dtype they are given, and no arithmetic that 16 bits would spoil.
 _ELEMENTWISE_MODULES = (nn.Identity, nn.ReLU, nn.Dropout, nn.Flatten)
-_ELEMENTWISE_FUNCTIONS = (torch.relu, nn.functional.relu, nn.functional.dropout, torch.flatten)
+_RELUS = (torch.relu, nn.functional.relu)
+_ELEMENTWISE_FUNCTIONS = (*_RELUS, nn.functional.dropout, torch.flatten)
+_SUMS = (operator.add, operator.iadd, torch.add)  # the widest operand's dtype goes on
+
+RELU = "relu"  # torch.relu, F.relu or x.relu() right after a linear
+Reader = nn.Module | str | None
 
 
 class _Tracer(fx.Tracer):
+    """Looks into what has one path and no observer: fx sees one path, and a hook would be run."""
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, MPLinear) or super().is_leaf_module(module, name)
+        known = isinstance(module, MPLinear) or super().is_leaf_module(module, name)
+        return known or has_hooks(module) or _may_do_otherwise(module)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -21,32 +32,54 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
-def feeds_only_linears(model: nn.Module) -> dict[MPLinear, set[MPLinear]]:
-    """MPLinear -> the MPLinears that alone read its output, at every call; empty where fx cannot trace `model`."""
+def _may_do_otherwise(module: nn.Module) -> bool:
+    forward = type(module).forward
+    return "forward" in vars(module) or (forward is not nn.Sequential.forward and has_branches(type(module)))
+
+
+def readers_of_linears(model: nn.Module) -> dict[MPLinear, set[Reader]]:
+    """MPLinear -> the modules that read its output at every call, through elementwise ones and sums.
+
+    Among them RELU where a function is next, None for a reader that nobody knows. Empty where fx cannot trace `model` or
+    might not see all that it does. The forward runs on proxies: what that leaves in attributes is put back.
+    """
+    if _may_do_otherwise(model):
+        return {}
+    attributes = {module: dict(vars(module)) for module in model.modules()}
     try:
-        graph = _Tracer().trace(model)
+        with torch.random.fork_rng():
+            graph = _Tracer().trace(model)
     except Exception:  # NOTE: fx raises whatever the model's own code raises on a Proxy; then nothing is proved
         return {}
+    finally:
+        for module, before in attributes.items():
+            vars(module).clear()
+            vars(module).update(before)
     modules = dict(model.named_modules())
-    readers: dict[MPLinear, set[nn.Module | None]] = {}
+    readers: dict[MPLinear, set[Reader]] = {}
     for node in graph.nodes:
         linear = modules.get(node.target) if node.op == "call_module" else None
         if isinstance(linear, MPLinear):
-            readers.setdefault(linear, set()).update({None} if has_hooks(linear) else _readers(node, modules))
-    return {linear: found for linear, found in readers.items() if None not in found}
+            found = readers.setdefault(linear, set())
+            found |= _readers(node, modules) | ({None} if has_hooks(linear) else set())
+            found |= {RELU for user in node.users if _is_relu(user)}
+    return readers
 
 
-def _readers(node: fx.Node, modules: dict[str, nn.Module]) -> set[MPLinear | None]:
-    """The MPLinears that read `node`, through elementwise modules; None for any other reader, and for no reader."""
-    found: set[MPLinear | None] = set()
+def _is_relu(node: fx.Node) -> bool:
+    return node.target in _RELUS or (node.op == "call_method" and node.target == "relu")
+
+
+def _readers(node: fx.Node, modules: dict[str, nn.Module]) -> set[Reader]:
+    found: set[Reader] = set()
     for user in node.users:
         module = modules.get(user.target) if user.op == "call_module" else None
         if module is not None and has_hooks(module):
-            found.add(None)
-        elif isinstance(module, MPLinear):
-            found.add(module)
-        elif isinstance(module, _ELEMENTWISE_MODULES) or (user.op == "call_function" and user.target in _ELEMENTWISE_FUNCTIONS):
+            found |= {None, module}
+        elif isinstance(module, _ELEMENTWISE_MODULES) or user.target in _ELEMENTWISE_FUNCTIONS or _is_relu(user):
             found |= _readers(user, modules)
+        elif user.target in _SUMS:
+            found |= {None} | _readers(user, modules)
         else:
-            found.add(None)
+            found.add(module)
     return found or {None}

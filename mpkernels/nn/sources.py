@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the source of a forward says: whether it has one path only, so that one trace shows all that it does."""
+
+import ast
+import builtins
+import functools
+import inspect
+import linecache
+from types import FunctionType
+
+_BRANCHES = (
+    ast.If, ast.IfExp, ast.BoolOp, ast.While, ast.Try, ast.TryStar, ast.Match, ast.Lambda, ast.FunctionDef, ast.Yield
+)  # fmt: skip
+
+
+def has_branches(cls: type) -> bool:
+    """Whether `cls.forward`, or a function of the model's own that it calls, has another path than the one traced.
+
+    True as well where there is no source, and where it keeps something in an attribute, which a trace does not show.
+    """
+    todo, seen = [getattr(cls, "forward", None)], set()
+    while todo:
+        function = todo.pop()
+        node = _definition(function)
+        if node is None:
+            return True
+        seen.add(function)
+        for part in (part for statement in node.body for part in ast.walk(statement)):
+            if isinstance(part, _BRANCHES) or (isinstance(part, ast.For | ast.comprehension) and not _over_modules(part)):
+                return True
+            if isinstance(part, ast.Attribute | ast.Subscript) and isinstance(part.ctx, ast.Store):
+                return True
+            called = _resolve(part, cls, function) if isinstance(part, ast.Name | ast.Attribute) else None
+            if isinstance(called, FunctionType) and called not in seen and not called.__module__.startswith("torch."):
+                todo.append(called)
+    return False
+
+
+def _over_modules(loop: ast.For | ast.comprehension) -> bool:
+    """Whether it runs over an attribute of self, as a loop over layers does, and over all of it."""
+    iterated = loop.iter
+    if isinstance(iterated, ast.Call) and isinstance(iterated.func, ast.Name) and iterated.func.id == "enumerate":
+        iterated = iterated.args[0]
+    over_self = isinstance(iterated, ast.Attribute) and isinstance(iterated.value, ast.Name) and iterated.value.id == "self"
+    return over_self and not getattr(loop, "ifs", ())
+
+
+def _resolve(name: ast.expr, cls: type, function):
+    """What a (dotted) name stands for: a method after `self`, else a global; None for what is not known before a call."""
+    if isinstance(name, ast.Name):
+        return inspect.unwrap(function).__globals__.get(name.id, getattr(builtins, name.id, None))
+    if not isinstance(name, ast.Attribute):
+        return None
+    if isinstance(name.value, ast.Name) and name.value.id == "self":
+        return inspect.getattr_static(cls, name.attr, None)
+    owner = _resolve(name.value, cls, function)
+    return None if owner is None else getattr(owner, name.attr, None)
+
+
+def _definition(function) -> ast.FunctionDef | None:
+    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+    found = _definitions(code.co_filename) if code is not None else {}
+    return found.get((code.co_name, code.co_firstlineno)) if found else None
+
+
+@functools.lru_cache(maxsize=64)
+def _definitions(filename: str) -> dict[tuple[str, int], ast.FunctionDef]:
+    """Every function of a file by its name and first line."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(filename)))
+    except SyntaxError:  # not a file of Python
+        return {}
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return {(f.name, min([f.lineno, *(d.lineno for d in f.decorator_list)])): f for f in functions}

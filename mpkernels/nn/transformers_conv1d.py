@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MPConv1D: what convert makes of transformers' Conv1D, a linear whose weight is (in, out).
+
+Imported only where a model has one. It is no nn.Linear: whoever asks for that relies on a weight of (out, in).
+"""
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from mpkernels import functional
+from mpkernels.nn.linear import MPLinear
+
+
+class MPConv1D(Conv1D):
+    """`x @ weight + bias` by the op of MPLinear, which reads the weight transposed, in place. See MPLinear."""
+
+    _activation = MPLinear._activation
+    _cached = None
+    policy = None
+
+    adopt = MPLinear.adopt
+    activation = MPLinear.activation
+    _weight_copy = MPLinear._weight_copy
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        copy = self._weight_copy()
+        copy = None if copy is None else copy.t()
+        return functional.forward(x, self.weight.t(), self.bias, copy, self._activation, self.policy)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.adopt(self._activation, self.policy)  # copying and pickling drop Tensor.grad_dtype
