@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the CUDA words of cuda_runtime.h mean here: fibers in a seeded random order, poisoned shared memory, checked addresses.
 //
-// A fiber runs until it waits or ends. Between two of them, what was started and does not wait for (copies, products) happens,
-// or happens later: seldom or often, by the seed. When nobody can run and nothing can happen, the launch fails with what each
-// fiber waits for.
+// A fiber runs until it waits or ends. Which one runs next is random; the seed makes some warps and blocks faster than others.
+// Between two fibers, what was started and nobody waits for (copies, products) happens, or happens later. When nobody can run
+// and nothing can happen, the launch fails with what each fiber waits for.
 
 #include "fibers.h"
 
@@ -167,6 +167,8 @@ void make_block(unsigned index, unsigned rank, unsigned first, unsigned threads,
   block.shared = shared[rank];
   block.shared_bytes = shared_bytes;
   block.warps.resize((threads + kWarp - 1) / kWarp);
+  const uint32_t priority = random_order() % 0x20000;
+  for (Warp& warp : block.warps) warp.priority = priority + random_order() % 0x10000;
   for (unsigned i = 0; i < threads; ++i) ++block.warps[i / kWarp].live;
   blocks.push_back(block);
 }
@@ -208,19 +210,35 @@ void report_deadlock() {
   fail(message);
 }
 
-void run_cluster(unsigned patience) {
+uint32_t priority_of(unsigned fiber) {
+  const Block& block = *fibers[fiber].block;
+  return block.warps[(fiber - block.first) / kWarp].priority;
+}
+
+// Of as many random ones as are tried, the fiber of the fastest warp.
+unsigned take_ready(unsigned tries) {
+  size_t best = random_order() % ready.size();
+  for (unsigned i = 1; i < tries; ++i) {
+    const size_t other = random_order() % ready.size();
+    if (priority_of(ready[other]) > priority_of(ready[best])) best = other;
+  }
+  std::swap(ready[best], ready.back());
+  const unsigned fiber = ready.back();
+  ready.pop_back();
+  return fiber;
+}
+
+void run_cluster() {
+  constexpr unsigned kPatience[] = {1, 4, 32}, kTries[] = {1, 2, 16};
+  const unsigned patience = kPatience[random_order() % std::size(kPatience)];
+  const unsigned tries = kTries[random_order() % std::size(kTries)];
   while (failure.empty()) {
-    if (has_events() && (ready.empty() || random_order() % patience == 0)) {
-      run_event();
-    } else if (!ready.empty()) {
-      std::swap(ready[random_order() % ready.size()], ready.back());
-      const unsigned fiber = ready.back();
-      ready.pop_back();
-      resume(fiber);
-      if (fibers[fiber].ended) note_end(fiber);
-    } else {
-      break;
-    }
+    if (has_events() && (ready.empty() || random_order() % patience == 0)) run_event(ready.empty());
+    if (ready.empty() && !has_events()) break;
+    if (ready.empty()) continue;
+    const unsigned fiber = take_ready(tries);
+    resume(fiber);
+    if (fibers[fiber].ended) note_end(fiber);
   }
   if (failure.empty() && cluster_barrier.ended < cluster_barrier.threads) report_deadlock();
 }
@@ -254,7 +272,6 @@ void check_launch(const cudaLaunchConfig_t& config, const void* kernel, size_t a
 // The order of clusters, and of all that happens in them, is the seed's.
 void run_grid(const cudaLaunchConfig_t& config) {
   const unsigned size = cluster_of(config), threads = config.blockDim.x;
-  constexpr unsigned kPatience[] = {1, 3, 17, 257};
   std::vector<unsigned> order(config.gridDim.x / size);
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), random_order);
@@ -266,7 +283,7 @@ void run_grid(const cudaLaunchConfig_t& config) {
     }
     start_threads();
     start_units();
-    run_cluster(kPatience[random_order() % std::size(kPatience)]);
+    run_cluster();
     if (!failure.empty()) return;
   }
 }

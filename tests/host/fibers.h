@@ -20,6 +20,7 @@ struct Queue {
 
 struct Warp {
   unsigned live = 0, waiting = 0;
+  uint32_t priority = 0;
   const char* where = nullptr;
   Queue queue;
 };
@@ -58,9 +59,9 @@ uint32_t random_number();
 
 // ----- what runs beside the fibers, in sm90.cpp -----
 
-void start_units();                  // for the cluster that begins
-bool has_events();                   // that could happen now
-void run_event();                    // one of them
-void finish_units(const Block& of);  // all of its threads have ended
+void start_units();                   // for the cluster that begins
+bool has_events();                    // that could happen now
+void run_event(bool nobody_can_run);  // one of them, perhaps
+void finish_units(const Block& of);   // all of its threads have ended
 
 }  // namespace host

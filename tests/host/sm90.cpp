@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the words of sm_90a mean here: mbarriers, TMA and WGMMA with the latest and the earliest they may happen.
 //
-// A copy lands, and a product reads its operands, at a random later time, or when nobody can go on without it; each warp of a
-// warpgroup reads at a time of its own. Until its wait a product's accumulator is NaN for the kernel. What the async proxy
-// touches must not hold ordinary stores that were not fenced. What PTX calls undefined and is seen here fails the launch.
+// A copy lands, and a product reads its operands, at a random later time: some at any, some when nobody can run, some when
+// nearly nothing else can happen either. Each warp of a warpgroup reads at a time of its own. Until its wait a product's
+// accumulator is NaN for the kernel. What the async proxy touches must not hold ordinary stores that were not fenced. What PTX
+// calls undefined and is seen here fails the launch.
 //
 // Source: PTX ISA 8.0 and later: mbarrier, cp.async.bulk.tensor, Tensors (swizzling modes), wgmma (matrix descriptor, strides,
 // canonical layouts, accumulator fragments), stmatrix, async proxy. Of these: 2-d tiles, and the swizzle of 128 bytes.
@@ -49,7 +50,7 @@ struct MBarrier {
 };
 
 struct StoreGroup {
-  int unread = 0, unwritten = 0;
+  int stores = 0, unread = 0, unwritten = 0;
 };
 
 struct Thread {
@@ -64,17 +65,41 @@ struct Thread {
   size_t waited = 0;               // groups
 };
 
+// When an event happens. 0: at any time; 1: when nobody can run; more: when there is no event of less.
+using Lateness = unsigned;
+
+Lateness random_lateness() {
+  const uint32_t kind = random_number() % 3;
+  return kind < 2 ? kind : 2 + random_number() % 256;
+}
+
+// Addresses in the window: begin <= address < end.
+struct Interval {
+  uint32_t begin, end;
+
+  bool meets(uint32_t other_begin, uint32_t other_end) const { return begin < other_end && other_begin < end; }
+};
+
 struct Product {
   Operand a, b;
   int n;
   bool accumulate, bf16;
-  int issued = 0;  // by threads
+  int issued = 0;          // by threads
+  Lateness lateness[4]{};  // by warp
+  Interval reads[2]{};
+};
+
+// What a TMA store may read until its thread has waited for that.
+struct Lent {
+  Interval memory;
+  unsigned thread;
+  size_t group;
 };
 
 struct Warpgroup {
-  std::deque<Product> products;  // not all of whose warps have run, from number `first` on
+  std::deque<Product> products;  // not all of whose warps have waited for them, from number `first` on
   int64_t first = 0;
-  int64_t done[4] = {};  // by warp
+  int64_t done[4] = {}, waited[4] = {};  // by warp
   Queue queues[4];
   int n = 0;
   alignas(32) float tile[kRows][kMostN];
@@ -86,6 +111,7 @@ struct State {
   std::vector<Thread> threads;
   std::deque<Warpgroup> warpgroups;
   std::vector<uint16_t> unfenced;  // ordinary stores to each line that no fence followed
+  std::vector<Lent> lent;
 };
 
 std::vector<State> states;  // by rank
@@ -111,7 +137,15 @@ void check_fenced(const State& state, uint32_t address, uint32_t bytes) {
   }
 }
 
+// Before anything writes there.
+void check_not_lent(const State& state, uint32_t begin, uint32_t end) {
+  for (const Lent& lent : state.lent) {
+    if (lent.memory.meets(begin, end)) fail("shared memory is written that a TMA store may still read");
+  }
+}
+
 void note_store(State& state, uint32_t address, uint32_t bytes) {
+  check_not_lent(state, address, address + bytes);
   Thread& thread = state.threads[threadIdx.x];
   for (uint32_t line = (address - kWindow) / kLine; line * kLine < address - kWindow + bytes; ++line) {
     ++state.unfenced[line];
@@ -175,6 +209,7 @@ struct Copy {
   unsigned thread;  // of a store
   size_t group;
   std::vector<uint8_t> read;  // by a store that has not written
+  Lateness lateness;
 };
 
 std::vector<Copy> copies;
@@ -234,6 +269,7 @@ void read_box(Copy& copy) {
     check_fenced(*copy.state, place, kLine);
     std::memcpy(&copy.read[i * kLine], at(*copy.state, place, kLine), kLine);
   });
+  copy.lateness = random_lateness();
   Thread& thread = copy.state->threads[copy.thread];
   --thread.groups[copy.group].unread;
   wake(thread.queue);
@@ -301,6 +337,12 @@ struct Layout {
     if (transposed) return swizzle(start + mn / 64 * leading + mn % 64 * 2 + k / 8 * stride + k % 8 * 128);
     return swizzle(start + mn / 8 * stride + mn % 8 * 128 + k * 2);
   }
+
+  // With all of each row of 128 bytes.
+  Interval interval(int count) const {
+    const uint32_t first = line(0, 0), last = std::max(line(count - 8, kDepth - 1), line(count - 1, kDepth - 8));
+    return {first / kBoxRow * kBoxRow, (last / kBoxRow + 1) * kBoxRow};
+  }
 };
 
 // values[mn][k] or, where `by_k`, values[k][mn], of `count` rows or columns from `first` on.
@@ -353,10 +395,6 @@ void run_product(State& state, Warpgroup& warpgroup, int warp) {
   multiply_add(a, b, tile, product.n);
   ++warpgroup.done[warp];
   --products_to_run;
-  while (!warpgroup.products.empty() && *std::min_element(warpgroup.done, warpgroup.done + 4) > warpgroup.first) {
-    warpgroup.products.pop_front();
-    ++warpgroup.first;
-  }
   wake(warpgroup.queues[warp]);
 }
 
@@ -378,6 +416,39 @@ float& element(Warpgroup& warpgroup, int i) {
   return warpgroup.tile[thread / kWarp * kWarpRows + lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2];
 }
 
+void start_product(Product& product) {
+  for (Lateness& lateness : product.lateness) lateness = random_lateness();
+  product.reads[0] = Layout(product.a).interval(kRows);
+  product.reads[1] = Layout(product.b).interval(product.n);
+  for (const Copy& copy : copies) {
+    if (copy.is_store || copy.state != &here()) continue;
+    for (const Interval& memory : product.reads) {
+      if (memory.meets(copy.shared, copy.shared + box_bytes(copy.map))) fail("wgmma reads what TMA is still loading");
+    }
+  }
+}
+
+// What all of the warps have waited for may be written again.
+void note_waited(Warpgroup& warpgroup, int warp, int64_t products) {
+  warpgroup.waited[warp] = std::max(warpgroup.waited[warp], products);
+  while (*std::min_element(warpgroup.waited, warpgroup.waited + 4) > warpgroup.first) {
+    warpgroup.products.pop_front();
+    ++warpgroup.first;
+  }
+}
+
+// Before TMA loads there.
+void check_not_read(const State& state, uint32_t begin, uint32_t end) {
+  check_not_lent(state, begin, end);
+  for (const Warpgroup& warpgroup : state.warpgroups) {
+    for (const Product& product : warpgroup.products) {
+      for (const Interval& memory : product.reads) {
+        if (memory.meets(begin, end)) fail("TMA loads over what wgmma may still read");
+      }
+    }
+  }
+}
+
 }  // namespace
 
 // ----- what runs beside the fibers -----
@@ -397,25 +468,37 @@ void start_units() {
 
 bool has_events() { return !copies.empty() || products_to_run > 0; }
 
-// Each copy, and each warp that has products, is as likely as any other.
-void run_event() {
-  struct At {
-    State& state;
-    Warpgroup& warpgroup;
+// Each copy, and each warp that has products, is as likely as any other that may happen now.
+void run_event(bool nobody_can_run) {
+  struct Event {
+    Lateness lateness;
+    size_t copy;
+    State* state;
+    Warpgroup* warpgroup;
     int warp;
   };
-  std::vector<At> warps;
+  static std::vector<Event> events;
+  events.clear();
+  for (size_t i = 0; i < copies.size(); ++i) events.push_back({copies[i].lateness, i, nullptr, nullptr, 0});
   for (State& state : states) {
     for (Warpgroup& warpgroup : state.warpgroups) {
       for (int warp = 0; warp < 4; ++warp) {
-        if (can_run(warpgroup, warp)) warps.push_back({state, warpgroup, warp});
+        if (!can_run(warpgroup, warp)) continue;
+        const Product& next = warpgroup.products[warpgroup.done[warp] - warpgroup.first];
+        events.push_back({next.lateness[warp], 0, &state, &warpgroup, warp});
       }
     }
   }
-  const size_t which = random_number() % (copies.size() + warps.size());
-  if (which < copies.size()) return run_copy(which);
-  const At& at = warps[which - copies.size()];
-  run_product(at.state, at.warpgroup, at.warp);
+  Lateness now = 0;
+  if (nobody_can_run) {
+    const auto less = [](const Event& a, const Event& b) { return a.lateness < b.lateness; };
+    now = std::max(1u, std::min_element(events.begin(), events.end(), less)->lateness);
+  }
+  const auto later = [&](const Event& event) { return event.lateness > now; };
+  events.erase(std::remove_if(events.begin(), events.end(), later), events.end());
+  if (events.empty()) return;
+  const Event event = events[random_number() % events.size()];
+  event.state == nullptr ? run_copy(event.copy) : run_product(*event.state, *event.warpgroup, event.warp);
 }
 
 void finish_units(const Block& block) {
@@ -424,8 +507,11 @@ void finish_units(const Block& block) {
     if (copy.state == &state && !copy.is_store) fail("a block ends before a TMA load to it");
     if (copy.state == &state && copy.read.empty()) fail("a block ends before a TMA store has read its memory");
   }
+  for (const auto& [address, barrier] : state.barriers) {
+    if (barrier.tx != 0) fail("a block ends with bytes that an mbarrier expects, or that it does not");
+  }
   for (const Thread& thread : state.threads) {
-    if (thread.groups.back().unwritten > 0) fail("a TMA store that is in no group");
+    if (thread.groups.back().stores > 0) fail("a TMA store that is in no group");
     if (thread.acc != nullptr) fail("a thread ends before its wgmma");
   }
 }
@@ -521,7 +607,8 @@ void tma_load(void* shared, const void* map, void* barrier, int32_t c0, int32_t 
   bool is_first = true;
   for (unsigned rank = 0; rank < states.size(); ++rank) {
     if ((blocks >> rank & 1) == 0) continue;
-    copies.push_back({read_map(map), &states[rank], to, signal, c0, c1, is_first, false, 0, 0, {}});
+    check_not_read(states[rank], to, to + box_bytes(read_map(map)));
+    copies.push_back({read_map(map), &states[rank], to, signal, c0, c1, is_first, false, 0, 0, {}, random_lateness()});
     is_first = false;
   }
 }
@@ -530,23 +617,25 @@ void tma_store(const void* map, const void* shared, int32_t c0, int32_t c1) {
   const uint32_t from = shared_address(shared);
   if (from % kBoxRow != 0) fail("TMA from shared memory at no multiple of 128 bytes");
   Thread& thread = this_thread();
+  here().lent.push_back({{from, from + box_bytes(read_map(map))}, threadIdx.x, thread.groups.size() - 1});
+  ++thread.groups.back().stores;
   ++thread.groups.back().unread;
   ++thread.groups.back().unwritten;
-  copies.push_back({read_map(map), &here(), from, 0, c0, c1, true, true, threadIdx.x, thread.groups.size() - 1, {}});
+  copies.push_back(
+      {read_map(map), &here(), from, 0, c0, c1, true, true, threadIdx.x, thread.groups.size() - 1, {}, random_lateness()});
 }
 
 void tma_store_commit() { this_thread().groups.emplace_back(); }
 
 void tma_store_wait(int groups, bool only_read) {
   Thread& thread = this_thread();
-  const auto is_done = [&] {
-    const int64_t waited = static_cast<int64_t>(thread.groups.size()) - 1 - groups;
-    for (int64_t i = 0; i < waited; ++i) {
-      if ((only_read ? thread.groups[i].unread : thread.groups[i].unwritten) > 0) return false;
-    }
-    return true;
-  };
-  while (!is_done()) wait_in(thread.queue, only_read ? "a TMA store's reading" : "a TMA store");
+  const size_t committed = thread.groups.size() - 1, waited = committed - std::min<size_t>(committed, groups);
+  const auto is_done = [&](const StoreGroup& group) { return (only_read ? group.unread : group.unwritten) == 0; };
+  const auto all_done = [&] { return std::all_of(thread.groups.begin(), thread.groups.begin() + waited, is_done); };
+  while (!all_done()) wait_in(thread.queue, only_read ? "a TMA store's reading" : "a TMA store");
+  const auto is_back = [&](const Lent& lent) { return lent.thread == threadIdx.x && lent.group < waited; };
+  std::vector<Lent>& lent = here().lent;
+  lent.erase(std::remove_if(lent.begin(), lent.end(), is_back), lent.end());
 }
 
 // ----- words: WGMMA -----
@@ -567,7 +656,10 @@ void wgmma(float* acc, int n, Operand a, Operand b, bool accumulate, bool bf16) 
   }
   if (thread.acc != acc || warpgroup.n != n) fail("the stand-in has one accumulator at a time");
   const int64_t index = thread.issued++ - warpgroup.first;
-  if (index == static_cast<int64_t>(warpgroup.products.size())) warpgroup.products.push_back({a, b, n, accumulate, bf16});
+  if (index == static_cast<int64_t>(warpgroup.products.size())) {
+    warpgroup.products.push_back({a, b, n, accumulate, bf16});
+    start_product(warpgroup.products.back());
+  }
   Product& product = warpgroup.products[index];
   if (!(product.a == a && product.b == b) || product.n != n || product.accumulate != accumulate || product.bf16 != bf16) {
     fail("the threads of a warpgroup differ in their wgmma");
@@ -584,6 +676,7 @@ void wgmma_wait(int groups) {
   const int64_t products = waited > 0 ? thread.committed[waited - 1] : 0;
   const unsigned warp = threadIdx.x % kWarpgroup / kWarp;
   while (warpgroup.done[warp] < products) wait_in(warpgroup.queues[warp], "wgmma's products");
+  note_waited(warpgroup, warp, products);
   thread.waited = std::max(thread.waited, waited);
   if (thread.acc == nullptr || thread.waited < all || products < thread.issued) return;
   for (int i = 0; i < warpgroup.n / 2; ++i) thread.acc[i] = element(warpgroup, i);

@@ -42,7 +42,7 @@ __global__ void dump_box(const Arguments& g) {
   for (int i = threadIdx.x; i < bytes / 2; i += blockDim.x) __stcs(g.halves + i, reinterpret_cast<uint16_t*>(shared)[i]);
 }
 
-// Two blocks, each of which loads half of the rows for both.
+// Two blocks, each of which loads half of the rows for both; where it is wrong, before both have their barriers.
 __global__ void dump_multicast(const Arguments& g) {
   uint8_t* const shared = sm90::dynamic_shared();
   const int bytes = g.box_rows * 128, rank = static_cast<int>(sm90::cluster_rank());
@@ -51,8 +51,11 @@ __global__ void dump_multicast(const Arguments& g) {
     sm90::barrier_init(barrier, 1);
     sm90::fence_barrier_init();
   }
-  sm90::cluster_arrive();
-  sm90::cluster_wait();
+  if (!g.wrong) {
+    sm90::cluster_arrive();
+    sm90::cluster_wait();
+  }
+  __syncthreads();
   if (threadIdx.x == 0) {
     sm90::barrier_arrive_expect_tx(barrier, 2 * bytes);
     sm90::tma_load_multicast(shared + rank * bytes, &g.a, barrier, g.c0, g.c1 + rank * g.box_rows, 3);
@@ -182,7 +185,8 @@ __global__ void pipeline(const Arguments& g) {
       if (wrong != kNoEmptyWait) sm90::barrier_wait(empty + stage, parity_of(i) ^ 1);
       sm90::barrier_arrive_expect_tx(full + stage, 2 * kBox + (wrong == kTooManyBytes) * 16 - (wrong == kTooFewBytes) * 16);
       sm90::tma_load(to, &g.a, full + stage, step * 64, tile * kTile);
-      sm90::tma_load(wrong == kPastSharedMemory ? to + (2 * kStages + 1) * kBox : to + kBox, &g.b, full + stage, step * 64, 0);
+      sm90::tma_load(wrong == kPastSharedMemory ? shared + (2 * kStages + 1) * kBox : to + kBox, &g.b, full + stage, step * 64,
+                     0);
     }
     if (wrong == kUnfinishedLoad) sm90::tma_load(shared, &g.a, full, 0, 0);
     return;
