@@ -7,6 +7,7 @@ from mpkernels._dispatch import is_available
 from mpkernels.amp import GradScaler
 from mpkernels.nn import MPMLP, MPLinear, cached_weights, convert, convert_report, revert, warmup
 from mpkernels.policy import Policy, default_policy, get_default_policy, set_default_policy
+from mpkernels.tune import tune
 
 __version__ = "0.1.0"
 
@@ -28,5 +29,6 @@ __all__ = [
     "refresh_",
     "revert",
     "set_default_policy",
+    "tune",
     "warmup",
 ]

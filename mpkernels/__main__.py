@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m mpkernels [--json]`: what is here, what works, and why the rest does not; exit 1 if something computes wrongly.
 
+`python -m mpkernels tune` finds the fastest implementation of each GEMM on this device: see mpkernels/tune.py.
+
 Every implementation of every op is run once on every device type and compared with the fp64 reference.
 """
 
@@ -18,6 +20,8 @@ from mpkernels import _dispatch, _native, _table
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["tune"]:
+        return importlib.import_module("mpkernels.tune").main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m mpkernels", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     as_json = parser.parse_args().json

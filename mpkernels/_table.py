@@ -16,6 +16,8 @@ from mpkernels import _cache
 
 PACKAGED = Path(__file__).with_name("tuned")
 
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+
 Problem = tuple  # (role, M rounded up to a power of 2, N, K, activation, *dtypes)
 
 
@@ -38,8 +40,23 @@ def of(device: torch.device) -> dict[Problem, Entry]:
     """The table of `device`; read at the first question, empty where there is none."""
     table = _tables.get(device)
     if table is None:
-        table = _tables[device] = parse(_cache.read(packaged_file(device))) | parse(_own(device))
+        table = _tables[device] = parse(entries(device))
     return table
+
+
+def entries(device: torch.device) -> dict[str, dict]:
+    """What the files say of `device`, as they say it."""
+    return _entries(_cache.read(packaged_file(device))) | _entries(_own(device))
+
+
+def _entries(found: dict) -> dict:
+    listed = found.get("entries")
+    return listed if isinstance(listed, dict) else {}
+
+
+def name(device: torch.device) -> str:
+    """The model, as tables are named after it."""
+    return _cache.machine(device)["name"]
 
 
 def packaged_file(device: torch.device) -> Path:
@@ -57,16 +74,16 @@ def _own(device: torch.device) -> dict:
 
 
 def _slug(device: torch.device) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", _cache.machine(device)["name"].lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", name(device).lower()).strip("-")
 
 
 def save(path: Path, device: torch.device, entries: dict[str, dict]) -> bool:
     """Add entries to the table in `path`, or begin it anew where it is another machine's; whether that worked."""
     found = _cache.read(path)
     machine = _cache.machine(device)
-    kept = found.get("entries") if found.get("machine") == machine else None
+    kept = _entries(found) if found.get("machine") == machine else {}
     _tables.pop(device, None)
-    return _cache.update(path, {"machine": machine, "entries": (kept if isinstance(kept, dict) else {}) | entries})
+    return _cache.update(path, {"machine": machine, "entries": kept | entries})
 
 
 @contextlib.contextmanager
@@ -85,14 +102,13 @@ def written(problem: Problem) -> str:
     return " ".join(str(part).removeprefix("torch.") for part in problem)
 
 
-def parse(found: dict) -> dict[Problem, Entry]:
-    """A table from what a file holds; what is not well formed is left out."""
-    entries = found.get("entries")
+def parse(entries: dict[str, dict]) -> dict[Problem, Entry]:
+    """A table from what files say; what is not well formed is left out."""
     table = {}
-    for name, entry in entries.items() if isinstance(entries, dict) else ():
+    for name, entry in entries.items():
         try:
             role, *sizes = name.split()
-            key = (role, *map(int, sizes[:4]), *(getattr(torch, dtype) for dtype in sizes[4:]))
+            key = (role, *map(int, sizes[:4]), *(_DTYPES[dtype] for dtype in sizes[4:]))
             tile = None if entry.get("tile") is None else tuple((str(n), int(v)) for n, v in entry["tile"].items())
             table[key] = Entry(str(entry["backend"]), tile)
         except (AttributeError, KeyError, TypeError, ValueError):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from linear_act_cases import DTYPES, Case, backward, bits_of, forward, same_bits
 
+from mpkernels import _table
 from mpkernels.functional import linear_act
 from mpkernels.nn import MPMLP
 from mpkernels.ops._cast import cast
@@ -374,6 +375,32 @@ def test_linear_act_allocator_is_there_in_autograds_thread_and_ours_alone(genera
     assert seen == [impl_triton._allocate] * 3
     assert allocation._allocator.get() is before
     assert _by_tma(gemms) == [True] * 3
+
+
+def test_linear_act_tuned_tiles_are_checked_written_and_used(generator, device, gemms, monkeypatch, tmp_path):
+    """A tile that is not in the tables of tiles.py, to tell it: raced, written, read by the next process, launched."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    other = tiles.TmaTile(32, 32, 32, 4, 1)
+    monkeypatch.setattr(tiles, "tma_tiles", lambda sm, out, specializes: (other,))
+    tune = importlib.import_module("mpkernels.tune")
+    found = {(device, _table.problem(*p)): 24 for p in (
+        ("fprop", 24, 40, 16, Activation.RELU, f16, f16, f16), ("backward", 24, 40, 16, Activation.RELU, f16, f16, f16, f16),
+    )}  # fmt: skip
+    monkeypatch.setattr(_table, "_tables", {})
+    written = tune.tune_problems(found, rounds=1)
+    assert sorted(name.split()[0] for name in written) == ["backward", "dgrad", "fprop", "wgrad"]
+    assert "triton 32x32x32 w4 s1 parts1" in tune.shown(written)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("MPKERNELS_BACKEND", "linear_act=triton,linear_act_backward=triton")
+    monkeypatch.setattr(_table, "_tables", {})
+    launched = []
+    monkeypatch.setattr(impl_triton, "plan", lambda *args, **kw: launched.append(tiles.plan(*args, **kw)) or launched[-1])
+    cases.run(Case(24, 40, 16, DTYPES["float16"], save=0), generator, device)
+    assert [plan.options["BLOCK_M"] for plan in launched] == [32] * 3
+    launched.clear()
+    cases.run(Case(24, 40, 24, DTYPES["float16"], save=0), generator, device)
+    assert 32 not in [plan.options["BLOCK_M"] for plan in launched]
 
 
 # ----- which kernel, which tile ---------------------------------------------------------------

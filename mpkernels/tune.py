@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tuner: finds the fastest implementation of each GEMM of linear_act on this device, and checks before it times.
+
+`python -m mpkernels tune --shapes 4096,1024,4096` or `mpk.tune(model, example_inputs)`. A candidate is out unless it is
+within the bound of fp64, its mask is that of its output, and a second run gives the same bits; the others are timed cold
+(the L2 is flushed before every run) in interleaved rounds. The table goes to the user's cache, and `auto` reads it.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mpkernels import _dispatch, _table
+from mpkernels._table import Entry, Problem
+from mpkernels.ops._cast import cast
+from mpkernels.ops.linear_act import Activation, backward_op, forward_op, tiles
+
+SHAPES = {  # M, K, N
+    "cuda": ((4096, 1024, 4096), (16384, 1024, 4096), (4096, 4096, 4096), (8192, 8192, 8192)),
+    "cpu": ((64, 256, 256),),
+}
+ROUNDS = 20
+FLUSH = 1 << 30  # bytes written before a timed run on a GPU: more than an L2, and long enough to queue the launches under
+
+# Bound 2 of tests/bounds.py, on tensor cores: operands of random sign, fp32 accumulator, one rounding.
+FACTOR, ACCUMULATOR_ROUNDOFF = 5.0, 2.0**-23
+
+
+@dataclass
+class Candidate:
+    """One way to serve a problem. entries: the table under which it is run. reason: why it is out, None while it is not."""
+
+    name: str
+    backend: str
+    entries: dict[Problem, Entry] = field(default_factory=dict)
+    reason: str | None = None
+    us: float | None = None
+
+
+def tune(model: torch.nn.Module, example_inputs, *, rounds: int = ROUNDS) -> dict[str, dict]:
+    """Tune the GEMMs of one forward and backward of `model`, and return the entries written, by problem.
+
+    example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments. The forward is a real one: buffers that
+    a forward changes (of batch norm, say) change. Raises RuntimeError under torch.compile and in CUDA graph capture.
+    """
+    _refuse_to_tune()
+    return tune_problems(record(model, example_inputs), rounds=rounds)
+
+
+def _refuse_to_tune() -> None:
+    if torch.compiler.is_compiling():
+        raise RuntimeError("tune: cannot time kernels under torch.compile; call it before, on the model itself")
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("tune: cannot time kernels while a CUDA graph is captured; call it before the capture")
+
+
+# ----- what to tune ---------------------------------------------------------------
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes the problems of the ops that are called, with the device and the largest number of rows of each."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: dict[tuple[torch.device, Problem], int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for op in (forward_op, backward_op):
+            if function is getattr(torch.ops.mpkernels, op.name).default:
+                problem, device = op.problem(*args), args[0].device
+                if problem is not None and args[0].numel():
+                    rows = args[0].numel() // args[0].shape[-1]
+                    self.found[device, problem] = max(rows, self.found.get((device, problem), 0))
+        return function(*args, **(kwargs or {}))
+
+
+def record(model: torch.nn.Module, example_inputs) -> dict[tuple[torch.device, Problem], int]:
+    """The GEMMs of one forward and backward: (device, problem) -> rows."""
+    inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
+    recorder, gpus = _Recorder(), range(torch.cuda.device_count())
+    with torch.random.fork_rng(gpus), torch.enable_grad(), recorder:
+        out = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+        outs = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        if outs and wanted:
+            torch.autograd.grad(outs, wanted, [torch.ones_like(t) for t in outs], allow_unused=True)
+    return recorder.found
+
+
+def problems_of(shapes: Iterable[tuple[int, int, int]], device: torch.device) -> dict[tuple[torch.device, Problem], int]:
+    """Layers with ReLU of (M, K, N) in fp16 and bf16, weight gradients in 16 and in 32 bits."""
+    found = {}
+    for M, K, N in shapes:
+        for half in (torch.float16, torch.bfloat16):
+            found[device, _table.problem("fprop", M, N, K, Activation.RELU, half, half, half)] = M
+            for grad in (half, torch.float32):
+                found[device, _table.problem("backward", M, N, K, Activation.RELU, half, half, half, grad)] = M
+    return found
+
+
+# ----- candidates ---------------------------------------------------------------
+
+
+def _op(problem: Problem) -> _dispatch.Op:
+    return forward_op if problem[0] == "fprop" else backward_op
+
+
+def _gemms(problem: Problem) -> list[Problem]:
+    """The GEMMs that Triton chooses a tile for."""
+    role, M, N, K, _, compute, weight, *rest = problem
+    if role == "fprop":
+        return [problem]
+    grad_x, grad_weight = rest
+    return [
+        _table.problem("dgrad", M, N, K, 0, compute, weight, grad_x),
+        _table.problem("wgrad", M, N, K, 0, compute, grad_weight),
+    ]
+
+
+def _triton_tiles(gemm: Problem, rows: int, device: torch.device) -> list[tuple[tuple[str, int], ...]]:
+    """The tiles that Triton may run a GEMM with, as a table has them."""
+    from mpkernels.ops.linear_act import impl_triton
+
+    role, _, N, K, _, compute, *dtypes = gemm
+    sm, _, specializes = impl_triton._device(device)
+    weight = compute if role == "wgrad" or (rows >= impl_triton.CAST_FIRST and sm in tiles.TMA_SMS) else dtypes[0]
+    a, b, out = {  # shapes and strides
+        "fprop": (((rows, K), (K, 1)), ((K, N), (1, K)), (rows, N)),
+        "dgrad": (((rows, N), (N, 1)), ((N, K), (K, 1)), (rows, K)),
+        "wgrad": (((N, rows), (1, N)), ((rows, K), (K, 1)), (N, K)),
+    }[role]
+    operands = tiles.Operand(compute, *a, 0), tiles.Operand(weight, *b, 0), tiles.Operand(dtypes[-1], out, (out[1], 1), 0)
+    by_tma = tiles.tma_why_not(sm, *operands) is None
+    found = [tile for flag in {specializes, False} for tile in tiles.candidates(sm, flag, *operands, by_tma)]
+    return [tuple(asdict(tile).items()) for tile in dict.fromkeys(found)]
+
+
+def candidates_of(problem: Problem, device: torch.device, gemms: dict[Problem, Entry]) -> list[Candidate]:
+    """Every backend of the op; Triton with the tiles of `gemms`. Those that cannot run have their reason."""
+    op, compute = _op(problem), problem[5]
+    found = [Candidate(backend, backend) for backend in op.implementations]
+    for candidate in found:
+        candidate.reason = op.why_not(candidate.backend, device, compute)
+        if candidate.backend == "triton":
+            candidate.entries = gemms
+    return found
+
+
+# ----- what is right ---------------------------------------------------------------
+
+
+@dataclass
+class Inputs:
+    """Random operands of a problem, and what its results must be."""
+
+    problem: Problem
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    grad_out: torch.Tensor
+
+    @classmethod
+    def random(cls, problem: Problem, rows: int, device: torch.device) -> "Inputs":
+        _, _, N, K, _, compute, weight, *_ = problem
+        generator = torch.Generator(device).manual_seed(0)
+        shapes = ((rows, K), (N, K), (N,), (rows, N))
+        dtypes = (compute, weight, torch.float32, compute)
+        return cls(problem, *(torch.randn(s, generator=generator, device=device).to(d) for s, d in zip(shapes, dtypes)))
+
+    def arguments(self, backend: str, output_mask=(True, True, True)) -> tuple:
+        """Of the op, as the layer would call it: kernels write and read a mask, eager selects by the output."""
+        role, _, _, _, activation, compute, _, *dtypes = self.problem
+        save = int(backend != "eager" and activation != Activation.NONE)
+        if role == "fprop":
+            return self.x, self.weight, self.bias, None, activation, compute, dtypes[0], save
+        from mpkernels.ops.linear_act.impl_eager import pack_mask
+
+        out = pack_mask(self._out()) if save else self._out()
+        grads = (dtypes[0], dtypes[1], dtypes[1])
+        return self.grad_out, self.x, self.weight, None, out, activation, compute, *grads, list(output_mask)
+
+    def wrong(self, results: tuple, output_mask=(True, True, True)) -> str | None:
+        """Why results of the op are wrong, or None."""
+        from mpkernels.ops.linear_act import reference
+        from mpkernels.ops.linear_act.impl_eager import unpack_mask
+
+        role, _, N, K, activation, compute, *_ = self.problem
+        weight = cast(self.weight, compute).double()
+        if role == "fprop":
+            out, saved, *_ = results
+            if saved.numel() and not torch.equal(unpack_mask(saved, N), ~(out <= 0)):
+                return "the mask is not that of the output"
+            exact = reference.linear_act(self.x, self.weight, self.bias, activation, compute)
+            return _outside("out", out, exact, _spread(self.x, weight.T) + self.bias.double().abs(), K)
+        rows, grad_z = self.x.shape[0], self.grad_out
+        positive = self._out() > 0 if activation != Activation.NONE else None
+        expected = reference.linear_act_backward(grad_z, self.x, self.weight, positive, compute)
+        grad_z = grad_z if positive is None else torch.where(positive, grad_z, 0)
+        factors = ((grad_z, weight), (grad_z.T, self.x), (torch.ones_like(grad_z[:, 0]), grad_z))
+        parts = zip(
+            ("grad_x", "grad_weight", "grad_bias"), results, expected, factors, (N, rows, rows), output_mask, strict=False
+        )
+        reasons = [_outside(name, got, r, _spread(*pair), n) for name, got, r, pair, n, wanted in parts if wanted]
+        return next(filter(None, reasons), None)
+
+    def _out(self) -> torch.Tensor:
+        """What backward takes for the layer's output: of either sign, as random as one."""
+        return self.grad_out.roll(1, 0)
+
+
+def _spread(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The size of a random-sign sum: the root of the sum of the squares of its terms."""
+    return (a.double().square() @ b.double().square()).sqrt()
+
+
+def _outside(name: str, got: torch.Tensor, exact: torch.Tensor, spread: torch.Tensor, length: int) -> str | None:
+    """Why a result is further from fp64 than one rounding and an fp32 accumulator take it, or None."""
+    info = torch.finfo(got.dtype)
+    u = info.eps / 2
+    accumulated = FACTOR * math.sqrt(length) * ACCUMULATOR_ROUNDOFF * spread
+    excess = ((got.double() - exact).abs() / (u * exact.abs() + (1 + u) * accumulated + info.smallest_normal * info.eps)).max()
+    return None if excess <= 1 else f"{name} is {excess:.3g} times as far from fp64 as the bound allows"
+
+
+# ----- one problem ---------------------------------------------------------------
+
+
+def tune_problem(problem: Problem, rows: int, device: torch.device, rounds: int) -> dict[Problem, dict]:
+    """The entries of one problem and of the GEMMs that Triton has a tile for; without a right candidate there is none."""
+    inputs = Inputs.random(problem, rows, device)
+    entries, chosen = {}, {}
+    if _op(problem).why_not("triton", device, problem[5]) is None:
+        for i, gemm in enumerate(_gemms(problem)):
+            output_mask = (True, True, True) if problem[0] == "fprop" else (i == 0, i == 1, False)
+            options = [Entry("triton", tile) for tile in _triton_tiles(gemm, rows, device)]
+            candidates = [Candidate(_name(entry.tile), "triton", {gemm: entry}) for entry in options]
+            winner = _race(problem, inputs, device, candidates, rounds, output_mask)
+            if winner is not None:
+                chosen |= winner.entries
+                entries[gemm] = _entry(winner, winner.entries[gemm].tile, candidates)
+    candidates = candidates_of(problem, device, chosen)
+    winner = _race(problem, inputs, device, candidates, rounds)
+    if winner is not None:
+        lost = entries.get(problem, {}).get("lost", {})
+        entries[problem] = _entry(winner, chosen[problem].tile if problem in chosen else None, candidates)
+        entries[problem]["lost"] |= lost
+    return entries
+
+
+def _name(tile: tuple[tuple[str, int], ...]) -> str:
+    values = dict(tile)
+    name = "triton {BLOCK_M}x{BLOCK_N}x{BLOCK_K} w{num_warps} s{num_stages}".format(**values)
+    return name + (f" parts{values['SUBTILES']}{' specialized' * values['SPECIALIZE']}" if "SUBTILES" in values else "")
+
+
+def _entry(winner: Candidate, tile: tuple | None, candidates: list[Candidate]) -> dict:
+    """What a table keeps: the winner, Triton's tile for when it is forced, and of every other candidate why it lost."""
+    lost = {c.name: c.reason or f"{c.us / winner.us:.2f} x the time: {c.us:.1f} us" for c in candidates if c is not winner}
+    return {"backend": winner.backend, "tile": None if tile is None else dict(tile), "us": round(winner.us, 2), "lost": lost}
+
+
+def _race(problem, inputs, device, candidates, rounds, output_mask=(True, True, True)) -> Candidate | None:
+    """Check, then time; the candidates get their reason or their time. The fastest, None where none is right."""
+    runs = {}
+    for candidate in candidates:
+        if candidate.reason is None:
+            run = _runner(problem, inputs, device, candidate, output_mask)
+            candidate.reason = _reject(run, inputs, output_mask)
+            if candidate.reason is None:
+                runs[candidate.name] = run
+    times = interleave(runs, device, rounds)
+    for candidate in candidates:
+        if candidate.name in times:
+            candidate.us = statistics.median(times[candidate.name])
+    return min((c for c in candidates if c.us is not None), key=lambda c: c.us, default=None)
+
+
+def _runner(problem, inputs, device, candidate, output_mask) -> Callable[[], tuple]:
+    function, arguments = _op(problem).function(candidate.backend), inputs.arguments(candidate.backend, output_mask)
+
+    def run():
+        with _table.using(device, candidate.entries), torch.no_grad():
+            return function(*arguments)
+
+    return run
+
+
+def _reject(run: Callable[[], tuple], inputs: Inputs, output_mask) -> str | None:
+    """Why a candidate is not to be timed, or None."""
+    try:
+        first = run()
+        poison = [torch.full_like(t, -1) for t in first]  # memory that the second run may get, where it leaves a hole
+        wrong = inputs.wrong(first, output_mask)
+        del poison
+        second = run()
+        if wrong is None and not all(torch.equal(a, b) for a, b in zip(first, second)):
+            return "rejected: two runs differ"
+    except Exception as error:  # whatever a kernel raises that does not compile or fit
+        return f"cannot run: {type(error).__name__}: {error}".splitlines()[0]
+    return None if wrong is None else f"rejected: {wrong}"
+
+
+def interleave(runs: dict[str, Callable], device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """us of every run in every round, caches cold; all take turns within a round, after one that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    timed = _time_cuda if device.type == "cuda" else _time_cpu
+    for counted in [False] + [True] * rounds:
+        for name, run in runs.items():
+            us = timed(run, device)
+            if counted:
+                times[name].append(us)
+    return times
+
+
+def _time_cpu(run: Callable, device: torch.device) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e6
+
+
+def _time_cuda(run: Callable, device: torch.device) -> float:
+    """By events; the write that flushes the L2 keeps the GPU busy while the launches are queued."""
+    with torch.cuda.device(device):
+        torch.empty(FLUSH, dtype=torch.int8, device=device).zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3
+
+
+# ----- all problems ---------------------------------------------------------------
+
+
+def tune_problems(problems: dict[tuple[torch.device, Problem], int], *, rounds: int = ROUNDS, package=False) -> dict[str, dict]:
+    """Tune and write; the entries written. package: into mpkernels/tuned/ as well, for everyone with this GPU."""
+    _refuse_to_tune()
+    written = {}
+    for (device, problem), rows in _progress(problems.items()):
+        entries = tune_problem(problem, rows, device, rounds)
+        if problem not in entries:
+            print(f"tune: {_table.written(problem)}: no candidate is right", file=sys.stderr)
+        named = {_table.written(p): entry for p, entry in entries.items()}
+        for path in [_table.own_file(device), *([_table.packaged_file(device)] if package else [])]:
+            if not _table.save(path, device, named):
+                print(f"tune: {path} cannot be written", file=sys.stderr)
+        written |= named
+    return written
+
+
+def _progress(items: Iterable) -> Iterable:
+    """The items behind a progress bar, or a line for each where tqdm is not installed."""
+    items = list(items)
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        for i, item in enumerate(items):
+            print(f"tune: {i + 1} of {len(items)}: {_table.written(item[0][1])}", file=sys.stderr)
+            yield item
+        return
+    with tqdm(items, desc="tune", unit="problem") as bar:
+        for item in bar:
+            bar.set_postfix_str(_table.written(item[0][1]))
+            yield item
+
+
+def shown(entries: dict[str, dict]) -> str:
+    """A table for people: each problem, its winner, and why the others lost."""
+    lines = []
+    for name, entry in sorted(entries.items()):
+        tile = entry.get("tile")
+        winner = _name(tuple(tile.items())) if tile and entry["backend"] == "triton" else entry["backend"]
+        lines.append(f"{name}: {winner}, {entry['us']} us")
+        lines += [f"    {other}: {reason}" for other, reason in entry["lost"].items()]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m mpkernels tune`."""
+    parser = argparse.ArgumentParser(prog="python -m mpkernels tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", metavar="M,K,N", help="layers to tune; by default a few large ones")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed runs of each candidate")
+    parser.add_argument("--package", action="store_true", help="write into mpkernels/tuned/ as well")
+    parser.add_argument("--show", action="store_true", help="print the table there is, and tune nothing")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if options.show:
+        entries = _table.entries(device)
+        print(shown(entries) if entries else f"no table for {_table.name(device)}")
+        return 0
+    try:
+        shapes = [_shape(text) for text in options.shapes or ()] or SHAPES[device.type]
+    except ValueError as error:
+        parser.error(str(error))
+    print(shown(tune_problems(problems_of(shapes, device), rounds=options.rounds, package=options.package)))
+    return 0
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--shapes: expected M,K,N, got {text!r}")
+    return tuple(map(int, parts))

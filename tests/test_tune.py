@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tuner and its tables: what is rejected, what wins, what is written, and who reads it."""
+
+import importlib
+import itertools
+import json
+
+import pytest
+import torch
+import wrong_kernels
+from torch import nn
+
+import mpkernels as mpk
+from mpkernels import __main__ as command
+from mpkernels import _cache, _dispatch, _table
+from mpkernels._dispatch import Implementation, Op, ops
+from mpkernels._table import Entry
+from mpkernels.ops.linear_act import Activation, backward_op, forward_op
+from mpkernels.ops.linear_act.impl_eager import pack_mask
+
+CPU = torch.device("cpu")
+f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
+FPROP = _table.problem("fprop", 24, 40, 1024, Activation.RELU, f16, f16, f16)
+BACKWARD = _table.problem("backward", 512, 40, 24, Activation.RELU, f16, f16, f16, f32)
+unique = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_table, "PACKAGED", tmp_path / "packaged")
+    monkeypatch.delenv(_dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    forget()
+    yield
+    forget()
+
+
+def forget():
+    """As in a new process."""
+    _table._tables.clear()
+    _dispatch._choose.cache_clear()
+
+
+@pytest.fixture
+def race(monkeypatch, request):
+    """race(problem, contender): the entry of a tuning of eager against `contender`, a function with the op's arguments."""
+
+    def run(problem, contender, rows=24):
+        op = forward_op if problem[0] == "fprop" else backward_op
+        right = op.function
+        candidates = [tune.Candidate("eager", "eager"), tune.Candidate("contender", "native")]
+        monkeypatch.setattr(tune, "candidates_of", lambda *args: candidates)
+        monkeypatch.setattr(op, "function", lambda backend: contender if backend == "native" else right(backend))
+        return tune.tune_problem(problem, rows, CPU, rounds=1)[problem]
+
+    return run
+
+
+tune = importlib.import_module("mpkernels.tune")  # the attribute mpkernels.tune is the function
+
+
+def forward_of(kernel):
+    """A kernel of wrong_kernels as the op, with the mask of its output."""
+
+    def function(x, weight, bias, copy, activation, compute_dtype, out_dtype, save):
+        out = kernel(x, weight, bias, activation, compute_dtype, out_dtype)
+        return out, pack_mask(out), x.new_empty(0)
+
+    return function
+
+
+def backward_of(kernel):
+    def function(grad_out, x, weight, copy, saved, activation, compute_dtype, grad_x, grad_weight, grad_bias, output_mask):
+        from mpkernels.ops.linear_act.impl_eager import unpack_mask
+
+        return kernel(torch.where(unpack_mask(saved, grad_out.shape[1]), grad_out, 0), x, weight, grad_weight)
+
+    return function
+
+
+# ----- what is rejected ---------------------------------------------------------------
+
+
+def test_tune_times_what_is_right(race, monkeypatch):
+    """A sound candidate wins by its time alone, and the loser's reason is its time."""
+    monkeypatch.setattr(tune, "interleave", lambda runs, device, rounds: {"eager": [30.0], "contender": [20.0]})
+    entry = race(FPROP, forward_of(wrong_kernels.sound))
+    assert (entry["backend"], entry["us"]) == ("native", 20.0)
+    assert entry["lost"] == {"eager": "1.50 x the time: 30.0 us"}
+    entry = race(BACKWARD, backward_of(wrong_kernels.sound_backward), rows=512)
+    assert entry["backend"] == "native"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["accumulator_16_bit", "split_k_partials_16_bit", "rounded_before_bias", "rounded_through_bfloat16", "last_row_missing"],
+)
+def test_tune_rejects_a_wrong_forward(name, race):
+    entry = race(FPROP, forward_of(getattr(wrong_kernels, name)))
+    assert entry["backend"] == "eager"
+    assert "times as far from fp64 as the bound allows" in entry["lost"]["contender"]
+
+
+@pytest.mark.parametrize("name", ["gradient_through_16_bit", "bias_gradient_in_16_bit", "split_rows_16_bit"])
+def test_tune_rejects_a_wrong_backward(name, race):
+    entry = race(BACKWARD, backward_of(getattr(wrong_kernels, name)), rows=512)
+    assert entry["backend"] == "eager"
+    assert "times as far from fp64 as the bound allows" in entry["lost"]["contender"]
+
+
+def test_tune_rejects_a_wrong_mask(race):
+    def function(*args):
+        out, mask, nothing = forward_of(wrong_kernels.sound)(*args)
+        mask[3, 0] ^= 1 << 7
+        return out, mask, nothing
+
+    assert race(FPROP, function)["lost"]["contender"] == "rejected: the mask is not that of the output"
+
+
+def test_tune_rejects_what_does_not_repeat(race):
+    """One unit in the last place of one output, every other time."""
+    calls = itertools.count()
+
+    def function(*args):
+        out, _, nothing = forward_of(wrong_kernels.sound)(*args)
+        largest = out.argmax()
+        out.view(torch.int16).flatten()[largest] += next(calls) % 2
+        return out, pack_mask(out), nothing
+
+    assert race(FPROP, function)["lost"]["contender"] == "rejected: two runs differ"
+
+
+def test_tune_survives_what_cannot_run(race):
+    def function(*args):
+        raise RuntimeError("out of resource: shared memory\nand more")
+
+    assert race(FPROP, function)["lost"]["contender"] == "cannot run: RuntimeError: out of resource: shared memory"
+
+
+def test_tune_without_a_right_candidate_writes_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "candidates_of", lambda *args: [tune.Candidate("eager", "eager", reason="not today")])
+    assert tune.tune_problems({(CPU, FPROP): 24}, rounds=1) == {}
+    assert "no candidate is right" in capsys.readouterr().err
+
+
+def test_tune_runs_candidates_in_turns(monkeypatch):
+    """Interleaved, and the first round is not counted."""
+    order, clock = [], itertools.count()
+    monkeypatch.setattr(tune.time, "perf_counter", lambda: float(next(clock)))
+    times = tune.interleave({name: lambda name=name: order.append(name) for name in "ab"}, CPU, 2)
+    assert order == list("ababab")
+    assert times == {"a": [1e6, 1e6], "b": [1e6, 1e6]}
+
+
+# ----- what is tuned ---------------------------------------------------------------
+
+
+def test_tune_records_a_model():
+    """Forward and backward of both layers, by rows; gradients, random numbers and weights stay as they were."""
+    model = mpk.convert(nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Dropout(), nn.Linear(20, 4)), "mixed_float16")
+    x, state = torch.randn(3, 5, 12), torch.get_rng_state()
+    found = tune.record(model, x)
+    assert {(p[0], *p[1:4]): rows for (_, p), rows in found.items()} == {
+        ("fprop", 16, 20, 12): 15, ("backward", 16, 20, 12): 15, ("fprop", 16, 4, 20): 15, ("backward", 16, 4, 20): 15
+    }  # fmt: skip
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+    assert tune.record(model, (x,)).keys() == tune.record(model, {"input": x}).keys() == found.keys()
+
+
+def test_tune_a_model_writes_what_auto_reads():
+    model = mpk.convert(nn.Sequential(nn.Linear(16, 8), nn.ReLU()), "float16")
+    x = torch.randn(5, 16).half()
+    written = mpk.tune(model, x, rounds=1)
+    assert {entry["backend"] for entry in written.values()} == {"eager"}
+    forget()
+    weight = model[0].weight
+    assert forward_op.tuned(x, weight, None, None, Activation.RELU, f16, f16, 0) == "eager"
+    assert forward_op.tuned(x, weight, None, None, Activation.RELU, f16, f16, 0, True) is None  # batch_invariant
+    assert forward_op.tuned(x, weight, None, None, Activation.RELU, f16, f32, 0) is None
+    assert len(written) == len(_table.of(CPU)) == 2
+
+
+@pytest.mark.parametrize(
+    ("busy", "match"),
+    [("torch.compiler.is_compiling", "under torch.compile"), ("torch.cuda.is_current_stream_capturing", "graph is captured")],
+)
+def test_tune_refuses_where_it_cannot_time(busy, match, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: "cuda" in busy)
+    monkeypatch.setattr(busy, lambda: True)
+    with pytest.raises(RuntimeError, match=match):
+        mpk.tune(nn.Linear(2, 2), torch.ones(1, 2))
+
+
+# ----- tables ---------------------------------------------------------------
+
+
+@pytest.fixture
+def op(monkeypatch):
+    """eager doubles, native triples, triton (not in `auto`) quadruples; a problem is the size."""
+    made = Op(
+        f"tune_test_{next(unique)}(Tensor x) -> Tensor",
+        "nowhere",
+        (
+            Implementation("eager", ("cpu",), ("cpu",)),
+            Implementation("native", ("cpu",), ("cpu",)),
+            Implementation("triton", ("cpu",)),
+        ),
+        check=lambda x: None,
+        fake=lambda x: x.new_empty(x.shape),
+        key=lambda x: (x.device, x.dtype),
+        problem=lambda x: _table.problem("fprop", x.numel(), 1, 1, 0, x.dtype),
+    )
+    factors = {"eager": 2, "native": 3, "triton": 4}
+
+    def module(backend):
+        function = staticmethod(lambda x: x * factors[backend])
+        return type("Module", (), {"why_not": staticmethod(lambda device, dtype: None), made.name: function})
+
+    monkeypatch.setattr(made, "_module", module)
+    yield made
+    del ops[made.name]
+
+
+def test_table_decides_by_problem_among_what_is_in_auto(op):
+    table = {_table.problem("fprop", 4, 1, 1, 0, f32): Entry("native", None)}
+    table[_table.problem("fprop", 64, 1, 1, 0, f32)] = Entry("triton", None)
+    assert [op(torch.ones(n))[0].item() for n in (3, 4, 64)] == [2, 2, 2]
+    with _table.using(CPU, table):
+        assert [op(torch.ones(n))[0].item() for n in (2, 3, 4, 5)] == [2, 3, 3, 2]
+        assert op(torch.ones(64))[0].item() == 2  # never proven: no table makes it so
+    assert op(torch.ones(4))[0].item() == 2
+
+
+def test_table_does_not_force(op, monkeypatch):
+    monkeypatch.setenv(_dispatch.ENVIRONMENT_VARIABLE, f"{op.name}=triton")
+    with _table.using(CPU, {_table.problem("fprop", 4, 1, 1, 0, f32): Entry("native", None)}):
+        assert op(torch.ones(4))[0].item() == 4
+
+
+def test_table_rounds_rows_up():
+    assert [_table.problem("fprop", M, 1, 1, 0)[1] for M in (0, 1, 2, 3, 4, 5, 4095, 4096, 4097)] == [
+        1, 1, 2, 4, 4, 8, 4096, 4096, 8192,
+    ]  # fmt: skip
+
+
+def test_table_is_read_as_written():
+    tile = {"BLOCK_M": 128, "SPECIALIZE": True}
+    assert _table.save(_table.own_file(CPU), CPU, {_table.written(FPROP): {"backend": "triton", "tile": tile}})
+    assert _table.save(_table.own_file(CPU), CPU, {_table.written(BACKWARD): {"backend": "eager", "tile": None}})
+    assert _table.of(CPU) == {FPROP: Entry("triton", (("BLOCK_M", 128), ("SPECIALIZE", 1))), BACKWARD: Entry("eager", None)}
+
+
+def test_table_of_the_user_goes_before_the_packaged():
+    name = _table.written(FPROP)
+    assert _table.save(_table.packaged_file(CPU), CPU, {name: {"backend": "native"}})
+    assert _table.of(CPU)[FPROP].backend == "native"
+    assert _table.save(_table.own_file(CPU), CPU, {name: {"backend": "eager"}})
+    assert _table.of(CPU)[FPROP].backend == "eager"
+
+
+def test_table_of_other_versions_is_left_aside(monkeypatch):
+    """A driver may have changed what is fast; a packaged table is for the model of GPU."""
+    name, machine = _table.written(FPROP), _cache.machine(CPU)
+    for path in (_table.own_file(CPU), _table.packaged_file(CPU)):
+        assert _table.save(path, CPU, {name: {"backend": "native" if path == _table.own_file(CPU) else "eager"}})
+    monkeypatch.setattr(_cache, "machine", lambda device: machine | {"torch": "another"})
+    assert _table.of(CPU)[FPROP].backend == "eager"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", '{"entries": 3}',
+     '{"entries": {"fprop": 3}}', '{"entries": {"fprop 1 1 1 0 float8": {"backend": "eager"}}}',
+     '{"entries": {"fprop x 1 1 0": {"backend": "eager"}}}', '{"entries": {"fprop 1 1 1 0": {"backend": "e", "tile": 3}}}'],
+)  # fmt: skip
+def test_table_that_is_broken_is_empty(text):
+    path = _table.packaged_file(CPU)
+    path.parent.mkdir()
+    path.write_text(text)
+    assert _table.of(CPU) == {}
+
+
+# ----- the command ---------------------------------------------------------------
+
+
+def test_tune_command(capsys):
+    assert tune.main(["--show"]) == 0
+    assert capsys.readouterr().out == "no table for cpu\n"
+    assert tune.main(["--shapes", "8,16,24", "--rounds", "1", "--package"]) == 0
+    printed = capsys.readouterr().out
+    assert "fprop 8 24 16 1 float16 float16 float16: eager, " in printed
+    assert "    native: not implemented for cpu" in printed
+    assert json.loads(_table.packaged_file(CPU).read_text())["machine"] == _cache.machine(CPU)
+    assert tune.main(["--show"]) == 0
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(printed.splitlines())
+
+
+@pytest.mark.parametrize("shape", ["8,16", "8,16,24,32", "8,x,24", "8,0,24", ""])
+def test_tune_command_refuses_a_shape(shape, capsys):
+    with pytest.raises(SystemExit):
+        tune.main(["--shapes", shape])
+    assert f"expected M,K,N, got {shape!r}" in capsys.readouterr().err
+
+
+def test_command_says_what_table_there_is(monkeypatch):
+    """By name of the GPU, with what to do."""
+    assert command.tuned(CPU, "NVIDIA A100") == "no table for NVIDIA A100: python -m mpkernels tune"
+    with _table.using(CPU, {FPROP: Entry("eager", None)}):
+        assert command.tuned(CPU, "NVIDIA H200") == "table of 1 problems for NVIDIA H200"
