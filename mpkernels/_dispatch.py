@@ -28,15 +28,22 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 class Implementation:
     """One way to run an op: the module `<op folder>.impl_<backend>`, imported at its first use.
 
-    `device_types`: where the code exists. `auto_on`: where it was proven and may be chosen without being asked for;
-    a kernel that no committed result row shows on a GPU is never in `auto_on` for "cuda", and one that is there is chosen
-    only after its self-check on that very machine.
+    `device_types`: where the code exists; `sm`: the one compute capability of a GPU that has it, 90 for 9.0, None is any.
+    `auto_on`: where it was proven and may be chosen without being asked for; a kernel that no committed result row shows on
+    a GPU is never in `auto_on` for "cuda", and one that is there is chosen only after its self-check on that very machine.
     The module has a function named as the op and `why_not(device, dtype) -> str | None`.
     """
 
     backend: str
     device_types: tuple[str, ...]
     auto_on: tuple[str, ...] = ()
+    sm: int | None = None
+
+    def exists_on(self, device: torch.device) -> bool:
+        """Whether the code for such a device is there."""
+        if device.type not in self.device_types:
+            return False
+        return self.sm is None or torch.cuda.get_device_capability(device) == divmod(self.sm, 10)
 
 
 class Op:
@@ -152,7 +159,7 @@ def _choose(name: str, device: torch.device, dtype: torch.dtype, setting: str, t
     backend = forced.get(name)
     if backend is None:
         implementation = op.implementations.get(forced.get("*"))
-        if implementation is not None and device.type in implementation.device_types:
+        if implementation is not None and implementation.exists_on(device):
             backend = implementation.backend
     if backend not in (None, "auto"):
         reason = op.why_not(backend, device, dtype)

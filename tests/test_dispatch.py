@@ -134,6 +134,19 @@ def test_dispatch_forced_for_all_leaves_ops_that_lack_it(op, monkeypatch):
     assert run(op) == 3
 
 
+@pytest.mark.parametrize("capability, backend", [((9, 0), "native"), ((8, 0), "eager"), ((10, 0), "eager")])
+def test_dispatch_forced_for_all_leaves_other_architectures(capability, backend, monkeypatch):
+    """Hopper's GEMM exists on Hopper: forcing native for the step elsewhere leaves linear_act to auto."""
+    from mpkernels.ops.linear_act import forward_op, impl_native
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(impl_native, "why_not", lambda device, dtype: None)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "native")
+    _dispatch._choose.cache_clear()
+    assert forward_op.backend(torch.device("cuda", 0), torch.float16) == backend
+    _dispatch._choose.cache_clear()
+
+
 def test_dispatch_forced_by_op_knows_no_exception(op, monkeypatch):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, f"{op.name}=triton")
     with pytest.raises(RuntimeError, match="cannot use triton: not implemented"):

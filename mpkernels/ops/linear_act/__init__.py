@@ -299,7 +299,7 @@ def _problem_backward(
 _IMPLEMENTATIONS = (
     Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),
     Implementation("triton", device_types=("cuda", "cpu")),
-    Implementation("native", device_types=("cuda",)),
+    Implementation("native", device_types=("cuda",), sm=90),
 )
 
 forward_op = Op(
