@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_act as `native` on Hopper: the op's implementation over its kernels, their source run on the CPU by tests/host."""
 
+import zlib
+
 import host_kernels
 import linear_act_cases
 import numpy as np
@@ -15,25 +17,31 @@ f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 HALVES = (f16, bf16)
 
 
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+LIBRARY = "mpkernels_hopper"
+
+
+@pytest.fixture(params=["cpu"] + ["cuda"] * HOPPER)
+def device(request, monkeypatch) -> torch.device:
+    """A Hopper GPU where there is one, and tests/host as a chip of 4 multiprocessors on which every order may happen."""
+    if request.param == "cpu":
+        reason = host_kernels.why_not()
+        if reason is not None:
+            pytest.skip(reason)
+        host_kernels.library(LIBRARY).host_seed(zlib.crc32(request.node.name.encode()))
+        monkeypatch.setattr(torch.ops, "mpkernels_C", host_kernels.HostOps(library=LIBRARY))
+        monkeypatch.setattr(impl_native, "_multiprocessors", lambda device: 4)
+    return torch.device(request.param)
+
+
 @pytest.fixture(autouse=True)
-def ops(monkeypatch, request):
-    """The kernels in place of the library's, on a chip of 4 multiprocessors; what is allocated is NaN until it is written."""
-    reason = host_kernels.why_not()
-    if reason is not None:
-        pytest.skip(reason)
-    ops = host_kernels.HostOps(library="mpkernels_hopper")
-    seed(len(request.node.name))
-    monkeypatch.setattr(torch.ops, "mpkernels_C", ops)
-    monkeypatch.setattr(impl_native, "_multiprocessors", lambda device: 4)
+def implementation(monkeypatch):
+    """The cases of the op go to `native`; what is allocated there is NaN until it is written."""
     monkeypatch.setattr(linear_act_cases, "forward", forward)
     monkeypatch.setattr(linear_act_cases, "backward", backward)
     torch.use_deterministic_algorithms(True)  # so that torch fills what it allocates
-    yield ops
+    yield
     torch.use_deterministic_algorithms(False)
-
-
-def seed(number: int) -> None:
-    host_kernels.library("mpkernels_hopper").host_seed(number)
 
 
 def forward(x, weight, bias, dtypes, activation=Activation.RELU, save=1, copy=None):
@@ -46,17 +54,11 @@ def backward(grad_out, x, weight, saved, dtypes, activation=Activation.RELU, cop
     )[:3]
 
 
-def poisoned(shape, dtype) -> torch.Tensor:
-    return torch.full(shape, torch.nan, dtype=dtype) if dtype.is_floating_point else torch.full(shape, -1, dtype=dtype)
-
-
-def fprop(ops, x, weight, bias, relu, out_dtype, cut):
+def fprop(x, weight, bias, relu, out_dtype, cut):
     """(out, mask)."""
     M, N = x.shape[0], weight.shape[0]
-    out, mask = poisoned((M, N), out_dtype), empty_mask(x, M, N) if relu else None
-    if relu:
-        mask.fill_(-1)
-    ops.linear_act_fprop(x, weight, bias, relu, out, mask, *cut)
+    out, mask = x.new_full((M, N), torch.nan, dtype=out_dtype), empty_mask(x, M, N) if relu else None
+    torch.ops.mpkernels_C.linear_act_fprop(x, weight, bias, relu, out, mask, *cut)
     return out, mask
 
 
@@ -74,27 +76,29 @@ SIZES = (
 
 
 @pytest.mark.parametrize("name", [name for name, d in DTYPES.items() if d.compute in HALVES and d.out != f64])
-def test_hopper_matches_reference(name, generator):
+def test_hopper_matches_reference(name, generator, device):
     """Forward, backward by the mask and by the output, every combination of dtypes that the kernels store."""
     for i, (M, N, K) in enumerate(SIZES[:3]):
-        linear_act_cases.run(Case(M, N, K, DTYPES[name], bias=i != 1, activation=Activation(i != 2)), generator)
+        linear_act_cases.run(Case(M, N, K, DTYPES[name], bias=i != 1, activation=Activation(i != 2)), generator, device)
 
 
 @pytest.mark.parametrize("M, N, K", SIZES)
 @pytest.mark.parametrize("name", ["float16", "mixed_bfloat16"])
-def test_hopper_odd_shapes(M, N, K, name, generator):
-    linear_act_cases.run(Case(M, N, K, DTYPES[name]), generator)
+def test_hopper_odd_shapes(M, N, K, name, generator, device):
+    linear_act_cases.run(Case(M, N, K, DTYPES[name]), generator, device)
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "unaligned"])
-def test_hopper_strided(layout, generator):
-    linear_act_cases.run(Case(70, 136, 72, DTYPES["float16"], layout=layout), generator)
-    linear_act_cases.run(Case(70, 136, 72, DTYPES["mixed_float16"], layout=layout, activation=Activation.NONE), generator)
+def test_hopper_strided(layout, generator, device):
+    linear_act_cases.run(Case(70, 136, 72, DTYPES["float16"], layout=layout), generator, device)
+    linear_act_cases.run(
+        Case(70, 136, 72, DTYPES["mixed_float16"], layout=layout, activation=Activation.NONE), generator, device
+    )
 
 
 @pytest.mark.parametrize("M, N, K", [(0, 8, 8), (8, 0, 8), (8, 16, 0), (0, 0, 0)])
-def test_hopper_empty(M, N, K, generator):
-    linear_act_cases.run(Case(M, N, K, DTYPES["mixed_float16"]), generator)
+def test_hopper_empty(M, N, K, generator, device):
+    linear_act_cases.run(Case(M, N, K, DTYPES["mixed_float16"]), generator, device)
 
 
 @pytest.mark.parametrize(
@@ -113,45 +117,60 @@ def test_hopper_refuses_with_the_reason(change, reason):
         impl_native.linear_act(x, weight, None, None, 1, f16, sizes["out"], 1)
 
 
+@pytest.mark.sweep
+@pytest.mark.parametrize("block", range(10))
+def test_hopper_random_sizes(block, device):
+    """Any sizes in multiples of 8, layouts and dtypes; 2000 on a GPU."""
+    random, torch_random = np.random.default_rng(block), torch.Generator().manual_seed(block)
+    names = [name for name, d in DTYPES.items() if d.compute in HALVES and d.out != f64]
+    for _ in range(200 if device.type == "cuda" else 5):
+        M, N, K = (int(random.integers(1, limit)) for limit in (600, 80, 80))
+        case = Case(
+            M, 8 * N, 8 * K, DTYPES[random.choice(names)], bool(random.random() < 0.7), Activation(int(random.random() < 0.8)),
+            layout=random.choice([layout for layout in LAYOUTS if layout != "unaligned"]),
+        )  # fmt: skip
+        linear_act_cases.run(case, torch_random, device)
+
+
 # ----- fprop ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias_dtype", [f16, bf16, f32, f64])
-def test_hopper_fprop_adds_the_bias_unrounded(ops, bias_dtype, generator):
-    x, weight = torch.zeros(8, 8, dtype=f16), torch.zeros(136, 8, dtype=f16)
-    bias = data((272,), bias_dtype, "normal", generator)[::2]
-    out, _ = fprop(ops, x, weight, bias, False, f32, (128, 1, 1))
+def test_hopper_fprop_adds_the_bias_unrounded(bias_dtype, generator, device):
+    x, weight = (torch.zeros(rows, 8, dtype=f16, device=device) for rows in (8, 136))
+    bias = data((272,), bias_dtype, "normal", generator).to(device)[::2]
+    out, _ = fprop(x, weight, bias, False, f32, (128, 1, 1))
     assert torch.equal(out, bias.float().expand(8, 136))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("out_dtype", [None, f32], ids=["16-bit", "fp32"])
-def test_hopper_fprop_nan_zero_and_overflow(ops, dtype, out_dtype):
+def test_hopper_fprop_nan_zero_and_overflow(dtype, out_dtype, device):
     """NaN goes through and its bit is 1; both zeros and what underflows are 0; a row with NaN leaves the tail bits 0."""
     out_dtype = out_dtype or dtype
     tiny = bounds.least_subnormal(dtype) ** 0.5 / 2  # squared it rounds to 0
     values = [1.0, -1.0, torch.nan, torch.inf, -torch.inf, 0.0, -0.0, tiny, -tiny, 60000.0]
-    x, weight = torch.zeros(len(values), 8, dtype=dtype), torch.zeros(40, 8, dtype=dtype)
+    x, weight = (torch.zeros(rows, 8, dtype=dtype, device=device) for rows in (len(values), 40))
     x[:, 0] = torch.tensor(values)
     weight[::2, 0] = tiny
     weight[1::2, 0] = 2.0
-    out, mask = fprop(ops, x, weight, None, True, out_dtype, (128, 1, 1))
-    bounds.check_forward(out, x, weight, None, Activation.RELU, dtype)
+    out, mask = fprop(x, weight, None, True, out_dtype, (128, 1, 1))
+    bounds.check_forward(out, x, weight, None, Activation.RELU, dtype, bounds.accumulator_roundoff(device, dtype))
     assert out[2].isnan().all()
     bits = bits_of(mask, 40)
-    assert (bits[:, :40] == ~(out <= 0).numpy()).all()
+    assert (bits[:, :40] == ~(out <= 0).cpu().numpy()).all()
     assert bits[2, :40].all()
     assert not bits[[1, 5, 6]][:, :40].any()
     assert bits[7, 0] == (out_dtype == f32)
     assert not bits[:, 40:].any()
 
 
-def test_hopper_fprop_same_bits_for_any_number_of_rows(ops, generator):
-    x, weight = data((300, 200), f16, "normal", generator), data((136, 200), f16, "normal", generator)
-    out, _ = fprop(ops, x, weight, None, True, f16, (128, 2, 2))
+def test_hopper_fprop_same_bits_for_any_number_of_rows(generator, device):
+    x, weight = (data((rows, 200), f16, "normal", generator).to(device) for rows in (300, 136))
+    out, _ = fprop(x, weight, None, True, f16, (128, 2, 2))
     for M in (1, 130):
         for cut in ((128, 1, 1), (256, 2, 4)):
-            assert same_bits(fprop(ops, x[:M], weight, None, True, f16, cut)[0], out[:M])
+            assert same_bits(fprop(x[:M], weight, None, True, f16, cut)[0], out[:M])
 
 
 # ----- dgrad ---------------------------------------------------------------
@@ -160,10 +179,10 @@ def test_hopper_fprop_same_bits_for_any_number_of_rows(ops, generator):
 @pytest.mark.parametrize("name", ["float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("activation_below", [Activation.NONE, Activation.RELU])
 @pytest.mark.parametrize("by_mask", [True, False], ids=["mask", "output"])
-def test_hopper_gradients_of_the_layer_below(name, activation_below, by_mask, generator):
+def test_hopper_gradients_of_the_layer_below(name, activation_below, by_mask, generator, device):
     dtypes, M, N, K = DTYPES[name], 130, 72, 136
-    x, weight, _, grad_out = Case(M, N, K, dtypes).tensors(generator)
-    positive = ~(x <= 0)
+    x, weight, _, grad_out = Case(M, N, K, dtypes).tensors(generator, device)
+    positive, v = ~(x <= 0), bounds.accumulator_roundoff(device, dtypes.compute)
     saved_below = None if activation_below == Activation.NONE else pack(positive) if by_mask else x
     grad_x, _, _, grad_bias_below = impl_native.linear_act_backward(
         grad_out, None, weight, None, None, 0, dtypes.compute, dtypes.x, dtypes.grad, dtypes.grad, (True, False, False),
@@ -171,7 +190,7 @@ def test_hopper_gradients_of_the_layer_below(name, activation_below, by_mask, ge
     )  # fmt: skip
     selected = None if activation_below == Activation.NONE else positive
     bounds.check_backward_below(
-        (grad_x, grad_bias_below), grad_out, weight, None, selected, dtypes.compute, 2.0**-24, random_sign=True
+        (grad_x, grad_bias_below), grad_out, weight, None, selected, dtypes.compute, v, random_sign=True
     )
 
 
@@ -180,7 +199,7 @@ def pack(positive: torch.Tensor) -> torch.Tensor:
     M, N = positive.shape
     mask = empty_mask(positive, M, N)
     padded = np.zeros((M, mask.shape[1] * 32), bool)
-    padded[:, :N] = positive.numpy()
+    padded[:, :N] = positive.cpu().numpy()
     mask.copy_(torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view("<i4").copy()))
     return mask
 
