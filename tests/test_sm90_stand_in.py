@@ -5,7 +5,6 @@ The definitions are of numpy and owe nothing to csrc or tests/host. What a Hoppe
 """
 
 import ctypes
-import functools
 
 import bounds
 import host_kernels
@@ -302,15 +301,51 @@ def test_wrong_pipelines_leave_nothing_behind(generator):
         assert run_pipeline(0, wrong, generator) == ("", True)
 
 
+# ----- what PTX does not allow ----------------------------------------------------------------------
+
+MISUSE = [
+    ("arrives twice", "a thread arrives at the cluster's barrier twice"),
+    ("waits and has not arrived", "a thread waits at the cluster's barrier and has not arrived"),
+    ("ends and has not waited", "a thread ends that has arrived at the cluster's barrier and not waited"),
+    ("two counts at a named barrier", "a named barrier for"),
+    ("a part of a warp at a named barrier", "a named barrier with a part of a warp"),
+    ("a named barrier too many", "no named barrier 16"),
+    ("a named barrier for half a warp", "a named barrier for 48 threads"),
+    ("initializes twice", "an mbarrier is initialized twice"),
+    ("does not initialize", "an mbarrier that is not initialized"),
+    ("misaligned mbarrier", "an mbarrier at no multiple of 8 bytes"),
+    ("arrives at an ended block", "an arrival reaches a block that has ended"),
+    ("arrives at no block", "the cluster has no block 2"),
+    ("arrives too often", "more arrivals than an mbarrier expects"),
+    ("expects too many bytes", "an mbarrier's tx-count is out of range"),
+    ("misaligned stmatrix", "stmatrix at no multiple of 16 bytes"),
+    ("misaligned box", "TMA to shared memory at no multiple of 128 bytes"),
+    ("no tensor map", "this is no tensor map"),
+    ("a warp at two instructions", "lanes of a warp at"),
+    ("wgmma of two descriptors", "the threads of a warpgroup differ in their wgmma"),
+    ("unfinished wgmma", "a thread ends before its wgmma"),
+    ("two accumulators", "the stand-in has one accumulator at a time"),
+    ("wgmma by three warps", "wgmma by a part of a warpgroup"),
+    ("ends while its warp shuffles", "while"),
+]
+
+
+@pytest.mark.parametrize("which", range(len(MISUSE)), ids=lambda i: MISUSE[i][0])
+def test_misuse_is_refused(which):
+    what, message = MISUSE[which]
+    tensor = torch.zeros(64, 64).half()
+    errors = [run("misuse", seed, a=tensor, box_rows=8, wrong=which, n=1 + (which == 10)) for seed in range(4 * SEEDS)]
+    assert any(message in error for error in errors), set(errors)
+    assert what == "arrives at an ended block" or "" not in errors
+
+
 # ----- launches -------------------------------------------------------------------------------------
 
 
 def test_shared_memory_has_an_end():
-    tensor, halves = torch.zeros(64, 64).half(), torch.zeros(1).short()
-    most = 232448 // 128
-    message = functools.partial(run, "wgmma", image=halves, floats=torch.zeros(1), n=64)
-    assert "no 232576 bytes of shared memory for a block" in message(box_rows=most + 1)
-    assert "a load outside" not in run("box", a=tensor, halves=halves, box_rows=257)
+    rows = 232448 // 128 + 1
+    error = run("wgmma", image=torch.zeros(1).short(), floats=torch.zeros(1), n=64, box_rows=rows)
+    assert f"no {128 * rows} bytes of shared memory for a block" in error
 
 
 def test_schedules_differ(generator):

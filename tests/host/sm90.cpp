@@ -18,16 +18,11 @@
 #include <limits>
 #include <map>
 
+#include "common/clones.h"
 #include "cuda.h"
 #include "cuda_runtime.h"
 #include "fibers.h"
 #include "host.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
 
 namespace host {
 namespace {
@@ -304,7 +299,7 @@ float bits_to_float(uint32_t bits) {
 }
 
 // fp16: as an fp32 with the exponent's bias of fp16, which a factor corrects, subnormals too.
-CLONES void widen(const uint16_t* from, float* to, int count, bool bf16) {
+MPK_CLONES void widen(const uint16_t* from, float* to, int count, bool bf16) {
   for (int i = 0; i < count; ++i) {
     const uint32_t bits = from[i], sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff;
     uint32_t word = magnitude << 13;
@@ -374,7 +369,7 @@ void gather(const State& state, const Operand& operand, int first, int count, bo
 }
 
 // The products are exact in fp32; each sum is rounded, along K in order.
-CLONES void multiply_add(const float* a, const float* b, float* tile, int n) {
+MPK_CLONES void multiply_add(const float* a, const float* b, float* tile, int n) {
   for (int row = 0; row < kWarpRows; ++row) {
     float* const sums = tile + row * kMostN;
     for (int k = 0; k < kDepth; ++k) {

@@ -229,6 +229,110 @@ __global__ void pipeline(const Arguments& g) {
   if (thread == 0 && wrong != kNoStoreWait) sm90::tma_store_wait<0>();
 }
 
+// ----- what PTX does not allow, a line each -----
+
+enum Misuse {
+  kArrivesTwice,
+  kWaitsUnarrived,
+  kEndsArrived,
+  kTwoCounts,
+  kPartOfWarp,
+  kNoSuchBarrier,
+  kNotWarps,
+  kInitializedTwice,
+  kUninitialized,
+  kMisalignedBarrier,
+  kEndedBlock,
+  kNoSuchBlock,
+  kTooManyArrivals,
+  kTxOutOfRange,
+  kUnalignedStmatrix,
+  kUnalignedBox,
+  kNoMap,
+  kTwoInstructions,
+  kWgmmaDiffers,
+  kUnfinishedWgmma,
+  kTwoAccumulators,
+  kPartOfWarpgroup,
+  kEndsInWarp,
+};
+
+__global__ void misuse(const Arguments& g) {
+  uint8_t* const shared = sm90::dynamic_shared();
+  auto* const barrier = reinterpret_cast<Barrier*>(shared + 4096);
+  const int thread = static_cast<int>(threadIdx.x), rank = static_cast<int>(sm90::cluster_rank());
+  const uint64_t tile = 1ull << 62 | 64ull << 32 | sm90::shared_address(shared) >> 4;
+  float acc[32] = {}, other[32] = {};
+  const auto multiply = [&](float (&to)[32], uint64_t a) { sm90::wgmma<Half, 64, false, false>(to, a, tile, false); };
+  if (thread == 0 && g.wrong != kUninitialized) {
+    sm90::barrier_init(barrier, g.wrong == kEndedBlock ? 128 : 1);
+    sm90::fence_barrier_init();
+  }
+  sm90::cluster_arrive();
+  sm90::cluster_wait();
+  switch (g.wrong) {
+    case kArrivesTwice:
+      sm90::cluster_arrive();
+      return sm90::cluster_arrive();
+    case kWaitsUnarrived:
+      return sm90::cluster_wait();
+    case kEndsArrived:
+      return sm90::cluster_arrive();
+    case kTwoCounts:
+      return sm90::named_barrier_sync(1, thread < 32 ? 64 : 128);
+    case kPartOfWarp:
+      if (thread < 48 || thread >= 112) sm90::named_barrier_sync(1, 64);
+      return;
+    case kNoSuchBarrier:
+      return sm90::named_barrier_sync(16, 128);
+    case kNotWarps:
+      return sm90::named_barrier_sync(1, 48);
+    case kInitializedTwice:
+      return sm90::barrier_init(barrier, 1);
+    case kUninitialized:
+      return sm90::barrier_wait(barrier, 1);
+    case kMisalignedBarrier:
+      return sm90::barrier_init(reinterpret_cast<Barrier*>(shared + 4), 1);
+    case kEndedBlock:
+      if (rank == 1) sm90::barrier_arrive_cluster(barrier, 0);
+      return;
+    case kNoSuchBlock:
+      return sm90::barrier_arrive_cluster(barrier, 2);
+    case kTooManyArrivals:
+      if (thread == 0) sm90::barrier_arrive_expect_tx(barrier, 16);
+      __syncthreads();
+      return sm90::barrier_arrive(barrier);
+    case kTxOutOfRange:
+      return sm90::barrier_arrive_expect_tx(barrier, 1 << 20);
+    case kUnalignedStmatrix:
+      return sm90::stmatrix_x4(shared + 8, 0, 0, 0, 0);
+    case kUnalignedBox:
+      return sm90::tma_load(shared + 64, &g.a, barrier, 0, 0);
+    case kNoMap:
+      return sm90::tma_prefetch(&g.b);
+    case kTwoInstructions:
+      if (thread % 2) return sm90::stmatrix_x4(shared, 0, 0, 0, 0);
+      sm90::shuffle_xor(thread, 1);
+      return;
+    case kWgmmaDiffers:
+      sm90::wgmma_fence();
+      return multiply(acc, tile + thread / 64);
+    case kUnfinishedWgmma:
+      sm90::wgmma_fence();
+      return multiply(acc, tile);
+    case kTwoAccumulators:
+      sm90::wgmma_fence();
+      multiply(acc, tile);
+      return multiply(other, tile);
+    case kPartOfWarpgroup:
+      sm90::wgmma_fence();
+      return multiply(acc, tile);
+    case kEndsInWarp:
+      if (thread % 32 > 0) sm90::shuffle_xor(thread, 1);
+      return;
+  }
+}
+
 using Kernel = void (*)(const Arguments&);
 
 template <class T, int N>
@@ -300,6 +404,7 @@ extern "C" const char* host_run_kernel(const Case& c) {
       run(c.bf16 ? wgmma_kernel<BFloat16>(c.n, c.trans_a, c.trans_b) : wgmma_kernel<Half>(c.n, c.trans_a, c.trans_b), 1, 128,
           box);
     }
+    if (name == "misuse") run(misuse, c.n, c.wrong == kPartOfWarpgroup ? 96 : 128, 8192);
     if (name == "pipeline") run(pipeline, 1, 160, (2 * kStages + 1) * kBox + 4 * sizeof(Barrier));
   } catch (const std::exception& error) {
     message = error.what();
