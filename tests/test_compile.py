@@ -110,3 +110,48 @@ def test_checkpointing_with_the_optimizers_copies():
             optimizer.step()
             optimizer.zero_grad()
     assert all(same_bits(*pair) for pair in zip(*(m.state_dict().values() for m in models), strict=True))
+
+
+# ----- forward mode ----------------------------------------------------------------------
+
+
+def op_itself(layer):
+    weight = layer.weight.detach()
+    return lambda x: torch.ops.mpkernels.linear_act(x, weight, None, None, 0, torch.float32, torch.float32, 0)[0]
+
+
+WAYS = {
+    "layer": lambda layer, x: layer,
+    "op": lambda layer, x: op_itself(layer),
+    "compiled": lambda layer, x: torch.compile(layer, backend="aot_eager"),
+    "exported": lambda layer, x: torch.export.export(layer, (x,)).module(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_forward_mode_raises(way):
+    """Never a tangent of 0, which is what torch.library's autograd would give."""
+    x = torch.randn(3, 8)
+    function = WAYS[way](mpk.MPLinear(8, 4), x)
+    function(x)
+    with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+        torch.func.jvp(function, (x,), (x,))
+    with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+        torch.func.jacfwd(function)(x)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+        function(torch.autograd.forward_ad.make_dual(x, x))
+
+
+def test_forward_mode_of_the_backward_op_raises():
+    weight, grad_out = torch.randn(4, 8), torch.randn(3, 4)
+    options = (None, None, 0, torch.float32, torch.float32, torch.float32, torch.float32, [True, False, False])
+    with pytest.raises(NotImplementedError, match="linear_act_backward: forward mode"):
+        function = lambda g: torch.ops.mpkernels.linear_act_backward(g, None, weight, *options)[0]
+        torch.func.jvp(function, (grad_out,), (grad_out,))
+
+
+def test_compiled_forward_mode_raises():
+    """Inside of a compiled function too, where dynamo could take another way."""
+    layer, x = mpk.MPLinear(8, 4), torch.randn(3, 8)
+    with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+        torch.compile(lambda x: torch.func.jvp(layer, (x,), (x,))[1], backend="aot_eager")(x)

@@ -407,6 +407,23 @@ torch.library.register_autograd("mpkernels::linear_act", _backward, setup_contex
 torch.library.register_autograd("mpkernels::linear_act_backward", _no_double_backward)
 
 
+def _refusing_forward_mode(op):
+    """`register_autograd` drops tangents without a word. This refuses all of forward mode: it cannot see which have one."""
+
+    def kernel(keyset, *args):
+        if torch.autograd.forward_ad._current_level >= 0:
+            raise NotImplementedError(f"{op._opname}: forward mode (jvp) is not supported")
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    return kernel
+
+
+_library = torch.library.Library("mpkernels", "FRAGMENT")
+for _op in (torch.ops.mpkernels.linear_act.default, torch.ops.mpkernels.linear_act_backward.default):
+    _library.impl(_op._opname, _refusing_forward_mode(_op), "ADInplaceOrView", with_keyset=True)
+
+
 # ----- vmap ---------------------------------------------------------------
 
 
