@@ -145,8 +145,8 @@ def test_forward_mode_raises(way):
 def test_forward_mode_of_the_backward_op_raises():
     weight, grad_out = torch.randn(4, 8), torch.randn(3, 4)
     options = (None, None, 0, torch.float32, torch.float32, torch.float32, torch.float32, [True, False, False])
+    function = lambda g: torch.ops.mpkernels.linear_act_backward(g, None, weight, *options)[0]
     with pytest.raises(NotImplementedError, match="linear_act_backward: forward mode"):
-        function = lambda g: torch.ops.mpkernels.linear_act_backward(g, None, weight, *options)[0]
         torch.func.jvp(function, (grad_out,), (grad_out,))
 
 
