@@ -108,7 +108,7 @@ class Op:
 
     def function(self, backend: str) -> Callable:
         """The implementation's function, whatever `why_not` says of it."""
-        return getattr(self._module(backend), self.name)
+        return _function(self.package, backend, self.name)
 
     def why_not(self, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
         """One sentence why `backend` cannot run this op there, or None."""
@@ -151,6 +151,11 @@ def _is_watched() -> bool:
     return bool(
         torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
     )
+
+
+@functools.cache
+def _function(package: str, backend: str, name: str) -> Callable:
+    return getattr(importlib.import_module(f"{package}.impl_{backend}"), name)
 
 
 @functools.cache

@@ -35,6 +35,8 @@ HOPPER = (
 SOURCES = {"mpkernels_host": STEP + STAND_IN, "mpkernels_hopper": HOPPER + STAND_IN}
 # -ffp-contract=off as nvcc's -fmad=false.
 FLAGS = "-std=c++17 -O2 -g0 -fPIC -fvisibility=default -ffp-contract=off -U_FORTIFY_SOURCE"
+TABLES = {"adamw_": (6, 1), "sgd_": (4, 1), "grad_stats_": (1, 0)}  # how many lists a call begins with, and which is grads
+ITEMSIZES = {5: 2, 6: 4, 7: 8, 15: 2}  # by c10::ScalarType
 
 
 class Counts(ctypes.Structure):
@@ -88,9 +90,17 @@ def _ninja(name: str, path: Path) -> str:
     return "\n".join([*lines, f"build {path}: link {' '.join(objects)}", ""])
 
 
-def set_memory(tensors: list[torch.Tensor], read_only: list[torch.Tensor], name: str = "mpkernels_host") -> None:
-    """Make the elements of these tensors, from the first to the last, the device's memory."""
-    memory = {}
+def memory_of(lists: tuple[torch.Tensor, ...], grads: int) -> dict[int, tuple[int, bool]]:
+    """By address the bytes of what tables name (mpkernels/ops/_layout.py) and whether they may be written: not so grads."""
+    rows = [(row, i != grads) for i, table in enumerate(lists) for row in table.t().tolist()]
+    return {address: (numel * ITEMSIZES[dtype], written) for (numel, dtype, address), written in rows if numel}
+
+
+def set_memory(
+    tensors: list[torch.Tensor], read_only: list[torch.Tensor], name: str = "mpkernels_host", listed: dict | None = None
+) -> None:
+    """Make the elements of these tensors, from the first to the last, the device's memory, and what is `listed`."""
+    memory = dict(listed or {})
     for written, some in ((False, read_only), (True, tensors)):
         for tensor in filter(torch.Tensor.numel, some):
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
@@ -125,10 +135,11 @@ class HostOps:
         is_written = [a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments]
 
         def call(*args):
+            lists, grads = TABLES.get(name, (0, 0))
             tensors = {True: [], False: []}
-            for arg, written in zip(args, is_written, strict=True):
+            for arg, written in list(zip(args, is_written, strict=True))[lists:]:
                 tensors[written] += [t for t in leaves([arg]) if not any(t is h for h in self.host_tensors)]
-            set_memory(tensors[True], tensors[False], self.library)
+            set_memory(tensors[True], tensors[False], self.library, memory_of(args[:lists], grads))
             return op.redispatch(cuda, *args)
 
         return call

@@ -18,9 +18,10 @@ ARCHITECTURES = (75, 80, 90)
 VECTOR_LOADS = ("adamw_kernel", "sgd_kernel", "chunk_kernel")
 VECTOR_STORES = ("adamw_kernel", "sgd_kernel")
 KERNELS = {  # how many there are for each architecture
-    "adamw_kernel": 8, "sgd_kernel": 4, "chunk_kernel": 2, "tensor_kernel": 1, "verdict_kernel": 1, "advance_kernel": 1,
+    "adamw_kernel": 16, "sgd_kernel": 6, "chunk_kernel": 2, "tensor_kernel": 1, "verdict_kernel": 1, "advance_kernel": 1,
     "update_scale_kernel": 1,
 }  # fmt: skip
+NARROW_MOMENTS = "BFloat16"  # in a kernel's name: moments of half the master's width, read and written 8 bytes at a time
 BLOCKS_PER_SM, THREADS, REGISTERS_PER_SM = 2, 256, 65536
 
 
@@ -103,7 +104,8 @@ def test_cuda_kernels_move_16_bytes_at_a_time(sm):
     assert Counter(map(kind, wide)) == KERNELS
     for name, (loads, stores) in wide.items():
         if kind(name) in VECTOR_LOADS:
-            assert loads >= 4, f"{name}: {loads} loads of 16 bytes"  # two vectors in flight, of two lists or more
+            lists = 1 if NARROW_MOMENTS in name else 2  # at least, that are read 16 bytes at a time; two vectors in flight
+            assert loads >= 2 * lists, f"{name}: {loads} loads of 16 bytes"
         if kind(name) in VECTOR_STORES:
             assert stores >= 2, f"{name}: {stores} stores of 16 bytes"
 

@@ -69,9 +69,13 @@ def native(module):
 
 
 def arguments(
-    kind, sizes, generator, *, masters=(torch.float32,), grads=(torch.float16,), copies=COPIES, offset=None, **options
-):
-    """Of a call over tensors of these sizes, dtypes taking turns. offset(i, list): elements that lie before tensor i."""
+    kind, sizes, generator, *, masters=(torch.float32,), grads=(torch.float16,), copies=COPIES, narrow=False, offset=None,
+    **options,
+):  # fmt: skip
+    """Of a call over tensors of these sizes, dtypes taking turns; moments in bf16 where `narrow`.
+
+    offset(i, list): elements that lie before tensor i.
+    """
 
     def make(i, k, dtype, numel):
         start = offset(i, k) if offset else 0
@@ -79,7 +83,8 @@ def arguments(
         return values.to(dtype)[start:]
 
     master = lambda i: masters[i % len(masters)]
-    states = [[make(i, k, master(i), n).square_() for i, n in enumerate(sizes)] for k in (3, 4, 5)]
+    moment = lambda i: torch.bfloat16 if narrow else master(i)
+    states = [[make(i, k, moment(i), n).square_() for i, n in enumerate(sizes)] for k in (3, 4, 5)]
     copy = lambda i: copies[i % len(copies)]
     result = dict(
         masters=[make(i, 0, master(i), n) for i, n in enumerate(sizes)],
@@ -128,6 +133,9 @@ VARIANTS = {
     "adamw amsgrad": ("adamw", dict(amsgrad=True)),
     "adam amsgrad maximize": ("adamw", dict(decoupled=False, amsgrad=True, maximize=True)),
     "adam": ("adamw", dict(decoupled=False)),
+    "adamw bf16 moments": ("adamw", dict(narrow=True)),
+    "adam amsgrad bf16 moments": ("adamw", dict(narrow=True, decoupled=False, amsgrad=True)),
+    "sgd bf16 moments": ("sgd", dict(narrow=True)),
     "sgd": ("sgd", dict(momentum=0.0, dampening=0.0, nesterov=False)),
     "sgd momentum": ("sgd", dict()),
     "sgd maximize": ("sgd", dict(nesterov=False, maximize=True)),
@@ -145,13 +153,13 @@ def test_cuda_update_of_every_dtype(variant, master, generator):
         check_as_on_cpu(kind, args)
 
 
-@pytest.mark.parametrize("variant", ["adamw", "sgd momentum"])
+@pytest.mark.parametrize("variant", ["adamw", "adamw bf16 moments", "sgd momentum"])
 def test_cuda_update_tails_and_chunk_edges(variant, generator):
     kind, options = VARIANTS[variant]
     check_as_on_cpu(kind, arguments(kind, SIZES, generator, masters=(torch.float32, torch.float64), **options))
 
 
-@pytest.mark.parametrize("variant", ["adamw amsgrad", "sgd momentum"])
+@pytest.mark.parametrize("variant", ["adamw amsgrad", "adamw bf16 moments", "sgd momentum"])
 @pytest.mark.parametrize("together", [True, False])
 def test_cuda_update_misaligned(variant, together, generator):
     """All lists of a tensor off by as many elements: a head, then vectors. By different ones: no vectors at all."""
@@ -314,14 +322,15 @@ def test_cuda_stats_chunks_grow_with_the_model(generator, host):
 # ----- bytes ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, grad, expected", [
-    ("adamw", torch.float16, 30), ("adamw", torch.bfloat16, 30), ("adamw", torch.float32, 34),
-    ("sgd", torch.float16, 22), ("sgd", torch.float32, 26),
+@pytest.mark.parametrize("kind, grad, narrow, expected", [
+    ("adamw", torch.float16, False, 30), ("adamw", torch.bfloat16, False, 30), ("adamw", torch.float32, False, 34),
+    ("sgd", torch.float16, False, 22), ("sgd", torch.float32, False, 26),
+    ("adamw", torch.float16, True, 22), ("sgd", torch.float16, True, 18),
 ])  # fmt: skip
-def test_cuda_bytes_per_parameter(kind, grad, expected, generator, host):
+def test_cuda_bytes_per_parameter(kind, grad, narrow, expected, generator, host):
     """Verdict, norm and update with a 16-bit copy; and a skipped step, which reads the gradients once."""
     n = 2 * CHUNK
-    args = arguments(kind, (n,), generator, grads=(grad,), copies=(torch.float16,))
+    args = arguments(kind, (n,), generator, grads=(grad,), copies=(torch.float16,), narrow=narrow)
     take_counts()
     stats(args["grads"])
     check = take_counts()

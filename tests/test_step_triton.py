@@ -10,6 +10,7 @@ import steps
 import test_adamw
 import test_grad_stats
 import test_sgd
+import test_state_dtype
 import test_update_scale
 import torch
 from steps import BAD_SCALES, BAD_VALUES, DTYPES, Problem, raw, scalar
@@ -110,6 +111,18 @@ def test_step_mixed_dtypes_and_tails(name, device):
             expected = expected.double().cpu().numpy()[None]
             near = None if got.dtype == torch.float64 else expected
             bounds.check_trajectory(got.double().cpu().numpy()[None], expected, near)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_step_with_bf16_moments(dtype, device):
+    for amsgrad in (False, True):
+        test_state_dtype.test_state_dtype_step_of_adamw(amsgrad, dict(decoupled=amsgrad), dtype, device)
+    test_state_dtype.test_state_dtype_step_of_sgd(True, dtype, device)
+
+
+def test_step_with_bf16_moments_that_are_not_finite(device):
+    test_state_dtype.test_state_dtype_keeps_what_is_not_finite(math.inf, device)
+    test_state_dtype.test_state_dtype_keeps_what_is_not_finite(math.nan, device)
 
 
 @updates

@@ -58,6 +58,7 @@ def _optional(pointers: dict, names: tuple[str, ...]) -> tuple[dict, dict]:
 def _update(kernel, dtypes, pointers, aligned, scalars, **constexprs):
     signature, absent = _optional(pointers, ("lr_ptr", *SCALED))
     types = {f"{name}_type": TYPES[d] for name, d in zip(("master", "grad", "copy"), dtypes, strict=True)}
+    types["state_type"] = TYPES[bf16 if dtypes[2] == bf16 else dtypes[0]]
     signature |= TABLE | STEP | dict.fromkeys(scalars, "fp64")
     return kernel, signature, absent | types | TILE | dict(ALIGNED=aligned) | constexprs, OPTIONS
 
@@ -79,7 +80,7 @@ def _adamw(every: bool):
 
 def _sgd(every: bool):
     for dtypes, pointers, aligned, more in _updates(every):
-        flags = dict(MOMENTUM=more, DECAY=more, NESTEROV=more and aligned, MAXIMIZE=more)
+        flags = dict(DECAY=more, NESTEROV=more and aligned, MAXIMIZE=more) | ({} if more else dict(state_type=None))
         yield _update(sgd_kernel, dtypes, pointers, aligned, ("momentum", "dampening", "weight_decay"), **flags)
 
 

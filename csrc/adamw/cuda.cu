@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/step.cuh"
+#include "lists.h"
 #include "update.h"
 
 namespace mpk {
@@ -19,25 +20,26 @@ struct AdamwArguments {
 };
 static_assert(sizeof(AdamwArguments<false>) <= kArgumentBytes && sizeof(AdamwArguments<true>) <= kArgumentBytes);
 
-template <class T, bool kMax, bool kAddsDecay>
+template <class T, class S, bool kMax, bool kAddsDecay>
 struct AdamwUpdate {
   const char* grad;
   ScalarType grad_dtype, copy_dtype;
   char* copy;  // null where none is wanted
-  T *master, *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
+  T* master;
+  S *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
   AdamwScalars<T> scalars;
 
   template <int N>
   struct Values {
     RawGrad<T, N> grad;
-    Elements<T, N> w, m, v, vmax;
+    Elements<T, N> w;
+    Elements<S, N> m, v, vmax;
   };
 
   template <int N>
   __device__ bool aligned(int64_t i) const {
     return is_vector<N>(grad, grad_dtype, i) && is_vector<N>(copy, copy_dtype, i) && is_aligned(master + i, kWidest) &&
-           is_aligned(exp_avg + i, kWidest) && is_aligned(exp_avg_sq + i, kWidest) &&
-           (!kMax || is_aligned(max_exp_avg_sq + i, kWidest));
+           is_vector<N>(exp_avg + i) && is_vector<N>(exp_avg_sq + i) && (!kMax || is_vector<N>(max_exp_avg_sq + i));
   }
 
   template <int N>
@@ -54,7 +56,7 @@ struct AdamwUpdate {
     const Elements<T, N> g = x.grad.get(grad_dtype);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      adamw_element<T, kMax, kAddsDecay>(scalars, g.at[k], x.w.at[k], x.m.at[k], x.v.at[k], &x.vmax.at[k]);
+      adamw_element<T, S, kMax, kAddsDecay>(scalars, i + k, g.at[k], x.w.at[k], x.m.at[k], x.v.at[k], &x.vmax.at[k]);
     }
     store(master + i, x.w);
     store(exp_avg + i, x.m);
@@ -64,7 +66,7 @@ struct AdamwUpdate {
   }
 };
 
-template <class T, bool kMax, bool kAddsDecay>
+template <class T, class S, bool kMax, bool kAddsDecay>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) adamw_kernel(MPK_GRID_CONSTANT(AdamwArguments<kMax>) a) {
   // skip before any other load
   if (!a.step.taken()) return;
@@ -84,27 +86,27 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) adamw_kernel(MPK_GRID_
   __syncthreads();
 
   // load / update / store
-  AdamwUpdate<T, kMax, kAddsDecay> update;
+  AdamwUpdate<T, S, kMax, kAddsDecay> update;
   update.grad = tensors.data[kGrad][i];
   update.grad_dtype = tensors.grad_dtype[i];
   update.copy_dtype = tensors.copy_dtype[i];
   update.copy = tensors.data[kCopy][i];
   update.master = reinterpret_cast<T*>(tensors.data[kMaster][i]);
-  update.exp_avg = reinterpret_cast<T*>(tensors.data[kExpAvg][i]);
-  update.exp_avg_sq = reinterpret_cast<T*>(tensors.data[kExpAvgSq][i]);
-  if constexpr (kMax) update.max_exp_avg_sq = reinterpret_cast<T*>(tensors.data[kMaxExpAvgSq][i]);
+  update.exp_avg = reinterpret_cast<S*>(tensors.data[kExpAvg][i]);
+  update.exp_avg_sq = reinterpret_cast<S*>(tensors.data[kExpAvgSq][i]);
+  if constexpr (kMax) update.max_exp_avg_sq = reinterpret_cast<S*>(tensors.data[kMaxExpAvgSq][i]);
   update.scalars = scalars;
   update_chunk<T>(update, chunk);
 }
 
 template <bool kMax, bool kAddsDecay>
-void launch_adamw(const UpdateLists& lists, const std::vector<const Tensors*>& states, const StepInputs& step,
+void launch_adamw(const UpdateLists& lists, const std::vector<const TensorList*>& states, const StepInputs& step,
                   const AdamwOptions& options, cudaStream_t stream) {
   AdamwArguments<kMax> a;
   a.step = step;
   a.options = options;
-  for_each_master_dtype(lists.masters, [&](auto t, const std::vector<int64_t>& rows) {
-    const auto kernel = adamw_kernel<decltype(t), kMax, kAddsDecay>;
+  for_each_dtypes(lists.masters, *states[0], [&](auto t, auto s, const std::vector<int64_t>& rows) {
+    const auto kernel = adamw_kernel<decltype(t), decltype(s), kMax, kAddsDecay>;
     for_each_table(a.tensors, rows, lists, states, [&] { launch(kernel, a.tensors.chunks, kThreads, 0, stream, a); });
   });
 }
@@ -115,24 +117,19 @@ auto find_launch(bool has_max, bool adds_decay) {
 }
 
 // Always true: whether the step is taken is known on the device, and a skipped one has changed nothing.
-bool adamw_(Tensors masters, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors copies,
+bool adamw_(Tensor masters_, Tensor grads_, Tensor exp_avgs_, Tensor exp_avg_sqs_, Tensor max_exp_avg_sqs_, Tensor copies_,
             Tensor steps, Tensor lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> grad_norm,
             std::optional<double> max_norm) {
-  for (const Tensor& master : masters) check_same_device("masters", master, steps);
-  check_list("grads", grads, masters);
-  check_list("copies", copies, masters, /*may_be_empty=*/true);
-  check_state("exp_avgs", exp_avgs, masters);
-  check_state("exp_avg_sqs", exp_avg_sqs, masters);
-  check_state("max_exp_avg_sqs", max_exp_avg_sqs, masters);
+  const AdamwLists lists(masters_, grads_, exp_avgs_, exp_avg_sqs_, max_exp_avg_sqs_, copies_);
   const OnDevice device(steps);
   const StepInputs step =
       step_inputs("adamw_", device.stream(), steps, lr, maximize, grad_scale, found_inf, grad_norm, max_norm);
   const AdamwOptions options{/*lr=*/0, beta1, beta2, eps, weight_decay, decoupled};
-  std::vector<const Tensors*> states{&exp_avgs, &exp_avg_sqs};
-  if (!max_exp_avg_sqs.empty()) states.push_back(&max_exp_avg_sqs);
-  const auto launch_all = find_launch(!max_exp_avg_sqs.empty(), options.adds_decay());
-  launch_all({masters, grads, copies}, states, step, options, device.stream());
+  std::vector<const TensorList*> states{&lists.exp_avgs, &lists.exp_avg_sqs};
+  if (!lists.max_exp_avg_sqs.empty()) states.push_back(&lists.max_exp_avg_sqs);
+  const auto launch_all = find_launch(!lists.max_exp_avg_sqs.empty(), options.adds_decay());
+  launch_all({lists.masters, lists.grads, lists.copies}, states, step, options, device.stream());
   advance_steps(steps, step, device.stream());
   return true;
 }

@@ -31,6 +31,10 @@ MPK_HOST_DEVICE inline float round_to_odd(double x) {
   return c10::bit_cast<float>(bits);
 }
 
+MPK_HOST_DEVICE inline int size_of(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
 template <class To, class From>
 MPK_HOST_DEVICE inline To convert(From x) {
   if constexpr (std::is_same_v<From, double> && sizeof(To) == 2) {

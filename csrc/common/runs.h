@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "check.h"
+#include "tensor_list.h"
 
 namespace mpk {
 
@@ -18,9 +18,11 @@ class Runs {
   static constexpr int64_t kLength = 16384;  // elements; a multiple of kAlign
   static constexpr int64_t kAlign = 64;      // each tensor starts at a multiple, so that cuts keep its cache lines whole
 
-  explicit Runs(const Tensors& tensors) : starts_(1, 0) {
-    for (const Tensor& tensor : tensors) {
-      const int64_t numel = tensor.numel();
+  explicit Runs(const TensorList& tensors) : starts_(1, 0) {
+    numels_.reserve(tensors.size());
+    starts_.reserve(tensors.size() + 1);
+    for (int64_t i = 0; i < tensors.size(); ++i) {
+      const int64_t numel = tensors.numel(i);
       numels_.push_back(numel);
       starts_.push_back(starts_.back() + (numel + kAlign - 1) / kAlign * kAlign);
     }

@@ -6,12 +6,12 @@
 #include <optional>
 #include <vector>
 
-#include "check.h"
 #include "dtype.h"
 #include "factor.h"
 #include "launch.h"
 #include "multi_tensor.cuh"
 #include "stream.h"
+#include "tensor_list.h"
 #include "vector.cuh"
 
 namespace mpk {
@@ -85,12 +85,15 @@ inline StepInputs step_inputs(const char* op, cudaStream_t stream, const Tensor&
 // Gradients and copies have their dtype asked for at run time, once a vector: a kernel for each combination would be twenty
 // kernels for one, and a launch for each.
 
-__device__ inline int size_of(ScalarType dtype) { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
-
 template <int N>
 __device__ inline bool is_vector(const char* data, ScalarType dtype, int64_t i) {
   const int size = size_of(dtype);
-  return is_aligned(data + i * size, N * size < kWidest ? N * size : kWidest);
+  return is_aligned(data + i * size, word_bytes(N, size));
+}
+
+template <int N, class E>
+__device__ inline bool is_vector(const E* data) {
+  return is_aligned(data, word_bytes(N, sizeof(E)));
 }
 
 template <class To, class From, int N>
@@ -217,22 +220,24 @@ inline void advance_steps(const Tensor& steps, const StepInputs& in, cudaStream_
   launch(advance_kernel, 1, kThreads, 0, stream, in, steps.mutable_data_ptr<int64_t>(), steps.numel());
 }
 
-// launch_as(T{}, rows) for each dtype T of a master that occurs.
+// launch_as(T{}, S{}, rows) for each dtype T of a master and S of its moments that occur together.
 template <class F>
-void for_each_master_dtype(const Tensors& masters, const F& launch_as) {
-  std::vector<int64_t> floats, doubles;
-  for (size_t i = 0; i < masters.size(); ++i) {
-    (masters[i].scalar_type() == ScalarType::Double ? doubles : floats).push_back(i);
+void for_each_dtypes(const TensorList& masters, const TensorList& states, const F& launch_as) {
+  std::vector<int64_t> rows[4];
+  for (int64_t i = 0; i < masters.size(); ++i) {
+    const bool is_double = masters.dtype(i) == ScalarType::Double;
+    const bool is_narrow = !states.empty() && states.dtype(i) == ScalarType::BFloat16;
+    rows[2 * is_narrow + is_double].push_back(i);
   }
-  if (!floats.empty()) launch_as(float{}, floats);
-  if (!doubles.empty()) launch_as(double{}, doubles);
+  if (!rows[0].empty()) launch_as(float{}, float{}, rows[0]);
+  if (!rows[1].empty()) launch_as(double{}, double{}, rows[1]);
+  if (!rows[2].empty()) launch_as(float{}, BFloat16{}, rows[2]);
+  if (!rows[3].empty()) launch_as(double{}, BFloat16{}, rows[3]);
 }
-
-inline char* data_of(const Tensor& tensor) { return static_cast<char*>(tensor.mutable_data_ptr()); }
 
 // The lists that every update has, in the order of its table.
 struct UpdateLists {
-  const Tensors &masters, &grads, &copies;
+  const TensorList &masters, &grads, &copies;
 };
 enum UpdateList { kMaster, kGrad, kCopy, kFirstState };
 
@@ -240,21 +245,20 @@ enum UpdateList { kMaster, kGrad, kCopy, kFirstState };
 // is full and at the end.
 template <class Table, class Go>
 void for_each_table(Table& table, const std::vector<int64_t>& rows, const UpdateLists& lists,
-                    const std::vector<const Tensors*>& states, const Go& go) {
+                    const std::vector<const TensorList*>& states, const Go& go) {
   const auto flush = [&] {
     if (table.chunks > 0) go();
     table.clear(kChunkUnit);
   };
   table.clear(kChunkUnit);
   for (const int64_t row : rows) {
-    const Tensor &master = lists.masters[row], &grad = lists.grads[row], &copy = lists.copies[row];
-    const int i = table.add(row, master.numel());
-    table.grad_dtype[i] = grad.scalar_type();
-    table.copy_dtype[i] = copy.scalar_type();
-    table.data[kMaster][i] = data_of(master);
-    table.data[kGrad][i] = static_cast<char*>(const_cast<void*>(grad.const_data_ptr()));  // never written
-    table.data[kCopy][i] = copy.numel() ? data_of(copy) : nullptr;
-    for (size_t k = 0; k < states.size(); ++k) table.data[kFirstState + k][i] = data_of((*states[k])[row]);
+    const int i = table.add(row, lists.masters.numel(row));
+    table.grad_dtype[i] = lists.grads.dtype(row);
+    table.copy_dtype[i] = lists.copies.dtype(row);
+    table.data[kMaster][i] = lists.masters.data(row);
+    table.data[kGrad][i] = lists.grads.data(row);  // never written
+    table.data[kCopy][i] = lists.copies.numel(row) ? lists.copies.data(row) : nullptr;
+    for (size_t k = 0; k < states.size(); ++k) table.data[kFirstState + k][i] = states[k]->data(row);
     if (table.is_full()) flush();
   }
   flush();

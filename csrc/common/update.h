@@ -6,8 +6,8 @@
 #include <algorithm>
 
 #include "cast.h"
-#include "check.h"
 #include "factor.h"
+#include "tensor_list.h"
 
 namespace mpk {
 
@@ -23,6 +23,14 @@ inline Step read_step(const std::optional<Tensor>& grad_scale, const std::option
   double factor = inv_scale(scale);
   if (max_norm) factor *= clip_factor(value_of<double>(grad_norm).value(), *max_norm);
   return {true, maximize ? -factor : factor};
+}
+
+// find(T{}, S{}) for the dtype T of master i and S of its moments.
+template <class F>
+auto find_update(const TensorList& masters, const TensorList& moments, int64_t i, const F& find) {
+  const bool narrow = !moments.empty() && moments.dtype(i) == ScalarType::BFloat16;
+  if (masters.dtype(i) == ScalarType::Double) return narrow ? find(double{}, BFloat16{}) : find(double{}, double{});
+  return narrow ? find(float{}, BFloat16{}) : find(float{}, float{});
 }
 
 // How many steps each tensor has taken.
@@ -49,15 +57,13 @@ struct GradAndCopy {
   int64_t grad_itemsize, copy_itemsize;
   Cast from_grad, to_copy;  // from_grad is null where the gradient has the master's dtype
 
-  GradAndCopy(const Tensor& master, const Tensor& grad_tensor, const Tensor& copy_tensor)
-      : grad(static_cast<const char*>(grad_tensor.const_data_ptr())),
-        copy(copy_tensor.numel() ? static_cast<char*>(copy_tensor.mutable_data_ptr()) : nullptr),
-        grad_itemsize(grad_tensor.element_size()),
-        copy_itemsize(copy_tensor.element_size()),
-        from_grad(grad_tensor.scalar_type() == master.scalar_type()
-                      ? nullptr
-                      : find_cast(grad_tensor.scalar_type(), master.scalar_type())),
-        to_copy(find_cast(master.scalar_type(), copy_tensor.scalar_type())) {}
+  GradAndCopy(const TensorList& masters, const TensorList& grads, const TensorList& copies, int64_t i)
+      : grad(grads.data(i)),
+        copy(copies.numel(i) ? copies.data(i) : nullptr),
+        grad_itemsize(size_of(grads.dtype(i))),
+        copy_itemsize(size_of(copies.dtype(i))),
+        from_grad(grads.dtype(i) == masters.dtype(i) ? nullptr : find_cast(grads.dtype(i), masters.dtype(i))),
+        to_copy(find_cast(masters.dtype(i), copies.dtype(i))) {}
 };
 
 // update(grad, begin, n) on blocks of [begin, end) that stay in the first-level cache from the gradient to the copy.

@@ -82,33 +82,28 @@ Stats total(const Runs& runs, int64_t tensor, const std::vector<Stats>& pieces) 
   return sum;
 }
 
-std::vector<Stats> stats_of_pieces(const Runs& runs, const Tensors& grads, bool with_norm) {
+std::vector<Stats> stats_of_pieces(const Runs& runs, const TensorList& grads, bool with_norm) {
   std::vector<Stats> pieces(runs.pieces());
-  std::vector<const void*> data;
-  std::vector<decltype(find_run(ScalarType::Half))> run;
-  for (const Tensor& grad : grads) {
-    check_cpu("grads", grad);
-    data.push_back(grad.const_data_ptr());
-    run.push_back(find_run(grad.scalar_type()));
-  }
-  runs.parallel_for_each(
-      [&](int64_t i, int64_t begin, int64_t end, int64_t piece) { run[i](data[i], begin, end, with_norm, pieces[piece]); });
+  runs.parallel_for_each([&](int64_t i, int64_t begin, int64_t end, int64_t piece) {
+    find_run(grads.dtype(i))(grads.data(i), begin, end, with_norm, pieces[piece]);
+  });
   return pieces;
 }
 
-void grad_stats_(Tensors grads, std::optional<Tensor> grad_scale, Tensor found_inf, Tensor amax, Tensor nonfinite,
+void grad_stats_(Tensor grads_, std::optional<Tensor> grad_scale, Tensor found_inf, Tensor amax, Tensor nonfinite,
                  std::optional<Tensor> grad_norm) {
+  const TensorList grads("grads", grads_);
   const Runs runs(grads);
   const std::vector<Stats> pieces = stats_of_pieces(runs, grads, grad_norm.has_value());
   const float scale = value_of<float>(grad_scale).value_or(1);
   const double inv = inv_scale(scale);
   bool bad = !is_good_scale(scale);
   double squares = 0;
-  for (size_t i = 0; i < grads.size(); ++i) {
+  for (int64_t i = 0; i < grads.size(); ++i) {
     const Stats stats = total(runs, i, pieces);
     amax.mutable_data_ptr<double>()[i * amax.stride(0)] = stats.amax;
     nonfinite.mutable_data_ptr<int64_t>()[i * nonfinite.stride(0)] = stats.nonfinite;
-    const bool is_double = grads[i].scalar_type() == ScalarType::Double;
+    const bool is_double = grads.dtype(i) == ScalarType::Double;
     bad |= stats.nonfinite > 0 || (is_double ? overflows<double> : overflows<float>)(stats.amax, inv);
     squares += stats.squares;
   }

@@ -4,12 +4,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../common/check.h"
 #include "../common/dtype.h"
 #include "../common/factor.h"
 #include "../common/launch.h"
 #include "../common/multi_tensor.cuh"
 #include "../common/stream.h"
+#include "../common/tensor_list.h"
 #include "../common/vector.cuh"
 #include "update.h"
 
@@ -202,9 +202,9 @@ __global__ void __launch_bounds__(kThreads) verdict_kernel(Verdict verdict, cons
 // ----- on the host -----
 
 // Depends on the sizes alone, and so do the cuts and the norm's bits.
-int64_t chunk_length(const Tensors& grads) {
+int64_t chunk_length(const TensorList& grads) {
   int64_t total = 0;
-  for (const Tensor& grad : grads) total += grad.numel();
+  for (int64_t i = 0; i < grads.size(); ++i) total += grads.numel(i);
   return kChunkUnit * std::max<int64_t>((total + kChunkUnit * kMostChunks - 1) / (kChunkUnit * kMostChunks), 1);
 }
 
@@ -223,8 +223,9 @@ void launch_table(StatsArguments& a, const Tensor& like, const Verdict& verdict,
   launch(tensor_kernel, (a.tensors.count + kTensorsPerBlock - 1) / kTensorsPerBlock, kThreads, 0, stream, a, verdict, rows);
 }
 
-void grad_stats_(Tensors grads, std::optional<Tensor> grad_scale, Tensor found_inf, Tensor amax, Tensor nonfinite,
+void grad_stats_(Tensor grads_, std::optional<Tensor> grad_scale, Tensor found_inf, Tensor amax, Tensor nonfinite,
                  std::optional<Tensor> grad_norm) {
+  const TensorList grads("grads", grads_);
   const OnDevice device(found_inf);
   const Verdict verdict{grad_scale ? grad_scale->const_data_ptr<float>() : nullptr,
                         found_inf.mutable_data_ptr<float>(),
@@ -238,17 +239,16 @@ void grad_stats_(Tensors grads, std::optional<Tensor> grad_scale, Tensor found_i
   StatsArguments a;
   const int64_t length = chunk_length(grads);
   a.tensors.clear(length);
-  for (size_t row = 0; row < grads.size(); ++row) {
-    check_same_device("grads", grads[row], found_inf);
-    const int i = a.tensors.add(row, grads[row].numel());
-    a.tensors.grad_dtype[i] = grads[row].scalar_type();
-    a.tensors.data[0][i] = static_cast<char*>(const_cast<void*>(grads[row].const_data_ptr()));
+  for (int64_t row = 0; row < grads.size(); ++row) {
+    const int i = a.tensors.add(row, grads.numel(row));
+    a.tensors.grad_dtype[i] = grads.dtype(row);
+    a.tensors.data[0][i] = grads.data(row);
     if (!a.tensors.is_full()) continue;
     launch_table(a, found_inf, verdict, rows, device.stream());
     a.tensors.clear(length);
   }
   if (a.tensors.count > 0) launch_table(a, found_inf, verdict, rows, device.stream());
-  launch(verdict_kernel, 1, kThreads, 0, device.stream(), verdict, static_cast<const Total*>(rows), int64_t(grads.size()));
+  launch(verdict_kernel, 1, kThreads, 0, device.stream(), verdict, static_cast<const Total*>(rows), grads.size());
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/step.cuh"
+#include "lists.h"
 #include "update.h"
 
 namespace mpk {
@@ -19,24 +20,26 @@ struct SgdArguments {
 };
 static_assert(sizeof(SgdArguments<false>) <= kArgumentBytes && sizeof(SgdArguments<true>) <= kArgumentBytes);
 
-template <class T, bool kMomentum>
+template <class T, class S, bool kMomentum>
 struct SgdUpdate {
   const char* grad;
   ScalarType grad_dtype, copy_dtype;
   char* copy;  // null where none is wanted
-  T *master, *momentum_buffer;
+  T* master;
+  S* momentum_buffer;
   SgdScalars<T> scalars;
 
   template <int N>
   struct Values {
     RawGrad<T, N> grad;
-    Elements<T, N> w, buffer;
+    Elements<T, N> w;
+    Elements<S, N> buffer;
   };
 
   template <int N>
   __device__ bool aligned(int64_t i) const {
     return is_vector<N>(grad, grad_dtype, i) && is_vector<N>(copy, copy_dtype, i) && is_aligned(master + i, kWidest) &&
-           (!kMomentum || is_aligned(momentum_buffer + i, kWidest));
+           (!kMomentum || is_vector<N>(momentum_buffer + i));
   }
 
   template <int N>
@@ -50,14 +53,14 @@ struct SgdUpdate {
   __device__ void step_and_store(int64_t i, Values<N>& x) const {
     const Elements<T, N> g = x.grad.get(grad_dtype);
 #pragma unroll
-    for (int k = 0; k < N; ++k) sgd_element<T, kMomentum>(scalars, g.at[k], x.w.at[k], &x.buffer.at[k]);
+    for (int k = 0; k < N; ++k) sgd_element<T, S, kMomentum>(scalars, g.at[k], x.w.at[k], &x.buffer.at[k]);
     store(master + i, x.w);
     if constexpr (kMomentum) store(momentum_buffer + i, x.buffer);
     if (copy != nullptr) store_copy(copy, copy_dtype, i, x.w);
   }
 };
 
-template <class T, bool kMomentum>
+template <class T, class S, bool kMomentum>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) sgd_kernel(MPK_GRID_CONSTANT(SgdArguments<kMomentum>) a) {
   // skip before any other load
   if (!a.step.taken()) return;
@@ -77,46 +80,40 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) sgd_kernel(MPK_GRID_CO
   __syncthreads();
 
   // load / update / store
-  SgdUpdate<T, kMomentum> update;
+  SgdUpdate<T, S, kMomentum> update;
   update.grad = tensors.data[kGrad][i];
   update.grad_dtype = tensors.grad_dtype[i];
   update.copy_dtype = tensors.copy_dtype[i];
   update.copy = tensors.data[kCopy][i];
   update.master = reinterpret_cast<T*>(tensors.data[kMaster][i]);
-  if constexpr (kMomentum) update.momentum_buffer = reinterpret_cast<T*>(tensors.data[kMomentumBuffer][i]);
+  if constexpr (kMomentum) update.momentum_buffer = reinterpret_cast<S*>(tensors.data[kMomentumBuffer][i]);
   update.scalars = scalars;
   update_chunk<T>(update, chunk);
 }
 
 template <bool kMomentum>
-void launch_sgd(const UpdateLists& lists, const std::vector<const Tensors*>& states, const StepInputs& step,
-                const SgdOptions& options, cudaStream_t stream) {
+void launch_sgd(const SgdLists& lists, const StepInputs& step, const SgdOptions& options, cudaStream_t stream) {
   SgdArguments<kMomentum> a;
   a.step = step;
   a.options = options;
-  for_each_master_dtype(lists.masters, [&](auto t, const std::vector<int64_t>& rows) {
-    const auto kernel = sgd_kernel<decltype(t), kMomentum>;
-    for_each_table(a.tensors, rows, lists, states, [&] { launch(kernel, a.tensors.chunks, kThreads, 0, stream, a); });
+  const std::vector<const TensorList*> states(kMomentum, &lists.momentum_buffers);
+  for_each_dtypes(lists.masters, lists.momentum_buffers, [&](auto t, auto s, const std::vector<int64_t>& rows) {
+    using T = decltype(t);
+    const auto kernel = sgd_kernel<T, std::conditional_t<kMomentum, decltype(s), T>, kMomentum>;
+    for_each_table(a.tensors, rows, {lists.masters, lists.grads, lists.copies}, states,
+                   [&] { launch(kernel, a.tensors.chunks, kThreads, 0, stream, a); });
   });
 }
 
 // Always true: whether the step is taken is known on the device, and a skipped one has changed nothing.
-bool sgd_(Tensors masters, Tensors grads, Tensors momentum_buffers, Tensors copies, Tensor steps, Tensor lr, double momentum,
+bool sgd_(Tensor masters_, Tensor grads_, Tensor momentum_buffers_, Tensor copies_, Tensor steps, Tensor lr, double momentum,
           double dampening, double weight_decay, bool nesterov, bool maximize, std::optional<Tensor> grad_scale,
           std::optional<Tensor> found_inf, std::optional<Tensor> grad_norm, std::optional<double> max_norm) {
-  for (const Tensor& master : masters) check_same_device("masters", master, steps);
-  check_list("grads", grads, masters);
-  check_list("copies", copies, masters, /*may_be_empty=*/true);
-  check_state("momentum_buffers", momentum_buffers, masters);
+  const SgdLists lists(masters_, grads_, momentum_buffers_, copies_);
   const OnDevice device(steps);
   const StepInputs step = step_inputs("sgd_", device.stream(), steps, lr, maximize, grad_scale, found_inf, grad_norm, max_norm);
   const SgdOptions options{/*lr=*/0, momentum, dampening, weight_decay, nesterov};
-  const UpdateLists lists{masters, grads, copies};
-  if (momentum_buffers.empty()) {
-    launch_sgd<false>(lists, {}, step, options, device.stream());
-  } else {
-    launch_sgd<true>(lists, {&momentum_buffers}, step, options, device.stream());
-  }
+  (lists.momentum_buffers.empty() ? launch_sgd<false> : launch_sgd<true>)(lists, step, options, device.stream());
   advance_steps(steps, step, device.stream());
   return true;
 }

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../common/host_device.h"
+#include "../common/moment.h"
 
 namespace mpk {
 
@@ -32,13 +32,13 @@ struct SgdScalars {
         first(steps_taken == 0) {}
 };
 
-template <class T, bool kMomentum>
-MPK_HOST_DEVICE inline void sgd_element(const SgdScalars<T>& s, T grad, T& w, T* buffer) {
+template <class T, class S, bool kMomentum>
+MPK_HOST_DEVICE inline void sgd_element(const SgdScalars<T>& s, T grad, T& w, S* buffer) {
   T g = grad * s.factor;
   if (s.adds_decay) g = g + s.weight_decay * w;
   if constexpr (kMomentum) {
-    const T b = s.first ? g : s.momentum * *buffer + s.keep * g;
-    *buffer = b;
+    const T b = s.first ? g : s.momentum * convert<T>(*buffer) + s.keep * g;
+    *buffer = to_nearest<S>(b);
     g = s.nesterov ? g + s.momentum * b : b;
   }
   w = w - s.lr * g;

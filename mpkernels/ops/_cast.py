@@ -15,6 +15,29 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype)  # round: wide -> dtype
 
 
+def cast_to_either_side(tensor: torch.Tensor, dtype: torch.dtype, step: torch.Tensor) -> torch.Tensor:
+    """`tensor` in its own dtype, or in bf16 rounded up or down with the probability that makes it the mean.
+
+    An average that moves by less than half a last place a step is followed so, where rounding to nearest would hold it
+    still. Random in appearance only: a function of the step's number and the element's place, in 64-bit integers, which
+    torch has everywhere, with 32 of them used. csrc/common/moment.h is the same in C++.
+    """
+    if tensor.dtype == dtype:
+        return tensor
+    wide = _to_float32_odd(tensor) if tensor.dtype == torch.float64 else tensor
+    place = torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape)
+    low = _scrambled((place & 0xFFFFFFFF) ^ _scrambled(step & 0xFFFFFFFF)) >> 16
+    bits = ((wide.view(torch.int32) + low) >> 16) << 16  # round: fp32 -> bf16
+    return torch.where(wide.isnan(), wide, bits.to(torch.int32).view(torch.float32)).to(dtype)
+
+
+def _scrambled(x: torch.Tensor) -> torch.Tensor:
+    """32 bits that look random, of a number below 2^32. Source: Wellons, hash-prospector, "lowbias32"."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
 def _to_float32_odd(tensor: torch.Tensor) -> torch.Tensor:
     """fp64 -> fp32 rounded to odd: the last bit records that something was cut, so that a second rounding is right.
 

@@ -6,13 +6,14 @@ import torch
 from mpkernels.ops._cast import DTYPES
 
 MASTER_DTYPES = (torch.float32, torch.float64)
+MOMENT_DTYPES = (*MASTER_DTYPES, torch.bfloat16)
 CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
 
 
-def check_list(op: str, name: str, tensors, like=None, *, dtypes=DTYPES, same_dtype=False, may_be_empty=False) -> None:
+def check_list(op: str, name: str, tensors, like=None, *, dtypes=DTYPES, may_be_empty=False) -> None:
     """Raise RuntimeError unless `tensors` is a list of dense tensors that matches `like`, tensor by tensor.
 
-    like: the list whose shapes, devices and (same_dtype) dtypes are wanted. may_be_empty: each may also have size 0.
+    like: the list whose shapes and devices are wanted. may_be_empty: each may also have size 0.
     """
     if like is not None and len(tensors) != len(like):
         raise RuntimeError(f"{op}: {name} has {len(tensors)} tensors, expected {len(like)}")
@@ -29,8 +30,18 @@ def check_list(op: str, name: str, tensors, like=None, *, dtypes=DTYPES, same_dt
             continue
         if tensor.shape != like[i].shape:
             raise RuntimeError(f"{op}: {name}[{i}] has shape {tuple(tensor.shape)}, expected {tuple(like[i].shape)}")
-        if same_dtype and tensor.dtype != like[i].dtype:
-            raise RuntimeError(f"{op}: {name}[{i}] is {tensor.dtype}, expected {like[i].dtype}")
+
+
+def _check_moments(op: str, moments: dict, masters) -> None:
+    """All moments of a master have one dtype: its own or bf16."""
+    first = next(iter(moments.values()), [])
+    for name, tensors in moments.items():
+        check_list(op, name, tensors, masters, dtypes=MOMENT_DTYPES)
+        for i, tensor in enumerate(tensors):
+            if tensor.dtype not in (masters[i].dtype, torch.bfloat16):
+                raise RuntimeError(f"{op}: {name}[{i}] is {tensor.dtype}, expected {masters[i].dtype} or torch.bfloat16")
+            if tensor.dtype != first[i].dtype:
+                raise RuntimeError(f"{op}: {name}[{i}] is {tensor.dtype}, expected {first[i].dtype} as the other moments")
 
 
 def check_tensor(op: str, name: str, tensor, shape, dtype, device) -> None:
@@ -51,9 +62,7 @@ def check_update(op, masters, grads, states, copies, steps, lr, grad_scale, foun
     device = masters[0].device
     check_list(op, "masters", masters, dtypes=MASTER_DTYPES)
     check_list(op, "grads", grads, masters)
-    for name, tensors in states.items():
-        if tensors:
-            check_list(op, name, tensors, masters, dtypes=MASTER_DTYPES, same_dtype=True)
+    _check_moments(op, {name: tensors for name, tensors in states.items() if tensors}, masters)
     check_list(op, "copies", copies, masters, may_be_empty=True)
     check_tensor(op, "steps", steps, (len(masters),), torch.int64, device)
     if lr.numel() != 1 or lr.dim() != 0 or lr.dtype not in MASTER_DTYPES:

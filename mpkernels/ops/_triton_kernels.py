@@ -89,18 +89,45 @@ def pointer(addresses_ptr, index, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def round_once(x, dtype: tl.constexpr):
-    """`x` in `dtype`. fp64 -> 16 bits goes through fp32 rounded to odd: to nearest it would be rounded twice.
+    """`x` in `dtype`, to nearest even. fp64 -> 16 bits goes through fp32 rounded to odd: else it would be rounded twice."""
+    if x.dtype == tl.float64 and dtype.primitive_bitwidth == 16:
+        x = round_to_odd(x)
+    return x.to(dtype)  # round: wide -> dtype
+
+
+@triton.jit
+def round_to_odd(x):
+    """fp64 -> fp32 whose last bit records that something was cut.
 
     Source: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd".
     """
-    if x.dtype == tl.float64 and dtype.primitive_bitwidth == 16:
-        nearest = x.to(tl.float32)
-        back = nearest.to(tl.float64)
-        bits = nearest.to(tl.int32, bitcast=True)
-        bits -= (tl.abs(back) > tl.abs(x)).to(tl.int32)
-        bits |= ((back != x) & (x == x)).to(tl.int32)
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(dtype)  # round: master -> copy
+    nearest = x.to(tl.float32)
+    back = nearest.to(tl.float64)
+    bits = nearest.to(tl.int32, bitcast=True)
+    bits -= (tl.abs(back) > tl.abs(x)).to(tl.int32)
+    bits |= ((back != x) & (x == x)).to(tl.int32)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def to_either_side(x, dtype: tl.constexpr, index, seed):
+    """`x` in its own dtype, or in bf16 rounded up or down with the probability that makes it the mean: csrc/common/moment.h."""
+    if x.dtype == dtype:
+        y = x
+    else:
+        wide = round_to_odd(x) if x.dtype == tl.float64 else x
+        bits = wide.to(tl.uint32, bitcast=True) + (scrambled(index.to(tl.uint32) ^ seed) >> 16)
+        cut = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)  # round: fp32 -> bf16
+        y = tl.where(wide != wide, wide, cut).to(dtype)
+    return y
+
+
+@triton.jit
+def scrambled(x):
+    """32 bits that look random, of a uint32. Source: Wellons, hash-prospector, "lowbias32"."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
 
 
 @triton.jit

@@ -7,14 +7,16 @@ An optimizer here is one read of all gradients (only where a verdict or a norm i
 import contextlib
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
+from operator import is_
 
 import torch
 
 from mpkernels import _copies
 from mpkernels.ops._cast import DTYPES, cast
-from mpkernels.ops._multi_tensor import MASTER_DTYPES, inv_scale, skip_flag
+from mpkernels.ops._layout import Tensors
+from mpkernels.ops._multi_tensor import MASTER_DTYPES, MOMENT_DTYPES, inv_scale, skip_flag
 from mpkernels.optim import _checkpoints, _ranks, _stats
 from mpkernels.optim._parameters import first_shared, name_of, overlaps
 from mpkernels.optim._stats import GradStats
@@ -22,19 +24,61 @@ from mpkernels.optim._stats import GradStats
 
 @dataclass(eq=False)
 class _Rows:
-    """The parameters of one group and device that have a gradient, and everything a step of them needs, in order."""
+    """The parameters of one group and device that have a gradient, and everything a step of them needs, in order.
+
+    Kept from step to step: a step asks of each tensor only what can have changed, for all tensors of a list at once.
+    """
 
     params: list[torch.Tensor]
-    masters: list[torch.Tensor]
-    copies: list[torch.Tensor]  # the 16-bit parameter, its compute copy, or an empty tensor
-    states: dict[str, list[torch.Tensor]]
+    held: Tensors  # the parameters, of DTensors what this rank holds
+    masters: Tensors
+    copies: Tensors  # the 16-bit parameter, its compute copy, or an empty tensor
+    states: dict[str, Tensors]
     steps: torch.Tensor
-    compute_copies: list[tuple[torch.Tensor, _copies.Copy]]
+    compute_copies: list[tuple[int, _copies.Copy]]  # by row
     mastered: list[int]  # rows whose master is not the parameter itself
-    stamps: list[tuple[int, ...] | None]  # of the parameters of those, after our last write
-    addresses: list[int]  # of the local tensors of DTensors, which their owner may replace
     requests: int  # _copies.requests when these rows were made
+    dtensors: bool
+    shapes: list[torch.Size]
+    grads: Tensors = field(default_factory=lambda: Tensors([]))  # of this step, of DTensors what this rank holds
+    stamps: list[tuple[int, ...]] | None = None  # of the parameters after our last write
     checked: bool = False  # whether an op has checked these lists: only the scalars and the gradients' values are new
+
+    def take(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> bool:
+        """Take these gradients if nothing but their values and places is new, of parameters and gradients alike."""
+        old = self.grads
+        unchanged = (
+            len(params) == len(self.params) == len(old)
+            and all(map(is_, params, self.params))
+            and [p.dtype for p in params] == self.held.dtypes
+            and [p.shape for p in params] == self.shapes
+            and old.contiguous
+            and set(map(type, grads)) == {torch.Tensor}
+            and [g.layout for g in grads].count(torch.strided) == len(grads)
+            and [g.dtype for g in grads] == old.dtypes
+            and [g.shape for g in grads] == self.shapes
+            and all(map(torch.Tensor.is_contiguous, grads))
+            and all(map(torch.Tensor.is_contiguous, params)) == self.held.contiguous
+            and set(map(torch.Tensor.get_device, grads)) == {self.steps.get_device()}
+        )
+        if unchanged:
+            old.replace(grads)
+        return unchanged
+
+    def stamp(self) -> list[tuple[int, ...]]:
+        """What changes when a parameter, or what this rank holds of it, is written visibly or replaced."""
+        stamps = list(zip([t._version for t in self.held], self.held.addresses, strict=True))
+        return [(*stamp, p._version) for stamp, p in zip(stamps, self.params, strict=True)] if self.dtensors else stamps
+
+    def copy_stamps(self, stamps: list[tuple[int, ...]]) -> list[tuple[int, int]]:
+        """The same as the compute copies are stamped."""
+        return [_copies.stamp(p) for p in self.params] if self.dtensors else stamps
+
+    def follow(self) -> bool:
+        """Whether a tensor lies elsewhere than at the last step, in another dtype or on another device perhaps."""
+        kept = {id(tensors): tensors for tensors in (self.held, self.masters, self.copies, *self.states.values())}
+        moved = [tensors.follow() for tensors in kept.values()]  # all of them
+        return any(moved)
 
 
 @dataclass(eq=False)
@@ -42,7 +86,6 @@ class _Call:
     """One call of the update op."""
 
     rows: _Rows
-    grads: list[torch.Tensor]
     arguments: tuple
     options: dict
 
@@ -50,7 +93,9 @@ class _Call:
 class Optimizer(torch.optim.Optimizer):
     """Base of AdamW, Adam and SGD.
 
-    master_dtype: fp32 or fp64, what 16-bit parameters are updated in (None: fp32); moments have the master's dtype.
+    master_dtype: fp32 or fp64, what 16-bit parameters are updated in (None: fp32). state_dtype: of the moments: None, the
+    master's, or bf16, for 4 bytes less per moment and parameter of memory and of traffic each way; the arithmetic stays the
+    master's, see mpkernels.ops.adamw for what is lost.
     max_norm: clip the global norm over all groups inside the step. write_grads: leave `.grad` unscaled after a step
     under a scaler, as torch does. skip_nonfinite: without a scaler, skip a step with inf or NaN gradients.
     process_group: needed where plain tensors are sharded by hand: the ranks that share one verdict and whose gradients
@@ -60,15 +105,19 @@ class Optimizer(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then passes grad_scale and found_inf as attributes
 
-    def __init__(self, params, defaults, *, master_dtype, max_norm, write_grads, skip_nonfinite, process_group):
+    def __init__(
+        self, params, defaults, *, master_dtype, state_dtype, max_norm, write_grads, skip_nonfinite, process_group
+    ):  # fmt: skip
         if master_dtype not in (None, *MASTER_DTYPES):
             raise ValueError(f"master_dtype must be torch.float32 or torch.float64, got {master_dtype}")
+        if state_dtype not in (None, *MOMENT_DTYPES):
+            raise ValueError(f"state_dtype must be None, the master's dtype or torch.bfloat16, got {state_dtype}")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"Invalid max_norm: {max_norm}")
         if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
             raise TypeError(f"process_group must be a ProcessGroup that this rank is in, got {process_group!r}")
         self.process_group = process_group
-        self.master_dtype, self.max_norm = master_dtype, max_norm
+        self.master_dtype, self.state_dtype, self.max_norm = master_dtype, state_dtype, max_norm
         self.write_grads, self.skip_nonfinite = write_grads, skip_nonfinite
         self._forget()
         super().__init__(params, defaults)
@@ -87,7 +136,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict:
         self._refuse_while_lent("a copy of the optimizer")
-        ours = ("master_dtype", "max_norm", "write_grads", "skip_nonfinite", "process_group")
+        ours = ("master_dtype", "state_dtype", "max_norm", "write_grads", "skip_nonfinite", "process_group")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
 
     def __setstate__(self, state: dict) -> None:
@@ -131,6 +180,10 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(f"{name} has placements {parameter.placements}: no rank has its values")
         if self.master_dtype is not None and self.master_dtype.itemsize < parameter.dtype.itemsize:
             raise ValueError(f"master_dtype {self.master_dtype} is narrower than {parameter.dtype} of {name}")
+        if self.state_dtype not in (None, master := self._master_dtype(parameter), torch.bfloat16):
+            raise ValueError(
+                f"state_dtype must be None, {master} as the master of {name}, or torch.bfloat16, got {self.state_dtype}"
+            )
 
     def _check_hyperparameters(self, group: dict) -> None:
         lr = group["lr"]
@@ -187,7 +240,7 @@ class Optimizer(torch.optim.Optimizer):
         self._pending_clip = None
         if self.write_grads and grad_scale is not None:
             for call in calls:
-                _unscale_in_place(call.grads, call.options)
+                _unscale_in_place(call.rows.grads, call.options)
         return loss
 
     def _prepare(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> list[_Call]:
@@ -203,10 +256,10 @@ class Optimizer(torch.optim.Optimizer):
             found_inf = next(iter(self._stats.values())).found_inf
         calls = []
         for (index, device), group_rows in rows.items():
-            group, grads = self.param_groups[index], self._local_grads(group_rows.params)
+            group = self.param_groups[index]
             group_rows.checked &= not isinstance(group["lr"], torch.Tensor)
             options = self._step_options(device, grad_scale, found_inf, max_norm)
-            calls.append(_Call(group_rows, grads, self._arguments(group, group_rows, grads), options))
+            calls.append(_Call(group_rows, self._arguments(group, group_rows, group_rows.grads), options))
         return calls
 
     def _step_options(self, device, grad_scale, found_inf, max_norm) -> dict:
@@ -236,7 +289,8 @@ class Optimizer(torch.optim.Optimizer):
                 if parameter.grad.dtype.itemsize == 2:
                     parameter.grad_dtype = None  # any: float32 would stick, and DDP refuse the next backward
                     parameter.grad = parameter.grad.float()
-            _unscale_in_place(self._local_grads(group_rows.params), self._step_options(device, grad_scale, None, None))
+            group_rows.grads = Tensors(self._local_grads(group_rows.params))
+            _unscale_in_place(group_rows.grads, self._step_options(device, grad_scale, None, None))
         self._read_grads(rows, None, norm=False)
         for device, stats in self._stats.items():
             stats.grad_scale = grad_scale.to(device, copy=True)
@@ -254,13 +308,14 @@ class Optimizer(torch.optim.Optimizer):
 
     def _read_grads(self, rows: dict, grad_scale: torch.Tensor | None, *, norm: bool) -> None:
         """Read all gradients once: per-tensor statistics, the verdict and (norm) `grad_norm`, over all devices."""
-        by_device: dict[torch.device, list[torch.Tensor]] = {}
+        by_device: dict[torch.device, list[_Rows]] = {}
         for (_, device), group_rows in rows.items():
-            by_device.setdefault(device, []).extend(group_rows.params)
+            by_device.setdefault(device, []).append(group_rows)
         if self._ranks.many:
-            self._read_on_ranks(by_device, grad_scale, norm)
+            params = {device: [p for rows in members for p in rows.params] for device, members in by_device.items()}
+            self._read_on_ranks(params, grad_scale, norm)
         else:
-            self._stats = {d: self._read(d, params, grad_scale, norm) for d, params in by_device.items()}
+            self._stats = {d: _stats.read_rows(d, members, grad_scale, norm) for d, members in by_device.items()}
             if len(self._stats) > 1:
                 _stats.combine_devices(list(self._stats.values()))
         if norm and self._stats:
@@ -294,96 +349,135 @@ class Optimizer(torch.optim.Optimizer):
         """Rows by (group, device) of the parameters that have a gradient; state is made where it is missing."""
         self._refuse_while_lent("a scaler's unscale_ or clip_grad_norm_")
         present: dict[tuple[int, torch.device], list[torch.Tensor]] = {}
+        taken = set()
         for index, group in enumerate(self.param_groups):
-            for i, parameter in enumerate(group["params"]):
-                if parameter.grad is None:
-                    continue
-                grad, shape = parameter.grad, parameter.shape
-                if self._formats[id(parameter)] != (parameter.dtype, shape):
-                    _refuse_changed(name_of(group, i), self._formats[id(parameter)], (parameter.dtype, shape))
-                if self._ranks.dtensors or type(grad) is not torch.Tensor:
-                    _ranks.check_placements(name_of(group, i), parameter, grad)
-                if grad.layout != torch.strided or grad.dtype not in DTYPES or grad.shape != shape:
-                    raise RuntimeError(
-                        f"the gradient of {name_of(group, i)} must be a dense floating-point tensor of shape {tuple(shape)}, "
-                        f"got {tuple(grad.shape)} {grad.dtype}, {grad.layout}"
-                    )
-                present.setdefault((index, parameter.device), []).append(parameter)
-        self._refuse_shared([p for params in present.values() for p in params])
-        return {key: self._rows_of(*key, params) for key, params in present.items()}
+            params, grads = [], []
+            for parameter in group["params"]:
+                if (grad := parameter.grad) is not None:
+                    params.append(parameter)
+                    grads.append(grad)
+            rows = self._rows.get((index, params[0].device)) if params else None
+            if rows is not None and not rows.dtensors and rows.take(params, grads):
+                present[index, params[0].device] = params
+                taken.add(index)
+            else:
+                self._check_formats(index, group, present)
+        rows = {key: self._rows_of(*key, params, key[0] in taken) for key, params in present.items()}
+        self._refuse_shared(list(rows.values()))
+        for group_rows in rows.values():
+            self._follow_foreign_writes(group_rows)
+        return rows
 
-    def _refuse_shared(self, params: list[torch.Tensor]) -> None:
+    def _check_formats(self, index: int, group: dict, present: dict) -> None:
+        """Raise RuntimeError for a parameter or gradient that is not what it should be; enter the others in `present`."""
+        for i, parameter in enumerate(group["params"]):
+            grad, shape = parameter.grad, parameter.shape
+            if grad is None:
+                continue
+            if self._formats[id(parameter)] != (parameter.dtype, shape):
+                _refuse_changed(name_of(group, i), self._formats[id(parameter)], (parameter.dtype, shape))
+            if self._ranks.dtensors or type(grad) is not torch.Tensor:
+                _ranks.check_placements(name_of(group, i), parameter, grad)
+            if grad.layout != torch.strided or grad.dtype not in DTYPES or grad.shape != shape:
+                raise RuntimeError(
+                    f"the gradient of {name_of(group, i)} must be a dense floating-point tensor of shape {tuple(shape)}, "
+                    f"got {tuple(grad.shape)} {grad.dtype}, {grad.layout}"
+                )
+            if grad.device != parameter.device:
+                raise RuntimeError(f"the gradient of {name_of(group, i)} is on {grad.device}, expected {parameter.device}")
+            present.setdefault((index, parameter.device), []).append(parameter)
+
+    def _refuse_shared(self, rows: list[_Rows]) -> None:
         """Raise RuntimeError where two parameters share memory, of which each would update its part of the other."""
-        held = [_ranks.local(p) for p in params] if self._ranks.dtensors else params
-        addresses = [tensor.data_ptr() for tensor in held]
+        addresses = [address for some in rows for address in some.held.addresses]
         if addresses == self._disjoint:
             return
-        if shared := first_shared(held, addresses):
-            names = self._parameter_names()
+        if shared := first_shared([t for some in rows for t in some.held], addresses):
+            names, params = self._parameter_names(), [p for some in rows for p in some.params]
             first, second = (names[id(params[i])] for i in sorted(shared))
             raise RuntimeError(f"{second} shares memory with {first}: use one Parameter in both places")
         self._disjoint = addresses
 
-    def _rows_of(self, index: int, device: torch.device, params: list[torch.Tensor]) -> _Rows:
-        """The rows of the last step if they are still those; one set at a time, because a step count lives in one array."""
+    def _rows_of(self, index: int, device: torch.device, params: list[torch.Tensor], taken: bool) -> _Rows:
+        """The rows of the last step if they are still those; one set at a time, because a step count lives in one array.
+
+        taken: whether these, should they be still those, have the gradients already.
+        """
         group, rows = self.param_groups[index], self._rows.get((index, device))
         if (
             rows is None
             or rows.requests != _copies.requests
             or tuple(rows.states) != self._group_state_names(group)
-            or list(map(id, rows.params)) != list(map(id, params))
-            or rows.addresses != self._addresses(params)
+            or len(rows.params) != len(params)
+            or not all(map(is_, rows.params, params))
+            or (rows.dtensors and rows.held.addresses != [_ranks.local(p).data_ptr() for p in params])
         ):
             rows = self._rows[index, device] = self._make_rows(group, params)
-        self._follow_foreign_writes(rows)
+            taken = False
+        elif rows.follow():
+            rows.checked = False
+        if not taken:
+            rows.grads, rows.checked = Tensors(self._local_grads(params)), False
         return rows
 
     def _make_rows(self, group: dict, params: list[torch.Tensor]) -> _Rows:
         for parameter in params:
             self._init_state(group, parameter)
         names, requests = self._group_state_names(group), _copies.requests
+        held = Tensors([_ranks.local(p) for p in params] if self._ranks.dtensors else params)
         masters, copies, compute_copies, mastered = [], [], [], []
         for i, parameter in enumerate(params):
             state = self.state[parameter]
             compute_copy = _copies.claim(parameter, self)
-            masters.append(_ranks.local(state.get("master", parameter)))
+            masters.append(_ranks.local(state["master"]) if "master" in state else held[i])
             if "master" in state:
                 mastered.append(i)
-                copies.append(_ranks.local(parameter))
+                copies.append(held[i])
             elif compute_copy is not None:
-                compute_copies.append((parameter, compute_copy))
+                compute_copies.append((i, compute_copy))
                 copies.append(compute_copy.tensor)
             else:
                 copies.append(torch.empty(0, dtype=torch.float16, device=parameter.device))
         steps = torch.stack([self.state[p]["step"] for p in params])
-        states = {name: [_ranks.local(self.state[p][name]) for p in params] for name in names}
-        stamps, addresses = [None] * len(mastered), self._addresses(params)
+        rows = _Rows(
+            params, held, masters=held if not mastered else Tensors(masters),
+            copies=held if len(mastered) == len(params) else Tensors(copies),
+            states={name: Tensors(_ranks.local(self.state[p][name]) for p in params) for name in names},
+            steps=steps, compute_copies=compute_copies, mastered=mastered, requests=requests, dtensors=self._ranks.dtensors,
+            shapes=[p.shape for p in params],
+        )  # fmt: skip
         for parameter, count in zip(params, steps.unbind(), strict=True):  # last: nothing can fail between this and its use
             self.state[parameter]["step"] = count  # a view: one array per call is what the op advances
-        return _Rows(params, masters, copies, states, steps, compute_copies, mastered, stamps, addresses, requests)
-
-    def _addresses(self, params: list[torch.Tensor]) -> list[int]:
-        return [_ranks.local(p).data_ptr() for p in params] if self._ranks.dtensors else []
+        return rows
 
     def _follow_foreign_writes(self, rows: _Rows) -> None:
         """Take over what somebody else wrote since our last step: a skipped one must not leave a copy behind its weight."""
-        for i, stamp in zip(rows.mastered, rows.stamps, strict=True):
-            if stamp != _ranks.stamp(rows.params[i], rows.copies[i]):
-                _take_over(rows.masters[i], rows.copies[i])
-        for parameter, compute_copy in rows.compute_copies:
-            if not compute_copy.holds(parameter):
-                compute_copy.write(parameter, cast(parameter, compute_copy.dtype))
+        stamps, old = rows.stamp(), rows.stamps
+        if stamps != old:
+            for i in rows.mastered:
+                if old is None or stamps[i] != old[i]:
+                    _take_over(rows.masters[i], rows.held[i])
+        if rows.compute_copies:
+            stamps = rows.copy_stamps(stamps)
+            for i, compute_copy in rows.compute_copies:
+                if compute_copy.stamp != stamps[i]:
+                    compute_copy.write(rows.params[i], cast(rows.params[i], compute_copy.dtype))
 
     def _after_update(self, rows: _Rows) -> None:
         rows.checked = True
-        if self._ranks.dtensors:  # the op has moved the versions of what they hold
+        if rows.dtensors:  # the op has moved the versions of what they hold
             torch.autograd.graph.increment_version([p for p in rows.params if _ranks.is_dtensor(p)])
-        rows.stamps = [_ranks.stamp(rows.params[i], rows.copies[i]) for i in rows.mastered]
-        for parameter, compute_copy in rows.compute_copies:
-            compute_copy.stamp = _copies.stamp(parameter)
+        rows.stamps = rows.stamp()
+        if rows.compute_copies:
+            stamps = rows.copy_stamps(rows.stamps)
+            for i, compute_copy in rows.compute_copies:
+                compute_copy.stamp = stamps[i]
 
     def _master_dtype(self, parameter: torch.Tensor) -> torch.dtype:
         return self.master_dtype or torch.promote_types(parameter.dtype, torch.float32)
+
+    def _moment_dtype(self, parameter: torch.Tensor) -> torch.dtype:
+        return self.state_dtype or self._master_dtype(parameter)
 
     def _init_state(self, group: dict, parameter: torch.Tensor) -> None:
         """Make what is missing of the state: all of it at first, later what a changed hyperparameter asks for; or nothing."""
@@ -394,7 +488,9 @@ class Optimizer(torch.optim.Optimizer):
                 new["master"] = torch.empty_like(parameter, dtype=dtype)
         for name in self._group_state_names(group):
             if name not in state:
-                new[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+                new[name] = torch.zeros_like(
+                    parameter, dtype=self._moment_dtype(parameter), memory_format=torch.preserve_format
+                )
         if "step" in new:
             unrounded = _copies.take_unrounded(parameter)
             if "master" in new:

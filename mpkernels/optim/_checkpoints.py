@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from mpkernels.ops._cast import DTYPES
+from mpkernels.ops._cast import DTYPES, cast
 from mpkernels.optim import _ranks
 from mpkernels.optim._parameters import name_of
 
@@ -45,7 +45,7 @@ def _converted(optimizer, state: dict, parameter: torch.Tensor, group: dict, nam
         raise ValueError(f"state_dict: {name} has {', '.join(sorted(extra))}, expected {', '.join(wanted) or 'no state'}")
     result = {"step": _converted_step(state, name, optimizer._default_step, parameter.device)}
     for key in wanted:
-        result[key] = _converted_tensor(state.get(key), parameter, dtype, f"{key} of {name}")
+        result[key] = _converted_tensor(state.get(key), parameter, optimizer._moment_dtype(parameter), f"{key} of {name}")
     if dtype != parameter.dtype:
         master = state.get("master", parameter)
         result["master"] = _converted_tensor(master, parameter, dtype, f"master of {name}")
@@ -63,7 +63,7 @@ def _converted_tensor(value, parameter: torch.Tensor, dtype: torch.dtype, name: 
             f"state_dict: {name} must be a dense floating-point tensor with data, "
             f"got {value.dtype}, {value.layout} on {value.device}"
         )
-    return torch.empty_like(parameter, dtype=dtype).copy_(_ranks.laid_out_as(value, parameter))
+    return torch.empty_like(parameter, dtype=dtype).copy_(cast(_ranks.laid_out_as(value, parameter), dtype))
 
 
 def _converted_step(state: dict, name: str, default: int | None, device) -> torch.Tensor:

@@ -112,11 +112,6 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return result if wait is None else wait()
 
 
-def stamp(parameter: torch.Tensor, held: torch.Tensor) -> tuple[int, ...]:
-    """What changes when `parameter`, or `held`, its local tensor, is written visibly or replaced."""
-    return held._version, held.data_ptr(), parameter._version
-
-
 def check_placements(name: str, parameter: torch.Tensor, grad: torch.Tensor) -> None:
     """Raise RuntimeError unless the gradient lies as the parameter does: a Partial one is not the gradient yet."""
     mesh, wanted = placement(parameter)

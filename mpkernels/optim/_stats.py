@@ -33,8 +33,17 @@ def read(
         grad_scale=None if grad_scale is None else grad_scale.to(device, copy=True).squeeze(),
     )
     if params:
-        grad_stats_(grads, stats.grad_scale, stats.found_inf, stats.amax, stats.nonfinite, stats.grad_norm)
+        given = (grads, stats.grad_scale, stats.found_inf, stats.amax, stats.nonfinite, stats.grad_norm)
+        grad_stats_(*given, checked=True)  # by the optimizer, by name
     return stats
+
+
+def read_rows(device, rows: list, grad_scale: torch.Tensor | None, norm: bool) -> GradStats:
+    """The same of the gradients of rows."""
+    if len(rows) == 1:
+        return read(device, rows[0].params, rows[0].grads, grad_scale, norm)
+    params, grads = ([t for some in rows for t in tensors(some)] for tensors in (lambda r: r.params, lambda r: r.grads))
+    return read(device, params, grads, grad_scale, norm)
 
 
 def joined(reads: list[GradStats]) -> GradStats:

@@ -14,7 +14,7 @@ class AdamW(Optimizer):
 
     params: parameters, named parameters (their names then stand in errors and reports) or groups. lr: float, or a
     1-element tensor on any device. betas, eps, weight_decay, amsgrad, maximize: as torch.
-    master_dtype, max_norm, process_group, write_grads, skip_nonfinite: see Optimizer.
+    master_dtype, state_dtype, max_norm, process_group, write_grads, skip_nonfinite: see Optimizer.
     `grad_norm`: 0-d fp64 on the device, unscaled, before clipping; None before the first step with `max_norm`.
     Raises ValueError for values torch refuses, and for inf and NaN too. Source: torch.optim.AdamW.
     """
@@ -24,13 +24,14 @@ class AdamW(Optimizer):
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, *, maximize=False,
-        master_dtype=None, max_norm=None, process_group=None, write_grads=False, skip_nonfinite=False,
+        master_dtype=None, state_dtype=None, max_norm=None, process_group=None, write_grads=False,
+        skip_nonfinite=False,
     ):  # fmt: skip
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
         super().__init__(
             params, defaults,
-            master_dtype=master_dtype, max_norm=max_norm, process_group=process_group, write_grads=write_grads,
-            skip_nonfinite=skip_nonfinite,
+            master_dtype=master_dtype, state_dtype=state_dtype, max_norm=max_norm, process_group=process_group,
+            write_grads=write_grads, skip_nonfinite=skip_nonfinite,
         )  # fmt: skip
 
     def _check_hyperparameters(self, group):

@@ -12,7 +12,7 @@ class SGD(Optimizer):
     """`torch.optim.SGD` with masters, 16-bit copies, unscaling, the overflow check and clipping in the step.
 
     params, lr: as AdamW here. momentum, dampening, weight_decay, nesterov, maximize: as torch.
-    master_dtype, max_norm, process_group, write_grads, skip_nonfinite: see Optimizer.
+    master_dtype, state_dtype, max_norm, process_group, write_grads, skip_nonfinite: see Optimizer.
     Raises ValueError for values torch refuses, and for inf and NaN too. Source: torch.optim.SGD.
     """
 
@@ -22,15 +22,16 @@ class SGD(Optimizer):
 
     def __init__(
         self, params, lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, *, maximize=False,
-        master_dtype=None, max_norm=None, process_group=None, write_grads=False, skip_nonfinite=False,
+        master_dtype=None, state_dtype=None, max_norm=None, process_group=None, write_grads=False,
+        skip_nonfinite=False,
     ):  # fmt: skip
         defaults = dict(
             lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize
         )
         super().__init__(
             params, defaults,
-            master_dtype=master_dtype, max_norm=max_norm, process_group=process_group, write_grads=write_grads,
-            skip_nonfinite=skip_nonfinite,
+            master_dtype=master_dtype, state_dtype=state_dtype, max_norm=max_norm, process_group=process_group,
+            write_grads=write_grads, skip_nonfinite=skip_nonfinite,
         )  # fmt: skip
 
     def _check_hyperparameters(self, group):

@@ -3,7 +3,7 @@
 
 import torch
 
-from mpkernels.ops._cast import cast
+from mpkernels.ops._cast import cast, cast_to_either_side
 from mpkernels.ops._multi_tensor import step_scalars, where_taken
 
 
@@ -29,15 +29,15 @@ def adamw_(
             w = w * (1 - lr * weight_decay).to(dtype)
         elif weight_decay:
             g = g + weight_decay * w
-        m_new = m + (1 - beta1) * (g - m)
-        v_new = beta2 * v + (1 - beta2) * g * g
+        m_new = m.to(dtype) + (1 - beta1) * (g - m.to(dtype))
+        v_new = beta2 * v.to(dtype) + (1 - beta2) * g * g
         v_used = v_new
         if max_exp_avg_sqs:
-            v_used = torch.maximum(max_exp_avg_sqs[i], v_new)
-            max_exp_avg_sqs[i].copy_(where_taken(skip, v_used, max_exp_avg_sqs[i]))
+            v_used, v_max = torch.maximum(max_exp_avg_sqs[i].to(dtype), v_new), max_exp_avg_sqs[i]
+            v_max.copy_(where_taken(skip, cast(v_used, v_max.dtype), v_max))
         w = w - step_sizes[i].to(dtype) * (m_new / (v_used.sqrt() / roots[i].to(dtype) + eps))
-        m.copy_(where_taken(skip, m_new, m))
-        v.copy_(where_taken(skip, v_new, v))
+        m.copy_(where_taken(skip, cast(m_new, m.dtype), m))
+        v.copy_(where_taken(skip, cast_to_either_side(v_new, v.dtype, steps[i] + 1), v))
         if copies[i].numel():
             copies[i].copy_(where_taken(skip, cast(w, copies[i].dtype), copies[i]))  # round: master -> copy
         master.copy_(where_taken(skip, w, master))

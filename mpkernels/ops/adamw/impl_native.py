@@ -16,7 +16,7 @@ def adamw_(
 ):  # fmt: skip
     layout = SameLayout(masters, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies)
     taken = torch.ops.mpkernels_C.adamw_(
-        *layout.lists,
+        *layout.tables,
         steps,
         lr,
         beta1,

@@ -37,8 +37,10 @@ def adamw_(
     )  # fmt: skip
     with torch.cuda.device_of(steps):
         for launch in table.launches(lists):
-            master, grad, _, _, copy = (TYPES[dtype] for dtype in launch.dtypes[:5])
-            adamw_kernel[launch.grid](**launch.arguments, **arguments, master_type=master, grad_type=grad, copy_type=copy)
+            master, grad, state, _, copy = (TYPES[dtype] for dtype in launch.dtypes[:5])
+            adamw_kernel[launch.grid](
+                **launch.arguments, **arguments, master_type=master, grad_type=grad, state_type=state, copy_type=copy
+            )
         advance(steps, found_inf, grad_scale)
     table.copy_back(back)
 

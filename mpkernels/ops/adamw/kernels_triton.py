@@ -12,8 +12,10 @@ from mpkernels.ops._triton_kernels import (
     load_lr,
     pointer,
     round_once,
+    scrambled,
     square_root,
     takes_step,
+    to_either_side,
 )
 
 
@@ -22,7 +24,7 @@ def adamw_kernel(
     addresses_ptr, layout_ptr, tensors_ptr, count, steps_ptr, steps_stride, lr_ptr, lr: tl.float64,
     beta1: tl.float64, beta2: tl.float64, log2_beta1: tl.float64, log2_beta2: tl.float64, eps: tl.float64,
     weight_decay: tl.float64, added_decay: tl.float64, max_norm: tl.float64, grad_scale_ptr, found_inf_ptr, grad_norm_ptr,
-    master_type: tl.constexpr, grad_type: tl.constexpr, copy_type: tl.constexpr,
+    master_type: tl.constexpr, grad_type: tl.constexpr, state_type: tl.constexpr, copy_type: tl.constexpr,
     AMSGRAD: tl.constexpr, ADDS_DECAY: tl.constexpr, MAXIMIZE: tl.constexpr,
     ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -36,12 +38,13 @@ def adamw_kernel(
         tensor, place, start, end = chunk_of(tensors_ptr, layout_ptr, count, CHUNK)
         w_ptr = pointer(addresses_ptr, tensor, master_type, ALIGNED)
         grad_ptr = pointer(addresses_ptr, count + tensor, grad_type, ALIGNED)
-        m_ptr = pointer(addresses_ptr, 2 * count + tensor, master_type, ALIGNED)
-        v_ptr = pointer(addresses_ptr, 3 * count + tensor, master_type, ALIGNED)
+        m_ptr = pointer(addresses_ptr, 2 * count + tensor, state_type, ALIGNED)
+        v_ptr = pointer(addresses_ptr, 3 * count + tensor, state_type, ALIGNED)
         copy_ptr = pointer(addresses_ptr, 4 * count + tensor, copy_type, ALIGNED)
-        vmax_ptr = pointer(addresses_ptr, 5 * count + tensor, master_type if AMSGRAD else None, ALIGNED)
+        vmax_ptr = pointer(addresses_ptr, 5 * count + tensor, state_type if AMSGRAD else None, ALIGNED)
         # ----- scalars, in fp64; the root of the second correction is multiplied out: one division an element
-        t = (tl.load(steps_ptr + place * steps_stride) + 1).to(tl.float64)
+        step = tl.load(steps_ptr + place * steps_stride) + 1
+        t, seed = step.to(tl.float64), scrambled(step.to(tl.uint32))
         lr = load_lr(lr_ptr, lr)
         root = tl.sqrt(1 - tl.exp2(t * log2_beta2))
         factor = grad_factor(grad_scale_ptr, grad_norm_ptr, max_norm, MAXIMIZE).to(master_type)
@@ -54,36 +57,38 @@ def adamw_kernel(
             for first in range(start, end, BLOCK):
                 _block(
                     w_ptr, grad_ptr, m_ptr, v_ptr, vmax_ptr, copy_ptr, first, end,
-                    factor, decay, added, keep1, fade2, keep2, step_size, eps_root, False, ADDS_DECAY, BLOCK,
+                    factor, decay, added, keep1, fade2, keep2, step_size, eps_root, seed, False, ADDS_DECAY, BLOCK,
                 )  # fmt: skip
         else:
             for first in range(start, end, BLOCK):
                 _block(
                     w_ptr, grad_ptr, m_ptr, v_ptr, vmax_ptr, copy_ptr, first, end,
-                    factor, decay, added, keep1, fade2, keep2, step_size, eps_root, True, ADDS_DECAY, BLOCK,
+                    factor, decay, added, keep1, fade2, keep2, step_size, eps_root, seed, True, ADDS_DECAY, BLOCK,
                 )  # fmt: skip
 
 
 @triton.jit
 def _block(
-    w_ptr, grad_ptr, m_ptr, v_ptr, vmax_ptr, copy_ptr, start, end, factor, decay, added, keep1, beta2, keep2, step_size, eps,
+    w_ptr, grad_ptr, m_ptr, v_ptr, vmax_ptr, copy_ptr, start, end,
+    factor, decay, added, keep1, beta2, keep2, step_size, eps, seed,
     MASKED: tl.constexpr, ADDS_DECAY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK elements from `start`. vmax_ptr and copy_ptr may be None."""
     # ----- load
     index = start + tl.arange(0, BLOCK)
     mask = index < end if MASKED else None
-    w, m, v = tl.load(w_ptr + index, mask=mask), tl.load(m_ptr + index, mask=mask), tl.load(v_ptr + index, mask=mask)
+    w = tl.load(w_ptr + index, mask=mask)
+    m, v = tl.load(m_ptr + index, mask=mask).to(w.dtype), tl.load(v_ptr + index, mask=mask).to(w.dtype)
     g = tl.load(grad_ptr + index, mask=mask).to(w.dtype)  # round: fp64 -> fp32, where the gradient is wider
-    vmax = None if vmax_ptr is None else tl.load(vmax_ptr + index, mask=mask)
+    vmax = None if vmax_ptr is None else tl.load(vmax_ptr + index, mask=mask).to(w.dtype)
     # ----- update
     w, m, v, vmax = adamw_formula(w, g, m, v, vmax, factor, decay, added, keep1, beta2, keep2, step_size, eps, ADDS_DECAY)
     # ----- store
     tl.store(w_ptr + index, w, mask=mask)
-    tl.store(m_ptr + index, m, mask=mask)
-    tl.store(v_ptr + index, v, mask=mask)
+    tl.store(m_ptr + index, round_once(m, m_ptr.dtype.element_ty), mask=mask)
+    tl.store(v_ptr + index, to_either_side(v, v_ptr.dtype.element_ty, index, seed), mask=mask)
     if vmax_ptr is not None:
-        tl.store(vmax_ptr + index, vmax, mask=mask)
+        tl.store(vmax_ptr + index, round_once(vmax, vmax_ptr.dtype.element_ty), mask=mask)
     if copy_ptr is not None:
         tl.store(copy_ptr + index, round_once(w, copy_ptr.dtype.element_ty), mask=mask)
 

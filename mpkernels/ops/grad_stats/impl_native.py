@@ -3,7 +3,7 @@
 
 import torch
 
-from mpkernels.ops._layout import is_dense, why_not_native
+from mpkernels.ops._layout import Tensors, described, is_dense, why_not_native
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -11,5 +11,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def grad_stats_(grads, grad_scale, found_inf, amax, nonfinite, grad_norm=None):
-    dense = [grad if is_dense(grad) else grad.contiguous() for grad in grads]
-    torch.ops.mpkernels_C.grad_stats_(dense, grad_scale, found_inf, amax, nonfinite, grad_norm)
+    grads = described(grads)
+    if not grads.contiguous:
+        grads = Tensors(grad if is_dense(grad) else grad.contiguous() for grad in grads)
+    torch.ops.mpkernels_C.grad_stats_(grads.table, grad_scale, found_inf, amax, nonfinite, grad_norm)

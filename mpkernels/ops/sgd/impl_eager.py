@@ -27,9 +27,9 @@ def sgd_(
             g = g + weight_decay * master
         if momentum_buffers:
             buffer = momentum_buffers[i]
-            b = torch.where(first[i], g, momentum * buffer + (1 - dampening) * g)
+            b = torch.where(first[i], g, momentum * buffer.to(dtype) + (1 - dampening) * g)
             g = g + momentum * b if nesterov else b
-            buffer.copy_(where_taken(skip, b, buffer))
+            buffer.copy_(where_taken(skip, cast(b, buffer.dtype), buffer))
         w = master - lr.to(dtype) * g
         if copies[i].numel():
             copies[i].copy_(where_taken(skip, cast(w, copies[i].dtype), copies[i]))  # round: master -> copy

@@ -12,11 +12,11 @@ def sgd_kernel(
     addresses_ptr, layout_ptr, tensors_ptr, count, steps_ptr, steps_stride, lr_ptr, lr: tl.float64,
     momentum: tl.float64, dampening: tl.float64, weight_decay: tl.float64, max_norm: tl.float64,
     grad_scale_ptr, found_inf_ptr, grad_norm_ptr,
-    master_type: tl.constexpr, grad_type: tl.constexpr, copy_type: tl.constexpr,
-    MOMENTUM: tl.constexpr, DECAY: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
+    master_type: tl.constexpr, grad_type: tl.constexpr, state_type: tl.constexpr, copy_type: tl.constexpr,
+    DECAY: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
     ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows of the table: masters, grads, copies, momentum_buffers (with MOMENTUM). copy_type is None without copies."""
+    """Rows of the table: masters, grads, copies, momentum_buffers. copy_type and state_type may be None."""
     # NOTE: before any other load: a skipped step reads nothing more
     if takes_step(found_inf_ptr, grad_scale_ptr):
         # ----- map program to chunk
@@ -24,7 +24,7 @@ def sgd_kernel(
         w_ptr = pointer(addresses_ptr, tensor, master_type, ALIGNED)
         grad_ptr = pointer(addresses_ptr, count + tensor, grad_type, ALIGNED)
         copy_ptr = pointer(addresses_ptr, 2 * count + tensor, copy_type, ALIGNED)
-        b_ptr = pointer(addresses_ptr, 3 * count + tensor, master_type if MOMENTUM else None, ALIGNED)
+        b_ptr = pointer(addresses_ptr, 3 * count + tensor, state_type, ALIGNED)
         # ----- scalars, in fp64
         is_first = tl.load(steps_ptr + place * steps_stride) == 0
         factor = grad_factor(grad_scale_ptr, grad_norm_ptr, max_norm, MAXIMIZE).to(master_type)
@@ -57,13 +57,13 @@ def _block(
     mask = index < end if MASKED else None
     w = tl.load(w_ptr + index, mask=mask)
     g = tl.load(grad_ptr + index, mask=mask).to(w.dtype)  # round: fp64 -> fp32, where the gradient is wider
-    b = None if b_ptr is None else tl.load(b_ptr + index, mask=mask)
+    b = None if b_ptr is None else tl.load(b_ptr + index, mask=mask).to(w.dtype)
     # ----- update
     w, b = sgd_formula(w, g, b, is_first, factor, rate, decay, fade, keep, DECAY, NESTEROV)
     # ----- store
     tl.store(w_ptr + index, w, mask=mask)
     if b_ptr is not None:
-        tl.store(b_ptr + index, b, mask=mask)
+        tl.store(b_ptr + index, round_once(b, b_ptr.dtype.element_ty), mask=mask)
     if copy_ptr is not None:
         tl.store(copy_ptr + index, round_once(w, copy_ptr.dtype.element_ty), mask=mask)
 
