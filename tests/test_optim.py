@@ -8,6 +8,7 @@ import copy
 import io
 import math
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 import mpkernels as mpk
+from mpkernels import _native
 from mpkernels.ops._cast import cast
 from tests import bounds
 from tests.steps import raw
@@ -784,3 +786,94 @@ def test_closure_under_a_scaler():
     optimizer.grad_scale = torch.ones(())
     with pytest.raises(RuntimeError, match="a closure cannot be used with loss scaling"):
         optimizer.step(lambda: None)
+
+
+# ----- host time ------------------------------------------------------------------------------------
+
+
+class Calls:
+    """How many calls of Python or C functions the interpreter makes inside."""
+
+    def __enter__(self):
+        self.count = 0
+        sys.setprofile(self._event)
+        return self
+
+    def __exit__(self, *_):
+        sys.setprofile(None)
+
+    def _event(self, frame, event, arg):
+        self.count += event in ("call", "c_call")
+
+
+@pytest.mark.skipif(_native.why_not() is not None, reason=str(_native.why_not()))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_step_calls_do_not_follow_the_number_of_tensors(dtype, monkeypatch):
+    """What is asked of each tensor is asked a list at a time: two calls of a gradient's, which collect it, are left."""
+    monkeypatch.delenv("MPKERNELS_BACKEND", raising=False)
+    calls = []
+    for count in (10, 110):
+        params = [torch.nn.Parameter(torch.randn(8).to(dtype)) for _ in range(count)]
+        optimizer, scaler = mpk.optim.AdamW(params, lr=0.1, max_norm=1.0), mpk.GradScaler("cpu")
+        scaler.scale(torch.zeros(()))
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            with Calls() as counted:
+                scaler.step(optimizer)
+                scaler.update()
+        calls.append(counted.count)
+    assert (calls[1] - calls[0]) / 100 <= 2, f"{calls} calls for 10 and 110 tensors"
+
+
+def test_step_checks_the_lists_once(monkeypatch):
+    params = [torch.nn.Parameter(torch.randn(8)) for _ in range(5)]
+    optimizer, checks = mpk.optim.SGD(params, lr=0.1, momentum=0.9), []
+    check = optimizer._op.check
+    monkeypatch.setattr(optimizer._op, "check", lambda *args, **options: checks.append(1) or check(*args, **options))
+    for t in range(6):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        if t == 4:
+            optimizer.state[params[2]]["momentum_buffer"].data = torch.zeros(8)  # moved: looked at again
+        optimizer.step()
+    assert len(checks) == 2
+    assert torch.equal(
+        optimizer._rows[0, params[0].device].states["momentum_buffer"][2], optimizer.state[params[2]]["momentum_buffer"]
+    )
+
+
+@pytest.mark.parametrize("change", [
+    lambda p: setattr(p, "data", p.data[:1]), lambda p: setattr(p, "data", p.data.view(torch.float16)[:, :2]),
+    lambda p: setattr(p.grad, "data", torch.zeros(5)), lambda p: setattr(p.grad, "data", p.grad.data.to(torch.int32)),
+])  # fmt: skip
+def test_step_sees_what_changed_at_the_same_address(change):
+    params = [torch.nn.Parameter(torch.randn(2, 2)) for _ in range(3)]
+    optimizer = mpk.optim.AdamW(params, lr=0.1)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    for p in params:
+        p.grad = torch.randn_like(p)
+    before = raw(p.data for p in params[:1])
+    change(params[1])
+    with pytest.raises(RuntimeError, match="parameter 1"):
+        optimizer.step()
+    assert raw(params[:1]) == before
+
+
+def test_step_follows_a_transposed_parameter():
+    """Same address, same shape, other strides; in numbers for which all arithmetic is exact."""
+    params = [torch.nn.Parameter(torch.arange(9.0).view(3, 3)) for _ in range(2)]
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    grads = [torch.arange(9.0).view(3, 3) + t for t in range(3)]
+    optimizer, other = mpk.optim.SGD(params, lr=0.5), torch.optim.SGD(others, lr=0.5)
+    for t, grad in enumerate(grads):
+        if t == 2:
+            params[0].data, others[0].data = params[0].data.t(), others[0].data.t()
+        for p in (*params, *others):
+            p.grad = grad.clone()
+        optimizer.step()
+        other.step()
+    assert raw(params) == raw(others)

@@ -52,10 +52,10 @@ class Tensors(list):
         else:
             self.table = torch.empty(3, 0, dtype=torch.int64)
 
-    def follow(self) -> bool:
-        """Whether a tensor lies elsewhere now; then they are looked at anew."""
+    def follow(self, anew: bool = False) -> bool:
+        """Whether a tensor lies elsewhere now; then, or where it is asked for, they are looked at anew."""
         addresses = list(map(torch.Tensor.data_ptr, self))
-        if addresses == self.addresses:
+        if addresses == self.addresses and not anew:
             return False
         self._describe(addresses)
         return True

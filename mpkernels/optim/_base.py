@@ -74,10 +74,13 @@ class _Rows:
         """The same as the compute copies are stamped."""
         return [_copies.stamp(p) for p in self.params] if self.dtensors else stamps
 
-    def follow(self) -> bool:
-        """Whether a tensor lies elsewhere than at the last step, in another dtype or on another device perhaps."""
+    def follow(self, anew: bool) -> bool:
+        """Whether a tensor lies elsewhere than at the last step, in another dtype or on another device perhaps.
+
+        anew: look at all of them, because a parameter or gradient is not as it was.
+        """
         kept = {id(tensors): tensors for tensors in (self.held, self.masters, self.copies, *self.states.values())}
-        moved = [tensors.follow() for tensors in kept.values()]  # all of them
+        moved = [tensors.follow(anew) for tensors in kept.values()]  # all of them
         return any(moved)
 
 
@@ -414,7 +417,7 @@ class Optimizer(torch.optim.Optimizer):
         ):
             rows = self._rows[index, device] = self._make_rows(group, params)
             taken = False
-        elif rows.follow():
+        elif rows.follow(anew=not taken):
             rows.checked = False
         if not taken:
             rows.grads, rows.checked = Tensors(self._local_grads(params)), False
