@@ -213,11 +213,9 @@ def op(monkeypatch):
     )
     factors = {"eager": 2, "native": 3, "triton": 4}
 
-    def module(backend):
-        function = staticmethod(lambda x: x * factors[backend])
-        return type("Module", (), {"why_not": staticmethod(lambda device, dtype: None), made.name: function})
-
-    monkeypatch.setattr(made, "_module", module)
+    module = type("Module", (), {"why_not": staticmethod(lambda device, dtype: None)})
+    monkeypatch.setattr(made, "_module", lambda backend: module)
+    monkeypatch.setattr(made, "function", lambda backend: lambda x: x * factors[backend])
     yield made
     del ops[made.name]
 
