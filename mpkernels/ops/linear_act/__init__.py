@@ -45,6 +45,7 @@ Source: torch.nn.functional.linear, torch.relu, ATen threshold_backward.
 import enum
 import inspect
 import math
+import sys
 
 import torch
 
@@ -99,6 +100,10 @@ def linear_act(
     above: filled, and then has to be the `below` of the one call that reads `out`; gradients are wrong otherwise.
     """
     check_are_tensors(x, weight, bias)
+    if type(weight) not in _PLAIN and _is_dtensor(weight):
+        from mpkernels.ops.linear_act import sharding
+
+        sharding.check(weight, bias, activation, out_dtype)
     tuned = None
     if not torch.compiler.is_compiling():
         tuned = forward_op.tuned(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, 0, batch_invariant)
@@ -113,6 +118,14 @@ def linear_act(
     if moves:
         above.moved, above.saved, above.activation, above.bias = True, saved if save else None, activation, bias
     return out
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _is_dtensor(tensor: torch.Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # imported by whoever made one
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def check_are_tensors(x, weight, bias) -> None:
