@@ -12,6 +12,11 @@ namespace mpk {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+inline void check_same_device(const char* name, const Tensor& tensor, const Tensor& like) {
+  STD_TORCH_CHECK(tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index(), name,
+                  " must be on one device with the rest");
+}
+
 // The value of a 0-d tensor of dtype T, or nothing.
 template <class T>
 std::optional<T> value_of(const std::optional<Tensor>& tensor) {
