@@ -6,6 +6,8 @@ import math
 import numpy as np
 import torch
 
+from mpkernels.ops.linear_act import Activation, reference
+
 # ----- linear_act: forward and backward ---------------------------------------------------------------
 #
 # r is the result before its rounding, in fp64 (longdouble where the arithmetic is fp64) on the operands as they were
@@ -15,6 +17,14 @@ import torch
 # up to 3.96: the largest of 3e7 outputs, normal and uniform operands, K=96..576 (longer sums are split and need less);
 # one chain of fp32 additions needs 3.56 in 1.6e5 outputs at K=4096. 4 would leave nothing for more outputs than these.
 RANDOM_SIGN_FACTOR = 5.0
+
+# Activations other than ReLU, z the pre-activation: values are off by at most VALUE_FACTOR v |z|, slopes by SLOPE_FACTOR v.
+# torch's fp32 functions need 5.4 and 17.5 on a CPU with AVX-512 (2e6 points from -12 to 12, 2026-11-24; GELU, its tanh form:
+# 1 - tanh**2 times z**3 until tanh is 1, which takes longer in fp64). 8 and 32 are for GPUs, whose exp is off by 2 ulp.
+VALUE_FACTOR, SLOPE_FACTOR, SLOPE_FACTOR_FP64 = 8.0, 32.0, 96.0
+_STEEPEST = 1.13  # largest |act'| of gelu, gelu_tanh and silu: 1.1290, 1.1290, 1.0998
+_BENDING = 0.8  # largest |act''|: 0.7979, 0.7979, 0.5
+_BENDING_TIMES_Z = 0.34  # largest |z act''(z)|: 0.3314, 0.3309, 0.3024
 
 _FORMATS = {  # dtype: (bits of the significand with the hidden one, exponent of the least subnormal, largest exponent)
     torch.float16: (11, -24, 15),
@@ -73,10 +83,9 @@ def check_forward(out, x, weight, bias, activation, compute_dtype, acc_roundoff=
     """
     x, weight, bias = _operand(x, compute_dtype), _operand(weight, compute_dtype), _bias(bias, compute_dtype)
     z = _product(x, weight.T) + bias
-    r = _relu(z) if activation else z
     _check_product(
-        "out", _wide(out.reshape(z.shape), compute_dtype), r, out.dtype, x, weight.T, np.abs(bias),
-        compute_dtype, acc_roundoff, random_sign,
+        "out", _wide(out.reshape(z.shape), compute_dtype), _activated(z, activation), out.dtype, x, weight.T, np.abs(bias),
+        compute_dtype, acc_roundoff, random_sign, activation=activation, z=z,
     )  # fmt: skip
 
 
@@ -132,6 +141,12 @@ def check_backward_below(grads, grad_out, weight, positive, positive_below, comp
             _check_sum(got, r.sum(0), allowed, grads[1].dtype, "bound 2")
 
 
+def check_rearranged(a, b) -> None:
+    """Two results of the same fp32 formula, sums of up to 64 terms in other orders, three deep: normwise."""
+    error, norm = (a.double() - b.double()).norm(), b.double().norm()
+    assert error <= 3 * math.sqrt(64) * unit_roundoff(torch.float32) * norm, f"{error / norm:.4g} apart, relative"
+
+
 def check_bias_summed_unrounded(joined, single, rows, compute_dtype) -> None:
     """grad_bias_below beside the sum of the same `rows` terms each rounded to compute_dtype first, both of random signs.
 
@@ -150,6 +165,61 @@ def _check_sum(got, r, accumulated, dtype, bound) -> None:
     assert not np.isfinite(got[~finite]).any(), "grad_bias_below, bound 7: finite where the sum is not"
     error, allowed = np.abs(got - r)[finite], _bound(r, accumulated, dtype)[finite]
     _check_error(f"grad_bias_below, {bound}", error, allowed, got[finite], r[finite])
+
+
+def check_slope(grad_z, grad_out, saved, activation, compute_dtype, acc_roundoff) -> None:
+    """grad_z (M, N), in compute_dtype, is grad_out times the slope of the activation at what was saved, rounded once."""
+    z, grad_out = saved.double(), grad_out.reshape(saved.shape).double()
+    v = _acc(compute_dtype, acc_roundoff)[1]
+    r = (grad_out * reference.slope(z, activation)).numpy(force=True)
+    scale = _slope_scale(z, activation, compute_dtype)
+    _check_slope(grad_z, r, (v * grad_out.abs() * scale).numpy(force=True), compute_dtype)
+
+
+def check_slope_of_exact(grad_z, grad_out, x, weight, bias, activation, compute_dtype, acc_roundoff) -> None:
+    """The same beside the slope at the exact pre-activation z: what is saved is z off by d = u |z| + (1 + u) acc + s.
+
+    A slope moves by at most |act''| d between there and here; |z act''| and |act''| are bounded, so that the rounding of z
+    costs at most 0.34 u |grad_out|, a third of what the rounding of grad_z may; ReLU squared: act'' is 2.
+    """
+    x, weight, bias = _operand(x, compute_dtype), _operand(weight, compute_dtype), _bias(bias, compute_dtype)
+    z = (_product(x, weight.T) + bias).astype(np.float64)
+    accumulated = _accumulated(x, weight.T, np.abs(bias), compute_dtype, acc_roundoff).astype(np.float64)
+    u, v = unit_roundoff(compute_dtype), _acc(compute_dtype, acc_roundoff)[1]
+    size = np.abs(_wide(grad_out.reshape(z.shape), torch.float32))
+    off = (1 + u) * accumulated + least_subnormal(compute_dtype)
+    if activation == Activation.RELU2:
+        moved = 2 * (u * np.abs(z) + off) + 8 * v * np.abs(z)
+    else:
+        moved = _BENDING_TIMES_Z * u + _BENDING * off + _slope_scale(0, activation, compute_dtype) * v
+    r = _wide(grad_out.reshape(z.shape), torch.float32) * reference.slope(torch.from_numpy(z), activation).numpy()
+    _check_slope(grad_z, r, moved * size, compute_dtype)
+
+
+def check_summed_slopes(grad_bias, grad_out, saved, activation, compute_dtype, acc_roundoff) -> None:
+    """grad_bias sums grad_out times the slope at what was saved, unrounded, over M rows."""
+    z, grad_out = saved.double(), grad_out.reshape(saved.shape).double()
+    terms, v = grad_out * reference.slope(z, activation), _acc(compute_dtype, acc_roundoff)[1]
+    scale = _slope_scale(z, activation, compute_dtype)
+    accumulated = gamma(len(z) + 2, v) * terms.abs().sum(0) + v * (grad_out.abs() * scale).sum(0)
+    got, r = _wide(grad_bias, torch.float32), terms.sum(0).numpy(force=True)
+    allowed = _bound(r, accumulated.numpy(force=True), grad_bias.dtype)
+    _check_error("grad_bias, bound 1", np.abs(got - r), allowed, got, r)
+
+
+def _slope_scale(z, activation, compute_dtype):
+    """What a slope may be off by, in v; the product with grad_out included."""
+    if activation == Activation.RELU2:
+        return 8 * z.abs()
+    return SLOPE_FACTOR_FP64 if compute_dtype == torch.float64 else SLOPE_FACTOR
+
+
+def _check_slope(grad_z, r, accumulated, compute_dtype) -> None:
+    got = _wide(grad_z.reshape(r.shape), torch.float32)
+    allowed = _bound(r, accumulated, compute_dtype)
+    overflows = np.abs(r) + allowed >= float(min(overflow_threshold(compute_dtype), 1.7e308))
+    error = np.where(overflows, 0, np.abs(got - r))
+    _check_error("grad_z", error, allowed, got, r)
 
 
 def check_mask(positive, x, weight, bias, compute_dtype, out_dtype, acc_roundoff=2.0**-24) -> None:
@@ -211,7 +281,7 @@ def _bias(bias: torch.Tensor | None, compute_dtype: torch.dtype) -> np.ndarray:
 
 def _exact(x, weight, bias, activation, compute_dtype) -> np.ndarray:
     z = _product(_operand(x, compute_dtype), _operand(weight, compute_dtype).T) + _bias(bias, compute_dtype)
-    return _relu(z) if activation else z
+    return _activated(z, activation)
 
 
 def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -222,8 +292,22 @@ def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (torch.from_numpy(np.ascontiguousarray(a)) @ torch.from_numpy(np.ascontiguousarray(b))).numpy()
 
 
-def _relu(z: np.ndarray) -> np.ndarray:
-    return np.where(z <= 0, 0, z)  # NaN stays
+def _activated(z: np.ndarray, activation) -> np.ndarray:
+    """act(z); of what is not piecewise linear in fp64, whose own error `_after_activation` has."""
+    if activation == Activation.NONE:
+        return z
+    if activation == Activation.RELU:
+        return np.where(z <= 0, 0, z)  # NaN stays
+    return reference.activate(torch.from_numpy(z.astype(np.float64)), activation).numpy().astype(z.dtype)
+
+
+def _after_activation(accumulated, z, activation, v) -> np.ndarray:
+    """What act(acc) may be off by where acc is off from z by `accumulated` and arithmetic has roundoff v."""
+    if activation in (Activation.NONE, Activation.RELU):
+        return accumulated
+    if activation == Activation.RELU2:
+        return (2 * np.abs(z) + accumulated) * accumulated + 4 * v * z * z
+    return _STEEPEST * accumulated + VALUE_FACTOR * v * np.abs(z)
 
 
 def _acc(compute_dtype: torch.dtype, acc_roundoff: float) -> tuple[torch.dtype, float]:
@@ -241,12 +325,17 @@ def _bound(r, accumulated, dtype) -> np.ndarray:
     return u * np.abs(r) + (1 + u) * accumulated + least_subnormal(dtype)
 
 
-def _check_product(name, got, r, dtype, a, b, bias, compute_dtype, acc_roundoff, random_sign) -> None:
+def _check_product(
+    name, got, r, dtype, a, b, bias, compute_dtype, acc_roundoff, random_sign, *, activation=Activation.NONE, z=None, extra=0
+) -> None:  # fmt: skip
+    """r: act of a @ b + bias, which is z. extra: what the product may be off by besides."""
     acc_dtype, v = _acc(compute_dtype, acc_roundoff)
     length = a.shape[1]
     accumulated = _accumulated(a, b, bias, compute_dtype, acc_roundoff)
-    with np.errstate(invalid="ignore"):
-        _check_nonfinite(name, got, r, accumulated, accumulated / gamma(length + 2, v), dtype, acc_dtype)
+    with np.errstate(invalid="ignore", over="ignore"):
+        magnitude = accumulated / gamma(length + 2, v)
+        accumulated = _after_activation(accumulated, z, activation, v) + extra
+        _check_nonfinite(name, got, r, accumulated, magnitude, dtype, acc_dtype)
         finite = np.isfinite(got) & np.isfinite(r)
         error = np.where(finite, np.abs(got - r), 0)
         _check_error(f"{name}, bound 1", error, np.where(finite, _bound(r, accumulated, dtype), 1), got, r)
@@ -254,6 +343,7 @@ def _check_product(name, got, r, dtype, a, b, bias, compute_dtype, acc_roundoff,
             return
         spread = np.sqrt(_product(a * a, b * b)) + bias
         accumulated = RANDOM_SIGN_FACTOR * math.sqrt(max(length, 1)) * v * spread
+        accumulated = _after_activation(accumulated, z, activation, v) + extra
         _check_error(f"{name}, bound 2", error, np.where(finite, _bound(r, accumulated, dtype), 1), got, r)
     if dtype.itemsize == 2 and r.size >= _ENOUGH_FOR_NORMS and finite.all() and length <= 16384:
         norm, best = float(np.linalg.norm(got - r)), float(np.linalg.norm(rounded(r, dtype) - r))

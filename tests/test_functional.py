@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import mpkernels as mpk
 from mpkernels.functional import linear_act
+from mpkernels.ops.linear_act import Activation, activation_of
 from tests import bounds
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -54,7 +55,7 @@ def test_dtype_mismatch_names_both_dtypes_and_the_policy():
         linear_act(torch.ones(2, 3), torch.ones(4, 3).half())
 
 
-@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("activation", [None, *(a.name.lower() for a in Activation if a)])
 @pytest.mark.parametrize("policy", ["float32", "float64", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16"])
 def test_policy_matches_reference(policy, activation, generator):
     policy = mpk.Policy.parse(policy)
@@ -63,7 +64,7 @@ def test_policy_matches_reference(policy, activation, generator):
     with torch.autocast("cpu", dtype=torch.bfloat16):  # an explicit policy decides what is computed in
         out = linear_act(x, weight, bias, activation, policy)
     assert out.shape == (2, 7, 19)
-    bounds.check_forward(out, x, weight, bias, activation == "relu", policy.compute_dtype)
+    bounds.check_forward(out, x, weight, bias, activation_of(activation), policy.compute_dtype)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_strided_and_empty_inputs(generator):
         ({"bias": 1.0}, TypeError, "bias must be a Tensor, got float"),
         ({"x": torch.ones(2, 4).to_sparse()}, RuntimeError, "sparse"),
         ({"x": torch.ones(2, 4, device="meta")}, RuntimeError, "x is on meta but weight is on cpu"),
-        ({"activation": "gelu"}, ValueError, "activation must be None or \"relu\", got 'gelu'"),
+        ({"activation": "tanh"}, ValueError, 'activation must be None or one of "relu", .*"silu", got \'tanh\''),
         ({"policy": "mixed_float8"}, ValueError, "mixed_float8.*expected one of"),
         ({"policy": 16}, TypeError, "policy must be a Policy or a string, got int"),
     ],

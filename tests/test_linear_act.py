@@ -100,7 +100,7 @@ def test_linear_act_correctly_rounded(dtype, K, generator):
 
 
 @pytest.mark.parametrize("dtype", [f16, bf16, f32], ids=["fp16", "bf16", "fp32"])
-@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize("activation", [NONE, RELU])
 def test_linear_act_not_worse_than_torch(dtype, activation, generator, device):
     dtypes = Dtypes(dtype, dtype, dtype, dtype, dtype)
     for K in (31, 256, 1024):
@@ -136,7 +136,7 @@ def assert_rounds_to(tensor, integers):
 
 
 @by_dtypes
-@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize("activation", [NONE, RELU])
 def test_linear_act_powers_of_two_scale_exactly(dtypes, activation, generator, device):
     x, weight, _, _ = Case(33, 47, 129, dtypes, distribution="uniform").tensors(generator, device)
     x, weight = (t + torch.where(t < 0, -0.5, 0.5).to(t.dtype) for t in (x, weight))  # no subnormals when they are rounded
@@ -421,7 +421,7 @@ def wrong_case(dtypes, K, generator):
 
 
 @pytest.mark.parametrize("K", LENGTHS)
-@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize("activation", [NONE, RELU])
 @pytest.mark.parametrize(
     ("kernel", "dtypes"),
     [

@@ -101,6 +101,26 @@ def test_linear_act_below_selects(device):
         assert same_bits(grads[3], expected)
 
 
+@pytest.mark.parametrize("activation", list(Activation)[2:], ids=lambda a: a.name.lower())
+@pytest.mark.parametrize("name", ["float64", "mixed_float16", "bfloat16"])
+def test_linear_act_activations(activation, name, generator, device):
+    """Value, saved pre-activation and gradients; the slope at infinity; and in the epilogue of the layer above."""
+    dtypes = DTYPES[name]
+    cases.run(Case(19, 70, 45, dtypes, activation=activation), generator, device)
+    grad_out, weight = Case(19, 37, 45, dtypes).tensors(generator, device)[3], torch.randn(37, 45, generator=generator)
+    weight, x, saved = weight.to(device, dtypes.weight), *torch.randn(2, 19, 45, generator=generator).to(device, dtypes.compute)
+    saved[0, :3] = torch.tensor([NAN, INF, -INF])
+    wide = cases.Dtypes(f64 if dtypes.compute == f64 else f32, dtypes.weight, dtypes.compute, dtypes.out, dtypes.grad)
+    grads = cases.backward_below(grad_out, x, weight, None, saved, wide, Activation.NONE, activation)
+    arrived = cases.backward_below(grad_out, x, weight, None, None, wide, Activation.NONE, Activation.NONE)[0]
+    assert grads[0][0, 0].isnan()
+    assert grads[0][0, 1] == arrived[0, 1] * (INF if activation == Activation.RELU2 else 1)
+    assert grads[0][0, 2] == 0
+    v = bounds.accumulator_roundoff(device, dtypes.compute)
+    bounds.check_slope(grads[0][1:], arrived[1:], saved[1:], activation, wide.x, v)
+    bounds.check_summed_slopes(grads[3][3:], arrived[:, 3:], saved[:, 3:], activation, dtypes.compute, v)
+
+
 @pytest.mark.parametrize("policy", ["float16", "mixed_float16", "mixed_bfloat16"])
 def test_linear_act_mlp_moves_up(policy, generator, device):
     """Through MPMLP: forward and the gradients of x and weights have the bits of the layers one by one, biases the bound."""

@@ -192,6 +192,17 @@ def test_equals_its_layers_one_by_one(policy, output_activation, joined):
     assert all(same_bits(a, b) for a, b in zip(got, results(model, model, x), strict=True)), "repeats differ"
 
 
+@pytest.mark.parametrize("activation", ["relu2", "gelu", "gelu_tanh", "silu"])
+def test_equals_its_layers_whatever_the_activation(activation, is_joined, moved):
+    """Joined, an inner gradient is rounded once, after the slope; one by one, before it and after it."""
+    model = made("float32", activation=activation)
+    x = inputs(model)
+    got = results(model, model, x)
+    assert moved == [40, 33]
+    for a, b in zip(got, results(one_by_one(model), model, x), strict=True):
+        bounds.check_rearranged(a, b)
+
+
 @pytest.mark.parametrize("options", [{"bias": False}, {"activation": None}], ids=str)
 def test_equals_its_layers_without_bias_or_activation(options, joined):
     model = made(**options)

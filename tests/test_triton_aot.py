@@ -15,6 +15,8 @@ pytest.importorskip("triton")
 
 from triton_aot import SHARED_LIMIT, TENSOR_CORES
 
+from mpkernels.ops.linear_act import Activation
+
 HERE = Path(__file__).parent
 # The oldest and the newest that torch 2.11 to 2.15 come with; the tests run with the one that constraints.txt pins.
 OTHER_VERSIONS = ("3.6.0", "3.9.0")
@@ -58,7 +60,7 @@ def check(row: dict) -> None:
     assert row["shared"] <= SHARED_LIMIT[row["sm"]], row
     assert row["n_spills"] == 0, row
     assert row["stack"] == 0, row
-    if row["constexprs"].get("RELU"):
+    if row["constexprs"].get("RELU") or row["constexprs"].get("ACTIVATION") == Activation.RELU:
         assert row["maxima_that_drop_nan"] == [], row
     if row["signature"].get("a_ptr", "").startswith(("*fp16", "*bf16")):
         assert any(row["opcodes"][opcode] for opcode in TENSOR_CORES), row

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import torch
 
-from mpkernels.ops.linear_act import impl_triton, tiles
+from mpkernels.ops.linear_act import Activation, impl_triton, tiles
 from mpkernels.ops.linear_act.kernels_triton import gemm_kernel, select_kernel, sum_kernel
 from mpkernels.ops.linear_act.kernels_triton_tma import gemm_tma_kernel
 
@@ -16,11 +16,13 @@ f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 # bytes at once needs it and nowhere else.
 SIZES = ("M", "N", "K")
 STRIDES = ("stride_am", "stride_ak", "stride_bk", "stride_bn")
+RICH = ("below", "smooth", "below smooth")
 ROLES = {
     "fprop": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:1", "i32:16"), strict=True)),
     "dgrad": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:16", "i32:1"), strict=True)),
     "wgrad": dict(zip(SIZES + STRIDES, ("i32:16", "i32:16", "i32", "i32:1", "i32:16", "i32:16", "i32:1"), strict=True)),
     "below": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:16", "i32:1"), strict=True)),
+    "smooth": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:1", "i32:16"), strict=True)),
     "any": dict.fromkeys(SIZES + STRIDES, "i64"),
 }
 
@@ -28,10 +30,10 @@ ROLES = {
 def cases(sm: int, every: bool):
     """(kernel, signature, constexprs, options) of what runs on `sm`; with every=False the largest and smallest tiles."""
     for role, a, b, out in _gemms(every):
-        candidates = tiles.tiles(sm, a, b, vectors=role != "any")
+        candidates = tiles.tiles(sm, a, b, role != "any", role in RICH)
         for tile in candidates if every else dict.fromkeys((candidates[0], candidates[-1])):
             yield _gemm(role, a, b, out, tile)
-        if role not in ("any", "below") and a == b and sm in tiles.TMA_SMS and a.itemsize == 2:
+        if role != "any" and role not in RICH and a == b and sm in tiles.TMA_SMS and a.itemsize == 2:
             candidates = tiles.tma_tiles(sm, out, impl_triton.specializes())
             for tile in candidates if every else candidates[:1]:
                 yield _gemm_tma(role, a, out, tile)
@@ -47,6 +49,7 @@ def cases(sm: int, every: bool):
 def _gemms(every: bool):
     """(role, dtypes of a, b and out)."""
     yield from (("fprop", f16, f16, f16), ("fprop", bf16, f32, bf16), ("wgrad", f16, f16, f32), ("below", f16, f16, f16))
+    yield ("smooth", f16, f16, f16)
     if every:
         yield from (
             ("fprop", bf16, bf16, bf16),
@@ -63,23 +66,32 @@ def _gemms(every: bool):
             ("dgrad", f64, f64, f64),
         )
         yield from (("below", bf16, f32, bf16), ("below", f32, f32, f32), ("below", f64, f64, f64))
+        yield from (("below smooth", bf16, bf16, bf16), ("below smooth", f64, f64, f64))
+        yield from (("smooth", bf16, f32, bf16), ("smooth", f32, f32, f32), ("smooth", f64, f64, f64))
         yield from (("wgrad", bf16, bf16, bf16), ("wgrad", f32, f32, f32), ("wgrad", f64, f64, f64))
         yield from (("any", f16, f16, f16), ("any", f16, f64, f16), ("any", bf16, f64, bf16), ("any", f64, f64, bf16))
 
 
 def _gemm(role, a, b, out, tile):
     """fprop has bias, ReLU and mask, the gradients none of them; `any` is fprop on odd sizes and strides; `below` is dgrad
-    with the pass of the layer below, by a mask."""
-    forward = role in ("fprop", "any")
+    with the pass of the layer below, by a mask; `smooth` has GELU, which keeps the pre-activation."""
+    forward = role in ("fprop", "any", "smooth")
+    smooth = role.endswith("smooth")
+    role = role.removesuffix(" smooth")
+    wide = "*fp64:16" if a == f64 else "*fp32:16"
     align = "" if role == "any" else ":16"
     signature = {"a_ptr": NAMES[a] + align, "b_ptr": NAMES[b] + align, "out_ptr": NAMES[out] + align}
     signature |= ROLES[role] | {"stride_bias": "i32", "stride_mask": "i32", "stride_sm": "i32", "stride_sn": "i32:1"}
-    pointers = ("bias_ptr", "mask_ptr", "saved_ptr", "partial_ptr")
-    present = {"bias_ptr": "*fp32:16", "mask_ptr": "*i32:16"} if forward else {}
+    pointers = ("bias_ptr", "mask_ptr", "pre_ptr", "saved_ptr", "partial_ptr")
+    present = {}
+    if forward:
+        present = {"bias_ptr": "*fp32:16"} | ({"pre_ptr": NAMES[a] + ":16"} if smooth else {"mask_ptr": "*i32:16"})
     if role == "below":
-        present = {"saved_ptr": "*i32:16", "partial_ptr": ("*fp64" if a == f64 else "*fp32") + ":16"}
+        present = {"saved_ptr": (NAMES[a] if smooth else "*i32") + ":16", "partial_ptr": wide}
     signature |= present
-    constexprs = {name: getattr(tile, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")} | {"RELU": forward}
+    constexprs = {name: getattr(tile, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")}
+    activation = int(Activation.GELU if smooth else Activation.RELU)
+    constexprs |= {"ACTIVATION": activation * forward, "ACTIVATION_BELOW": activation * (role == "below")}
     constexprs |= {name: None for name in pointers if name not in present}
     return gemm_kernel, signature, constexprs, {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
@@ -103,7 +115,8 @@ def _select(grad_out, saved, grad_z, acc):
     }
     signature |= {"M": "i32:16", "N": "i32:16", "stride_gm": "i32:16", "stride_gn": "i32:1"}
     signature |= {"stride_sm": "i32", "stride_sn": "i32:1"}
-    constexprs = {"ROWS": impl_triton.SELECT_ROWS, **impl_triton.SELECT}
+    activation = Activation.NONE if saved is None else Activation.RELU if saved == torch.int32 else Activation.GELU
+    constexprs = {"ACTIVATION": int(activation), "ROWS": impl_triton.SELECT_ROWS, **impl_triton.SELECT}
     if saved is None:
         constexprs["saved_ptr"] = None
     else:

@@ -2,12 +2,12 @@
 """linear_act: a linear layer with its activation, one rounding at the end.
 
     out = round(act(x @ weight.T + bias))              acc in fp32 (fp64 for fp64)
-    grad_z = select(saved, grad_out)                   grad_bias = grad_z.sum(0)
+    grad_z = grad_out * act'(saved)                    grad_bias = grad_z.sum(0)
     grad_x = grad_z @ weight                           grad_weight = grad_z.T @ x
 
 Backward can do the streaming pass of the layer below, whose output is x, in the epilogue of its own grad_x:
 
-    grad_z_below = select(saved_below, grad_x)         grad_bias_below = grad_z_below.sum(0)
+    grad_z_below = grad_x * act'(saved_below)          grad_bias_below = grad_z_below.sum(0)
 
 Then grad_z_below stands where grad_x does, and the layer below, which `moved_up`, takes it as it is.
 
@@ -18,7 +18,8 @@ Shapes and dtypes
     | bias        | (N,)                 | any; added in the accumulator's dtype, never rounded before |
     | weight_copy | (N, K)               | compute_dtype: the weight already cast (read in its place)  |
     | out         | (*, N)               | out_dtype                                                   |
-    | saved       | (M, ceil(N/32)) or 0 | int32: bit j of word w is column 32w+j, tail bits 0         |
+    | saved       | (M, ceil(N/32)) or 0 | ReLU: int32, bit j of word w is column 32w+j, tail bits 0   |
+    |             | (M, N) or 0          | other activations: compute_dtype, x @ weight.T + bias       |
     | x_compute   | (*, K) or 0          | compute_dtype: x as it was cast, kept for backward          |
     | saved_below | as saved, of x       | what the forward of the layer below saved, or x itself      |
     | bias_below  | (K,)                 | any; the layer below's: its values are not read             |
@@ -31,9 +32,20 @@ Numerics
     With `batch_invariant` a row of out has the same bits whatever the other rows are and however many: one order of the
     sum, by K and N alone. On a CPU that costs a fixed block of rows per call, M=1 pays for it.
 
-Saved for backward
-    `save=1` writes the 1-bit mask of `not (out <= 0)`, taken from the rounded output: 0 at zeros and at underflow, 1 at
-    NaN. With `save=0` backward selects by `out` itself, which autograd keeps (the next layer's input anyway).
+Activations, and what they save for backward, besides x
+    | activation | act(z)                                                        | saved, bits per element        |
+    | none       | z                                                             | 0                              |
+    | relu       | z where not (z <= 0), else 0                                  | 1, or out (the next layer's x) |
+    | relu2      | relu(z) ** 2                                                  | those of compute_dtype: z      |
+    | gelu       | z * (1 + erf(z / sqrt(2))) / 2                                | those of compute_dtype: z      |
+    | gelu_tanh  | z * (1 + tanh(sqrt(2 / pi) * (z + 0.044715 * z**3))) / 2      | those of compute_dtype: z      |
+    | silu       | z / (1 + exp(-z))                                             | those of compute_dtype: z      |
+    ReLU: `save=1` writes the mask of `not (out <= 0)`, taken from the rounded output: 0 at zeros and at underflow, 1 at NaN.
+    With `save=0` backward selects by `out` itself, which autograd keeps. It selects and never multiplies.
+    The others need `save=1` where there is a backward, and multiply in the accumulator's dtype. z is rounded once for it,
+    which moves grad_z by at most 0.34 unit roundoffs of compute_dtype times grad_out (gelu and silu; relu2: as grad_z's own
+    rounding). NaN and inf go through as in torch, but for one case: where z is infinite, which it also is where it overflowed
+    float16 when it was saved, the slope is the limit (0 or 1, relu2: inf), and torch's formula gives NaN.
 
 Raises
     RuntimeError for shapes, dtypes, devices or layouts that do not fit, as torch does, before anything is computed.
@@ -59,17 +71,24 @@ class Activation(enum.IntEnum):
 
     NONE = 0
     RELU = 1
+    RELU2 = 2
+    GELU = 3
+    GELU_TANH = 4
+    SILU = 5
 
 
 _ACTIVATIONS = frozenset(map(int, Activation))
 
 
+_NAMES = {None: Activation.NONE} | {a.name.lower(): a for a in Activation if a != Activation.NONE}
+
+
 def activation_of(name: str | None) -> Activation:
-    """`None` or `"relu"` as an Activation; ValueError for another name."""
-    names = {None: Activation.NONE, "relu": Activation.RELU}
-    if name not in names:
-        raise ValueError(f'activation must be None or "relu", got {name!r}')
-    return names[name]
+    """None or `"relu"`, `"relu2"`, `"gelu"`, `"gelu_tanh"`, `"silu"` as an Activation; ValueError for another name."""
+    if name not in _NAMES:
+        known = ", ".join(f'"{known}"' for known in _NAMES if known)
+        raise ValueError(f"activation must be None or one of {known}, got {name!r}")
+    return _NAMES[name]
 
 
 def acc_dtype(compute_dtype: torch.dtype) -> torch.dtype:
@@ -136,8 +155,10 @@ def check_are_tensors(x, weight, bias) -> None:
 
 
 def _save(device, compute_dtype, activation, tuned=None) -> int:
-    """Whether the forward writes the mask: kernels read 1 bit instead of 16; torch selects faster by `out` itself."""
-    return int(activation != Activation.NONE and torch.is_grad_enabled() and writes_mask(device, compute_dtype, tuned))
+    """Whether the forward writes `saved`. A ReLU's mask is for kernels: torch selects faster by `out` itself."""
+    if activation == Activation.NONE or not torch.is_grad_enabled():
+        return 0
+    return int(activation != Activation.RELU or writes_mask(device, compute_dtype, tuned))
 
 
 def writes_mask(device, compute_dtype, tuned=None) -> bool:
@@ -158,6 +179,16 @@ def empty_mask(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """An uninitialized mask for `rows` x `columns` outputs, on the device of `like`."""
     words = (columns + 31) // 32
     return like.new_empty_strided((rows, words), (mask_pitch(columns), 1), dtype=torch.int32)
+
+
+def empty_saved(x: torch.Tensor, columns: int, activation: int, compute_dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialized memory for what `activation` saves of an output of `columns` for each row of x (*, K)."""
+    rows = math.prod(x.shape[:-1])
+    if activation == Activation.NONE:
+        return x.new_empty(0, dtype=torch.int32)
+    if activation == Activation.RELU:
+        return empty_mask(x, rows, columns)
+    return x.new_empty((rows, columns), dtype=compute_dtype)
 
 
 # ----- checks ---------------------------------------------------------------
@@ -201,14 +232,22 @@ def _check_activation(op: str, name: str, activation: int) -> None:
 
 
 def _check_saved(op: str, name: str, saved, activation: int, what: str, shape: tuple[int, ...], device) -> None:
-    """What backward selects by: the mask of an output of `shape`, or that output, called `what`."""
+    """What backward reads of an output of `shape`: a ReLU's mask or that output, called `what`; else the pre-activation."""
     if activation == Activation.NONE:
         return
-    mask = (math.prod(shape[:-1]), (shape[-1] + 31) // 32)
-    by_mask = saved is not None and saved.dtype == torch.int32 and saved.shape == mask
-    if not by_mask and (saved is None or saved.dtype not in DTYPES or saved.shape != shape):
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    mask = (rows, (columns + 31) // 32)
+    wide = saved is not None and saved.dtype in DTYPES
+    if activation == Activation.RELU:
+        by_mask = saved is not None and saved.dtype == torch.int32 and saved.shape == mask
+        good = by_mask or (wide and saved.shape == shape)
+        expected = f"the mask {mask} int32 or {what}"
+    else:
+        good = wide and saved.shape == (rows, columns)
+        expected = f"the pre-activation {(rows, columns)}"
+    if not good:
         got = "None" if saved is None else f"{tuple(saved.shape)} {saved.dtype}"
-        raise RuntimeError(f"{op}: {name} must be the mask {mask} int32 or {what}, got {got}")
+        raise RuntimeError(f"{op}: {name} must be {expected}, got {got}")
     if saved.device != device:
         raise RuntimeError(f"{op}: {name} is on {saved.device}, expected {device}")
 
@@ -269,9 +308,7 @@ def _check_backward(
 
 def _fake(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, *_):
     columns = weight.shape[0]
-    saved = x.new_empty(0, dtype=torch.int32)
-    if save and activation != Activation.NONE:
-        saved = empty_mask(x, math.prod(x.shape[:-1]), columns)
+    saved = empty_saved(x, columns, activation if save else Activation.NONE, compute_dtype)
     x_compute = x.new_empty(x.shape if x.dtype != compute_dtype else 0, dtype=compute_dtype)
     return x.new_empty((*x.shape[:-1], columns), dtype=out_dtype), saved, x_compute
 
@@ -348,9 +385,12 @@ def _setup_context(ctx, inputs, output):
     out, saved, x_compute = output
     moved_up, saved_below, activation_below, bias_below = seam or (False, None, 0, None)
     ctx.activation = Activation.NONE if moved_up else activation
-    selector = None if ctx.activation == Activation.NONE else saved if save else out
+    if ctx.activation == Activation.NONE:
+        kept = None
+    else:
+        kept = saved if save else out if ctx.activation == Activation.RELU else None
     kept_x = None if not ctx.needs_input_grad[1] else x_compute if x.dtype != compute_dtype else x
-    ctx.save_for_backward(kept_x, weight, weight_copy, selector, saved_below)
+    ctx.save_for_backward(kept_x, weight, weight_copy, kept, saved_below)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(saved, x_compute)
     ctx.compute_dtype, ctx.x_dtype = compute_dtype, x.dtype
@@ -367,11 +407,11 @@ def _backward(ctx, grad_out, grad_saved, grad_x_compute):
     wanted = (x_wanted or ctx.grad_bias_below_dtype is not None, weight_wanted, bias_wanted and not ctx.moved_up)
     if grad_out is None or not any(wanted):
         return (None,) * 14
-    x, weight, weight_copy, selector, saved_below = ctx.saved_tensors
+    x, weight, weight_copy, saved, saved_below = ctx.saved_tensors
     may_be_differentiated = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     op = _LinearActBackward.apply if may_be_differentiated else backward_op
     args = (
-        grad_out, x, weight, weight_copy, selector, ctx.activation, ctx.compute_dtype,
+        grad_out, x, weight, weight_copy, saved, ctx.activation, ctx.compute_dtype,
         ctx.x_dtype, ctx.grad_weight_dtype, ctx.grad_bias_dtype, list(wanted),
     )  # fmt: skip
     if below and wanted[0]:

@@ -15,7 +15,7 @@ import torch
 from mpkernels import _table
 from mpkernels._dispatch import triton_why_not
 from mpkernels.ops._cast import cast
-from mpkernels.ops.linear_act import Activation, acc_dtype, empty_mask
+from mpkernels.ops.linear_act import Activation, acc_dtype, empty_saved
 from mpkernels.ops.linear_act.tiles import TMA_SMS, Operand, plan
 
 try:
@@ -40,15 +40,14 @@ def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtyp
     lead, (N, K) = x.shape[:-1], weight.shape
     x_compute = cast(x, compute_dtype) if x.dtype != compute_dtype else x.new_empty(0)
     operand = x_compute if x.dtype != compute_dtype else x
-    relu = activation == Activation.RELU
-    mask = empty_mask(x, lead.numel(), N) if save and relu else None
+    saved = empty_saved(x, N, activation if save else Activation.NONE, compute_dtype)
     M, b = lead.numel(), _operand(weight, weight_copy)
     tile = None if batch_invariant else _tuned(x.device, "fprop", M, N, K, activation, compute_dtype, b.dtype, out_dtype)
     out = _gemm(
         operand.reshape(M, K), b.t(), out_dtype, tile,
-        bias=bias, relu=relu, mask=mask, batch_invariant=batch_invariant,
+        bias=bias, activation=activation, saved=saved if save else None, batch_invariant=batch_invariant,
     )  # fmt: skip
-    return out.view(*lead, N), x.new_empty(0, dtype=torch.int32) if mask is None else mask, x_compute
+    return out.view(*lead, N), saved, x_compute
 
 
 def linear_act_backward(
@@ -59,19 +58,20 @@ def linear_act_backward(
     M = lead.numel()
     grad_z, grad_bias = _select(
         grad_out.reshape(M, N),
-        _selector(saved, activation, M, N),
+        _matrix(saved, activation, M, N),
+        activation,
         compute_dtype,
         output_mask[0] or output_mask[1],
         grad_bias_dtype if output_mask[2] else None,
     )
     grad_x = grad_weight = grad_bias_below = None
     if output_mask[0]:
-        operand, selector = _operand(weight, weight_copy), _selector(saved_below, activation_below, M, K)
-        if selector is None and grad_bias_below_dtype is None:
+        operand, saved_below = _operand(weight, weight_copy), _matrix(saved_below, activation_below, M, K)
+        if saved_below is None and grad_bias_below_dtype is None:
             tile = _tuned(weight.device, "dgrad", M, N, K, 0, compute_dtype, operand.dtype, grad_x_dtype)
             grad_x = _gemm(grad_z, operand, grad_x_dtype, tile)
         else:
-            args = (grad_z, operand, grad_x_dtype, selector, compute_dtype, grad_bias_below_dtype)
+            args = (grad_z, operand, grad_x_dtype, saved_below, activation_below, compute_dtype, grad_bias_below_dtype)
             grad_x, grad_bias_below = _dgrad_below(*args)
         grad_x = grad_x.view(*lead, K)
     if output_mask[1]:
@@ -86,8 +86,8 @@ def _operand(weight, weight_copy):
     return weight if weight_copy is None else weight_copy
 
 
-def _selector(saved, activation, rows, columns):
-    """What `saved` selects by, as a matrix: the mask, or the output; None where there is nothing to select."""
+def _matrix(saved, activation, rows, columns):
+    """`saved` as a matrix: a mask, an output, a pre-activation; None where there is no activation."""
     if activation == Activation.NONE:
         return None
     return saved if saved.dtype == torch.int32 else saved.reshape(rows, columns)
@@ -100,8 +100,8 @@ def _tuned(device, *question):
     return None if entry is None else entry.tile
 
 
-def _gemm(a, b, out_dtype, tile=None, *, bias=None, relu=False, mask=None, batch_invariant=False):
-    """round(act(a @ b + bias)) for a (M, K) and b (K, N) of any stride; `mask` is filled where it is given."""
+def _gemm(a, b, out_dtype, tile=None, *, bias=None, activation=Activation.NONE, saved=None, batch_invariant=False):
+    """round(act(a @ b + bias)) for a (M, K) and b (K, N) of any stride; `saved` is filled where it is given."""
     M, K, N = *a.shape, b.shape[1]
     out = a.new_empty((M, N), dtype=out_dtype)
     if out.numel() == 0:
@@ -111,13 +111,17 @@ def _gemm(a, b, out_dtype, tile=None, *, bias=None, relu=False, mask=None, batch
         b = cast(b, a.dtype)
     if batch_invariant and (a.stride() != (K, 1) or a.data_ptr() % 16):
         a = a.clone(memory_format=torch.contiguous_format)  # so that how it lies does not decide, either
-    chosen = plan(*device, Operand.of(a), Operand.of(b), Operand.of(out), tile, batch_invariant=batch_invariant)
+    relu = activation == Activation.RELU
+    mask, pre = (saved, None) if relu else (None, saved if activation else None)
+    smooth = activation not in (Activation.NONE, Activation.RELU)
+    operands = (Operand.of(a), Operand.of(b), Operand.of(out))
+    chosen = plan(*device, *operands, tile, rich=smooth, batch_invariant=batch_invariant)
     stride_bias, stride_mask = 0 if bias is None else bias.stride(0), 0 if mask is None else mask.stride(0)
     with torch.cuda.device_of(a):
         if not chosen.by_tma:
             kernels.gemm_kernel[chosen.grid](
-                a, b, bias, out, mask, None, None, M, N, K, *a.stride(), *b.stride(), stride_bias, stride_mask, 0, 0,
-                RELU=relu, **chosen.options,
+                a, b, bias, out, mask, pre, None, None, M, N, K, *a.stride(), *b.stride(), stride_bias, stride_mask, 0, 0,
+                ACTIVATION=int(activation), ACTIVATION_BELOW=0, **chosen.options,
             )  # fmt: skip
             return out
         contextvars.copy_context().run(
@@ -127,20 +131,21 @@ def _gemm(a, b, out_dtype, tile=None, *, bias=None, relu=False, mask=None, batch
     return out
 
 
-def _dgrad_below(grad_z, weight, grad_x_dtype, selector, compute_dtype, grad_bias_dtype):
-    """(grad_x of the layer below, selected by `selector` where it is given; its sums unrounded, None where not wanted)."""
+def _dgrad_below(grad_z, weight, grad_x_dtype, saved, activation, compute_dtype, grad_bias_dtype):
+    """(grad_x before the activation of the layer below, which kept `saved`; its sums unrounded, None where not wanted)."""
     M, N, K = grad_z.shape[0], *weight.shape
     grad_x = grad_z.new_empty((M, K), dtype=grad_x_dtype)
     operands = (Operand.of(grad_z), Operand.of(weight), Operand.of(grad_x))
-    chosen = plan(*_device(grad_z.device), *operands, by_pointers=True)
+    chosen = plan(*_device(grad_z.device), *operands, rich=True)
     partial = None
     if grad_bias_dtype is not None:
         partial = grad_z.new_empty((-(-M // chosen.options["BLOCK_M"]), K), dtype=acc_dtype(compute_dtype))
     if grad_x.numel():
         with torch.cuda.device_of(grad_z):
             kernels.gemm_kernel[chosen.grid](
-                grad_z, weight, None, grad_x, None, selector, partial, M, K, N, *grad_z.stride(), *weight.stride(), 0, 0,
-                *((0, 0) if selector is None else selector.stride()), RELU=False, **chosen.options,
+                grad_z, weight, None, grad_x, None, None, saved, partial, M, K, N, *grad_z.stride(), *weight.stride(), 0, 0,
+                *((0, 0) if saved is None else saved.stride()), ACTIVATION=0, ACTIVATION_BELOW=int(activation),
+                **chosen.options,
             )  # fmt: skip
     return grad_x, None if partial is None else _sum(partial, grad_bias_dtype)
 
@@ -157,7 +162,7 @@ def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def _select(grad_out, saved, compute_dtype, wants_grad_z, grad_bias_dtype):
+def _select(grad_out, saved, activation, compute_dtype, wants_grad_z, grad_bias_dtype):
     """(grad_z in compute_dtype, grad_bias), None where not wanted; grad_out itself where it already is grad_z."""
     M, N = grad_out.shape
     is_grad_z = saved is None and grad_out.dtype == compute_dtype
@@ -170,7 +175,7 @@ def _select(grad_out, saved, compute_dtype, wants_grad_z, grad_bias_dtype):
         if grad_out.numel() and (grad_z is not None or partial is not None):
             strides = (*grad_out.stride(), *((0, 0) if saved is None else saved.stride()))
             kernels.select_kernel[(-(-M // SELECT_ROWS) * tiles_n,)](
-                grad_out, saved, grad_z, partial, M, N, *strides, ROWS=SELECT_ROWS, **SELECT
+                grad_out, saved, grad_z, partial, M, N, *strides, ACTIVATION=int(activation), ROWS=SELECT_ROWS, **SELECT
             )
     grad_bias = None if partial is None else _sum(partial, grad_bias_dtype)
     return grad_out if is_grad_z else grad_z, grad_bias

@@ -7,18 +7,30 @@ NOTE: every load is masked on every edge, K on BOTH operands: 0 times the NaN be
 import triton
 import triton.language as tl
 
+from mpkernels.ops.linear_act import Activation
+
+NONE, RELU, RELU2, GELU, GELU_TANH = (tl.constexpr(int(a)) for a in list(Activation)[:-1])  # else it is SILU
+STEEP = tl.constexpr(1000.0)  # from here on slopes of gelu and silu are 0 or 1, and at infinity their formulas are NaN
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+ONE_OVER_SQRT_TWO_PI = tl.constexpr(0.3989422804014327)
+TWO_SQRT_TWO_OVER_PI = tl.constexpr(1.5957691216057308)
+CUBIC = tl.constexpr(0.044715)
+# NOTE: in a product the tensor stands first; the interpreter makes a constexpr of a constexpr times a tensor.
+
 
 @triton.jit
 def gemm_kernel(
-    a_ptr, b_ptr, bias_ptr, out_ptr, mask_ptr, saved_ptr, partial_ptr, M, N, K,
+    a_ptr, b_ptr, bias_ptr, out_ptr, mask_ptr, pre_ptr, saved_ptr, partial_ptr, M, N, K,
     stride_am, stride_ak, stride_bk, stride_bn, stride_bias, stride_mask, stride_sm, stride_sn,
-    RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    ACTIVATION: tl.constexpr, ACTIVATION_BELOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """out (M, N), contiguous, = round(act(a (M, K) @ b (K, N) + bias)): fprop with weight.T as b, dgrad, wgrad.
 
-    b is rounded to a's dtype as it is loaded. bias_ptr and mask_ptr may be None; the mask is that of the op's contract.
-    dgrad for the layer below: out is selected by saved_ptr (a mask or an output), and partial_ptr (tiles of M, N) takes the
-    unrounded sums of each tile's columns; both may be None.
+    b is rounded to a's dtype as it is loaded. bias_ptr, mask_ptr (of the op's contract) and pre_ptr (M, N), which takes what
+    the activation is applied to, may be None.
+    dgrad for the layer below: out is times the slope of its activation at saved_ptr, and partial_ptr (tiles of M, N) takes
+    the unrounded sums of each tile's columns; both may be None.
     """
     # ----- map program to tile: GROUP_M rows of tiles share columns of b in L2
     pid = tl.program_id(0)
@@ -51,17 +63,19 @@ def gemm_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns * stride_bias, mask=column_inside, other=0.0)
         acc += bias.to(acc.dtype)[None, :]
-    if RELU:
-        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    inside = row_inside[:, None] & column_inside[None, :]
+    if pre_ptr is not None:
+        pre = acc.to(pre_ptr.dtype.element_ty)  # round: accumulator -> compute dtype
+        tl.store(pre_ptr + rows[:, None] * N + columns[None, :], pre, mask=inside)
+    acc = activate(acc, ACTIVATION)
     if saved_ptr is not None:
-        inside = row_inside[:, None] & column_inside[None, :]
-        acc = tl.where(_zero(saved_ptr, rows, columns, stride_sm, stride_sn, inside), 0.0, acc)
+        acc = _through(acc, saved_ptr, rows, columns, stride_sm, stride_sn, inside, ACTIVATION_BELOW)
     if partial_ptr is not None:
         sums = tl.sum(tl.where(row_inside[:, None], acc, 0.0), axis=0)  # behind the edge 0 * inf is NaN
         tl.store(partial_ptr + pid_m.to(tl.int64) * N + columns, sums, mask=column_inside)
     out = acc.to(out_ptr.dtype.element_ty)  # round: accumulator -> out_dtype
     # ----- store
-    tl.store(out_ptr + rows[:, None] * N + columns[None, :], out, mask=row_inside[:, None] & column_inside[None, :])
+    tl.store(out_ptr + rows[:, None] * N + columns[None, :], out, mask=inside)
     if mask_ptr is not None:
         words = _pack(tl.where(out <= 0, 0, 1), BLOCK_M, BLOCK_N)  # NaN is 1
         word = first_column // 32 + tl.arange(0, BLOCK_N // 32)
@@ -69,6 +83,53 @@ def gemm_kernel(
         words &= ((1 << bits) - 1).to(tl.int32)[None, :]  # the others may be NaN's
         inside = row_inside[:, None] & (bits > 0)[None, :]
         tl.store(mask_ptr + rows[:, None] * stride_mask + word[None, :], words, mask=inside)
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    """act(z) in the dtype of z."""
+    if ACTIVATION == NONE:
+        return z
+    if ACTIVATION == RELU:
+        return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if ACTIVATION == RELU2:
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return z * z
+    if ACTIVATION == GELU:
+        return z * (0.5 * (1.0 + tl.erf(z * SQRT_HALF)))
+    if ACTIVATION == GELU_TANH:
+        return z * _sigmoid((z + z * z * z * CUBIC) * TWO_SQRT_TWO_OVER_PI)
+    return z * _sigmoid(z)
+
+
+@triton.jit
+def slope(z, ACTIVATION: tl.constexpr):
+    """act'(z) in the dtype of z, of what is not selected."""
+    if ACTIVATION == RELU2:
+        return 2.0 * tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    z = tl.where(z > STEEP, STEEP, tl.where(z < -STEEP, -STEEP, z))  # NaN stays
+    if ACTIVATION == GELU:
+        return 0.5 * (1.0 + tl.erf(z * SQRT_HALF)) + z * ONE_OVER_SQRT_TWO_PI * tl.exp(z * z * -0.5)
+    if ACTIVATION == GELU_TANH:
+        t = (z + z * z * z * CUBIC) * TWO_SQRT_TWO_OVER_PI
+        return _sigmoid(t) * (1.0 + z * _sigmoid(-t) * (1.0 + z * z * 3.0 * CUBIC) * TWO_SQRT_TWO_OVER_PI)
+    return _sigmoid(z) * (1.0 + z * _sigmoid(-z))
+
+
+@triton.jit
+def _sigmoid(t):
+    return 1.0 / (1.0 + tl.exp(-t))
+
+
+@triton.jit
+def _through(grad, saved_ptr, rows, columns, stride_sm, stride_sn, inside, ACTIVATION: tl.constexpr):
+    """The gradient before the activation: selected by a ReLU's mask or output, else times the slope at the pre-activation."""
+    if ACTIVATION == RELU:
+        return tl.where(_zero(saved_ptr, rows, columns, stride_sm, stride_sn, inside), 0.0, grad)
+    z = tl.load(saved_ptr + rows[:, None] * stride_sm + columns[None, :] * stride_sn, mask=inside, other=0.0)
+    z = z.to(tl.float64 if z.dtype == tl.float64 else tl.float32)
+    product = grad.to(z.dtype) * slope(z, ACTIVATION)
+    return tl.where(z <= 0, 0.0, product) if ACTIVATION == RELU2 else product
 
 
 @triton.jit
@@ -81,11 +142,12 @@ def _pack(bits, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def select_kernel(
     grad_out_ptr, saved_ptr, grad_z_ptr, partial_ptr, M, N, stride_gm, stride_gn, stride_sm, stride_sn,
-    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """grad_z (M, N), contiguous, = select(saved, grad_out), and the sums of each ROWS rows of it, unrounded.
+    """grad_z (M, N), contiguous, = grad_out * act'(saved), and the sums of each ROWS rows of it, unrounded.
 
-    saved: the mask (int32), or the output, or None. grad_z_ptr and partial_ptr (M / ROWS, N) may be None.
+    saved: a ReLU's mask (int32) or output, else the pre-activation, or None. grad_z_ptr and partial_ptr (M / ROWS, N) may
+    be None.
     """
     # ----- map program to tile
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -99,8 +161,7 @@ def select_kernel(
         inside = (rows < M)[:, None] & (columns < N)[None, :]
         grad_z = tl.load(grad_out_ptr + rows[:, None] * stride_gm + columns[None, :] * stride_gn, mask=inside, other=0.0)
         if saved_ptr is not None:
-            zero = _zero(saved_ptr, rows, columns, stride_sm, stride_sn, inside)
-            grad_z = tl.where(zero, 0.0, grad_z)
+            grad_z = _through(grad_z, saved_ptr, rows, columns, stride_sm, stride_sn, inside, ACTIVATION)
         # ----- store
         if grad_z_ptr is not None:
             rounded = grad_z.to(grad_z_ptr.dtype.element_ty)  # round: grad_out's dtype -> compute dtype

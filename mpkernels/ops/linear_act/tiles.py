@@ -71,20 +71,23 @@ _INTERPRETER_TMA = {
 
 # A card that has fewer tiles than this to work on idles: take a smaller tile then.
 ENOUGH_TILES = 100
+LARGEST_RICH = 128 * 128  # elements of a tile whose epilogue reads or computes more: 128 registers of a thread are the sums
 INVARIANT_M = 1024  # of the tile that batch_invariant takes for every M
 
 
-def tiles(sm: int, a: torch.dtype, b: torch.dtype, vectors: bool) -> tuple[Tile, ...]:
+def tiles(sm: int, a: torch.dtype, b: torch.dtype, vectors: bool, rich: bool = False) -> tuple[Tile, ...]:
     """The tiles for operands of dtypes a and b on `sm` (90; 0 is the interpreter), from large to small.
 
-    vectors: whether they and the result can be read and written 16 bytes at a time.
+    vectors: whether they and the result can be read and written 16 bytes at a time. rich: see `plan`; large tiles spill then.
     """
     if sm == 0:
         return (_INTERPRETER,)
     by_kind = _BY_SM.get(sm, _SM80)
     if a.itemsize > 2:
-        return by_kind["single" if a.itemsize == 4 else "double"]
-    return by_kind["ragged" if not vectors else "half" if b.itemsize == 2 else "mixed"]
+        kind = "single" if a.itemsize == 4 else "double"
+    else:
+        kind = "ragged" if not vectors else "half" if b.itemsize == 2 else "mixed"
+    return tuple(tile for tile in by_kind[kind] if not rich or tile.BLOCK_M * tile.BLOCK_N <= LARGEST_RICH)
 
 
 def tma_tiles(sm: int, out: torch.dtype, specializes: bool) -> tuple[TmaTile, ...]:
@@ -147,28 +150,31 @@ class Plan(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def plan(
     sm: int, programs: int, specializes: bool, a: Operand, b: Operand, out: Operand, tuned: tuple | None = None, *,
-    by_pointers=False, batch_invariant=False,
+    rich=False, batch_invariant=False,
 ) -> Plan:  # fmt: skip
     """The kernel for out (M, N) = a (M, K) @ b (K, N) on a GPU that has room for `programs` persistent programs.
 
     tuned: the (name, value) pairs of a tile from a tuned table; left aside where the other kernel has to serve.
-    by_pointers: what only the pointer kernel does. batch_invariant: one tile for every M, another may sum in another order.
+    rich: the epilogue does more than bias, ReLU and mask, as the pointer kernel alone can. batch_invariant: one tile for
+    every M, another may sum in another order.
     """
     M, N = out.shape
     rows = INVARIANT_M if batch_invariant else M
-    by_tma = not by_pointers and tma_why_not(sm, a, b, out) is None
-    tile = _tile(tuned, by_tma) or choose(rows, N, candidates(sm, specializes, a, b, out, by_tma))
+    by_tma = not rich and tma_why_not(sm, a, b, out) is None
+    tile = _tile(tuned, by_tma) or choose(rows, N, candidates(sm, specializes, a, b, out, by_tma, rich))
     if by_tma:
         majors = {"A_IS_KM": a.inner == 0, "B_IS_NK": b.inner == 0}
         return Plan(True, (min(programs, count(M, N, tile)),), asdict(tile) | majors)
     return Plan(False, (count(M, N, tile),), asdict(tile))
 
 
-def candidates(sm: int, specializes: bool, a: Operand, b: Operand, out: Operand, by_tma: bool) -> tuple[Tile, ...]:
-    """The tiles that a GEMM may run with, from large to small."""
+def candidates(
+    sm: int, specializes: bool, a: Operand, b: Operand, out: Operand, by_tma: bool, rich: bool = False
+) -> tuple[Tile, ...]:
+    """The tiles that a GEMM may run with, from large to small; `rich` as of `plan`."""
     if by_tma:
         return tma_tiles(sm, out.dtype, specializes)
-    return tiles(sm, a.dtype, b.dtype, all(map(_vectors, (a, b, out))))
+    return tiles(sm, a.dtype, b.dtype, all(map(_vectors, (a, b, out))), rich)
 
 
 def _tile(tuned: tuple | None, by_tma: bool) -> Tile | None:
