@@ -221,3 +221,13 @@ def test_policy_default_context_does_not_leak_into_threads():
         thread.start()
         thread.join()
     assert seen == [None]
+
+
+def test_policy_batch_invariant_is_parsed_and_printed():
+    policy = Policy.parse("mixed_float16,batch_invariant")
+    assert policy.batch_invariant
+    assert str(policy) == "mixed_float16,batch_invariant"
+    assert Policy.parse(str(policy)) == policy
+    assert not Policy.parse("mixed_float16").batch_invariant
+    with pytest.raises(ValueError, match="batch_invariant must be True or False, got 1"):
+        Policy(torch.float32, torch.float16, batch_invariant=1)
