@@ -72,10 +72,10 @@ class MPLinear(nn.Linear):
         """None or "relu"."""
         return None if self._activation == Activation.NONE else self._activation.name.lower()
 
-    def forward(self, x: torch.Tensor, below: Seam | None = None, above: Seam | None = None) -> torch.Tensor:
-        """The layer's output. below, above: for MPMLP."""
+    def forward(self, input: torch.Tensor, below: Seam | None = None, above: Seam | None = None) -> torch.Tensor:
+        """The layer's output; `input` as nn.Linear calls it. below, above: for MPMLP."""
         copy = self._weight_copy()
-        return functional.forward(x, self.weight, self.bias, copy, self._activation, self.policy, below, above)
+        return functional.forward(input, self.weight, self.bias, copy, self._activation, self.policy, below, above)
 
     def _weight_copy(self) -> torch.Tensor | None:
         """The weight in the compute dtype where one is kept. Only eager training reads the optimizer's."""
