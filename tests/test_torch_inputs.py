@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inputs of torch's own suite for linear, and torch.library.opcheck on 30 samples of linear_act."""
+
+import itertools
+
+import pytest
+import torch
+from bounds import check_forward
+from torch.testing._internal import common_methods_invocations, common_modules
+
+import mpkernels as mpk
+from mpkernels.ops.linear_act import Activation
+
+OPINFO = next(op for op in common_methods_invocations.op_db if op.name == "nn.functional.linear")
+MODULE = next(module for module in common_modules.module_db if module.module_cls is torch.nn.Linear)
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@by_dtype
+def test_functional_on_torchs_inputs(dtype):
+    samples = list(OPINFO.sample_inputs("cpu", dtype, requires_grad=True))
+    assert samples
+    for sample in samples:
+        x, (weight, *bias) = sample.input, sample.args
+        if weight.dim() != 2:
+            continue  # F.linear takes a vector for a weight; a layer has none
+        out, expected = mpk.functional.linear_act(x, weight, *bias), torch.nn.functional.linear(x, weight, *bias)
+        assert (out.shape, out.dtype) == (expected.shape, expected.dtype)
+        check_forward(out, x.detach(), weight.detach(), bias[0].detach() if bias else None, None, dtype)
+
+
+@by_dtype
+def test_module_on_torchs_inputs(dtype):
+    for sample in MODULE.module_inputs_func(MODULE, "cpu", dtype, requires_grad=True, training=True):
+        args, kwargs = sample.constructor_input.args, sample.constructor_input.kwargs
+        layer = mpk.MPLinear(*args, **kwargs, dtype=dtype)
+        call = sample.forward_input
+        x = call.args[0] if call.args else call.kwargs["input"]
+        out, expected = layer(*call.args, **call.kwargs), torch.nn.functional.linear(x, layer.weight, layer.bias)
+        assert (out.shape, out.dtype) == (expected.shape, expected.dtype)
+        check_forward(out, x.reshape(-1, x.shape[-1]), layer.weight, layer.bias, None, dtype)
+
+
+SAMPLES = list(
+    itertools.islice(
+        itertools.product(
+            [(), (0,), (1,), (2, 3), (5,)],
+            [(torch.float32, torch.float16), (torch.float64, torch.float32), (torch.bfloat16, torch.bfloat16)],
+            [Activation.NONE, Activation.RELU],
+        ),
+        30,
+    )
+)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("lead, dtypes, activation", SAMPLES)
+def test_linear_act_opcheck_on_samples(lead, dtypes, activation):
+    param, compute = dtypes
+    K, N = (1, 33) if len(lead) == 2 else (9, 5)
+    x, weight, bias = (torch.randn(shape, dtype=param) for shape in ((*lead, K), (K, N), (2 * N,)))
+    tensors = [x.requires_grad_(), weight.t().requires_grad_(), bias[::2].requires_grad_()]  # strided
+    for save in {0, int(activation)}:
+        args = (*tensors, None, int(activation), compute, param, save)
+        torch.library.opcheck(torch.ops.mpkernels.linear_act.default, args)
