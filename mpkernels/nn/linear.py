@@ -16,7 +16,8 @@ class MPLinear(nn.Linear):
     """`act(x @ weight.T + bias)` with parameters, arithmetic and output in the dtypes of a policy.
 
     in_features, out_features, bias, device, dtype: as `nn.Linear`; dtype None means the policy's param_dtype.
-    activation: None or "relu". policy: a Policy, its name, or None: `mpk.set_default_policy`'s, else as `nn.Linear`.
+    activation: None, "relu", "relu2", "gelu", "gelu_tanh" or "silu"; the op's module says what each keeps for backward.
+    policy: a Policy, its name, or None: `mpk.set_default_policy`'s, else as `nn.Linear`.
     The state_dict has the keys `weight` and `bias` and nothing else.
     Raises TypeError and ValueError for sizes that are not natural numbers, ValueError for an unknown activation or policy.
     """
@@ -69,7 +70,7 @@ class MPLinear(nn.Linear):
 
     @property
     def activation(self) -> str | None:
-        """None or "relu"."""
+        """Its name, or None."""
         return None if self._activation == Activation.NONE else self._activation.name.lower()
 
     def forward(self, input: torch.Tensor, below: Seam | None = None, above: Seam | None = None) -> torch.Tensor:

@@ -18,7 +18,7 @@ from mpkernels.policy import Policy, get_default_policy
 class MPMLP(nn.Sequential):
     """MPLinears one after another, an Identity where an activation module would be: the keys are nn.Sequential's.
 
-    sizes: features from the input's to the output's, at least two. activation: None or "relu", after every layer but the
+    sizes: features from the input's to the output's, at least two. activation: as MPLinear's, after every layer but the
     last, which has output_activation. bias, device, dtype, policy: as MPLinear.
     x: (*, sizes[0]); returns (*, sizes[-1]). Values and gradients are those of the layers one by one. Under `mixed_*` the
     activations between layers are in the compute dtype, the result in the policy's output_dtype, else the parameters'.
