@@ -11,7 +11,7 @@ from mpkernels.policy import Policy
 def linear_act(x, weight, bias=None, activation=None, policy=None):
     """`act(x @ weight.T + bias)`, rounded once.
 
-    x: (*, K); weight: (N, K); bias: (N,) or None; returns (*, N). activation: None or a name, as MPLinear's. policy: a Policy, its name,
+    x: (*, K); weight: (N, K); bias: (N,) or None; returns (*, N). activation: as MPLinear. policy: a Policy, its name,
     or None: as `F.linear`, under `torch.autocast` too. With a policy its compute_dtype wins over autocast, and gradients
     of weight and bias have its grad_dtype, else their own dtype.
     Raises RuntimeError for shapes, dtypes, devices or layouts that do not fit, TypeError for what is not a tensor,
