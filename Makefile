@@ -9,12 +9,13 @@ LIBRARY := mpkernels/_C.abi3.so
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export MAX_JOBS ?= 2
 
-.PHONY: help demo test sweep lint wheel build clean
+.PHONY: help demo test sweep bench lint wheel build clean
 
 help:
 	@echo "make demo    train digits under every policy (demo/results.json, demo/loss.png)"
 	@echo "make test    lint, build, and every test that takes less than 12 minutes together"
 	@echo "make sweep   the long tests: all tiles x architectures ahead of time, large sweeps (FULL=1 for more)"
+	@echo "make bench   check and time every op against its peers (QUICK=1: less than ten minutes)"
 	@echo "make wheel   one wheel for every supported torch and Python, in dist/"
 	@echo "make lint    ruff and clang-format"
 
@@ -26,6 +27,9 @@ test: lint build
 
 sweep: build
 	$(PY) -m pytest -n 2 -m sweep
+
+bench: build
+	$(PY) -m bench $(if $(QUICK),--quick) --out bench/results/$(if $(shell command -v nvidia-smi),gpu,cpu).jsonl
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

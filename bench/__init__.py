@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks: every case is checked against the reference before it is timed."""
+"""Benchmarks: `python -m bench` checks every case against fp64, times it, and writes rows."""

@@ -1,69 +1,193 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linear_act on the CPU, forward and backward, against what torch can do with the same fp16 tensors.
+"""linear_act with ReLU against what torch makes of the same 16-bit tensors, forward, backward and both.
 
-python -m bench.linear_act [--rounds 9]     one thread, process time; prints one JSON row per case and contender
+Everyone gets the same random x, weight, bias and grad_out, in tensors of their own. Backward runs on a graph that is kept,
+so that a peer who casts has its casts from forward.
 """
+
+import contextlib
+import functools
 
 import torch
 import torch.nn.functional as F
+from torch._functorch import config as functorch_config
 
-from bench.rows import main
-from bench.timing import interleave, ratio, summary
+from bench.cases import LinearAct
+from bench.contender import OURS, Contender, Missing, check_peer, numerics, sample
 from mpkernels.ops.linear_act import Activation, linear_act, reference
+from tests import bounds
 
-SHAPES = ((64, 784, 512), (256, 1024, 1024), (512, 1024, 4096), (1, 4096, 4096))
-HALF = torch.float16
+SLOW_FORWARD, SLOW_BACKWARD = 3 << 30, 3 << 28  # M * K * N from which torch's own fp16 takes seconds on a CPU
 
 
-def forward_contenders(M, K, N):
-    """fp16 storage, fp32 arithmetic; the baseline is what oneDNN does with fp32 copies of the same tensors."""
-    x, weight, bias = torch.randn(M, K).half(), torch.randn(N, K).half(), torch.randn(N).half()
-    pointwise = torch.ops.mkldnn._linear_pointwise
+@contextlib.contextmanager
+def onednn_fp32():
+    """Send torch's fp32 GEMMs to oneDNN. NOTE: on a CPU with AMX this means bf16; the error column shows it."""
+    setting = torch.backends.mkldnn.matmul
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
 
-    def ours():
-        return linear_act(x, weight, bias, activation=Activation.RELU, compute_dtype=HALF, out_dtype=HALF)
 
-    expected = reference.linear_act(x, weight, bias, Activation.RELU, HALF)
-    error = (ours().double() - expected).norm() / (expected.half().double() - expected).norm()
-    assert error < 1.001, f"forward is {error} times the best rounding away from fp64"
-    contenders = {
-        "mpkernels": ours,
-        "oneDNN on fp32 copies": lambda: pointwise(x.float(), weight.float(), bias.float(), "relu", [], "").half(),
-        "MKL on fp32 copies": lambda: F.linear(x.float(), weight.float(), bias.float()).relu_().half(),
+# ----- what computes out from x, weight, bias ---------------------------------------------------------------
+
+
+def ours(x, weight, bias):
+    return linear_act(x, weight, bias, activation=Activation.RELU, compute_dtype=weight.dtype, out_dtype=weight.dtype)
+
+
+def torch_linear(x, weight, bias):
+    return F.linear(x, weight, bias).relu()
+
+
+def upcast_mkl(x, weight, bias):
+    return F.linear(x.float(), weight.float(), bias.float()).relu().to(x.dtype)
+
+
+def upcast_onednn(x, weight, bias):
+    with onednn_fp32():
+        return upcast_mkl(x, weight, bias)
+
+
+def upcast_onednn_fused(x, weight, bias):
+    out = torch.ops.mkldnn._linear_pointwise(x.float(), weight.float(), bias.float(), "relu", [], "")
+    return out.to(x.dtype)
+
+
+def fp32_onednn(x, weight, bias):
+    with onednn_fp32():
+        return torch_linear(x, weight, bias)
+
+
+def addmm_activation(x, weight, bias):
+    return torch._addmm_activation(bias, x, weight.t())
+
+
+def autocast(x, weight, bias):
+    with torch.autocast(x.device.type, x.dtype):
+        return torch_linear(x, weight, bias)
+
+
+@functools.cache
+def compiled(mode: str):
+    functorch_config.donated_buffer = False  # the graph is kept from round to round
+    return torch.compile(torch_linear, mode=mode, dynamic=False)
+
+
+def quack(x, weight, bias):
+    """Dao-AILab's CuTe kernels, where installed."""
+    from quack.gemm_interface import gemm_act
+
+    return gemm_act(x, weight.t(), bias=bias, activation="relu", store_preact=False)[1]
+
+
+def functions(case: LinearAct, device: torch.device) -> dict[str, tuple]:
+    """name: (function, dtype of x, dtype of weight and bias)."""
+    D, f32, bf16 = getattr(torch, case.dtype), torch.float32, torch.bfloat16
+    found = {OURS: (ours, D, D)}
+    size = case.M * case.K * case.N
+    if device.type == "cpu":
+        found["oneDNN on fp32 copies"] = (upcast_onednn, D, D)
+        if case.direction == "forward":
+            found["oneDNN on fp32 copies, ReLU fused"] = (upcast_onednn_fused, D, D)
+        found["MKL on fp32 copies"] = (upcast_mkl, D, D)
+        found["fp32, oneDNN"] = (fp32_onednn, f32, f32)
+    slow = device.type == "cpu" and torch.float16 == D and size > (SLOW_FORWARD, SLOW_BACKWARD)[case.direction != "forward"]
+    if not slow:
+        found[f"torch {case.dtype}"] = (torch_linear, D, D)
+        if case.direction == "forward":
+            found["torch _addmm_activation"] = (addmm_activation, D, D)
+        found["torch autocast"] = (autocast, D, f32)
+        if device.type == "cuda" or not case.quick:
+            found["torch.compile"] = (compiled("default"), D, D)
+    if bf16 != D:
+        found["torch bfloat16"] = (torch_linear, bf16, bf16)
+    if device.type == "cuda":
+        found["torch.compile max-autotune"] = (compiled("max-autotune-no-cudagraphs"), D, D)
+        if case.direction == "forward":
+            found["quack"] = (quack, D, D)
+    return found
+
+
+# ----- contenders ---------------------------------------------------------------
+
+
+def tensors(case: LinearAct, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """x, weight, bias, grad_out in the dtype of the case."""
+    shapes = ((case.M, case.K), (case.N, case.K), (case.N,), (case.M, case.N))
+    return tuple(torch.randn(shape, device=device).to(getattr(torch, case.dtype)) for shape in shapes)
+
+
+def contenders(case: LinearAct, device: torch.device) -> dict[str, Contender]:
+    given = tensors(case, device)
+    return {name: contender(case, given, *how, ours=name == OURS) for name, how in functions(case, device).items()}
+
+
+def contender(case, given, function, x_dtype, weight_dtype, ours) -> Contender:
+    x, weight, bias = (t.to(d, copy=True) for t, d in zip(given, (x_dtype, weight_dtype, weight_dtype), strict=False))
+    needs_grad = case.direction != "forward"
+    inputs = tuple(t.requires_grad_(needs_grad) for t in (x, weight, bias))
+    kept = None
+
+    def run():
+        """out, or the gradients."""
+        nonlocal kept
+        if not needs_grad:
+            return function(*inputs)
+        out = function(*inputs) if kept is None or case.direction == "both" else kept
+        kept = out if case.direction == "backward" else None
+        grad_out = given[3].to(out.dtype) if given[3].dtype != out.dtype else given[3]
+        return torch.autograd.grad(out, inputs, grad_out, retain_graph=case.direction == "backward")
+
+    def check() -> dict:
+        try:
+            out = function(*inputs).detach()
+            grads = run() if needs_grad else None
+        except (ImportError, NotImplementedError) as error:
+            raise Missing(str(error)) from error
+        return _check(given, out, grads, ours)
+
+    products = {"forward": 1, "backward": 2, "both": 3}[case.direction]
+    gemm = "bfloat16" if x_dtype == torch.bfloat16 else "float32" if x_dtype == torch.float32 else case.dtype
+    return Contender(run, check, _bytes(case), products * 2 * case.M * case.K * case.N, gemm)
+
+
+def _bytes(case: LinearAct) -> int:
+    """Inputs once and outputs once, 16 bits each: the least for everyone."""
+    x, weight, out = case.M * case.K, case.N * case.K, case.M * case.N
+    forward, backward = x + weight + out, 2 * out + 2 * x + 2 * weight
+    return 2 * {"forward": forward, "backward": backward, "both": forward + backward}[case.direction]
+
+
+def _check(given, out, grads, ours: bool) -> dict:
+    """Error against fp64 of what was given, in sampled rows of out and grad_x and sampled columns of grad_weight."""
+    x, weight, bias, grad_out = (t.cpu() for t in given)
+    dtype, (M, K), N = x.dtype, x.shape, weight.shape[0]
+    acc_roundoff = bounds.accumulator_roundoff(out.device, dtype)
+    out = out.cpu()
+    rows, columns = sample(M, K * N), sample(N, K * M)
+    positive = ~(out <= 0)
+    if grads is None:
+        exact = [reference.linear_act(x[rows], weight, bias, Activation.RELU, dtype)]
+        got = [out[rows]]
+        if ours:
+            bounds.check_forward(got[0], x[rows], weight, bias, Activation.RELU, dtype, acc_roundoff, random_sign=True)
+    else:
+        grad_x, grad_weight, grad_bias = (g.cpu() for g in grads)
+        of_rows = (grad_out[rows], x[rows], weight, positive[rows], dtype)
+        of_columns = (grad_out[:, columns], x, weight[columns], positive[:, columns], dtype)
+        exact = [reference.linear_act_backward(*of_rows)[0], *reference.linear_act_backward(*of_columns)[1:]]
+        got = [grad_x[rows], grad_weight[columns], grad_bias[columns]]
+        if ours:
+            bounds.check_backward((got[0], None, None), *of_rows, acc_roundoff, random_sign=True)
+            bounds.check_backward((None, *got[1:]), *of_columns, acc_roundoff, random_sign=True)
+    for g, e in zip(got, exact, strict=True):
+        if not ours:
+            check_peer(g, e)
+    found = [numerics(g, e, dtype) for g, e in zip(got[:2], exact[:2], strict=True)]
+    return {
+        "error_to_best": max(f["error_to_best"] for f in found),
+        "correctly_rounded": min(f["correctly_rounded"] for f in found),
     }
-    if M <= 64:
-        contenders["torch fp16"] = lambda: F.linear(x, weight, bias).relu_()
-    return contenders, "oneDNN on fp32 copies"
-
-
-def backward_contenders(M, K, N):
-    """All three gradients; the baseline upcasts and multiplies with torch.mm (MKL)."""
-    x, weight, out = torch.randn(M, K).half(), torch.randn(N, K).half(), torch.randn(M, N).half().relu_()
-    grad_out = torch.randn(M, N).half()
-    op = torch.ops.mpkernels.linear_act_backward
-
-    def ours():
-        return op(grad_out, x, weight, None, out, int(Activation.RELU), HALF, HALF, HALF, HALF, [True] * 3)
-
-    def upcast_mkl():
-        grad_z = torch.ops.aten.threshold_backward(grad_out, out, 0).float()
-        return (grad_z @ weight.float()).half(), (grad_z.t() @ x.float()).half(), grad_z.sum(0).half()
-
-    return {"mpkernels": ours, "MKL on fp32 copies": upcast_mkl}, "MKL on fp32 copies"
-
-
-def rows(rounds: int):
-    """One row per case and contender, ratios to the baseline taken within a round."""
-    for direction, make in (("forward", forward_contenders), ("backward", backward_contenders)):
-        for M, K, N in SHAPES:
-            contenders, baseline = make(M, K, N)
-            times = interleave(contenders, rounds)
-            for name in contenders:
-                yield {
-                    "case": f"linear_act {direction} M={M} K={K} N={N} fp16", "contender": name, "baseline": baseline,
-                    **summary(times[name]), "ratio": ratio(times, name, baseline),
-                }  # fmt: skip
-
-
-if __name__ == "__main__":
-    main(__doc__.splitlines()[0], rows, rounds=9)

@@ -1,53 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """Result rows: one JSON line per case and contender, with the machine, the versions, the commit and the date."""
 
-import argparse
 import datetime
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 import mpkernels
 
-
-def main(description: str, make_rows: Callable[..., Iterable[dict]], **options: int) -> None:
-    """Command line of a benchmark: one thread, `options` as integer flags; rows are printed, and appended to --out."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, help="a .jsonl file to append the rows to")
-    for name, default in options.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    values = vars(parser.parse_args())
-    out = values.pop("out")
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    stamp = environment()
-    for row in make_rows(**values):
-        line = json.dumps(row | stamp)
-        print(line, flush=True)
-        if out is not None:
-            with out.open("a") as file:
-                file.write(line + "\n")
+RESULTS = Path(__file__).parent / "results"
 
 
-def environment() -> dict[str, object]:
+def environment(device: torch.device) -> dict[str, object]:
     """What a result depends on."""
     return {
-        "clock": "process time, 1 thread",
-        "cpu": cpu(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
+        **machine(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "mpkernels": mpkernels.__version__,
         "commit": git("rev-parse", "--short", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "date": datetime.date.today().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    """The device by name, and how busy it is."""
+    found = {"device": cpu(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+    if device.type == "cuda":
+        query = "clocks.sm,clocks.mem,power.draw,driver_version"
+        answer = run("nvidia-smi", f"--id={device.index or 0}", f"--query-gpu={query}", "--format=csv,noheader,nounits")
+        values = dict(zip(("sm_mhz", "memory_mhz", "watts", "driver"), map(str.strip, answer.split(",")), strict=False))
+        found = found | {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, **values}
+    return found
 
 
 def cpu() -> str:
@@ -59,5 +49,32 @@ def cpu() -> str:
 
 def git(*arguments: str) -> str:
     """What git says of this checkout, or nothing."""
-    done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    return run("git", "-C", str(Path(__file__).parent), *arguments)
+
+
+def run(*command: str) -> str:
+    """What a command prints, or nothing where it is absent or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
+
+
+def _version(module: str) -> str | None:
+    try:
+        return __import__(module).__version__
+    except ImportError:
+        return None
+
+
+def read(*paths: Path) -> list[dict]:
+    """The rows of these files."""
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+def merge(path: Path, rows: list[dict]) -> None:
+    """Write `rows` into a file of rows, in place of those of the same cases."""
+    new = {row["case"] for row in rows}
+    kept = [row for row in read(path) if row["case"] not in new] if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept + rows))

@@ -1,95 +1,345 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer step on the CPU against torch's recipes: unscale, check, AdamW, 16-bit weights.
+"""The optimizer step against torch's recipes and the pass structures of Apex, Megatron and DeepSpeed: verdict, AdamW, weights.
 
-python -m bench.step [--millions 10] [--rounds 9]     one thread, process time; one JSON row per case and contender
+Bytes are counted per parameter from what each pass reads and writes. "X's passes" is the order of X's passes over memory,
+with the same bytes, rebuilt from torch ops; it is not X, whose own kernels compete where they can be imported.
 """
 
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from torch import nn
 
 import mpkernels as mpk
-from bench.rows import main
-from bench.timing import interleave, ratio, summary
+from bench.cases import Step
+from bench.contender import OURS, Contender, Missing, check_peer, numerics
+from mpkernels import _copies
+from mpkernels.ops.adamw import reference
+from tests import bounds
+
+LR, BETAS, EPS, DECAY, MAX_NORM = 1e-4, (0.9, 0.999), 1e-8, 1e-2, 1.0
+MANY = 2 * 10**7  # parameters from which only the fastest compete: all together would not fit
+SAMPLED = 4096  # elements of a tensor that are compared with fp64
+SCALE = 1.0  # torch divides fp32 gradients by the scale in place, round after round
+HYPER = dict(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
 
 
-def tensors(millions: int, count: int, dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    """`count` parameters of together `millions` * 1e6 elements, each with a gradient."""
-    sizes = [millions * 10**6 // count] * count
-    params = [torch.nn.Parameter((torch.randn(n) * 0.02).to(dtype)) for n in sizes]
-    for p in params:
-        p.grad = (torch.randn_like(p, dtype=torch.float32) * 8).to(dtype)
+@dataclass
+class Recipe:
+    """step: one optimizer step. params: the model's, with gradients; masters: what the step updates, where it is not them."""
+
+    step: Callable[[], object]
+    params: list[torch.Tensor]
+    masters: Callable[[], list[torch.Tensor]] | None = None
+
+    def updated(self) -> list[torch.Tensor]:
+        return self.params if self.masters is None else self.masters()
+
+
+# ----- tensors ---------------------------------------------------------------
+
+
+def parameters(case: Step, device: torch.device, dtype: torch.dtype) -> list[nn.Parameter]:
+    """The same values and gradients for every recipe, in `dtype`; a skipped step has an inf in the last gradient."""
+    generator = torch.Generator(device).manual_seed(0)
+    size = case.parameters // case.tensors
+    narrow = getattr(torch, case.grads)
+    params = []
+    for _ in range(case.tensors):
+        value, grad = (torch.randn(size, device=device, generator=generator) for _ in range(2))
+        params.append(nn.Parameter((value * 0.02).to(dtype)))
+        params[-1].grad = (grad * 8).to(narrow).to(dtype)
+    if case.kind == "skipped":
+        params[-1].grad[-1] = math.inf
     return params
 
 
-def scaler_of(kind):
-    """A scaler that has seen a loss. Its scale is small: torch divides the fp32 gradients by it in place, round after round."""
-    scaler = kind("cpu", init_scale=2.0)
-    scaler.scale(torch.zeros(()))
+def scaler_of(kind, device: torch.device):
+    """A scaler that has seen a loss, and hardly moves when steps are skipped."""
+    scaler = kind(device.type, init_scale=SCALE, backoff_factor=0.999)
+    scaler.scale(torch.zeros((), device=device))
     return scaler
 
 
-def ours(millions, count, **options):
-    """fp16 parameters and gradients, fp32 masters: one read, one pass."""
-    optimizer = mpk.optim.AdamW(tensors(millions, count, torch.float16), lr=1e-4, **options)
-    scaler = scaler_of(mpk.GradScaler)
+# ----- recipes ---------------------------------------------------------------
+
+
+def ours(case, device) -> Recipe:
+    """One read, one pass. fp32 parameters: as under mixed_float16, where a layer reads the 16-bit copy."""
+    params = parameters(case, device, getattr(torch, case.grads))
+    if case.grads == "float32":
+        for p in params:
+            _copies.for_layer(p, torch.float16)
+    optimizer = mpk.optim.AdamW(params, **HYPER, max_norm=MAX_NORM if case.kind == "clip" else None)
+    scaler = scaler_of(mpk.GradScaler, device)
 
     def step():
+        scaler.step(optimizer)
+        scaler.update()
+
+    if case.grads == "float32":
+        return Recipe(step, params)
+    return Recipe(step, params, lambda: [optimizer.state[p]["master"] for p in params])
+
+
+def by_torch(case, optimizer, scaler):
+    """What a user of torch's GradScaler writes."""
+
+    def step():
+        if case.kind == "clip":
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], MAX_NORM)
         scaler.step(optimizer)
         scaler.update()
 
     return step
 
 
-def classical(millions, count):
-    """fp16 model, fp32 masters kept by hand: gradients copied to fp32, unscale_, AdamW(fused), masters copied back."""
-    model = tensors(millions, count, torch.float16)
-    masters = [torch.nn.Parameter(p.detach().float()) for p in model]
-    optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
-    scaler = scaler_of(torch.amp.GradScaler)
+def classical(case, device, **options) -> Recipe:
+    """fp16 model, fp32 masters kept by hand: gradients copied to fp32, unscale_, AdamW, masters copied back."""
+    model = parameters(case, device, torch.float16)
+    masters = [nn.Parameter(p.detach().float()) for p in model]
+    optimizer = torch.optim.AdamW(masters, **HYPER, **options)
+    scaler = scaler_of(torch.amp.GradScaler, device)
 
     @torch.no_grad()
     def step():
         for p, master in zip(model, masters, strict=True):
             master.grad = p.grad.float()
         scaler.unscale_(optimizer)
+        if case.kind == "clip":
+            nn.utils.clip_grad_norm_(masters, MAX_NORM)
         scaler.step(optimizer)
         scaler.update()
         for p, master in zip(model, masters, strict=True):
             p.copy_(master)
 
-    return step
+    return Recipe(step, model, lambda: masters)
 
 
-def fp32_parameters(millions, count):
-    """The autocast recipe: fp32 parameters and gradients, GradScaler, AdamW(fused); it writes no 16-bit weights."""
-    params = tensors(millions, count, torch.float32)
-    optimizer = torch.optim.AdamW(params, lr=1e-4, fused=True)
-    scaler = scaler_of(torch.amp.GradScaler)
+def fp32_parameters(case, device, *, cast=False, **options) -> Recipe:
+    """The autocast recipe: fp32 parameters and gradients, GradScaler, AdamW. cast: and autocast's casts of the weights."""
+    params = parameters(case, device, torch.float32)
+    step = by_torch(case, torch.optim.AdamW(params, **HYPER, **options), scaler_of(torch.amp.GradScaler, device))
+    narrow = [torch.empty_like(p, dtype=torch.float16, requires_grad=False) for p in params] if cast else []
 
+    @torch.no_grad()
+    def step_and_cast():
+        step()
+        torch._foreach_copy_(narrow, params)
+
+    return Recipe(step_and_cast if cast else step, params)
+
+
+def update(p, g, master, exp_avg, exp_avg_sq, step_size, denominator):
+    """AdamW of one tensor; compiled it is one loop over memory."""
+    g = g.float()
+    exp_avg.lerp_(g, 1 - BETAS[0])
+    exp_avg_sq.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
+    master.mul_(1 - LR * DECAY).sub_(step_size * exp_avg / (exp_avg_sq.sqrt() / denominator + EPS))
+    p.copy_(master)
+
+
+@functools.cache
+def compiled(function):
+    return torch.compile(function, dynamic=True)
+
+
+def all_finite(g):
+    return torch.isfinite(g).all()
+
+
+def one_loop_per_tensor(case, device, check) -> Recipe:
+    """check(grads) -> whether to skip, then `update`, compiled, tensor by tensor."""
+    model = parameters(case, device, getattr(torch, case.grads))
+    masters = [p.detach().float() for p in model]
+    exp_avgs, exp_avg_sqs = ([torch.zeros_like(m) for m in masters] for _ in range(2))
+    weights, grads = [p.detach() for p in model], [p.grad for p in model]
+    taken = 0
+
+    @torch.no_grad()
     def step():
-        scaler.step(optimizer)
-        scaler.update()
+        nonlocal taken
+        if check(grads):
+            return
+        taken += 1
+        step_size = torch.tensor(LR / (1 - BETAS[0] ** taken), device=device)
+        denominator = torch.tensor(math.sqrt(1 - BETAS[1] ** taken), device=device)
+        for tensors in zip(weights, grads, masters, exp_avgs, exp_avg_sqs, strict=True):
+            compiled(update)(*tensors, step_size, denominator)
 
-    return step
-
-
-def rows(millions: int, rounds: int):
-    """One row per case and contender, ratios to the classical recipe taken within a round."""
-    for count in (1, 300):
-        contenders = {
-            "mpkernels": ours(millions, count),
-            "mpkernels, max_norm=1": ours(millions, count, max_norm=1.0),
-            "classical fp16 recipe": classical(millions, count),
-            "fp32 parameters": fp32_parameters(millions, count),
-        }
-        times = interleave(contenders, rounds)
-        for name in contenders:
-            yield {
-                "case": f"AdamW step, {millions}e6 parameters in {count} tensors", "contender": name,
-                "baseline": "classical fp16 recipe", **summary(times[name]),
-                "ratio": ratio(times, name, "classical fp16 recipe"),
-                "ratio_to_fp32_parameters": ratio(times, name, "fp32 parameters"),
-            }  # fmt: skip
+    return Recipe(step, model, lambda: masters)
 
 
-if __name__ == "__main__":
-    main(__doc__.splitlines()[0], rows, millions=10, rounds=9)
+def torch_compile(case, device) -> Recipe:
+    return one_loop_per_tensor(
+        case, device, lambda grads: not torch.stack([compiled(all_finite)(g) for g in grads]).all().item()
+    )
+
+
+def apex_passes(case, device) -> Recipe:
+    """Apex, TransformerEngine (capturable, masters): the check reads and writes the gradients, then one pass."""
+    found, one = torch.zeros((), device=device), torch.ones((), device=device)
+
+    def check(grads):
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, found.zero_(), one)
+        return found.item()
+
+    return one_loop_per_tensor(case, device, check)
+
+
+def megatron_passes(case, device) -> Recipe:
+    """Megatron's Float16Optimizer: gradients to fp32, the check on those, AdamW, masters copied back."""
+    model = parameters(case, device, torch.float16)
+    masters = [nn.Parameter(p.detach().float()) for p in model]
+    optimizer = torch.optim.AdamW(masters, **HYPER, fused=True)
+    found, inverse = torch.zeros((), device=device), torch.full((), 1 / SCALE, device=device)
+
+    @torch.no_grad()
+    def step():
+        for master in masters:
+            master.grad = torch.empty_like(master)
+        torch._foreach_copy_([m.grad for m in masters], [p.grad for p in model])
+        torch._amp_foreach_non_finite_check_and_unscale_([m.grad for m in masters], found.zero_(), inverse)
+        if not found.item():
+            optimizer.step()
+            torch._foreach_copy_(model, masters)
+
+    return Recipe(step, model, lambda: masters)
+
+
+def deepspeed_passes(case, device) -> Recipe:
+    """DeepSpeed's FP16_Optimizer: a sum per gradient on the host, to fp32, flattened, norm, unscaled, AdamW, copied back."""
+    model = parameters(case, device, torch.float16)
+    flat = nn.Parameter(torch.cat([p.detach().float() for p in model]))
+    masters = list(flat.detach().split([p.numel() for p in model]))
+    optimizer = torch.optim.AdamW([flat], **HYPER, fused=True)
+
+    @torch.no_grad()
+    def step():
+        if not all(math.isfinite(float(p.grad.float().sum())) for p in model):
+            return
+        flat.grad = torch.cat([p.grad.to(torch.float32) for p in model])
+        flat.grad.norm()
+        flat.grad.mul_(1 / SCALE)
+        optimizer.step()
+        for p, master in zip(model, masters, strict=True):
+            p.copy_(master)
+
+    return Recipe(step, model, lambda: masters)
+
+
+def apex(case, device) -> Recipe:
+    """NVIDIA's, where installed."""
+    from apex.optimizers import FusedAdam
+
+    model = parameters(case, device, torch.float16)
+    optimizer = FusedAdam(model, **HYPER, capturable=True, master_weights=True)
+    step = by_torch(case, optimizer, scaler_of(torch.amp.GradScaler, device))
+    return Recipe(step, model, lambda: optimizer.param_groups_master[0]["params"])
+
+
+def bitsandbytes(case, device) -> Recipe:
+    """fp32 parameters and states, where installed."""
+    from bitsandbytes.optim import AdamW
+
+    params = parameters(case, device, torch.float32)
+    optimizer = AdamW(params, **HYPER, optim_bits=32)
+    return Recipe(by_torch(case, optimizer, scaler_of(torch.amp.GradScaler, device)), params)
+
+
+def recipes(case: Step, device: torch.device) -> dict[str, tuple[Callable, int]]:
+    """name: (recipe, bytes per parameter, 0 where temporaries make it a matter of counting)."""
+    fused, foreach, loop = dict(fused=True), dict(foreach=True), dict(foreach=False, fused=False)
+    narrow, plain, skipped = case.grads == "float16", case.kind == "plain", case.kind == "skipped"
+    clip = 12 if case.kind == "clip" else 0  # norm R4, scaled R4 W4
+    check = 2 if narrow else 4
+    found = {OURS: (ours, check if skipped else check + (28 if narrow else 30))}
+    if narrow:
+        found["classical fp16 recipe"] = (functools.partial(classical, **fused), 20 if skipped else 48 + clip)
+    found["fp32 parameters"] = (functools.partial(fp32_parameters, **fused), 8 if skipped else 36 + clip if clip else 40)
+    if plain:
+        if narrow:
+            found["Apex's passes"] = (apex_passes, 34 - 2)  # the second write of the gradient is the first pass's here
+        found["torch.compile"] = (torch_compile, check + (28 if narrow else 30))
+    if plain and case.parameters < MANY:
+        found["fp32 parameters, weights cast"] = (functools.partial(fp32_parameters, cast=True, **fused), 46)
+        if narrow:
+            found["Megatron's passes"] = (megatron_passes, 48)
+            found["DeepSpeed's passes"] = (deepspeed_passes, 70)
+            found["classical, foreach"] = (functools.partial(classical, **foreach), 0)
+            found["classical, for-loop"] = (functools.partial(classical, **loop), 0)
+        else:
+            found["fp32 parameters, foreach"] = (functools.partial(fp32_parameters, **foreach), 0)
+            found["fp32 parameters, for-loop"] = (functools.partial(fp32_parameters, **loop), 0)
+    if plain and device.type == "cuda":
+        found["bitsandbytes"] = (bitsandbytes, 40)
+        if narrow:
+            found["Apex"] = (apex, 34)
+    return found
+
+
+# ----- contenders ---------------------------------------------------------------
+
+
+def contenders(case: Step, device: torch.device) -> dict[str, Contender]:
+    return {name: contender(case, device, *how, ours=name == OURS) for name, how in recipes(case, device).items()}
+
+
+def contender(case: Step, device: torch.device, make: Callable, bytes_per_parameter: int, ours: bool) -> Contender:
+    recipe = None
+
+    def run():
+        recipe.step()
+
+    def check() -> dict:
+        nonlocal recipe
+        try:
+            recipe = make(case, device)
+        except ImportError as error:
+            raise Missing(str(error)) from error
+        return {"bytes_per_parameter": bytes_per_parameter, **_check(case, device, recipe, ours)}
+
+    return Contender(run, check, bytes=bytes_per_parameter * case.parameters)
+
+
+def _check(case: Step, device: torch.device, recipe: Recipe, ours: bool) -> dict:
+    """The first step against fp64 in a part of the first and of the last tensor; a skipped one leaves every bit there."""
+    of = (0, case.tensors - 1)
+    part = lambda tensors: torch.cat([tensors[i].detach().flatten()[:SAMPLED].cpu() for i in of])
+    w, g = part(recipe.params).float(), part([p.grad for p in recipe.params]).double() / SCALE
+    factor = 1.0
+    if case.kind == "clip":
+        norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in recipe.params)) / SCALE
+        factor = min(1.0, MAX_NORM / (norm + 1e-6))
+    recipe.step()
+    after = part(recipe.updated())
+    if case.kind == "skipped":
+        assert torch.equal(after, w), "a skipped step wrote the masters"
+        return {}
+    exact, fp32 = _reference(w, g * factor), _torch_fp32(w, g * factor)
+    if ours:
+        bounds.check_trajectory(*(t.double().numpy()[None] for t in (after, exact, fp32)))
+        if recipe.masters is not None:
+            assert torch.equal(part(recipe.params), after.half()), "the weights are not the masters rounded"
+    else:
+        check_peer(after - w, exact - w)
+    return numerics(after, exact, torch.float32)
+
+
+def _reference(w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    zeros = np.zeros(w.numel())
+    hyper = dict(lr=LR, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=DECAY, decoupled=True)
+    return torch.from_numpy(reference.adamw(w.double().numpy(), g.numpy(), zeros, zeros, None, 1, **hyper)[0])
+
+
+def _torch_fp32(w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """torch's for-loop in fp32: what bound 8 compares with."""
+    p = nn.Parameter(w.clone())
+    p.grad = g.float()
+    torch.optim.AdamW([p], **HYPER, foreach=False).step()
+    return p.detach()

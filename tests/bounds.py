@@ -382,6 +382,17 @@ def _check_nonfinite(name, got, r, accumulated, magnitude, dtype, acc_dtype) -> 
         raise AssertionError(f"{name}, bound 7: element {at} is {got[at]} for {r[at]:.9g}; {int(wrong.sum())} are wrong")
 
 
+def check_no_farther(error: float, other: float) -> None:
+    """Two ways through the same kernels: error norms against fp64 that differ by luck alone."""
+    assert error <= 1.05 * other, f"error norm {error:.4g}, of the other way {other:.4g}"
+
+
+def check_loss(loss: float, fp32: float, dtype: torch.dtype) -> None:
+    """The first loss of a model whose linears compute in `dtype`, beside that of the same model in fp32."""
+    allowed = 16 * unit_roundoff(dtype) * abs(fp32)
+    assert abs(loss - fp32) <= allowed, f"the first loss is {loss:.6g}, in fp32 {fp32:.6g}: off by more than {allowed:.3g}"
+
+
 # ----- optimizer steps ---------------------------------------------------------------
 #
 # A trajectory is (steps, n): all weights after each step. R: the reference in fp64 on the same rounded gradients

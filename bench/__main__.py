@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check and time every case: python -m bench [--quick] [--op step ...] [--case 'linear_act/*'] [--out rows.jsonl].
+
+On the GPU there is, else on the CPU. A case whose result is wrong is not timed, and the exit status is then 1.
+"""
+
+import argparse
+import gc
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench import limits, rows, timing
+from bench.cases import CASES, Case, select
+from bench.contender import Contender, Missing
+
+SECONDS = {True: 1.5, False: 6.0}  # of timing per case, quick or not
+ROUNDS = (5, 41)
+LAST_LEVEL_CACHE = {"cpu": 1 << 25, "cuda": 1 << 26}  # bytes that rotation has to exceed
+INSTANCES = 8
+PROGRESS_WEIGHT = {"training": 8, "step": 3}  # a case of these takes longer
+
+
+def main() -> int:
+    arguments = parse()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(arguments.threads)
+    clock = timing.Clock(device, arguments.threads)
+    chosen = select(device.type, arguments.op, arguments.case, arguments.quick)
+    if not chosen:
+        print(f"no case is called {arguments.case}", file=sys.stderr)
+        return 2
+    limit = limits.measure(device, clock)
+    stamp = {"clock": clock.name, **rows.environment(device), "limits": limit}
+    found, wrong = [], {}
+    with tqdm(total=sum(weight(case) for case in chosen), disable=arguments.json or None, leave=False, file=sys.stderr) as bar:
+        for case in chosen:
+            bar.set_postfix_str(case.name)
+            try:
+                new = [row | stamp | rows.machine(device) for row in measure(case, device, clock, limit, arguments.quick)]
+            except AssertionError as error:
+                wrong[case.name] = str(error) or repr(error)
+                new = []
+            found += new
+            if arguments.json:
+                for row in new:
+                    print(json.dumps(row), flush=True)
+            if arguments.out and new:
+                rows.merge(arguments.out, new)
+            bar.update(weight(case))
+    if not arguments.json:
+        print(heading(stamp))
+        print(table(found))
+    for name, error in wrong.items():
+        print(f"WRONG, not timed: {name}: {error}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--op", action="append", choices=sorted({case.op for case in CASES}), help="more than once for several")
+    parser.add_argument("--case", default="*", help="a name or a glob: 'linear_act/forward/*', 'training/mlp'")
+    parser.add_argument("--quick", action="store_true", help="the cases of the README's tables, in less than ten minutes")
+    parser.add_argument("--threads", type=int, default=1, help="1, the default: process time on a CPU; more: wall time")
+    parser.add_argument("--json", action="store_true", help="print rows instead of a table")
+    parser.add_argument("--out", type=Path, help="a .jsonl file; rows of the same cases in it are replaced")
+    return parser.parse_args()
+
+
+def weight(case: Case) -> int:
+    return PROGRESS_WEIGHT.get(case.op, 1)
+
+
+def measure(case: Case, device: torch.device, clock: timing.Clock, limit: dict, quick: bool) -> list[dict]:
+    """One row per contender. AssertionError where a result is wrong."""
+    make = importlib.import_module(f"bench.{case.op}").contenders
+    torch.manual_seed(0)
+    instance = make(case, device)
+    numerics = check(instance)
+    copies = 1
+    if case.op == "linear_act":
+        traffic = sum(contender.bytes for contender in instance.values())
+        copies = min(INSTANCES, 1 + 2 * LAST_LEVEL_CACHE[device.type] // traffic)
+    instances = [instance] + [
+        {name: c for name, c in make(case, device).items() if name in instance} for _ in range(copies - 1)
+    ]
+    times = timing.interleave(instances, clock, SECONDS[quick], ROUNDS)
+    subject = next(iter(instance))
+    result = [row(case, name, instance, times, numerics, limit, subject) for name in instance]
+    del instance, instances
+    gc.collect()
+    return result
+
+
+def check(instance: dict[str, Contender]) -> dict[str, dict]:
+    """Numerics of every contender; those that this machine lacks leave the instance."""
+    numerics = {}
+    for name in list(instance):
+        try:
+            numerics[name] = instance[name].check()
+        except Missing:
+            del instance[name]
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+    return numerics
+
+
+def row(case, name, instance, times, numerics, limit, subject) -> dict:
+    contender, measured = instance[name], timing.summary(times[name])
+    us, roof = measured["us_p50"], limits.roof_us(instance[name], limit)
+    return {
+        "case": case.name, "op": case.op, "contender": name, **measured, "rounds": len(times[name]),
+        "subject": subject, "ratio": timing.ratio(times[subject], times[name]),
+        "bytes": contender.bytes, "flops": contender.flops,
+        "gb_s": contender.bytes / us / 1e3, "tflop_s": contender.flops / us / 1e6,
+        "share_of_limit": roof / us if roof else None, **numerics[name], **contender.after(),
+    }  # fmt: skip
+
+
+# ----- what is printed ---------------------------------------------------------------
+
+
+def heading(stamp: dict) -> str:
+    rates = ", ".join(f"{dtype} {rate:.3g} TFLOP/s" for dtype, rate in stamp["limits"]["tflop_s"].items())
+    return (
+        f"{stamp['device']}, {stamp['clock']}, torch {stamp['torch']}, load {os.getloadavg()[0]:.1f}\n"
+        f"limits: {stamp['limits']['gb_s']:.3g} GB/s, {rates}\n"
+        "ratio: the first contender's time / this one's, median within a round; below 1 the first is faster"
+    )
+
+
+def table(found: list[dict]) -> str:
+    lines, last = [], None
+    for r in found:
+        if r["case"] != last:
+            lines.append(
+                f"\n{r['case']:58} {'us p50':>10} {'p20..p80':>19} {'ratio':>6} {'limit':>6} {'/best':>8} {'rounded':>8}"
+            )
+            last = r["case"]
+        spread = f"{r['us_p20']:.0f}..{r['us_p80']:.0f}"
+        cells = [number(r.get(key), form) for key, form in COLUMNS.items()]
+        lines.append(f"  {r['contender']:56} {r['us_p50']:10.1f} {spread:>19} {r['ratio']:6.3f} {' '.join(cells)}")
+    return "\n".join(lines)
+
+
+COLUMNS = {"share_of_limit": "6.0%", "error_to_best": "8.4g", "correctly_rounded": "8.2%"}
+
+
+def number(value: float | None, form: str) -> str:
+    return format(value, form) if value is not None else " " * int(form.split(".")[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compare the ratios of two runs: python -m bench.compare a.jsonl b.jsonl; fails unless 9 rows of 10 agree within 10 %."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from bench.rows import read
+
+WITHIN, SHARE = 1.10, 0.9
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs=2, type=Path, metavar="ROWS")
+    a, b = ({(row["case"], row["contender"]): row["ratio"] for row in read(path)} for path in parser.parse_args().files)
+    factors = {key: max(a[key] / b[key], b[key] / a[key]) for key in a.keys() & b.keys() if a[key] != 1}
+    agree = sum(factor <= WITHIN for factor in factors.values())
+    for (case, contender), factor in sorted(factors.items(), key=lambda item: -item[1]):
+        if factor > WITHIN:
+            print(f"{factor:6.3f}  {a[case, contender]:.3f} {b[case, contender]:.3f}  {case}: {contender}")
+    print(f"{agree} of {len(factors)} ratios agree within {WITHIN - 1:.0%}")
+    return 0 if factors and agree >= SHARE * len(factors) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call costs beside its arithmetic: calls on next to nothing, and the time from `import mpkernels` to a first step."""
+
+import subprocess
+import sys
+
+import torch
+
+from bench import linear_act, step
+from bench.cases import LinearAct, Overhead, Step
+from bench.contender import OURS, Contender
+from bench.rows import RESULTS
+
+SMALL = (1, 8, 8)  # M, K, N
+CALLS = 200
+TENSORS = 300
+
+FIRST_STEP = """
+import torch, time
+torch.set_num_threads({threads})
+start = time.perf_counter()
+{script}
+x = torch.randn(32, 64, device={device!r})
+with context():
+    loss = model(x).float().square().mean()
+scaler.scale(loss).backward(); scaler.step(optimizer); scaler.update()
+if {device!r} == "cuda": torch.cuda.synchronize()
+print(time.perf_counter() - start)
+"""
+NETWORK = "model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8)).to({device!r})"
+SCRIPTS = {
+    OURS: f"""
+import contextlib, mpkernels as mpk
+{NETWORK}
+mpk.convert(model, "mixed_float16")
+optimizer, scaler, context = mpk.optim.AdamW(model.parameters()), mpk.GradScaler({{device!r}}), contextlib.nullcontext
+""",
+    "torch autocast": f"""
+{NETWORK}
+optimizer, scaler = torch.optim.AdamW(model.parameters(), fused=True), torch.amp.GradScaler({{device!r}})
+context = lambda: torch.autocast({{device!r}}, torch.float16)
+""",
+}
+
+
+def contenders(case: Overhead, device: torch.device) -> dict[str, Contender]:
+    if case.what == "first_step":
+        return {name: first_step(script, device) for name, script in SCRIPTS.items()}
+    if case.what == "step":
+        return many(step.contenders(Step(8 * TENSORS, TENSORS), device), ("classical fp16 recipe", "fp32 parameters"), 1)
+    direction = {"forward": "forward", "forward+backward": "both"}[case.what]
+    return many(linear_act.contenders(LinearAct(direction, *SMALL), device), ("torch float16", "torch autocast"), CALLS)
+
+
+def many(found: dict[str, Contender], peers: tuple[str, ...], calls: int) -> dict[str, Contender]:
+    """Ours and some peers, `calls` at a time, with nothing counted: here the host is what is measured."""
+    chosen = {name: contender for name, contender in found.items() if name in (OURS, *peers)}
+    return {name: Contender(repeat(c.run, calls), c.check, calls=calls, hide_launches=False) for name, c in chosen.items()}
+
+
+def repeat(run, calls: int):
+    def runs():
+        for _ in range(calls):
+            run()
+
+    return runs
+
+
+def first_step(script: str, device: torch.device) -> Contender:
+    """In a process of its own, from after `import torch` to the end of the first step; wall time."""
+    code = FIRST_STEP.format(script=script.format(device=device.type), device=device.type, threads=torch.get_num_threads())
+
+    def seconds() -> float:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=RESULTS.parent.parent, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return float(done.stdout)
+
+    return Contender(seconds, measures_itself=True)
