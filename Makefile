@@ -29,7 +29,7 @@ sweep: build
 	$(PY) -m pytest -n 2 -m sweep
 
 bench: build
-	$(PY) -m bench $(if $(QUICK),--quick) --out bench/results/$(if $(shell command -v nvidia-smi),gpu,cpu).jsonl
+	$(PY) -m bench $(if $(QUICK),--quick) --out bench/results
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

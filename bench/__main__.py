@@ -51,7 +51,7 @@ def main() -> int:
                 for row in new:
                     print(json.dumps(row), flush=True)
             if arguments.out and new:
-                rows.merge(arguments.out, new)
+                rows.merge(arguments.out / f"{device.type}.jsonl" if arguments.out.is_dir() else arguments.out, new)
             bar.update(weight(case))
     if not arguments.json:
         print(heading(stamp))
@@ -68,7 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the cases of the README's tables, in less than ten minutes")
     parser.add_argument("--threads", type=int, default=1, help="1, the default: process time on a CPU; more: wall time")
     parser.add_argument("--json", action="store_true", help="print rows instead of a table")
-    parser.add_argument("--out", type=Path, help="a .jsonl file; rows of the same cases in it are replaced")
+    parser.add_argument("--out", type=Path, help="a file, or a folder for cpu.jsonl or cuda.jsonl; same cases are replaced")
     return parser.parse_args()
 
 

@@ -161,7 +161,10 @@ _EVERYTHING = (
     Mlp(16384, 1024, devices=CUDA),
     *_steps(),
     *_trainings(),
-    *(Overhead(what, quick=True) for what in ("forward", "forward+backward", "step", "first_step")),
+    *(
+        Overhead(what, quick=True)
+        for what in ("forward", "forward+backward", "step of 1", "step of 100", "step of 1000", "first_step")
+    ),
 )
 CASES = _by_name(_EVERYTHING)
 

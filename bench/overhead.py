@@ -13,7 +13,7 @@ from bench.rows import RESULTS
 
 SMALL = (1, 8, 8)  # M, K, N
 CALLS = 200
-TENSORS = 300
+ELEMENTS = 16  # of each tensor of a step
 
 FIRST_STEP = """
 import torch, time
@@ -46,8 +46,10 @@ context = lambda: torch.autocast({{device!r}}, torch.float16)
 def contenders(case: Overhead, device: torch.device) -> dict[str, Contender]:
     if case.what == "first_step":
         return {name: first_step(script, device) for name, script in SCRIPTS.items()}
-    if case.what == "step":
-        return many(step.contenders(Step(8 * TENSORS, TENSORS), device), ("classical fp16 recipe", "fp32 parameters"), 1)
+    if case.what.startswith("step"):
+        tensors = int(case.what.removeprefix("step of "))
+        found = step.contenders(Step(ELEMENTS * tensors, tensors), device)
+        return many(found, ("classical fp16 recipe", "fp32 parameters"), 10)
     direction = {"forward": "forward", "forward+backward": "both"}[case.what]
     return many(linear_act.contenders(LinearAct(direction, *SMALL), device), ("torch float16", "torch autocast"), CALLS)
 
