@@ -500,3 +500,23 @@ def check_bfloat16_moments(w: np.ndarray, r: np.ndarray, m: np.ndarray, v: np.nd
         assert not wrong.any(), f"after step {t + 1} {int(wrong.sum())} of {wrong.size} weights are outside"
         error_m = beta1 * error_m * (1 + u) + u * np.abs(m[t])
         squares = beta2**2 * squares + (2 * u * v[t] * (1 + relative)) ** 2
+
+
+# ----- whole models ---------------------------------------------------------------
+
+
+def check_model_not_worse_than(out: torch.Tensor, torch_out: torch.Tensor, exact: torch.Tensor) -> None:
+    """Forward bound 5 for a model: the error beside that of the plain model in torch's same precision, normwise.
+
+    The largest of errors that went through many roundings is chance; their norm is not, of enough outputs.
+    """
+    assert out.numel() >= _ENOUGH_FOR_NORMS or out.shape[-1] == 2, "bound 5 of a model needs more outputs"
+    error, torchs = (float((t.detach().double() - exact).norm()) for t in (out, torch_out))
+    assert error <= 1.05 * torchs, f"error norm {error:.4g} where torch's is {torchs:.4g}"
+
+
+def check_loss(losses: list[float], fp32: list[float]) -> None:
+    """What training ends at, within 2 % of fp32; the mean of the last tenth."""
+    last = max(len(fp32) // 10, 1)
+    got, expected = (float(np.mean(values[-last:])) for values in (losses, fp32))
+    assert abs(got - expected) <= 0.02 * expected, f"the loss is {got:.5g}, {expected:.5g} in fp32"
