@@ -255,7 +255,6 @@ def test_lazy_linears_are_converted_once_they_have_a_weight():
         ({"filter_fn": lambda module, name: module.out_features % 8 == 0}, ["0", "2"]),
         ({"filter_fn": lambda module, name: name == "4", "keep": "0"}, ["4"]),
     ],
-    ids=str,
 )
 def test_include_exclude_and_filter(options, converted):
     for policy, dtype in (("mixed_float16", torch.float32), ("float16", torch.float16)):
