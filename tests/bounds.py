@@ -515,7 +515,7 @@ def check_model_not_worse_than(out: torch.Tensor, torch_out: torch.Tensor, exact
     assert error <= 1.05 * torchs, f"error norm {error:.4g} where torch's is {torchs:.4g}"
 
 
-def check_loss(losses: list[float], fp32: list[float]) -> None:
+def check_trained_loss(losses: list[float], fp32: list[float]) -> None:
     """What training ends at, within 2 % of fp32; the mean of the last tenth."""
     last = max(len(fp32) // 10, 1)
     got, expected = (float(np.mean(values[-last:])) for values in (losses, fp32))
