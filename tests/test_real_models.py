@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from bounds import check_trained_loss, check_model_not_worse_than
+from bounds import check_model_not_worse_than, check_trained_loss
 from models import CASES, RefuseAsCUDA, logits, loss
 from safetensors.torch import load_model, save_model
 from torch import nn
