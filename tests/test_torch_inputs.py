@@ -61,6 +61,6 @@ def test_linear_act_opcheck_on_samples(lead, dtypes, activation):
     K, N = (1, 33) if len(lead) == 2 else (9, 5)
     x, weight, bias = (torch.randn(shape, dtype=param) for shape in ((*lead, K), (K, N), (2 * N,)))
     tensors = [x.requires_grad_(), weight.t().requires_grad_(), bias[::2].requires_grad_()]  # strided
-    for save in {0, int(activation)}:
+    for save in {0, int(activation > 0)}:
         args = (*tensors, None, int(activation), compute, param, save)
         torch.library.opcheck(torch.ops.mpkernels.linear_act.default, args)
