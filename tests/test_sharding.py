@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers on many ranks: DDP, tensor parallelism by DTensors, and checkpoints saved sharded, loaded into a plain model."""
+"""Layers on many ranks: tensor parallelism by DTensors, and checkpoints saved sharded, loaded into a plain model."""
 
 import pytest
 import torch
