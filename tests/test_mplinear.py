@@ -59,6 +59,33 @@ def test_without_a_policy_behaves_as_nn_linear(autocast):
             assert outcome(layer, x) == outcome(plain, x), (dtype, x_dtype)
 
 
+def test_nested_autocast_behaves_as_nn_linear():
+    """fp16, disabled inside of it, bf16 inside of that, and out again; with a policy of its own autocast does not count.
+
+    Without torch's cache of casts: it gives the fp16 weight to the bf16 region, and `F.linear` raises there.
+    """
+    plain = nn.Linear(5, 4)
+    layers, x, seen = (plain, mpk.MPLinear.from_linear(plain)), torch.ones(3, 5), []
+    fixed = mpk.MPLinear.from_linear(plain, policy="mixed_float16,output=float32")
+
+    def look():
+        dtypes = [layer(x).dtype for layer in layers]
+        assert dtypes[0] == dtypes[1]
+        assert fixed(x).dtype == torch.float32
+        seen.append(dtypes[0])
+
+    with torch.autocast("cpu", torch.float16, cache_enabled=False):
+        look()
+        with torch.autocast("cpu", enabled=False, cache_enabled=False):
+            look()
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                look()
+            look()
+        look()
+    look()
+    assert seen == [torch.float16, torch.float32, torch.bfloat16, torch.float32, torch.float16, torch.float32]
+
+
 def test_from_linear_shares_parameters_and_hooks_see_calls():
     plain = nn.Linear(3, 4).eval()
     layer = mpk.MPLinear.from_linear(plain, activation="relu", policy="mixed_float16")
@@ -142,6 +169,22 @@ def test_mixed_small_gradients_arrive_in_fp32():
     assert torch.equal(layer.weight.grad, torch.full((2, 2), expected.item()))
     assert gradient_of_weight("mixed_float16", 2.0**-24).dtype == torch.float32
     assert (gradient_of_weight("mixed_float16", 2.0**-24) == 2.0**-24).all()
+
+
+def test_accumulated_gradients_are_those_of_one_batch(generator):
+    """64 micro-batches beside one batch of all rows: fp32 gradients lose nothing to fp16, fp16 gradients do."""
+    x, grad_out = (torch.randn(64 * 8, columns, generator=generator) for columns in (33, 17))
+
+    def check(policy):
+        layer = mpk.MPLinear(33, 17, policy=policy)
+        for part, grad in zip(x.split(8), grad_out.split(8), strict=True):
+            layer(part).backward(grad)
+        grads = (None, layer.weight.grad, layer.bias.grad)
+        bounds.check_backward(grads, grad_out, x, layer.weight.detach(), None, torch.float16, random_sign=True)
+
+    check("mixed_float16")
+    with pytest.raises(AssertionError, match="grad_weight, bound 1"):
+        check("mixed_float16,grad=float16")
 
 
 def test_grad_dtype_halves_the_gradient():
