@@ -9,13 +9,14 @@ LIBRARY := mpkernels/_C.abi3.so
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export MAX_JOBS ?= 2
 
-.PHONY: help demo test sweep bench lint wheel build clean
+.PHONY: help demo test sweep bench report lint wheel build clean
 
 help:
 	@echo "make demo    train digits under every policy (demo/results.json, demo/loss.png)"
 	@echo "make test    lint, build, and every test that takes less than 12 minutes together"
 	@echo "make sweep   the long tests: all tiles x architectures ahead of time, large sweeps (FULL=1 for more)"
 	@echo "make bench   check and time every op against its peers (QUICK=1: less than ten minutes)"
+	@echo "make report  tables of README.md and docs/performance.md, and plots, from the rows in bench/results"
 	@echo "make wheel   one wheel for every supported torch and Python, in dist/"
 	@echo "make lint    ruff and clang-format"
 
@@ -30,6 +31,9 @@ sweep: build
 
 bench: build
 	$(PY) -m bench $(if $(QUICK),--quick) --out bench/results
+
+report: $(VENV)/installed
+	$(PY) -m bench.report
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -156,9 +156,13 @@ def all_finite(g):
 def one_loop_per_tensor(case, device, check) -> Recipe:
     """check(grads) -> whether to skip, then `update`, compiled, tensor by tensor."""
     model = parameters(case, device, getattr(torch, case.grads))
-    masters = [p.detach().float() for p in model]
+    masters, weights = [p.detach() for p in model], [p.detach() for p in model]
+    if case.grads == "float16":
+        masters = [p.float() for p in masters]
+    else:
+        weights = [p.half() for p in weights]
     exp_avgs, exp_avg_sqs = ([torch.zeros_like(m) for m in masters] for _ in range(2))
-    weights, grads = [p.detach() for p in model], [p.grad for p in model]
+    grads = [p.grad for p in model]
     taken = 0
 
     @torch.no_grad()

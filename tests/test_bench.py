@@ -6,6 +6,7 @@ import importlib
 import pytest
 import torch
 
+from bench import plots, report
 from bench.__main__ import check
 from bench.cases import CASES, LinearAct, Overhead, Step, select
 
@@ -51,3 +52,28 @@ def test_bench_overhead_cases_have_a_peer():
     for case in CASES:
         if isinstance(case, Overhead) and case.what != "first_step":
             assert len(importlib.import_module("bench.overhead").contenders(case, DEVICE)) >= 2
+
+
+# ----- what is shown ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path, text", report.documents(report.current_rows()), ids=lambda value: getattr(value, "name", ""))
+def test_bench_tables_are_what_the_rows_say(path, text):
+    assert "<!-- bench:" in text
+    assert path.read_text() == text, f"{path.name}: run python -m bench.report"
+
+
+def test_bench_a_table_without_its_row_fails():
+    rows = [row for row in report.current_rows()["cpu"] if row["case"] != report.KEY_FIGURES[0][1]]
+    with pytest.raises(KeyError, match="linear_act/forward"):
+        report.filled((report.ROOT / "README.md").read_text(), {"cpu": rows})
+
+
+@pytest.mark.parametrize("name, digest", plots.expected_digests(report.current_rows()["cpu"]).items())
+def test_bench_plots_are_drawn_from_the_rows(name, digest):
+    assert digest in (report.ROOT / "docs" / "plots" / f"{name}.svg").read_text(), "run python -m bench.report"
+
+
+def test_bench_a_plot_without_its_rows_fails():
+    with pytest.raises(ValueError, match=r"roofline.svg: there are no rows"):
+        plots.expected_digests([row for row in report.current_rows()["cpu"] if row["op"] != "linear_act"])

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the tables of README.md and docs/performance.md and the plots from the committed rows: python -m bench.report.
+
+A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; nothing there is written by hand. tests/test_bench.py
+fails when a table is not what the rows say, or when a plot was drawn from other rows.
+"""
+
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from bench import plots
+from bench.contender import OURS
+from bench.rows import RESULTS, read
+
+ROOT = RESULTS.parent.parent
+DOCUMENTS = ("README.md", "docs/performance.md")
+FILES = ("cpu.jsonl", "cuda.jsonl")
+
+# README's table: what, the case, and whom ours is compared with.
+KEY_FIGURES = (
+    ("forward with ReLU, fp16, M=512 K=1024 N=4096", "linear_act/forward/float16/512x1024x4096", (
+        "torch float16", "MKL on fp32 copies", "oneDNN on fp32 copies, ReLU fused", "torch bfloat16",
+    )),
+    ("backward, fp16, M=256 K=1024 N=1024", "linear_act/backward/float16/256x1024x1024", (
+        "torch float16", "MKL on fp32 copies", "oneDNN on fp32 copies", "torch bfloat16",
+    )),
+    ("AdamW step with scaler, 50e6 fp16 parameters in 300 tensors", "step/float16/plain/5e7in300", (
+        "classical fp16 recipe", "fp32 parameters", "Apex's passes",
+    )),
+    ("training step, 784-1024-1024-1024-10, batch 256", "training/mlp", (
+        "torch autocast fp16", "torch fp16 model, fp32 masters", "torch fp32", "torch autocast bf16",
+    )),
+)  # fmt: skip
+
+
+def main() -> int:
+    rows = current_rows()
+    for path, text in documents(rows):
+        path.write_text(text)
+    for path, text in plots.draw(rows["cpu"], ROOT / "docs" / "plots"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    return 0
+
+
+def current_rows() -> dict[str, list[dict]]:
+    """{"cpu": rows, "cuda": rows}, of those that are committed."""
+    return {Path(name).stem: read(RESULTS / name) for name in FILES if (RESULTS / name).exists()}
+
+
+def documents(rows: dict[str, list[dict]]) -> Iterable[tuple[Path, str]]:
+    """(path, the text it should have)."""
+    for name in DOCUMENTS:
+        path = ROOT / name
+        yield path, filled(path.read_text(), rows)
+
+
+def filled(text: str, rows: dict[str, list[dict]]) -> str:
+    """The text with every table made anew; KeyError for a marker that names no table."""
+
+    def table(match: re.Match) -> str:
+        name, device = match[1].split(" on ")
+        body = TABLES[name](rows[device]) if device in rows else "No rows yet."
+        return f"<!-- bench:{match[1]} -->\n\n{body}\n\n<!-- /bench:{match[1]} -->"
+
+    return re.sub(r"<!-- bench:([a-z_ +]+) -->.*?<!-- /bench:\1 -->", table, text, flags=re.S)
+
+
+# ----- tables ---------------------------------------------------------------
+
+
+def markdown(header: list[str], lines: Iterable[list[str]]) -> str:
+    rule = ["---"] * len(header)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
+
+
+def by_case(rows: list[dict], *ops: str, prefix: str = "") -> dict[str, dict[str, dict]]:
+    """{case: {contender: row}}."""
+    found: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        if row["op"] in ops and row["case"].startswith(prefix):
+            found.setdefault(row["case"], {})[row["contender"]] = row
+    return found
+
+
+def contenders_of(cases: dict[str, dict[str, dict]]) -> list[str]:
+    return list(dict.fromkeys(name for case in cases.values() for name in case))
+
+
+def time_of(us: float) -> str:
+    """Three digits with a unit."""
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if us >= size:
+            return f"{us / size:.3g} {unit}"
+    return f"{us:.3g} µs"
+
+
+def key_figures(rows: list[dict]) -> str:
+    cases = by_case(rows, "linear_act", "step", "training")
+    lines = [
+        [what, peer, f"{cases[case][peer]['ratio']:.3g}"]
+        for what, case, peers in KEY_FIGURES
+        for peer in peers
+        if peer in cases[case]
+    ]
+    return markdown(["mpkernels", "compared with", "time, ratio"], lines) + "\n\n" + conditions(rows)
+
+
+def conditions(rows: list[dict]) -> str:
+    """Where and when, in a line."""
+    r, loads = rows[-1], [row["load"] for row in rows]
+    dates, commits = sorted({row["date"] for row in rows}), sorted({row["commit"] for row in rows})
+    return (
+        f"{r['device']}, {r['clock']}, torch {r['torch']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
+        f"commit {', '.join(commits)}, load {min(loads):.1f} to {max(loads):.1f}. "
+        "Medians of ratios taken within a round: below 1, mpkernels is faster."
+    )
+
+
+def ratios(rows: list[dict], *ops: str, prefix: str = "") -> str:
+    """A line per case: our time, its share of the limit, and its ratio to everyone else's."""
+    cases = by_case(rows, *ops, prefix=prefix)
+    others = [name for name in contenders_of(cases) if name != OURS]
+    lines = []
+    for case, found in cases.items():
+        subject = found[OURS]
+        share = subject["share_of_limit"]
+        cells = [f"{found[name]['ratio']:.3g}" if name in found else "" for name in others]
+        lines.append([case.removeprefix(prefix), time_of(subject["us_p50"]), f"{share:.0%}" if share else "", *cells])
+    return markdown(["case", "ours", "of the limit", *others], lines)
+
+
+def numerics(rows: list[dict]) -> str:
+    """The worst of every contender over all cases of an op and dtype."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        if row["op"] in ("linear_act", "step") and row.get("error_to_best") is not None:
+            groups.setdefault(("/".join(row["case"].split("/")[:3]), row["contender"]), []).append(row)
+    lines = [
+        [
+            group, name, f"{max(r['error_to_best'] for r in found):.4g}",
+            f"{min(r['correctly_rounded'] for r in found):.2%}",
+        ]
+        for (group, name), found in groups.items()
+    ]  # fmt: skip
+    return markdown(["cases", "contender", "error, of the least possible", "correctly rounded"], lines)
+
+
+def bytes_per_parameter(rows: list[dict]) -> str:
+    """Counted, and what the time is worth at the rate of a plain stream."""
+    cases = by_case(rows, "step", prefix="step/float16/plain/")
+    lines = []
+    for case, found in cases.items():
+        count = int(float(case.rsplit("/", 1)[1].split("in")[0]))
+        for name, row in found.items():
+            worth = row["us_p50"] * row["limits"]["gb_s"] * 1e3 / count
+            lines.append([case, name, str(row["bytes_per_parameter"] or "not counted"), f"{worth:.0f}"])
+    return markdown(["case", "contender", "bytes per parameter, counted", "its time in bytes of a plain stream"], lines)
+
+
+def training(rows: list[dict]) -> str:
+    lines = [
+        [
+            case.removeprefix("training/"), name, time_of(r["us_p50"]), f"{r['ratio']:.3g}",
+            f"{r['peak_bytes'] / 2**20:.1f}", f"{r['first_loss']:.4f}", f"{r['last_loss']:.4f} after {r['steps']}",
+        ]
+        for case, found in by_case(rows, "training").items()
+        for name, r in found.items()
+    ]  # fmt: skip
+    return markdown(["model", "contender", "step", "ours / this", "peak MiB", "first loss", "last loss"], lines)
+
+
+def overhead(rows: list[dict]) -> str:
+    lines = [
+        [case.removeprefix("overhead/"), name, time_of(r["us_p50"]), f"{r['ratio']:.3g}"]
+        for case, found in by_case(rows, "overhead").items()
+        for name, r in found.items()
+    ]
+    return markdown(["call", "contender", "time", "ours / this"], lines)
+
+
+def limits(rows: list[dict]) -> str:
+    found = rows[-1]["limits"]
+    lines = [["memory", f"{found['gb_s']:.3g} GB/s (copy: {found['copy_gb_s']:.3g})"]]
+    lines += [[f"GEMM, {dtype} operands", f"{rate:.3g} TFLOP/s"] for dtype, rate in found["tflop_s"].items()]
+    return markdown(["limit", "measured"], lines) + "\n\n" + conditions(rows)
+
+
+TABLES = {
+    "key figures": key_figures,
+    "limits": limits,
+    "forward": lambda rows: ratios(rows, "linear_act", prefix="linear_act/forward/"),
+    "backward": lambda rows: ratios(rows, "linear_act", prefix="linear_act/backward/"),
+    "forward+backward": lambda rows: ratios(rows, "linear_act", prefix="linear_act/both/"),
+    "mlp": lambda rows: ratios(rows, "mlp"),
+    "step": lambda rows: ratios(rows, "step"),
+    "bytes": bytes_per_parameter,
+    "training": training,
+    "overhead": overhead,
+    "numerics": numerics,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
