@@ -127,3 +127,12 @@ def check_epochs(lines):
     assert [int(match[1]) for match in found] == list(range(1, 11))
     losses = [float(match[2]) for match in found]
     assert losses[-1] < losses[0] / 5
+
+
+def test_examples_sampling_and_training_agree():
+    lines = example("rl_logprob.py", "--rounds", "2", "--samples", "512").splitlines()
+    assert len(lines) == 4
+    for number, line in enumerate(lines[:2], start=1):
+        assert re.fullmatch(rf"Round \[{number}/2\], reward 0\.\d+, .* differ: 0 of 3072, by at most 0\.0e\+00", line), line
+    for line, dtype in zip(lines[2:], ("float16", "bfloat16"), strict=True):
+        assert re.fullmatch(rf"torch {dtype}: .* differ: \d+ of 3072, by at most \S+", line), line
