@@ -20,7 +20,7 @@ from bench.cases import CASES, Case, select
 from bench.contender import Contender, Missing
 
 SECONDS = {True: 1.5, False: 6.0}  # of timing per case, quick or not
-ROUNDS = (5, 41)
+ROUNDS = (5, 301)
 LAST_LEVEL_CACHE = {"cpu": 1 << 25, "cuda": 1 << 26}  # bytes that rotation has to exceed
 INSTANCES = 8
 PROGRESS_WEIGHT = {"training": 8, "step": 3}  # a case of these takes longer
