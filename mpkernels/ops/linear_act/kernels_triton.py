@@ -124,12 +124,16 @@ def _sigmoid(t):
 @triton.jit
 def _through(grad, saved_ptr, rows, columns, stride_sm, stride_sn, inside, ACTIVATION: tl.constexpr):
     """The gradient before the activation: selected by a ReLU's mask or output, else times the slope at the pre-activation."""
+    # NOTE: one return: Triton compiles what follows a return, and its type would have to be the same.
     if ACTIVATION == RELU:
-        return tl.where(_zero(saved_ptr, rows, columns, stride_sm, stride_sn, inside), 0.0, grad)
-    z = tl.load(saved_ptr + rows[:, None] * stride_sm + columns[None, :] * stride_sn, mask=inside, other=0.0)
-    z = z.to(tl.float64 if z.dtype == tl.float64 else tl.float32)
-    product = grad.to(z.dtype) * slope(z, ACTIVATION)
-    return tl.where(z <= 0, 0.0, product) if ACTIVATION == RELU2 else product
+        result = tl.where(_zero(saved_ptr, rows, columns, stride_sm, stride_sn, inside), 0.0, grad)
+    else:
+        z = tl.load(saved_ptr + rows[:, None] * stride_sm + columns[None, :] * stride_sn, mask=inside, other=0.0)
+        z = z.to(tl.float64 if z.dtype == tl.float64 else tl.float32)
+        result = grad.to(z.dtype) * slope(z, ACTIVATION)
+        if ACTIVATION == RELU2:
+            result = tl.where(z <= 0, 0.0, result)
+    return result
 
 
 @triton.jit
