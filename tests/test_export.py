@@ -96,4 +96,4 @@ def test_onnx_has_the_numerics_of_the_op(activation, generator, tmp_path):
     more = torch.cat([x, -x, x / 3])
     (out,) = session.run(None, {session.get_inputs()[0].name: more.numpy()})
     assert out.dtype == np.float32
-    check_forward(torch.from_numpy(out), more, layer.weight, layer.bias, activation, torch.float16, random_sign=True)
+    check_forward(torch.from_numpy(out), more, layer.weight, layer.bias, layer._activation, torch.float16, random_sign=True)

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import mpkernels as mpk
+from mpkernels.ops.linear_act import activation_of
 
 LAYOUTS = {  # of x, weight and bias; columns that do not divide by the ranks, too
     "replicated": (Replicate(), Replicate(), Replicate()),
@@ -42,7 +43,7 @@ def sharded_linear(rank, layout, policy, activation):
     out = mpk.functional.linear_act(*leaves, activation, policy)
     assert out.placements[0] == {"rows": Shard(0), "column": Shard(1)}.get(layout, out.placements[0])
     assert out.placements[0].is_partial() == (layout == "row")
-    check_forward(out.full_tensor(), x, weight, bias, activation, policy.compute_dtype)
+    check_forward(out.full_tensor(), x, weight, bias, activation_of(activation), policy.compute_dtype)
     out.backward(distribute_tensor(grad_out.to(out.dtype), mesh, [LAYOUTS[layout][0] if layout == "rows" else Replicate()]))
     grads = [None if leaf is None else leaf.grad.full_tensor() for leaf in leaves]
     positive = ~(out.full_tensor() <= 0) if activation else None
