@@ -116,7 +116,8 @@ def _select(grad_out, saved, grad_z, acc):
     signature |= {"M": "i32:16", "N": "i32:16", "stride_gm": "i32:16", "stride_gn": "i32:1"}
     signature |= {"stride_sm": "i32", "stride_sn": "i32:1"}
     activation = Activation.NONE if saved is None else Activation.RELU if saved == torch.int32 else Activation.GELU
-    constexprs = {"ACTIVATION": int(activation), "ROWS": impl_triton.SELECT_ROWS, **impl_triton.SELECT}
+    tile = impl_triton.SELECT_FP64 if grad_z == f64 else impl_triton.SELECT
+    constexprs = {"ACTIVATION": int(activation), "ROWS": impl_triton.SELECT_ROWS, **tile}
     if saved is None:
         constexprs["saved_ptr"] = None
     else:

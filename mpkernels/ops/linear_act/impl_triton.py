@@ -29,6 +29,7 @@ except ImportError:  # without Triton there is still `why_not`, which says so
 CAST_FIRST = 128  # rows from which a cast weight is worth the pass that makes it: the descriptor kernel reads no other
 INTERPRETED_PROGRAMS = 3  # few, so that each works on several tiles
 SELECT = {"BLOCK_M": 32, "BLOCK_N": 128}
+SELECT_FP64 = SELECT | {"BLOCK_M": 4}  # slopes in fp64 spill with more
 SELECT_ROWS = 256  # summed by one program of the select pass
 
 
@@ -174,8 +175,9 @@ def _select(grad_out, saved, activation, compute_dtype, wants_grad_z, grad_bias_
         tiles_n = -(-N // SELECT["BLOCK_N"])
         if grad_out.numel() and (grad_z is not None or partial is not None):
             strides = (*grad_out.stride(), *((0, 0) if saved is None else saved.stride()))
+            tile = SELECT_FP64 if compute_dtype == torch.float64 else SELECT
             kernels.select_kernel[(-(-M // SELECT_ROWS) * tiles_n,)](
-                grad_out, saved, grad_z, partial, M, N, *strides, ACTIVATION=int(activation), ROWS=SELECT_ROWS, **SELECT
+                grad_out, saved, grad_z, partial, M, N, *strides, ACTIVATION=int(activation), ROWS=SELECT_ROWS, **tile
             )
     grad_bias = None if partial is None else _sum(partial, grad_bias_dtype)
     return grad_out if is_grad_z else grad_z, grad_bias
