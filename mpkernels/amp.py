@@ -8,7 +8,7 @@ import torch
 from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 
 from mpkernels.ops.update_scale import update_scale_
-from mpkernels.optim import _ranks
+from mpkernels.optim import _ranks, _stats
 from mpkernels.optim._base import Optimizer
 
 _FLOAT32 = torch.finfo(torch.float32)
@@ -144,8 +144,7 @@ class GradScaler(torch.amp.GradScaler):
         if unscaled is None:
             optimizer.grad_scale = self._grad_scale(optimizer, "step")
         elif unscaled:
-            found = [f.to(scale.device, non_blocking=True) for f in state["found_inf_per_device"].values()]
-            optimizer.found_inf = torch.stack(found).amax()
+            optimizer.found_inf = _any(list(state["found_inf_per_device"].values()), scale.device)
         try:
             return optimizer.step()
         finally:
@@ -178,12 +177,12 @@ class GradScaler(torch.amp.GradScaler):
         states = self._per_optimizer_states.values()
         if not any(state["stage"] is not OptState.READY for state in states):
             raise AssertionError("No inf checks were recorded prior to update.")
-        found = [f.to(scale.device, non_blocking=True) for s in states for f in s["found_inf_per_device"].values()]
+        found = [found for state in states for found in state["found_inf_per_device"].values()]
         if found:
             update_scale_(
-                scale, growth_tracker, self._hysteresis_tracker, self._skipped, torch.stack(found).amax(),
+                scale, growth_tracker, self._hysteresis_tracker, self._skipped, _any(found, scale.device),
                 self._growth_factor, self._backoff_factor, self._growth_interval,
-                self._hysteresis, self._min_scale, self._max_scale,
+                self._hysteresis, self._min_scale, self._max_scale, checked=True,
             )  # fmt: skip
         self._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
 
@@ -264,6 +263,12 @@ class GradScaler(torch.amp.GradScaler):
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_loaded": self._counts(), "_hysteresis_tracker": None, "_skipped": None}
+
+
+def _any(found: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Whether one of these flags, of whatever devices, is set."""
+    found = [_stats.scalar(flag, device) for flag in found]
+    return found[0] if len(found) == 1 else torch.stack(found).amax()
 
 
 def _check_factors(growth_factor, backoff_factor, growth_interval) -> None:

@@ -4,6 +4,7 @@
 How the update itself follows fp64 for 1,000 steps is test_adamw.py's and test_sgd.py's.
 """
 
+import collections
 import copy
 import io
 import math
@@ -877,3 +878,50 @@ def test_step_follows_a_transposed_parameter():
         optimizer.step()
         other.step()
     assert raw(params) == raw(others)
+
+
+def _host_and_back(optimizer, params):
+    for p in params:
+        for key, value in optimizer.state[p].items():
+            optimizer.state[p][key] = value.clone()
+
+
+def _moment(optimizer, params):
+    name = "exp_avg" if "exp_avg" in optimizer.state[params[1]] else "momentum_buffer"
+    optimizer.state[params[1]][name] = torch.ones_like(optimizer.state[params[1]][name])
+
+
+def _count(optimizer, params):
+    state = optimizer.state[params[1]]
+    if "step" in state:  # torch's SGD has none
+        state["step"] = torch.full_like(state["step"], 40)
+
+
+def _reset(optimizer, params):
+    optimizer.state = collections.defaultdict(dict)
+
+
+@pytest.mark.parametrize("change", [
+    _host_and_back, _moment, _count, _reset, lambda optimizer, _: optimizer.state.clear(),
+    lambda optimizer, params: optimizer.state.update({params[0]: {}}),
+])  # fmt: skip
+@pytest.mark.parametrize("pair", ["adamw", "amsgrad", "momentum"])
+def test_step_sees_state_that_somebody_has_put_in(pair, change):
+    """torch looks the state up in every step: offloaded and fetched again, reset, or set by hand, it is what counts."""
+    ours, torchs, options = PAIRS[pair]
+    runs = [(ours, torch.float32), (torchs, torch.float64), (torchs, torch.float32)]
+    trajectories = []
+    for make, dtype in runs:
+        params = parameters(dtype, dtype, dtype)
+        optimizer = make(params, **options)
+        train(params, optimizer)
+        change(optimizer, params)
+        trajectories.append([])
+        for t in range(3, 6):
+            train(params, optimizer, 1, t)
+            trajectories[-1].append(torch.cat([p.detach() for p in params]).double().numpy())
+        held = optimizer._rows[0, params[0].device].states if make is ours else {}
+        assert all(
+            t is optimizer.state[p][name] for name, tensors in held.items() for p, t in zip(params, tensors, strict=True)
+        )
+    bounds.check_trajectory(*map(np.stack, trajectories))

@@ -133,7 +133,7 @@ def test_step_after_any_failed_allocation(monkeypatch, name, way, at):
             lost.end()
         lost.run(range(at + 1, STEPS))
         assert lost.everything() == without.everything(), k
-    assert k > 2, "nothing was made to fail"
+    assert k > 0, "nothing was made to fail"
 
 
 class Refusal(Exception):

@@ -78,14 +78,14 @@ class SameLayout:
     An empty list is absent, a tensor of size 0 is a copy that is not wanted; both stay. `tables`: what the native op takes.
     """
 
-    @torch.no_grad()
     def __init__(self, masters: list[torch.Tensor], grads: list[torch.Tensor], *written: list[torch.Tensor]):
         self.lists = [described(tensors) for tensors in (masters, grads, *written)]
         self._stand_ins = []
         if not all(tensors.contiguous for tensors in self.lists):
             lists = [list(tensors) for tensors in self.lists]
-            for i, master in enumerate(masters):
-                self._align(lists, i, master)
+            with torch.no_grad():
+                for i, master in enumerate(masters):
+                    self._align(lists, i, master)
             self.lists = [Tensors(tensors) for tensors in lists]
         self.tables = [tensors.table for tensors in self.lists]
 
@@ -98,8 +98,9 @@ class SameLayout:
                 if tensors is not lists[1]:  # gradients are never written
                     self._stand_ins.append((tensor, tensors[i]))
 
-    @torch.no_grad()
     def write_back(self) -> None:
         """Copy the stand-ins to what they stand for."""
-        for tensor, stand_in in self._stand_ins:
-            tensor.copy_(stand_in)
+        if self._stand_ins:
+            with torch.no_grad():
+                for tensor, stand_in in self._stand_ins:
+                    tensor.copy_(stand_in)

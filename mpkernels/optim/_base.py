@@ -7,7 +7,7 @@ An optimizer here is one read of all gradients (only where a verdict or a norm i
 import contextlib
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from operator import is_
 
@@ -19,76 +19,15 @@ from mpkernels.ops._layout import Tensors
 from mpkernels.ops._multi_tensor import MASTER_DTYPES, MOMENT_DTYPES, inv_scale, skip_flag
 from mpkernels.optim import _checkpoints, _ranks, _stats
 from mpkernels.optim._parameters import first_shared, name_of, overlaps
+from mpkernels.optim._rows import Rows
 from mpkernels.optim._stats import GradStats
-
-
-@dataclass(eq=False)
-class _Rows:
-    """The parameters of one group and device that have a gradient, and everything a step of them needs, in order.
-
-    Kept from step to step: a step asks of each tensor only what can have changed, for all tensors of a list at once.
-    """
-
-    params: list[torch.Tensor]
-    held: Tensors  # the parameters, of DTensors what this rank holds
-    masters: Tensors
-    copies: Tensors  # the 16-bit parameter, its compute copy, or an empty tensor
-    states: dict[str, Tensors]
-    steps: torch.Tensor
-    compute_copies: list[tuple[int, _copies.Copy]]  # by row
-    mastered: list[int]  # rows whose master is not the parameter itself
-    requests: int  # _copies.requests when these rows were made
-    dtensors: bool
-    shapes: list[torch.Size]
-    grads: Tensors = field(default_factory=lambda: Tensors([]))  # of this step, of DTensors what this rank holds
-    stamps: list[tuple[int, ...]] | None = None  # of the parameters after our last write
-    checked: bool = False  # whether an op has checked these lists: only the scalars and the gradients' values are new
-
-    def take(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> bool:
-        """Take these gradients if nothing but their values and places is new, of parameters and gradients alike."""
-        old = self.grads
-        unchanged = (
-            len(params) == len(self.params) == len(old)
-            and all(map(is_, params, self.params))
-            and [p.dtype for p in params] == self.held.dtypes
-            and [p.shape for p in params] == self.shapes
-            and old.contiguous
-            and set(map(type, grads)) == {torch.Tensor}
-            and [g.layout for g in grads].count(torch.strided) == len(grads)
-            and [g.dtype for g in grads] == old.dtypes
-            and [g.shape for g in grads] == self.shapes
-            and all(map(torch.Tensor.is_contiguous, grads))
-            and all(map(torch.Tensor.is_contiguous, params)) == self.held.contiguous
-            and set(map(torch.Tensor.get_device, grads)) == {self.steps.get_device()}
-        )
-        if unchanged:
-            old.replace(grads)
-        return unchanged
-
-    def stamp(self) -> list[tuple[int, ...]]:
-        """What changes when a parameter, or what this rank holds of it, is written visibly or replaced."""
-        stamps = list(zip([t._version for t in self.held], self.held.addresses, strict=True))
-        return [(*stamp, p._version) for stamp, p in zip(stamps, self.params, strict=True)] if self.dtensors else stamps
-
-    def copy_stamps(self, stamps: list[tuple[int, ...]]) -> list[tuple[int, int]]:
-        """The same as the compute copies are stamped."""
-        return [_copies.stamp(p) for p in self.params] if self.dtensors else stamps
-
-    def follow(self, anew: bool) -> bool:
-        """Whether a tensor lies elsewhere than at the last step, in another dtype or on another device perhaps.
-
-        anew: look at all of them, because a parameter or gradient is not as it was.
-        """
-        kept = {id(tensors): tensors for tensors in (self.held, self.masters, self.copies, *self.states.values())}
-        moved = [tensors.follow(anew) for tensors in kept.values()]  # all of them
-        return any(moved)
 
 
 @dataclass(eq=False)
 class _Call:
     """One call of the update op."""
 
-    rows: _Rows
+    rows: Rows
     arguments: tuple
     options: dict
 
@@ -132,7 +71,8 @@ class Optimizer(torch.optim.Optimizer):
         self._stats: dict[torch.device, GradStats] = {}
         self._pending_clip: float | None = None  # max_norm of scaler.clip_grad_norm_, until the next step
         self._formats: dict[int, tuple[torch.dtype, torch.Size]] = {}
-        self._rows: dict[tuple[int, torch.device], _Rows] = {}
+        self._rows: dict[tuple[int, torch.device], Rows] = {}
+        self._entries: list[dict] = []  # the state of every parameter that the rows were made of
         self._ranks = _ranks.Ranks([])
         self._lent = False  # inside master_weights
         self._disjoint: list[int] = []  # addresses of parameters that were found to share no memory
@@ -266,15 +206,13 @@ class Optimizer(torch.optim.Optimizer):
         return calls
 
     def _step_options(self, device, grad_scale, found_inf, max_norm) -> dict:
-        def here(tensor):
-            return None if tensor is None else tensor.to(device, non_blocking=True).squeeze()
-
-        norm = None if max_norm is None else here(self.grad_norm)
-        return dict(grad_scale=here(grad_scale), found_inf=here(found_inf), grad_norm=norm, max_norm=max_norm)
+        norm = None if max_norm is None else _stats.scalar(self.grad_norm, device)
+        grad_scale, found_inf = _stats.scalar(grad_scale, device), _stats.scalar(found_inf, device)
+        return dict(grad_scale=grad_scale, found_inf=found_inf, grad_norm=norm, max_norm=max_norm)
 
     _op = None  # the op of the update
 
-    def _arguments(self, group: dict, rows: _Rows, grads: list[torch.Tensor]) -> tuple:
+    def _arguments(self, group: dict, rows: Rows, grads: list[torch.Tensor]) -> tuple:
         """What `_op` is given, up to the options that all of them share."""
         raise NotImplementedError
 
@@ -311,7 +249,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _read_grads(self, rows: dict, grad_scale: torch.Tensor | None, *, norm: bool) -> None:
         """Read all gradients once: per-tensor statistics, the verdict and (norm) `grad_norm`, over all devices."""
-        by_device: dict[torch.device, list[_Rows]] = {}
+        by_device: dict[torch.device, list[Rows]] = {}
         for (_, device), group_rows in rows.items():
             by_device.setdefault(device, []).append(group_rows)
         if self._ranks.many:
@@ -348,24 +286,29 @@ class Optimizer(torch.optim.Optimizer):
 
     # ----- rows: the parameters of a step and their state --------------------------------------------
 
-    def _all_rows(self) -> dict[tuple[int, torch.device], _Rows]:
+    def _all_rows(self) -> dict[tuple[int, torch.device], Rows]:
         """Rows by (group, device) of the parameters that have a gradient; state is made where it is missing."""
         self._refuse_while_lent("a scaler's unscale_ or clip_grad_norm_")
+        known = len(self.state) == len(self._entries) and all(map(is_, self.state.values(), self._entries))
+        if not known:  # at first, or somebody has taken the state away, or put in another
+            self._rows.clear()
         present: dict[tuple[int, torch.device], list[torch.Tensor]] = {}
         taken = set()
         for index, group in enumerate(self.param_groups):
-            params, grads = [], []
-            for parameter in group["params"]:
-                if (grad := parameter.grad) is not None:
-                    params.append(parameter)
-                    grads.append(grad)
+            params, grads = group["params"], [p.grad for p in group["params"]]
+            kinds = set(map(type, grads))
+            if type(None) in kinds:
+                params, grads = _with_gradient(params)
+                kinds.discard(type(None))
             rows = self._rows.get((index, params[0].device)) if params else None
-            if rows is not None and not rows.dtensors and rows.take(params, grads):
-                present[index, params[0].device] = params
+            if rows is not None and not rows.dtensors and rows.take(params, grads, kinds):
+                present[index, rows.steps.device] = params
                 taken.add(index)
             else:
                 self._check_formats(index, group, present)
         rows = {key: self._rows_of(*key, params, key[0] in taken) for key, params in present.items()}
+        if not known or len(self.state) != len(self._entries):
+            self._entries = list(self.state.values())
         self._refuse_shared(list(rows.values()))
         for group_rows in rows.values():
             self._follow_foreign_writes(group_rows)
@@ -390,7 +333,7 @@ class Optimizer(torch.optim.Optimizer):
                 raise RuntimeError(f"the gradient of {name_of(group, i)} is on {grad.device}, expected {parameter.device}")
             present.setdefault((index, parameter.device), []).append(parameter)
 
-    def _refuse_shared(self, rows: list[_Rows]) -> None:
+    def _refuse_shared(self, rows: list[Rows]) -> None:
         """Raise RuntimeError where two parameters share memory, of which each would update its part of the other."""
         addresses = [address for some in rows for address in some.held.addresses]
         if addresses == self._disjoint:
@@ -401,7 +344,7 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError(f"{second} shares memory with {first}: use one Parameter in both places")
         self._disjoint = addresses
 
-    def _rows_of(self, index: int, device: torch.device, params: list[torch.Tensor], taken: bool) -> _Rows:
+    def _rows_of(self, index: int, device: torch.device, params: list[torch.Tensor], taken: bool) -> Rows:
         """The rows of the last step if they are still those; one set at a time, because a step count lives in one array.
 
         taken: whether these, should they be still those, have the gradients already.
@@ -411,19 +354,17 @@ class Optimizer(torch.optim.Optimizer):
             rows is None
             or rows.requests != _copies.requests
             or tuple(rows.states) != self._group_state_names(group)
-            or len(rows.params) != len(params)
-            or not all(map(is_, rows.params, params))
-            or (rows.dtensors and rows.held.addresses != [_ranks.local(p).data_ptr() for p in params])
+            or not (taken or rows.are(params))
+            or rows.moved()
         ):
             rows = self._rows[index, device] = self._make_rows(group, params)
             taken = False
-        elif rows.follow(anew=not taken):
-            rows.checked = False
         if not taken:
-            rows.grads, rows.checked = Tensors(self._local_grads(params)), False
+            rows.give(self._local_grads(params))
         return rows
 
-    def _make_rows(self, group: dict, params: list[torch.Tensor]) -> _Rows:
+    def _make_rows(self, group: dict, params: list[torch.Tensor]) -> Rows:
+        params = list(params)  # the group's own list may grow
         for parameter in params:
             self._init_state(group, parameter)
         names, requests = self._group_state_names(group), _copies.requests
@@ -441,19 +382,19 @@ class Optimizer(torch.optim.Optimizer):
                 copies.append(compute_copy.tensor)
             else:
                 copies.append(torch.empty(0, dtype=torch.float16, device=parameter.device))
-        steps = torch.stack([self.state[p]["step"] for p in params])
-        rows = _Rows(
+        entries = [self.state[p] for p in params]
+        steps = torch.stack([entry["step"] for entry in entries])
+        for entry, count in zip(entries, steps.unbind(), strict=True):
+            entry["step"] = count  # a view: one array per call is what the op advances
+        return Rows(
             params, held, masters=held if not mastered else Tensors(masters),
             copies=held if len(mastered) == len(params) else Tensors(copies),
-            states={name: Tensors(_ranks.local(self.state[p][name]) for p in params) for name in names},
-            steps=steps, compute_copies=compute_copies, mastered=mastered, requests=requests, dtensors=self._ranks.dtensors,
-            shapes=[p.shape for p in params],
+            states={name: Tensors(_ranks.local(entry[name]) for entry in entries) for name in names},
+            steps=steps, entries=entries, compute_copies=compute_copies, mastered=mastered, requests=requests,
+            dtensors=self._ranks.dtensors,
         )  # fmt: skip
-        for parameter, count in zip(params, steps.unbind(), strict=True):  # last: nothing can fail between this and its use
-            self.state[parameter]["step"] = count  # a view: one array per call is what the op advances
-        return rows
 
-    def _follow_foreign_writes(self, rows: _Rows) -> None:
+    def _follow_foreign_writes(self, rows: Rows) -> None:
         """Take over what somebody else wrote since our last step: a skipped one must not leave a copy behind its weight."""
         stamps, old = rows.stamp(), rows.stamps
         if stamps != old:
@@ -466,7 +407,7 @@ class Optimizer(torch.optim.Optimizer):
                 if compute_copy.stamp != stamps[i]:
                     compute_copy.write(rows.params[i], cast(rows.params[i], compute_copy.dtype))
 
-    def _after_update(self, rows: _Rows) -> None:
+    def _after_update(self, rows: Rows) -> None:
         rows.checked = True
         if rows.dtensors:  # the op has moved the versions of what they hold
             torch.autograd.graph.increment_version([p for p in rows.params if _ranks.is_dtensor(p)])
@@ -585,6 +526,11 @@ class Optimizer(torch.optim.Optimizer):
             hook(self)
 
     _default_step: int | None = None
+
+
+def _with_gradient(params: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    params = [p for p in params if p.grad is not None]
+    return params, [p.grad for p in params]
 
 
 def _check_scalars(**scalars: torch.Tensor | None) -> None:

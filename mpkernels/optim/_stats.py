@@ -24,18 +24,29 @@ def read(
     device, params: list[torch.Tensor], grads: list[torch.Tensor], grad_scale: torch.Tensor | None, norm: bool
 ) -> GradStats:
     """One read of `grads`, the (local) gradients of `params`; without any, what nothing found."""
+    scale = scalar(grad_scale, device)
+    make = torch.empty if params else torch.zeros  # the op writes all of them
     stats = GradStats(
         params=params,
-        found_inf=torch.zeros((), dtype=torch.float32, device=device),
-        amax=torch.empty(len(params), dtype=torch.float64, device=device),
-        nonfinite=torch.empty(len(params), dtype=torch.int64, device=device),
-        grad_norm=torch.zeros((), dtype=torch.float64, device=device) if norm else None,
-        grad_scale=None if grad_scale is None else grad_scale.to(device, copy=True).squeeze(),
+        found_inf=make((), dtype=torch.float32, device=device),
+        amax=make(len(params), dtype=torch.float64, device=device),
+        nonfinite=make(len(params), dtype=torch.int64, device=device),
+        grad_norm=make((), dtype=torch.float64, device=device) if norm else None,
+        grad_scale=None if scale is None else scale.clone(),
     )
     if params:
         given = (grads, stats.grad_scale, stats.found_inf, stats.amax, stats.nonfinite, stats.grad_norm)
         grad_stats_(*given, checked=True)  # by the optimizer, by name
     return stats
+
+
+def scalar(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """A 1-element tensor as the ops take it: 0-d, on `device`, without waiting for either."""
+    if tensor is None:
+        return None
+    if tensor.device != device:
+        tensor = tensor.to(device, non_blocking=True)
+    return tensor.reshape(()) if tensor.dim() else tensor
 
 
 def read_rows(device, rows: list, grad_scale: torch.Tensor | None, norm: bool) -> GradStats:

@@ -3,8 +3,6 @@
 
 import math
 
-import torch
-
 from mpkernels.ops.adamw import adamw_
 from mpkernels.optim._base import Optimizer
 
@@ -53,7 +51,7 @@ class AdamW(Optimizer):
         states = rows.states
         return (
             rows.masters, grads, states["exp_avg"], states["exp_avg_sq"], states.get("max_exp_avg_sq", []), rows.copies,
-            rows.steps, lr_tensor(group["lr"]), *group["betas"], group["eps"], group["weight_decay"],
+            rows.steps, rows.lr(group["lr"]), *group["betas"], group["eps"], group["weight_decay"],
             self._decoupled, group["maximize"],
         )  # fmt: skip
 
@@ -65,8 +63,3 @@ class Adam(AdamW):
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, **options):
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
-
-
-def lr_tensor(lr) -> torch.Tensor:
-    """The learning rate as the ops take it: 0-d, on the CPU for a float."""
-    return lr.reshape(()) if isinstance(lr, torch.Tensor) else torch.tensor(lr, dtype=torch.float64)

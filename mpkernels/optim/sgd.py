@@ -5,7 +5,6 @@ import math
 
 from mpkernels.ops.sgd import sgd_
 from mpkernels.optim._base import Optimizer
-from mpkernels.optim.adamw import lr_tensor
 
 
 class SGD(Optimizer):
@@ -48,6 +47,6 @@ class SGD(Optimizer):
 
     def _arguments(self, group, rows, grads):
         return (
-            rows.masters, grads, rows.states.get("momentum_buffer", []), rows.copies, rows.steps, lr_tensor(group["lr"]),
+            rows.masters, grads, rows.states.get("momentum_buffer", []), rows.copies, rows.steps, rows.lr(group["lr"]),
             group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"], group["maximize"],
         )  # fmt: skip
