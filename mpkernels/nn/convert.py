@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from mpkernels import _copies
-from mpkernels.nn.edges import RELU, has_hooks, readers_of_linears
+from mpkernels.nn.before_relu import MPLinearBeforeReLU
+from mpkernels.nn.edges import RELU, Edges, edges_of_linears, has_hooks
 from mpkernels.nn.linear import MPLinear
 from mpkernels.nn.mlp import MPMLP
 from mpkernels.ops._cast import DTYPES, cast
@@ -96,7 +97,9 @@ def convert(
     for linear, chosen_policy in chosen.items():
         _convert_linear(linear, chosen_policy)
     _fuse_relus(model)
-    _set_output_dtypes(model)
+    edges = edges_of_linears(model)
+    _fuse_functional_relus(model, edges)
+    _set_output_dtypes(model, edges)
     _adopt_mlps(model)
     return model
 
@@ -112,7 +115,7 @@ def revert(model: nn.Module) -> nn.Module:
         if isinstance(before, _Linear):
             module.adopt(before.activation, before.policy)
             _copies.forget(module.weight)
-            if type(module) is not before.cls:
+            if not issubclass(before.cls, MPLinear):
                 for name in ("_activation", "policy", "_cached"):
                     module.__dict__.pop(name, None)
         if before is not None:
@@ -233,6 +236,15 @@ def _fuse_relus(model: nn.Module) -> None:
                 setattr(sequential, name, FusedReLU(relu))
 
 
+def _fuse_functional_relus(model: nn.Module, edges: Edges) -> None:
+    """Where the model's own forward calls a ReLU function on the output of an MPLinear, and nobody else has that."""
+    uses = _uses(model)
+    for linear in edges.before_relu:
+        ours = type(linear) is MPLinear and "_before" in vars(linear)
+        if ours and linear._activation == Activation.NONE and uses[linear] == 1 and not has_hooks(linear):
+            linear.__class__ = MPLinearBeforeReLU
+
+
 def _uses(model: nn.Module) -> Counter:
     """How often each module is somebody's child."""
     return Counter(child for module in model.modules() for child in module._modules.values())
@@ -264,16 +276,15 @@ def _cast_model(model: nn.Module, dtype: torch.dtype, kept: set[nn.Module]) -> N
                 module._buffers[key] = cast(buffer, dtype)
 
 
-def _set_output_dtypes(model: nn.Module) -> None:
+def _set_output_dtypes(model: nn.Module, edges: Edges) -> None:
     """Between MPLinears of one compute dtype nobody needs the wide output; what leaves the chain stays wide.
 
     A module whose parameters have another dtype than the output it would be given is given theirs.
     """
-    readers_of = readers_of_linears(model)
     chained: set[MPLinear] = set()
     narrowed = {}
-    for linear, readers in readers_of.items():
-        if RELU in readers:
+    for linear, readers in edges.readers.items():
+        if RELU in readers and not isinstance(linear, MPLinearBeforeReLU):
             _remember(linear, 'relu in forward() not fused: use MPLinear(activation="relu")')
         above = readers - {RELU}
         dtypes = {m.policy and m.policy.compute_dtype for m in (linear, *above) if isinstance(m, MPLinear)}
@@ -288,7 +299,7 @@ def _set_output_dtypes(model: nn.Module) -> None:
             if output_dtype == linear.policy.compute_dtype:
                 _remember(linear, f"output {_short(output_dtype)}: only linears read it")
     names = {module: name for name, module in model.named_modules()}
-    for linear, readers in readers_of.items():
+    for linear, readers in edges.readers.items():
         for module in readers - {RELU, None}:
             taken = {p.dtype for p in module.parameters() if p.is_floating_point()}
             output_dtype = _known_output_dtype(linear)

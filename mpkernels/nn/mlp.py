@@ -115,7 +115,7 @@ def _read_by_the_next_alone(modules: list[nn.Module], i: int) -> bool:
     for j in range(i + 1, len(modules)):
         if isinstance(modules[j], MPLinear):
             ours, theirs = ((p.compute_dtype, p.grad_dtype) if (p := m.policy) else None for m in (modules[i], modules[j]))
-            return ours == theirs and not _hooks_on_all_modules() and not any(map(_seen, modules[i : j + 1]))
+            return ours == theirs and not hooks_on_all_modules() and not any(map(_seen, modules[i : j + 1]))
         if type(modules[j]).forward is not nn.Identity.forward:
             break
     return False
@@ -135,7 +135,7 @@ def _seen(module: nn.Module) -> bool:
     )
 
 
-def _hooks_on_all_modules() -> bool:
+def hooks_on_all_modules() -> bool:
     return bool(
         _module._global_forward_pre_hooks or _module._global_forward_hooks
         or _module._global_backward_pre_hooks or _module._global_backward_hooks

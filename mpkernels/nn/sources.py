@@ -6,6 +6,7 @@ import builtins
 import functools
 import inspect
 import linecache
+from collections.abc import Callable, Iterator
 from types import FunctionType
 
 _BRANCHES = (
@@ -18,22 +19,50 @@ def has_branches(cls: type) -> bool:
 
     True as well where there is no source, and where it keeps something in an attribute, which a trace does not show.
     """
+    return any(node is None or any(map(_is_branch, _parts(node))) for _, node in _reached(cls))
+
+
+def read_elsewhere(cls: type, attribute: str) -> bool:
+    """Whether a method that `cls.forward` does not reach may call what `self.<attribute>` is. Its parameters do not count."""
+    members = {name: member for base in reversed(cls.__mro__) for name, member in vars(base).items()}
+    methods = [getattr(member, "fget", None) or getattr(member, "__func__", member) for member in members.values()]
+    known = [members["__init__"], *(function for function, _ in _reached(cls))]
+    unseen = [f for f in methods if isinstance(f, FunctionType) and not f.__module__.startswith("torch.") and f not in known]
+    return any(node is None or attribute in _named(node) for node in map(_definition, unseen))
+
+
+def _named(node: ast.FunctionDef) -> set:
+    """Attributes and strings in a function, but for attributes of which it takes the weight or the bias."""
+    parts = list(_parts(node))
+    attributes = {part for part in parts if isinstance(part, ast.Attribute)}
+    attributes -= {part.value for part in attributes if part.attr in ("weight", "bias")}
+    return {part.attr for part in attributes} | {part.value for part in parts if isinstance(part, ast.Constant)}
+
+
+def _reached(cls: type) -> Iterator[tuple[Callable | None, ast.FunctionDef | None]]:
+    """`cls.forward` and the functions of the model's own that it calls, with their definitions, None without source."""
     todo, seen = [getattr(cls, "forward", None)], set()
     while todo:
         function = todo.pop()
-        node = _definition(function)
-        if node is None:
-            return True
+        if function in seen:
+            continue
         seen.add(function)
-        for part in (part for statement in node.body for part in ast.walk(statement)):
-            if isinstance(part, _BRANCHES) or (isinstance(part, ast.For | ast.comprehension) and not _over_modules(part)):
-                return True
-            if isinstance(part, ast.Attribute | ast.Subscript) and isinstance(part.ctx, ast.Store):
-                return True
+        node = _definition(function)
+        yield function, node
+        for part in _parts(node) if node is not None else ():
             called = _resolve(part, cls, function) if isinstance(part, ast.Name | ast.Attribute) else None
-            if isinstance(called, FunctionType) and called not in seen and not called.__module__.startswith("torch."):
+            if isinstance(called, FunctionType) and not called.__module__.startswith("torch."):
                 todo.append(called)
-    return False
+
+
+def _parts(node: ast.FunctionDef) -> Iterator[ast.AST]:
+    return (part for statement in node.body for part in ast.walk(statement))
+
+
+def _is_branch(part: ast.AST) -> bool:
+    loop = isinstance(part, ast.For | ast.comprehension) and not _over_modules(part)
+    stored = isinstance(part, ast.Attribute | ast.Subscript) and isinstance(part.ctx, ast.Store)
+    return isinstance(part, _BRANCHES) or loop or stored
 
 
 def _over_modules(loop: ast.For | ast.comprehension) -> bool:
@@ -53,6 +82,11 @@ def _resolve(name: ast.expr, cls: type, function):
         return None
     if isinstance(name.value, ast.Name) and name.value.id == "self":
         return inspect.getattr_static(cls, name.attr, None)
+    if isinstance(name.value, ast.Call) and isinstance(name.value.func, ast.Name) and name.value.func.id == "super":
+        above = [vars(base) for base in cls.__mro__]
+        while above and function not in above.pop(0).values():
+            pass
+        return next((names[name.attr] for names in above if name.attr in names), None)
     owner = _resolve(name.value, cls, function)
     return None if owner is None else getattr(owner, name.attr, None)
 
