@@ -272,6 +272,61 @@ def test_filter_is_asked_about_what_is_left():
     assert asked == [(nn.Linear, "2")]
 
 
+# ----- what is too small to pay ----------------------------------------------------------------------
+
+
+def compiled_by_method(model):
+    model.compile(backend="eager")
+    return model
+
+
+def sizes() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 255), nn.ReLU(), nn.Linear(255, 258))
+
+
+def converted(model) -> list[bool]:
+    return [row.converted for row in mpk.convert_report(model)]
+
+
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), compiled_by_method])
+def test_small_linears_of_a_compiled_model_are_left(wrap):
+    model = wrap(sizes())
+    before, x = snapshot(model), torch.randn(3, 64)
+    expected = model(x)
+    mpk.convert(model, "mixed_float16")
+    rows = mpk.convert_report(model)
+    assert converted(model) == [False, False, True]
+    assert [row.note for row in rows][:2] == [f"too small to pay: {n} weights (min_size=65536)" for n in (16384, 65280)]
+    assert raw([model(x)]) != raw([expected])
+    assert converted(mpk.convert(model, "mixed_float16", min_size=0)) == [True] * 3
+    assert converted(mpk.convert(model, "mixed_bfloat16")) == [False, False, True]
+    assert snapshot(mpk.revert(model)) == before
+    assert raw([model(x)]) == raw([expected])
+    assert "too small" not in str(mpk.convert_report(model))
+    assert converted(mpk.convert(model, "float16")) == [True] * 3, "left, they would compute by torch's numerics"
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.ao is deprecated
+def test_small_linears_are_left_where_the_user_says_so():
+    assert converted(mpk.convert(sizes())) == [True] * 3
+    model = mpk.convert(sizes(), min_size=65280)
+    assert converted(model) == [False, True, True]
+    assert [type(m) for m in model][:2] == [nn.Linear, nn.ReLU]
+    part = nn.ModuleList([torch.compile(sizes(), backend="eager"), sizes()])
+    assert converted(mpk.convert(part)) == [False, False, True, True, True, True]
+    on_a_gpu = torch.compile(sizes().to("meta"), backend="eager")  # or on anything else that no row speaks of
+    assert converted(mpk.convert(on_a_gpu)) == [True] * 3
+    assert converted(mpk.convert(torch.compile(Quantized(), backend="eager"))) == [False]
+    own = nn.Sequential(mpk.MPLinear(6, 6, policy="float32"))
+    mpk.convert(own, min_size=1000)
+    assert own[0].policy.compute_dtype == torch.float16
+    for bad in (True, 1.5, "all"):
+        before = snapshot(model)
+        with pytest.raises(TypeError, match="min_size must be an int or None, got"):
+            mpk.convert(model, min_size=bad)
+        assert snapshot(model) == before
+
+
 # ----- a Sequential of linears ----------------------------------------------------------------------
 
 

@@ -20,6 +20,11 @@ from mpkernels.ops._cast import DTYPES, cast
 from mpkernels.ops.linear_act import Activation
 from mpkernels.policy import Policy
 
+# Weights from which on a linear is worth converting in a compiled model on a CPU. By bench/results, overhead/forward+backward,
+# our op costs the host 180 us more than torch's: 9 % of the arithmetic of 512 rows with so many weights, more of fewer rows.
+# training/digits, 64 rows and at most 128 x 128 weights, takes 2.8 times as long as in fp32. No row says so of a GPU.
+MIN_SIZE_COMPILED = 256 * 256
+
 
 class FusedReLU(nn.Identity):
     """Stands where a ReLU was that the linear before it now applies, so that indices and keys stay."""
@@ -54,7 +59,7 @@ class Report(tuple):
 
 def convert(
     model: nn.Module, policy: "str | Policy | Mapping[str, str | Policy]" = "mixed_float16", *, include="*", exclude=(),
-    filter_fn: Callable[[nn.Module, str], bool] | None = None, keep=(),
+    filter_fn: Callable[[nn.Module, str], bool] | None = None, keep=(), min_size: int | None = None,
 ) -> nn.Module:  # fmt: skip
     """Make every nn.Linear of `model`, with the nn.ReLU after it in an nn.Sequential, an MPLinear. In place; returns it.
 
@@ -62,6 +67,8 @@ def convert(
     include, exclude: a glob, or several, of linears to convert, and of those to leave; filter_fn(module, name) is asked
     about the rest. What is left is cast with the model under `float16` and `bfloat16`; what `keep` names is not: a glob, or
     several, of modules that stay as they are, dtype too. A glob that names a module means what is in it as well.
+    min_size: nn.Linears whose weight has fewer elements are left. None: those too small to pay in a model on a CPU that
+    torch.compile has already wrapped, and none under `float16` and `bfloat16`.
     `transformers`' Conv1D, a linear whose weight is (in, out), is converted too, and an nn.Sequential of linears and ReLUs
     becomes an MPMLP. What cannot be converted is skipped; `convert_report` has the reason.
     Parameters stay the same objects. Under `mixed_*` their dtype and the state_dict stay too. Under `float16` and
@@ -82,6 +89,7 @@ def convert(
     narrow = _narrow_dtype(policies.values())
     _check_globs([name for name, _ in _linears(model)], [g for g in (*policies, *include, *exclude) if g != "*"], "linear")
     _check_globs([name for name, _ in model.named_modules()], keep, "module")
+    min_sizes = _min_sizes(model, min_size, narrow)
     revert(model)
     kept = {module for name, module in model.named_modules() if any(_matches(name, glob) for glob in keep)}
     chosen = {}
@@ -90,8 +98,13 @@ def convert(
         wanted = any(_matches(name, glob) for glob in include) and not any(_matches(name, glob) for glob in exclude)
         if not found or not wanted or linear in kept or _why_not(model, name, linear) is not None:
             continue
-        if filter_fn is None or filter_fn(linear, name):
-            chosen[linear] = found[-1]
+        if filter_fn is not None and not filter_fn(linear, name):
+            continue
+        size, least = linear.weight.numel(), min_sizes.get(linear, 0)
+        if size < least and not hasattr(linear, "adopt"):
+            linear._before = _Before(type(linear), (f"too small to pay: {size} weights (min_size={least})",))
+            continue
+        chosen[linear] = found[-1]
     if narrow is not None:
         _cast_model(model, narrow, kept | {linear for linear, p in chosen.items() if p.param_dtype != narrow})
     for linear, chosen_policy in chosen.items():
@@ -131,7 +144,8 @@ def convert_report(model: nn.Module) -> Report:
         if hasattr(module, "adopt"):
             rows.append(Row(name, True, module.policy, module.activation, _note(module)))
         else:
-            rows.append(Row(name, False, None, None, _why_not(model, name, module) or "left as it was"))
+            note = _why_not(model, name, module) or _note(module) or "left as it was"
+            rows.append(Row(name, False, None, None, note))
     return Report(rows)
 
 
@@ -142,18 +156,18 @@ def _check_module(model) -> None:
 
 @dataclass(frozen=True)
 class _Before:
-    """The class of a module before convert changed it; kept on the module."""
+    """The class of a module before convert changed it, and what the report says of it; kept on the module."""
 
     cls: type
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Linear(_Before):
-    """The same for a linear, with what else it had, and what the report says of it."""
+    """The same for a linear, with what else it had."""
 
-    activation: Activation
-    policy: Policy | None
-    notes: tuple[str, ...] = ()
+    activation: Activation = Activation.NONE
+    policy: Policy | None = None
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -178,6 +192,19 @@ def _check_globs(names: list[str], globs: Iterable[str], what: str) -> None:
     for glob in globs:
         if not any(_matches(name, glob) for name in names):
             raise ValueError(f"no {what} of the model matches {glob!r}")
+
+
+def _min_sizes(model: nn.Module, min_size: int | None, narrow: torch.dtype | None) -> dict[nn.Module, int]:
+    """How many weights a linear must have to be converted, where that is not 0."""
+    if min_size is not None:
+        if isinstance(min_size, bool) or not isinstance(min_size, int):
+            raise TypeError(f"min_size must be an int or None, got {min_size!r}")
+        return dict.fromkeys(model.modules(), min_size)
+    if narrow is not None:  # what is left would compute in 16 bits all the same, by torch's numerics
+        return {}
+    compiled = [m for m in model.modules() if "_orig_mod" in m._modules or m._compiled_call_impl is not None]
+    inner = (linear for module in compiled for _, linear in _linears(module))
+    return {linear: MIN_SIZE_COMPILED for linear in inner if all(p.is_cpu for p in linear.parameters())}
 
 
 def _narrow_dtype(policies: Iterable[Policy]) -> torch.dtype | None:
@@ -209,9 +236,9 @@ def _why_not(model: nn.Module, name: str, linear: nn.Module) -> str | None:
 def _convert_linear(linear: nn.Module, policy: Policy) -> None:
     """Change the class: the module stays the same object, with its Parameters, hooks and name."""
     if hasattr(linear, "adopt"):
-        linear._before = _Linear(type(linear), linear._activation, linear.policy)
+        linear._before = _Linear(type(linear), (), linear._activation, linear.policy)
     else:
-        linear._before = _Linear(type(linear), Activation.NONE, None)
+        linear._before = _Linear(type(linear))
         linear.__class__ = MPLinear if isinstance(linear, nn.Linear) else _conv1d()
     linear.adopt(linear._activation, policy)
 
@@ -319,13 +346,13 @@ def _known_output_dtype(linear: MPLinear) -> torch.dtype | None:
 
 def _remember(linear: MPLinear, note: str) -> None:
     """For the report. A layer of the user's own has nothing to revert but its policy."""
-    before = vars(linear).get("_before") or _Linear(type(linear), linear._activation, linear.policy)
+    before = vars(linear).get("_before") or _Linear(type(linear), (), linear._activation, linear.policy)
     linear._before = dataclasses.replace(before, notes=(*before.notes, note))
 
 
 def _note(linear: nn.Module) -> str:
     """What a reader of the report would not expect."""
-    policy, notes = linear.policy, list(getattr(vars(linear).get("_before"), "notes", ()))
+    policy, notes = getattr(linear, "policy", None), list(getattr(vars(linear).get("_before"), "notes", ()))
     if policy is not None and policy.param_dtype != linear.weight.dtype:
         notes.append(f"its weight is {_short(linear.weight.dtype)}, the policy's parameters are {_short(policy.param_dtype)}")
     return "; ".join(notes)
