@@ -7,6 +7,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import mpkernels as mpk
 from mpkernels.nn.convert import FusedReLU
@@ -157,7 +158,59 @@ def test_optimizer_made_before_a_mixed_convert_stays_valid():
     assert torch.equal(model[0]._weight_copy(), model[0].weight.half())
 
 
+def test_torch_optimizer_made_before_a_mixed_convert_stays_valid():
+    """Through a conversion and back in the middle of training: its state, its scheduler and its parameters are the same."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    for change in (lambda m: m, mpk.convert, mpk.revert):
+        change(model)
+        optimizer.zero_grad()
+        model(torch.ones(2, 6)).sum().backward()
+        before, velocity = raw(model.parameters()), [raw([s["momentum_buffer"]]) for s in optimizer.state.values()]
+        optimizer.step()
+        scheduler.step()
+        assert raw(model.parameters()) != before
+        assert len(optimizer.state) == 6
+        assert velocity != [raw([s["momentum_buffer"]]) for s in optimizer.state.values()]
+    assert scheduler.get_last_lr() == [0.1 / 8]
+
+
+def test_tied_weights_stay_tied():
+    """An embedding and the head that reads it, and two linears of one weight."""
+    for policy, dtype in (("mixed_float16", torch.float32), ("float16", torch.float16)):
+        model = nn.ModuleDict(
+            {"embedding": nn.Embedding(9, 6), "head": nn.Linear(6, 9, False), "other": nn.Linear(6, 9, False)}
+        )
+        model["head"].weight = model["other"].weight = model["embedding"].weight
+        mpk.convert(model, policy)
+        assert [type(m) for m in model.values()] == [nn.Embedding, mpk.MPLinear, mpk.MPLinear]
+        assert model["head"].weight is model["other"].weight is model["embedding"].weight
+        x = model["embedding"](torch.tensor([1, 2]))
+        (model["head"](x) + model["other"](x)).float().sum().backward()
+        assert model["embedding"].weight.grad.dtype == dtype
+        optimizer = mpk.optim.SGD(model.parameters(), lr=1.0)
+        optimizer.step()  # one weight, one master, one copy
+        assert torch.equal(model["head"](x), model["other"](x))
+        mpk.revert(model)
+        assert model["head"].weight is model["other"].weight is model["embedding"].weight
+
+
+def test_other_modules_keep_their_dtype_under_mixed():
+    model = mpk.convert(with_norm(), "mixed_bfloat16")
+    assert {v.dtype for v in model.state_dict().values() if v.is_floating_point()} == {torch.float32}
+    seen = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: (args[0].dtype, out.dtype)}))
+    model(torch.ones(3, 6))
+    assert set(seen.values()) == {(torch.float32, torch.float32)}, "nothing that is no linear sees 16 bits"
+
+
 # ----- what is left alone ----------------------------------------------------------------------
+
+
+class Named(nn.Linear):
+    """Of a class that somebody may ask for."""
 
 
 class Special(nn.Linear):
@@ -218,14 +271,31 @@ class Quantized(nn.Module):
         (lambda: nn.Sequential(nn.Linear(6, 6).to(torch.complex64)), "has a weight of torch.complex64"),
         (lambda: nn.Sequential(nn.Linear(6, 6).to(torch.float8_e4m3fn)), "has a weight of torch.float8_e4m3fn"),
         (lambda: nn.Sequential(with_own_forward(nn.Linear(6, 6))), "is a Linear, which has its own forward"),
+        (lambda: nn.Sequential(Named(6, 6)), "is a Named, which an MPLinear is not"),
+        (lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 6))), "is parametrized"),
+        (lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 6))), "is parametrized"),
+        (lambda: nn.Sequential(prune.random_unstructured(nn.Linear(6, 6), "weight", 0.5)), "is parametrized"),
+        (lambda: nn.Sequential(prune.random_unstructured(nn.Linear(6, 6), "bias", 0.5)), "is parametrized"),
     ],
-    ids=["quantized", "qat", "lazy", "complex", "float8", "instance"],
+    ids=[
+        "quantized",
+        "qat",
+        "lazy",
+        "complex",
+        "float8",
+        "instance",
+        "subclass",
+        "weight_norm",
+        "spectral_norm",
+        "pruned",
+        "bias pruned",
+    ],
 )
 @pytest.mark.filterwarnings("ignore")  # torch.ao is deprecated, lazy modules are young
 def test_skipped_kinds_have_reasons(make, note):
     model = make()
     kinds = [type(module) for module in model.modules()]
-    (row,) = mpk.convert_report(mpk.convert(model, "mixed_float16"))
+    (row,) = mpk.convert_report(mpk.convert(model, "mixed_float16,grad=float16"))
     assert (row.converted, row.note) == (False, note)
     assert [type(module) for module in model.modules()] == kinds
 

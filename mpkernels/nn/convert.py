@@ -61,7 +61,9 @@ def convert(
     model: nn.Module, policy: "str | Policy | Mapping[str, str | Policy]" = "mixed_float16", *, include="*", exclude=(),
     filter_fn: Callable[[nn.Module, str], bool] | None = None, keep=(), min_size: int | None = None,
 ) -> nn.Module:  # fmt: skip
-    """Make every nn.Linear of `model`, with the nn.ReLU after it in an nn.Sequential, an MPLinear. In place; returns it.
+    """Make every nn.Linear of `model`, with the ReLU after it, an MPLinear. In place; returns it.
+
+    The ReLU is an nn.ReLU in an nn.Sequential, or a function called in a forward that torch.fx can follow.
 
     policy: one for all, or an ordered mapping from globs of module names, where the last match wins.
     include, exclude: a glob, or several, of linears to convert, and of those to leave; filter_fn(module, name) is asked
@@ -219,15 +221,17 @@ def _why_not(model: nn.Module, name: str, linear: nn.Module) -> str | None:
     parent = model.get_submodule(name.rpartition(".")[0]) if name else None
     if isinstance(parent, nn.MultiheadAttention):
         return "its weight is used by nn.MultiheadAttention without calling it"
-    if hasattr(linear, "parametrizations"):
-        return "is parametrized"
     if isinstance(linear, nn.modules.lazy.LazyModuleMixin):
         return "is lazy and has no weight yet: call the model once before"
     if _kind(linear) == "quantized":
         return "is quantized"
+    if not {"weight", "bias"} <= linear._parameters.keys():  # by torch's parametrizations, its older hooks, or pruning
+        return "is parametrized"
     known = type(linear) in (nn.Linear, MPLinear) or type(linear).__name__ in ("Conv1D", "MPConv1D")
-    if not known or "forward" in vars(linear):
+    if "forward" in vars(linear) or not (known or type(linear).forward is nn.Linear.forward):
         return f"is a {type(linear).__name__}, which has its own forward"
+    if not known:
+        return f"is a {type(linear).__name__}, which an MPLinear is not"
     if linear.weight.dtype not in DTYPES:
         return f"has a weight of {linear.weight.dtype}"
     return None
