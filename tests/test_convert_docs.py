@@ -9,7 +9,8 @@ import torch
 
 import mpkernels as mpk
 
-DOC = Path(__file__).resolve().parent.parent / "docs" / "convert.md"
+ROOT = Path(__file__).resolve().parent.parent
+DOC = ROOT / "docs" / "convert.md"
 
 
 def test_convert_doc_runs(tmp_path, capsys):
@@ -24,3 +25,10 @@ def test_convert_doc_runs(tmp_path, capsys):
     found["loss"].backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
     assert [row.name for row in mpk.convert_report(model) if not row.converted] == ["attention.out_proj"]
+
+
+def test_convert_readme_says_what_is_not_converted():
+    readme = (ROOT / "README.md").read_text()
+    assert "Linears only: combine with autocast for convolutions." in readme
+    assert "(docs/convert.md)" in readme
+    assert len(readme.splitlines()) <= 125, "two screens"

@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -333,6 +335,28 @@ def test_functional_relu_of_the_users_own_layer_stays():
     assert fused(mpk.convert(model)) == []
 
 
+class LoRA(nn.Module):
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a, self.b = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+def test_functional_relu_after_an_adapter_is_of_the_sum(generator):
+    torch.manual_seed(0)
+    plain, x = Plain(), torch.randn(5, 6, generator=generator)
+    plain.fc1 = LoRA(plain.fc1)
+    model = mpk.convert(copy.deepcopy(plain), "float32")
+    assert fused(model) == []
+    torch.testing.assert_close(model(x), plain(x))
+    (mpk.convert(model, "mixed_float16"))(x).sum().backward()
+    assert model.fc1.base.weight.grad is None
+    assert model.fc1.a.weight.grad.count_nonzero() > 0
+
+
 # ----- where the ReLU is ----------------------------------------------------------------------
 
 
@@ -505,20 +529,22 @@ def lambda_module(model, use_reentrant):
     return Checkpointed()
 
 
-def test_functional_relu_in_a_wrapper(generator):
-    """What DDP and its kin do: hold the model and call it."""
-
-    class Wrapper(nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-
-        def forward(self, *args, **kwargs):
-            return self.module(*args, **kwargs)
-
-    model, x = make(), torch.randn(5, 6, generator=generator)
-    assert results(Wrapper(model), x) == results(model, x)
-    assert list(Wrapper(model).state_dict()) == [f"module.{name}" for name in Plain().state_dict()]
+@pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, fully_shard])
+def test_functional_relu_in_a_wrapper(wrap, generator):
+    x = torch.randn(5, 6, generator=generator)
+    expected = results(make(), x)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = make()
+        wrapped = wrap(model)
+        assert relus(wrapped, x) == 0
+        model.zero_grad()
+        out = wrapped(x)
+        out.square().sum().backward()
+        grads = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+        assert raw([out, *grads]) == [expected[0], *expected[2:]]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_functional_relu_under_torch_func(generator):
