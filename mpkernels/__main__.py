@@ -16,7 +16,7 @@ import sys
 import torch
 
 import mpkernels
-from mpkernels import _dispatch, _native, _table
+from mpkernels import _cache, _dispatch, _native, _table
 
 
 def main() -> int:
@@ -47,6 +47,7 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton,
         "native": _native.why_not() or "loaded",
+        "cache": _cache.refusal() or str(_cache.folder()),
         "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
     }
     for index in range(torch.cuda.device_count()):

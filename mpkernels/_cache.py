@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is remembered between processes: JSON files in the user's cache. Reading and writing never raise."""
+"""What is remembered between processes: JSON files in the user's cache. Reading and writing never raise.
+
+They decide which kernels run: a folder that somebody else owns, or could write to, is neither read nor written.
+"""
 
 import functools
 import json
 import os
 import platform
+import stat
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -18,10 +22,28 @@ def folder() -> Path:
     return (Path(home) if os.path.isabs(home) else Path(os.path.expanduser("~"), ".cache")) / "mpkernels"
 
 
-def read(path: Path) -> dict:
-    """The object in a JSON file; {} where there is no file, or nothing that can be read."""
+def refusal() -> str | None:
+    """Why nothing in the folder is trusted, or None."""
     try:
-        found = json.loads(path.read_text())
+        link, target = folder().lstat(), folder().stat()
+    except OSError:
+        return None  # not there yet
+    if {link.st_uid, target.st_uid} != {os.geteuid()}:
+        return f"{folder()} belongs to another user"
+    if target.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"{folder()} can be written by others: chmod 700 {folder()}"
+    return None
+
+
+def _is_trusted(path: Path) -> bool:
+    """What is not in the folder came with the package, as the code did."""
+    return path.parent != folder() or refusal() is None
+
+
+def read(path: Path) -> dict:
+    """The object in a JSON file; {} where there is no file, or nothing that can be read and trusted."""
+    try:
+        found = json.loads(path.read_text()) if _is_trusted(path) else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -31,7 +53,9 @@ def update(path: Path, entries: dict) -> bool:
     """Add `entries` to the object in a JSON file, whole or not at all; whether that worked."""
     room = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_trusted(path):
+            return False
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
             room = file.name
             file.write(json.dumps(read(path) | entries, indent=1, sort_keys=True) + "\n")

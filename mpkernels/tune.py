@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpkernels import _dispatch, _table
+from mpkernels import _cache, _dispatch, _table
 from mpkernels._table import Entry, Problem
 from mpkernels.ops._cast import cast
 from mpkernels.ops.linear_act import Activation, backward_op, forward_op, tiles
@@ -351,7 +351,7 @@ def tune_problems(problems: dict[tuple[torch.device, Problem], int], *, rounds: 
         named = {_table.written(p): entry for p, entry in entries.items()}
         for path in [_table.own_file(device), *([_table.packaged_file(device)] if package else [])]:
             if not _table.save(path, device, named):
-                print(f"tune: {path} cannot be written", file=sys.stderr)
+                print(f"tune: {path} cannot be written: {_cache.refusal() or 'no room or no right there'}", file=sys.stderr)
         written |= named
     return written
 
