@@ -100,9 +100,11 @@ class Op:
     def __call__(self, *args, checked: bool = False, **kwargs):
         """The op, without the dispatcher where nothing but eager execution goes on: it costs as much as a small GEMM.
 
+        The dispatcher also carries out the minus of a view such as `z.conj().imag`, which a kernel would not see.
+
         checked: these tensors have passed `check` before; only their values are new.
         """
-        if _is_watched() or any(type(a) not in _PLAIN for a in args if isinstance(a, torch.Tensor)):
+        if _is_watched() or any(type(a) not in _PLAIN or a.is_neg() for a in args if isinstance(a, torch.Tensor)):
             return getattr(torch.ops.mpkernels, self.name)(*args, **kwargs)
         return self._run_checked(*args, **kwargs) if checked else self._run(*args, **kwargs)
 

@@ -189,3 +189,14 @@ def test_dispatch_is_available():
 def test_dispatch_is_available_refuses_names(backend):
     with pytest.raises(ValueError, match="backend must be one of eager, triton, native, got"):
         mpk.is_available(backend)
+
+
+def test_dispatch_gives_implementations_no_minus_that_torch_has_put_off(op):
+    """`z.conj().imag` is a view of z with a minus to come: of a kernel that is handed its address, it would be lost."""
+    seen, double = [], op.function("native")
+    op.modules["native"] = type("Module", (), {"why_not": staticmethod(lambda device, dtype: None)})
+    setattr(op.modules["native"], op.name, staticmethod(lambda x: seen.append(x.is_neg()) or double(x)))
+    x = torch.tensor([2 + 3j]).conj().imag
+    assert x.is_neg()
+    assert op(x).item() == -9
+    assert seen == [False]

@@ -21,6 +21,7 @@ from mpkernels.ops.adamw.reference import self_check as check_adamw
 from mpkernels.ops.grad_stats.reference import self_check as check_grad_stats
 from mpkernels.ops.sgd.reference import self_check as check_sgd
 from mpkernels.ops.update_scale.reference import self_check as check_update_scale
+from mpkernels.optim import SGD, AdamW
 
 triton = pytest.importorskip("triton")
 INTERPRETED = triton.knobs.runtime.interpret
@@ -52,6 +53,20 @@ def _force_triton(monkeypatch):
 def test_interpreter_computes_bf16_by_value():
     """First, and not to be skipped there: without it no bf16 test below means anything."""
     triton_interpreter.check()
+
+
+@pytest.mark.parametrize("what", ["parameter", "gradient"])
+@pytest.mark.parametrize("make", [AdamW, SGD])
+def test_step_minus_that_torch_has_put_off(make, what, device):
+    """`z.conj().imag` has the address of z, and values that lie nowhere."""
+    results = []
+    for laid in (torch.neg, torch._neg_view):
+        value, grad = (torch.arange(5.0, device=device) + i for i in range(2))
+        parameter = torch.nn.Parameter(laid(value) if what == "parameter" else value)
+        parameter.grad = laid(grad) if what == "gradient" else grad
+        make([parameter], lr=0.5).step()
+        results.append(raw([parameter.detach().resolve_neg()]))
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("op", [adamw.op, sgd.op, grad_stats.op, update_scale.op], ids=lambda op: op.name)

@@ -29,6 +29,8 @@ def is_dense(tensor: torch.Tensor) -> bool:
 class Tensors(list):
     """A list of tensors with what the native ops read of it: `table`, int64 (3, n), elements, dtype and address of each.
 
+    contiguous: whether a raw-pointer loop sees the values of all of them: no gaps, and no minus that torch has put off.
+
     Whoever keeps one from call to call, as an optimizer does, calls `follow` before each: tensors that lie where they lay
     are taken for what they were. Handing over a table instead of a list saves 0.3 us a tensor in every call.
     """
@@ -40,7 +42,7 @@ class Tensors(list):
         self._describe(list(map(torch.Tensor.data_ptr, self)))
 
     def _describe(self, addresses: list[int]) -> None:
-        self.contiguous = all(map(torch.Tensor.is_contiguous, self))
+        self.contiguous = all(map(torch.Tensor.is_contiguous, self)) and not any(map(torch.Tensor.is_neg, self))
         self.dtypes = list(map(_dtype, self))
         self._head = array("q", map(torch.Tensor.numel, self)) + array("q", map(_SCALAR_TYPES.__getitem__, self.dtypes))
         self._locate(addresses)
@@ -93,7 +95,7 @@ class SameLayout:
         strides = master.stride() if is_dense(master) else torch.empty(master.shape, device="meta").stride()
         for tensors in filter(None, lists):
             tensor = tensors[i]
-            if tensor.numel() and tensor.stride() != strides:
+            if tensor.numel() and (tensor.stride() != strides or tensor.is_neg()):
                 tensors[i] = torch.empty_strided(master.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
                 if tensors is not lists[1]:  # gradients are never written
                     self._stand_ins.append((tensor, tensors[i]))

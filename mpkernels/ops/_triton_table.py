@@ -104,17 +104,18 @@ def _to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def dense(lists: Sequence[Sequence[torch.Tensor]], written: Sequence[bool]):
-    """`(lists, back)`: the same lists, in which the tensors of one place have the same strides, without gaps or overlap.
+    """`(lists, back)`: the same lists, in which the tensors of one place have the same strides, without gaps or overlap, and
+    the values that lie in memory (`z.conj().imag` has a minus that torch has put off).
 
     A copy stands in for a tensor that has not; `back` are the pairs (tensor, copy) of the written ones.
     """
     result, back = [list(tensors) for tensors in lists], []
     for i, row in enumerate(zip(*lists, strict=True)):
-        if all(tensor.is_contiguous() for tensor in row):
+        if all(tensor.is_contiguous() and not tensor.is_neg() for tensor in row):
             continue
         shape, strides = row[0].shape, torch.empty_like(row[0], device="meta").stride()  # its own where it is dense
         for tensors, tensor, is_written in zip(result, row, written, strict=True):
-            if tensor.shape == shape and tensor.stride() != strides:
+            if tensor.shape == shape and (tensor.stride() != strides or tensor.is_neg()):
                 tensors[i] = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
                 if is_written:
                     back.append((tensor, tensors[i]))
