@@ -20,7 +20,7 @@ import mpkernels as mpk
 from mpkernels import _native
 from mpkernels.ops._cast import cast
 from tests import bounds
-from tests.steps import raw
+from tests.steps import BAD_SCALES, raw
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 POLICIES = ("float64", "float32", "mixed_float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16")
@@ -181,6 +181,32 @@ def test_strided(layout, name):
                 parameter.grad = parameter.grad if parameter is strided else parameter.grad.contiguous()
             optimizer.step()
     assert torch.equal(strided, plain)
+
+
+@pytest.mark.parametrize("what", ["parameter", "gradient"])
+@ours
+def test_minus_that_torch_has_put_off(name, what):
+    """`z.conj().imag` is a view of z with a minus to come, and contiguous where it has one element."""
+    results = []
+    for laid in (torch.neg, torch._neg_view):
+        params = parameters(torch.float16, torch.float32)
+        if what == "parameter":
+            params[1] = nn.Parameter(laid(params[1].detach()))
+        optimizer = OURS[name](params, lr=0.1, max_norm=3.0)
+        for t in range(4):
+            set_grads(params, t)
+            if what == "gradient" and t >= 2:  # after steps that kept their lists
+                params[0].grad = laid(params[0].grad)
+            optimizer.step()
+        results.append(raw(p.detach().resolve_neg() for p in params))
+    assert results[0] == results[1]
+
+
+def test_imaginary_part_of_a_conjugate_as_a_gradient():
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.tensor([2 + 3j]).conj().imag
+    mpk.optim.SGD([parameter], lr=1.0).step()
+    assert parameter.item() == 3
 
 
 # ----- gradients and parameters that come and go ----------------------------------------------------------------------
@@ -713,6 +739,22 @@ def _wrong_found_inf(params, optimizer):
     optimizer.found_inf = torch.zeros((), dtype=torch.int32)
 
 
+def _grad_scale_without_a_value(params, optimizer):
+    optimizer.grad_scale = torch.ones((), device="meta")
+
+
+def _found_inf_without_a_value(params, optimizer):
+    optimizer.found_inf = torch.zeros((), device="meta")
+
+
+def _zero_tensor(params, optimizer):
+    params[1].grad = torch._efficientzerotensor((5,))
+
+
+def _freed_gradient(params, optimizer):
+    params[2].grad.untyped_storage().resize_(0)
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [
@@ -728,6 +770,10 @@ def _wrong_found_inf(params, optimizer):
         (_bad_grad_scale, "grad_scale must be"),
         (_wrong_grad_scale, "grad_scale must be .*float32.*got .*float64"),
         (_wrong_found_inf, "found_inf must be"),
+        (_grad_scale_without_a_value, "grad_scale must be .*on meta"),
+        (_found_inf_without_a_value, "found_inf must be .*on meta"),
+        (_zero_tensor, r"the gradient of parameter 1 \(b\) has no memory: .* ZeroTensor"),
+        (_freed_gradient, r"the gradient of parameter 0 \(c\) has no memory: its storage was freed"),
     ],
 )
 @ours
@@ -744,6 +790,52 @@ def test_bad_steps_write_nothing(name, spoil, message):
         with pytest.raises(RuntimeError, match=message):
             optimizer.step()
         assert state_bytes(optimizer) == before
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@ours
+def test_freed_parameter(name, steps):
+    """What FSDP1 does to parameters that it does not need. A loop over raw pointers would end the process."""
+    params = parameters(torch.float16, torch.float16)
+    optimizer = OURS[name](params)
+    train(params, optimizer, steps)
+    set_grads(params, steps)
+    first = [params[0], *(optimizer.state[params[0]].values() if steps else ())]
+    before = raw(first)
+    kept, storage = params[1].detach().clone(), params[1].untyped_storage()
+    storage.resize_(0)
+    with pytest.raises(RuntimeError, match="parameter 1 has no memory: its storage was freed"):
+        optimizer.step()
+    assert raw(first) == before
+    assert bool(optimizer.state) == bool(steps)
+    storage.resize_(kept.nbytes)
+    params[1].data.copy_(kept)
+    optimizer.step()
+    twins = parameters(torch.float16, torch.float16)
+    train(twins, OURS[name](twins), steps + 1)
+    assert raw(params) == raw(twins)
+
+
+@pytest.mark.parametrize("scale", BAD_SCALES)
+@pytest.mark.parametrize("master", [None, torch.float64], ids=str)
+@ours
+def test_bad_value_of_grad_scale_is_an_overflow(name, master, scale):
+    """On the optimizer, without a scaler: skipped, never applied, and the next step is taken."""
+    params = parameters(*DTYPES)
+    optimizer = OURS[name](params, master_dtype=master)
+    train(params, optimizer, 1)
+    set_grads(params, 1)
+    before = state_bytes(optimizer)
+    optimizer.grad_scale = torch.tensor(scale)
+    optimizer.step()
+    assert state_bytes(optimizer) == before
+    optimizer.grad_scale = None
+    optimizer.found_inf = torch.tensor(math.nan)  # not 0: somebody's verdict
+    optimizer.step()
+    assert state_bytes(optimizer) == before
+    optimizer.found_inf = None
+    optimizer.step()
+    assert state_bytes(optimizer) != before
 
 
 def test_parameters_beside_each_other_in_one_storage():

@@ -18,7 +18,7 @@ from mpkernels.ops._cast import DTYPES, cast
 from mpkernels.ops._layout import Tensors
 from mpkernels.ops._multi_tensor import MASTER_DTYPES, MOMENT_DTYPES, inv_scale, skip_flag
 from mpkernels.optim import _checkpoints, _ranks, _stats
-from mpkernels.optim._parameters import first_shared, name_of, overlaps
+from mpkernels.optim._parameters import first_shared, has_memory, name_of, overlaps
 from mpkernels.optim._rows import Rows
 from mpkernels.optim._stats import GradStats
 
@@ -309,6 +309,9 @@ class Optimizer(torch.optim.Optimizer):
         rows = {key: self._rows_of(*key, params, key[0] in taken) for key, params in present.items()}
         if not known or len(self.state) != len(self._entries):
             self._entries = list(self.state.values())
+        if any(0 in tensors.addresses for some in rows.values() for tensors in (some.held, some.grads)):
+            for index, group in enumerate(self.param_groups):  # it may be only that a tensor has no elements
+                self._check_formats(index, group, {})
         self._refuse_shared(list(rows.values()))
         for group_rows in rows.values():
             self._follow_foreign_writes(group_rows)
@@ -331,6 +334,9 @@ class Optimizer(torch.optim.Optimizer):
                 )
             if grad.device != parameter.device:
                 raise RuntimeError(f"the gradient of {name_of(group, i)} is on {grad.device}, expected {parameter.device}")
+            for what, tensor in (("", parameter), ("the gradient of ", grad)):
+                if not has_memory(_ranks.local(tensor)):
+                    raise RuntimeError(f"{what}{name_of(group, i)} has no memory: its storage was freed, or it is a ZeroTensor")
             present.setdefault((index, parameter.device), []).append(parameter)
 
     def _refuse_shared(self, rows: list[Rows]) -> None:
@@ -541,8 +547,10 @@ def _check_scalars(**scalars: torch.Tensor | None) -> None:
             continue
         if not isinstance(tensor, torch.Tensor):
             raise RuntimeError(f"{name} must be a 1-element float32 tensor, got {tensor!r}")
-        if tensor.numel() != 1 or tensor.dtype != torch.float32:
-            raise RuntimeError(f"{name} must be a 1-element float32 tensor, got {tuple(tensor.shape)} {tensor.dtype}")
+        if tensor.numel() != 1 or tensor.dtype != torch.float32 or tensor.is_meta:
+            raise RuntimeError(
+                f"{name} must be a 1-element float32 tensor, got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
 
 
 def _refuse_changed(name: str, before: tuple, now: tuple) -> None:

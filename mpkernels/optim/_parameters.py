@@ -12,6 +12,11 @@ def name_of(group: dict, index: int) -> str:
     return f"parameter {index} ({names[index]})" if names else f"parameter {index}"
 
 
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether its elements lie anywhere: a storage can be freed, as FSDP1 does, and a ZeroTensor never had one."""
+    return tensor.numel() == 0 or tensor.is_meta or tensor.data_ptr() != 0
+
+
 def first_shared(tensors: list[torch.Tensor], addresses: list[int]) -> tuple[int, int] | None:
     """Two that share memory. Of what is not contiguous only the first element is looked at: others may be interleaved."""
     spans = sorted(

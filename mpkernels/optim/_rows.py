@@ -58,6 +58,7 @@ class Rows:
                 and list(map(_format, params)) == self._formats
                 and list(map(_format, grads)) == self._grad_formats
                 and all(map(torch.Tensor.is_contiguous, grads))
+                and not any(map(torch.Tensor.is_neg, grads))
                 and all(map(torch.Tensor.is_contiguous, params)) == self.held.contiguous
                 and set(map(torch.Tensor.get_device, grads)) == {self.steps.get_device()}
             )
