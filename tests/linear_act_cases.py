@@ -112,6 +112,13 @@ def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     return tensor
 
 
+def far_apart(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, the last row 2^31 bytes or more behind the first: memory of which a few pages are ever touched."""
+    step = (1 << 31) // max(tensor.shape[0] - 1, 1) // tensor.element_size() + 8
+    room = torch.empty(step * (tensor.shape[0] - 1) + tensor[0].numel(), dtype=tensor.dtype)
+    return room.as_strided(tensor.shape, (step, *tensor[0].contiguous().stride())).copy_(tensor)
+
+
 def forward(x, weight, bias, dtypes: Dtypes, activation=Activation.RELU, save=1, copy=None, batch_invariant=False):
     """(out, saved, x_compute) of the op."""
     op = torch.ops.mpkernels.linear_act

@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What linear_act answers to bad input: torch's class of error, the argument's name, what was got and what was wanted."""
+"""What linear_act answers to bad input: torch's class of error, the argument's name, what was got and what was wanted.
+
+And to odd input: sizes and offsets beyond int32, views of other kinds, and the ways to ask for a second derivative.
+"""
 
 import re
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from linear_act_cases import far_apart, laid_out, same_bits
 
+from mpkernels.functional import linear_act as functional
 from mpkernels.ops.linear_act import Activation, activation_of, linear_act
+from tests import bounds
 
-f16, f32 = torch.float16, torch.float32
+f16, f32, f64 = torch.float16, torch.float32, torch.float64
 
 
 def call(x=None, weight=None, bias=None, weight_copy=None, **kwargs):
@@ -143,3 +151,143 @@ def test_linear_act_backward_refuses(changed, message):
     torch.ops.mpkernels.linear_act_backward(**good)
     with pytest.raises(RuntimeError, match=re.escape(f"linear_act_backward: {message}")):
         torch.ops.mpkernels.linear_act_backward(**good | changed)
+
+
+# ----- beyond int32 ---------------------------------------------------------------
+
+LARGE = 1 << 31
+
+
+@pytest.mark.parametrize("policy", [None, "mixed_float16"])
+@pytest.mark.parametrize(
+    ("x", "weight", "out"),
+    [
+        ((LARGE, 0), (0, 0), (LARGE, 0)),
+        ((0, 0), (LARGE, 0), (0, LARGE)),
+        ((0, LARGE), (0, LARGE), (0, 0)),
+        ((0, 3), (0, 3), (0, 0)),
+        ((1 << 16, 0, 1 << 16, 0), (0, 0), (1 << 16, 0, 1 << 16, 0)),
+    ],
+)
+def test_linear_act_large_sizes_without_elements(x, weight, out, policy):
+    """A product of sizes that wraps around in 32 bits would allocate, or pass for, something else."""
+    x, weight = torch.empty(x, requires_grad=True), torch.empty(weight, requires_grad=True)
+    result = functional(x, weight, None, "relu", policy)
+    assert result.shape == out
+    result.sum().backward()
+    assert (x.grad.shape, weight.grad.shape) == (x.shape, weight.shape)
+
+
+@pytest.mark.parametrize("policy", [None, "mixed_float16"])
+@pytest.mark.parametrize("sizes", [(1 << 20, 1 << 13, 1 << 14), (LARGE, 3, 5), (5, LARGE, 3), (3, 5, LARGE)], ids=str)
+def test_linear_act_large_shapes_on_meta(sizes, policy):
+    """M, N, K with products beyond int32, forward and backward, in the shapes that a compiler plans memory by."""
+    M, N, K = sizes
+    x, weight, bias = (torch.empty(s, device="meta", requires_grad=True) for s in ((M, K), (N, K), (N,)))
+    out = functional(x, weight, bias, "relu", policy)
+    assert out.shape == (M, N)
+    out.sum().backward()
+    assert [t.grad.shape for t in (x, weight, bias)] == [(M, K), (N, K), (N,)]
+
+
+@pytest.mark.parametrize("policy", [None, "mixed_float16", "mixed_bfloat16,output=bfloat16"])
+def test_linear_act_rows_beyond_int32_bytes_apart(policy, generator):
+    tensors = [torch.randn(shape, generator=generator) for shape in ((2, 5), (3, 5), (3,))]
+    x, weight, bias = (far_apart(t).requires_grad_() for t in tensors)
+    assert all(t.stride(0) * (t.shape[0] - 1) * t.element_size() >= LARGE for t in (x, weight, bias))
+    out = functional(x, weight, bias, "relu", policy)
+    near = [t.requires_grad_() for t in tensors]
+    expected = functional(*near, "relu", policy)
+    assert same_bits(out.detach(), expected.detach())
+    grad_out = far_apart(torch.randn(2, 3, generator=generator)).to(out.dtype)
+    grads = torch.autograd.grad(out, (x, weight, bias), grad_out)
+    assert all(map(same_bits, grads, torch.autograd.grad(expected, near, grad_out.contiguous())))
+
+
+# ----- views of other kinds ---------------------------------------------------------------
+
+
+def test_linear_act_reversed_numpy_array():
+    """torch itself refuses strides that are negative, and makes a copy of what is flipped."""
+    array = np.arange(8, dtype=np.float32).reshape(2, 4)[::-1]
+    with pytest.raises(ValueError, match="negative"):
+        torch.from_numpy(array)
+    flipped = torch.arange(8.0).view(2, 4).flip(0)
+    assert same_bits(call(flipped), call(torch.from_numpy(array.copy())))
+
+
+@pytest.mark.parametrize("policy", [None, "mixed_float16", "mixed_bfloat16"])
+def test_linear_act_minus_that_torch_has_put_off(policy, generator):
+    """The imaginary part of a conjugate: a view whose values lie nowhere."""
+    z = torch.complex(*(torch.randn(5, 4, generator=generator) for _ in range(2)))
+    minus, weight = z.conj().imag, torch.randn(3, 4, generator=generator)
+    assert minus.is_neg()
+    assert same_bits(functional(minus, weight, None, "relu", policy), functional(-z.imag, weight, None, "relu", policy))
+    assert same_bits(functional(weight, minus, None, "relu", policy), functional(weight, -z.imag, None, "relu", policy))
+
+
+@pytest.mark.parametrize("policy", [None, "mixed_float16"])
+def test_linear_act_of_views_under_inference_mode(policy, generator):
+    """A view, made there, of a tensor that was not; and tensors that were, which torch lets no backward keep."""
+    base, weight = torch.randn(4, 5, generator=generator), torch.randn(3, 5, generator=generator)
+    expected = functional(base[:2], weight, None, "relu", policy)
+    with torch.inference_mode():
+        view, inside = base[:2], base.clone()[:2]
+        assert same_bits(functional(view, weight, None, "relu", policy), expected)
+    assert inside.is_inference()
+    assert same_bits(functional(inside, weight, None, "relu", policy), expected)
+    weight.requires_grad_()
+    wanted = torch.autograd.grad(functional(base[:2], weight, None, "relu", policy).sum(), weight)
+    assert same_bits(torch.autograd.grad(functional(view, weight, None, "relu", policy).sum(), weight)[0], wanted[0])
+    if policy is None:  # x itself would be kept: refused, as by F.linear
+        for function in (functional, F.linear):
+            with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+                function(inside, weight)
+    else:
+        assert same_bits(torch.autograd.grad(functional(inside, weight, None, "relu", policy).sum(), weight)[0], wanted[0])
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        functional(base.requires_grad_(), inside, None, "relu", policy)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "weight_copy"])
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "offset", "unaligned", "expanded", "far"])
+def test_linear_act_every_tensor_in_every_layout(name, layout, generator):
+    """One by one, the copy of the weight and the bias too."""
+    shapes = {"x": (6, 9), "weight": (5, 9), "bias": (5,), "weight_copy": (5, 9)}
+    tensors = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
+    tensors["weight_copy"] = tensors["weight_copy"].half()
+    good = tensors[name]
+    tensors[name] = far_apart(good) if layout == "far" else laid_out(good, layout)
+    if layout == "expanded":
+        tensors[name] = good[:1].expand_as(good)
+    out = call(**tensors, compute_dtype=f16, out_dtype=f32)
+    bounds.check_forward(out, tensors["x"], tensors["weight_copy"], tensors["bias"], Activation.RELU, f16)
+
+
+# ----- second derivatives ---------------------------------------------------------------
+
+SECOND = {
+    "backward of a gradient": lambda f, x: torch.autograd.grad(
+        torch.autograd.grad(f(x.requires_grad_()), x, create_graph=True)[0].sum(), x
+    ),
+    "functional.hessian": torch.autograd.functional.hessian,
+    "functional.hvp": lambda f, x: torch.autograd.functional.hvp(f, x, x),
+    "functional.vhp": lambda f, x: torch.autograd.functional.vhp(f, x, x),
+    "functional.jvp": lambda f, x: torch.autograd.functional.jvp(f, x, x),  # by two backwards
+    "gradgradcheck": torch.autograd.gradgradcheck,
+    "grad of grad": lambda f, x: torch.func.grad(lambda x: torch.func.grad(f)(x).sum())(x),
+    "jacrev of jacrev": lambda f, x: torch.func.jacrev(torch.func.jacrev(f))(x),
+    "hessian": lambda f, x: torch.func.hessian(f)(x),  # forward over reverse
+    "per sample": lambda f, x: torch.func.vmap(torch.func.grad(lambda x: torch.func.grad(f)(x).sum()))(x),
+}
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("way", SECOND)
+def test_linear_act_second_derivatives_raise(way, activation, generator):
+    """Right or refused, never a zero that nobody asked for; in fp64, of which some expect that it works."""
+    x, weight = (torch.randn(s, generator=generator, dtype=f64) for s in ((2, 4), (3, 4)))
+    function = lambda x: functional(x, weight, None, activation).square().sum()
+    function(x)
+    with pytest.raises(RuntimeError, match=r"double backward is not supported|forward mode \(jvp\) is not supported"):
+        SECOND[way](function, x.requires_grad_() if way == "gradgradcheck" else x)

@@ -6,6 +6,7 @@ import io
 import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -356,6 +357,10 @@ def test_cached_weights_leave_other_layers_alone():
         ((True, 4), {}, TypeError, "in_features must be an int, got True"),
         ((3, 4.0), {}, TypeError, "out_features must be an int, got 4.0"),
         ((3, "4"), {}, TypeError, "out_features must be an int, got '4'"),
+        ((None, 4), {}, TypeError, "in_features must be an int, got None"),
+        ((float("nan"), 4), {}, TypeError, "in_features must be an int, got nan"),
+        ((3, np.bool_(True)), {}, TypeError, "out_features must be an int, got"),
+        ((np.int64(-3), 4), {}, ValueError, "in_features must not be negative, got -3"),
         ((3, 4), {"activation": "tanh"}, ValueError, 'activation must be None or one of "relu", .*"silu", got \'tanh\''),
         ((3, 4), {"policy": "float8"}, ValueError, "unknown policy 'float8'"),
         ((3, 4), {"policy": 16}, TypeError, "policy must be a Policy or a string, got int"),
@@ -366,9 +371,35 @@ def test_bad_construction(arguments, options, error, message):
         mpk.MPLinear(*arguments, **options)
 
 
+def test_sizes_may_be_numpys():
+    """As nn.Linear takes them; torch.compile and pickle see no difference."""
+    layer = mpk.MPLinear(np.int64(3), np.int32(4))
+    assert layer(torch.ones(2, 3)).shape == (2, 4)
+    assert repr(layer) == repr(mpk.MPLinear(3, 4))
+
+
+BAD_DTYPES = (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("dtype", BAD_DTYPES, ids=str)
+@pytest.mark.parametrize("policy", [None, "mixed_float16", "float16"])
+def test_bad_dtypes(policy, dtype):
+    """Without a policy the message has both dtypes and what would decide between them."""
+    layer = mpk.MPLinear(4, 3, policy=policy)
+    with pytest.raises(RuntimeError, match=str(dtype)) as refused:
+        layer(torch.zeros(2, 4).to(dtype))
+    if policy is None:
+        assert "weight torch.float32" in str(refused.value)
+        assert "no Policy" in str(refused.value)
+
+
 @pytest.mark.parametrize("policy", [None, "mixed_float16"])
 def test_bad_calls(policy):
     layer = mpk.MPLinear(4, 3, policy=policy)
+    with pytest.raises(RuntimeError, match="0-d"):
+        layer(torch.tensor(1.0))
+    with pytest.raises(RuntimeError, match="sparse"):
+        layer(torch.ones(2, 4).to_sparse())
     with pytest.raises(RuntimeError, match="x has last dimension 5, weight expects 4"):
         layer(torch.ones(2, 5))
     with pytest.raises(TypeError, match="x must be a Tensor, got list"):

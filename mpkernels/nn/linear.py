@@ -2,6 +2,7 @@
 """MPLinear: nn.Linear with a policy and an activation, computed by one op."""
 
 import contextlib
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ class MPLinear(nn.Linear):
         self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None, *, activation=None, policy=None
     ):
         for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if isinstance(size, bool) or not isinstance(size, int):
+            if isinstance(size, bool) or not isinstance(size, Integral):  # numpy's integers, too, as nn.Linear takes them
                 raise TypeError(f"MPLinear: {name} must be an int, got {size!r}")
             if size < 0:
                 raise ValueError(f"MPLinear: {name} must not be negative, got {size}")
