@@ -339,6 +339,16 @@ def test_cached_weights_end_with_an_exception():
     assert layer._weight_copy() is None
 
 
+def test_cached_weights_of_a_model_made_under_inference_mode():
+    """Torch counts no writes to its tensors: a cast that was kept could not be told from a stale one."""
+    with torch.inference_mode():
+        layer, x = mpk.MPLinear(3, 4, policy="mixed_float16").eval(), torch.randn(2, 3)
+        with mpk.cached_weights(layer):
+            for _ in range(2):
+                layer.weight.mul_(2)
+                assert torch.equal(layer(x), mpk.MPLinear.from_linear(layer, policy="mixed_float16").eval()(x))
+
+
 def test_cached_weights_leave_other_layers_alone():
     model = nn.Sequential(mpk.MPLinear(3, 3), mpk.MPLinear(3, 3, policy="float32"), nn.Linear(3, 3))
     with mpk.cached_weights(model):

@@ -114,11 +114,12 @@ def cached_weights(model: nn.Module):
     """Inside, every MPLinear of `model` casts its weight once instead of at each call: for evaluation and sampling.
 
     A write that torch can see (load_state_dict, no_grad in-place) makes the cast anew; a write through `.data` does not.
+    Of weights made under `torch.inference_mode()` it sees none: they are cast at each call.
     """
     layers = [m for m in model.modules() if isinstance(m, MPLinear) and m.policy is not None]
     try:
         for layer in layers:
-            if layer.weight.dtype != layer.policy.compute_dtype:
+            if layer.weight.dtype != layer.policy.compute_dtype and not layer.weight.is_inference():
                 layer._cached = _cast_and_stamp(layer.weight, layer.policy.compute_dtype)
         yield model
     finally:
