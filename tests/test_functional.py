@@ -37,6 +37,22 @@ def test_without_a_policy_dtypes_are_those_of_torch(autocast):
         assert got == expected, (x_dtype, weight_dtype, bias_dtype)
 
 
+@pytest.mark.parametrize("inner", AUTOCAST, ids=str)
+@pytest.mark.parametrize("outer", AUTOCAST, ids=str)
+def test_without_a_policy_dtypes_are_those_of_torch_in_nested_autocast(outer, inner):
+    """Inside both, and in the outer one again; None is off, inside of one that is on, too."""
+    regions = [torch.autocast("cpu", dtype, enabled=dtype is not None) for dtype in (outer, inner)]
+    for x_dtype, weight_dtype, bias_dtype in itertools.product(DTYPES, DTYPES, (None, *DTYPES)):
+        x, weight = torch.ones(3, 5, dtype=x_dtype), torch.ones(4, 5, dtype=weight_dtype)
+        args = (x, weight, None if bias_dtype is None else torch.ones(4, dtype=bias_dtype))
+        with regions[0]:
+            with regions[1]:
+                inside = [outcome(function, *args) for function in (linear_act, F.linear)]
+            outside = [outcome(function, *args) for function in (linear_act, F.linear)]
+        assert inside[0] == inside[1], (x_dtype, weight_dtype, bias_dtype)
+        assert outside[0] == outside[1], (x_dtype, weight_dtype, bias_dtype)
+
+
 @pytest.mark.parametrize("autocast", AUTOCAST, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_a_policy_gradients_have_the_dtypes_of_torch(dtype, autocast, generator):

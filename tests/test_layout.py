@@ -118,6 +118,53 @@ def test_layout_ops_have_their_files():
             assert (MODULES[op.package].parent / f"impl_{backend}.py").exists(), f"{op.name}: {backend}"
 
 
+# ----- what a file or a network could run -----------------------------------------------------
+
+_FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "socket", "urllib", "http", "ftplib", "ssl", "asyncio", "requests"}
+_FORBIDDEN_CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "torch.load",
+    "pickle.loads",
+    "pickle.load",
+}
+
+
+def dangers_of(source: str) -> set[str]:
+    """What in a source could run text or reach a network: forbidden imports, calls and keywords."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            found |= {name for name in names if name.split(".")[0] in _FORBIDDEN_MODULES}
+        if isinstance(node, ast.Call):
+            found |= {ast.unparse(node.func)} & _FORBIDDEN_CALLS
+            for keyword in node.keywords:
+                found |= {ast.unparse(keyword)} & {"shell=True", "weights_only=False", "trust_remote_code=True"}
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_layout_runs_no_text_and_reaches_no_network(module):
+    """Files are JSON, or the user's to load: no pickle, no eval, no shell."""
+    assert not dangers_of(MODULES[module].read_text())
+
+
+def test_layout_finds_what_runs_text():
+    source = """
+import pickle, urllib.request as u
+from socket import create_connection
+def f(path):
+    return eval(path), torch.load(path, weights_only=False), subprocess.run(path, shell=True)
+"""
+    expected = {"pickle", "urllib.request", "socket", "eval", "torch.load", "weights_only=False", "shell=True"}
+    assert dangers_of(source) == expected
+
+
 # ----- files ---------------------------------------------------------------
 
 

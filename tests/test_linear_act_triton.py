@@ -64,6 +64,14 @@ def test_linear_act_odd_shapes(sizes, name, generator, device):
     cases.run(Case(*sizes, DTYPES[name], save=sizes[0] % 2, bias=sizes[1] != 33), generator, device)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU would take 2 GiB that a CPU hardly touches")
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+def test_linear_act_rows_beyond_int32_bytes_apart(name, generator):
+    tensors = dict(zip(("x", "weight", "bias"), Case(3, 5, 7, DTYPES["mixed_float16 inside"]).tensors(generator), strict=False))
+    out = forward(**tensors | {name: cases.far_apart(tensors[name])}, dtypes=DTYPES["mixed_float16 inside"])[0]
+    assert same_bits(out, forward(**tensors, dtypes=DTYPES["mixed_float16 inside"])[0])
+
+
 @pytest.mark.parametrize("name", ["float32", "mixed_float16", "mixed_bfloat16 inside", "fp64 to fp16"])
 @pytest.mark.parametrize("sizes", [(19, 70, 45), (33, 5, 97), (1, 1, 1), (0, 5, 7), (5, 0, 7), (5, 7, 0)])
 def test_linear_act_below(name, sizes, generator, device):

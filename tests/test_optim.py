@@ -544,6 +544,36 @@ def test_adam_and_adamw_of_torch_are_told_apart():
             here(params).load_state_dict(theirs.state_dict())
 
 
+class _Payload:
+    """What a pickle can say: call this, with that."""
+
+    def __reduce__(self):
+        return print, ("run from a file",)
+
+
+@pytest.mark.parametrize("spoil", ["truncated", "empty", "payload", "bits"])
+def test_bad_checkpoint_file(spoil, capsys):
+    """torch.load(weights_only=True) raises, and what is loaded otherwise is checked: nothing runs, nothing is half loaded."""
+    params = parameters(torch.float16, torch.float32)
+    optimizer = mpk.optim.AdamW(params)
+    train(params, optimizer)
+    before, file, state = state_bytes(optimizer), io.BytesIO(), optimizer.state_dict()
+    if spoil == "payload":
+        state["state"][0]["exp_avg"] = _Payload()
+    torch.save(state, file)
+    data = bytearray(file.getvalue())
+    if spoil in ("truncated", "empty"):
+        data = data[: len(data) // 2 if spoil == "truncated" else 0]
+    if spoil == "bits":
+        at = data.index(b"PK", 4)
+        data[at : at + 64] = bytes(64)
+    with pytest.raises((RuntimeError, pickle.UnpicklingError, EOFError)):
+        optimizer.load_state_dict(torch.load(io.BytesIO(data), weights_only=True))
+    assert capsys.readouterr().out == ""
+    assert state_bytes(optimizer) == before
+    train(params, optimizer, first=3)
+
+
 def _changed(state, **entries):
     return {**state, "state": {**state["state"], 0: {**state["state"][0], **entries}}}
 
