@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inputs of torch's own suite for linear, and torch.library.opcheck on 30 samples of linear_act."""
-
-import itertools
+"""The inputs of torch's own suite for linear."""
 
 import pytest
 import torch
@@ -9,7 +7,6 @@ from bounds import check_forward
 from torch.testing._internal import common_methods_invocations, common_modules
 
 import mpkernels as mpk
-from mpkernels.ops.linear_act import Activation
 
 OPINFO = next(op for op in common_methods_invocations.op_db if op.name == "nn.functional.linear")
 MODULE = next(module for module in common_modules.module_db if module.module_cls is torch.nn.Linear)
@@ -40,27 +37,3 @@ def test_module_on_torchs_inputs(dtype):
         out, expected = layer(*call.args, **call.kwargs), torch.nn.functional.linear(x, layer.weight, layer.bias)
         assert (out.shape, out.dtype) == (expected.shape, expected.dtype)
         check_forward(out, x.reshape(-1, x.shape[-1]), layer.weight, layer.bias, None, dtype)
-
-
-SAMPLES = list(
-    itertools.islice(
-        itertools.product(
-            [(), (0,), (1,), (2, 3), (5,)],
-            [(torch.float32, torch.float16), (torch.float64, torch.float32), (torch.bfloat16, torch.bfloat16)],
-            [Activation.NONE, Activation.RELU],
-        ),
-        30,
-    )
-)
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize("lead, dtypes, activation", SAMPLES)
-def test_linear_act_opcheck_on_samples(lead, dtypes, activation):
-    param, compute = dtypes
-    K, N = (1, 33) if len(lead) == 2 else (9, 5)
-    x, weight, bias = (torch.randn(shape, dtype=param) for shape in ((*lead, K), (K, N), (2 * N,)))
-    tensors = [x.requires_grad_(), weight.t().requires_grad_(), bias[::2].requires_grad_()]  # strided
-    for save in {0, int(activation > 0)}:
-        args = (*tensors, None, int(activation), compute, param, save)
-        torch.library.opcheck(torch.ops.mpkernels.linear_act.default, args)

@@ -309,7 +309,10 @@ def _check_backward(
 def _fake(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, *_):
     columns = weight.shape[0]
     saved = empty_saved(x, columns, activation if save else Activation.NONE, compute_dtype)
-    x_compute = x.new_empty(x.shape if x.dtype != compute_dtype else 0, dtype=compute_dtype)
+    if x.dtype == compute_dtype:
+        x_compute = x.new_empty(0)
+    else:
+        x_compute = torch.empty_like(x, dtype=compute_dtype)  # a cast keeps the order of memory: transposed stays transposed
     return x.new_empty((*x.shape[:-1], columns), dtype=out_dtype), saved, x_compute
 
 
