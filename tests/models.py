@@ -182,10 +182,11 @@ def clicks(rows: int) -> tuple:
 
 @dataclass(frozen=True)
 class Case:
-    """How to make a model, and its data, (inputs, labels) of so many rows."""
+    """How to make a model, its data, (inputs, labels) of so many rows, and its largest learning rate."""
 
     make: Callable[[], nn.Module]
     data: Callable[[int], tuple]
+    lr: float
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
@@ -193,16 +194,16 @@ class Case:
 
 
 CASES = {
-    "plain_mlp": Case(PlainMLP, digits),
-    "norm_block": Case(NormBlock, digits),
-    "resnet": Case(ResNet, digits),
-    "vit": Case(ViT, digits),
-    "dlrm": Case(DLRM, clicks),
-    "encoder": Case(Encoder, sentences),
-    "bert_relu": Case(lambda: bert("relu"), sentences),
-    "bert_gelu": Case(lambda: bert("gelu"), sentences),
-    "gpt2": Case(gpt2, text),
-    "t5": Case(T5, sentences),
+    "plain_mlp": Case(PlainMLP, digits, 1e-3),
+    "norm_block": Case(NormBlock, digits, 1e-3),
+    "resnet": Case(ResNet, digits, 5e-4),
+    "vit": Case(ViT, digits, 5e-4),
+    "dlrm": Case(DLRM, clicks, 1e-3),
+    "encoder": Case(Encoder, sentences, 3e-3),
+    "bert_relu": Case(lambda: bert("relu"), sentences, 3e-3),
+    "bert_gelu": Case(lambda: bert("gelu"), sentences, 3e-3),
+    "gpt2": Case(gpt2, text, 3e-3),
+    "t5": Case(T5, sentences, 3e-3),
 }
 
 

@@ -3,6 +3,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 
 import pytest
@@ -248,44 +249,84 @@ def test_adapters_train_and_merge():
 
 
 # ----- training ----------------------------------------------------------------------
+#
+# NOTE: a constant learning rate, as first tried, makes the last losses a matter of chance: of the ResNet and the ViT at 1e-3
+# they were up to 26 % and 7 % off in `float16`, and as far off in fp32 that starts half an fp16 rounding away (52 % and 7 %);
+# 1e-7 away were 7 % in one of 8 seeds. So the rate rises, falls to 0, and is one at which rounding is not amplified: in
+# `test_real_models_train_is_well_conditioned` fp32 itself is put to the bound. That what is wrong fails is tested, too.
+
+BATCH = 32
+perturbed = "float32, weights half an fp16 rounding away"
 
 
-def train(model, case, steps: int, scaler) -> list[float]:
-    """Losses of so many steps of our AdamW on batches of 32."""
-    torch.manual_seed(1)
+def schedule(steps: int):
+    return lambda t: min(1.0, (t + 1) * 10 / steps) * (1 - t / steps)
+
+
+def train(model, case, steps: int, scale: float) -> list[float]:
+    """Losses of so many steps of our AdamW."""
     inputs, labels = case.data(ROWS)
-    optimizer = mpk.optim.AdamW(model.named_parameters(), lr=1e-3, max_norm=1.0)
+    optimizer, scaler = mpk.optim.AdamW(model.named_parameters(), lr=case.lr, max_norm=1.0), mpk.GradScaler("cpu", scale)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(steps))
     losses = []
     for step in range(steps):
-        rows = torch.arange(step * 32, step * 32 + 32) % ROWS
+        rows = torch.arange(step * BATCH, (step + 1) * BATCH) % ROWS
         with RefuseAsCUDA():
             value = loss(model, tuple(x[rows] for x in inputs), labels[rows])
             scaler.scale(value).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+        scheduler.step()
         losses.append(value.item())
-    assert scaler.get_scale() >= 1
+    assert scaler.skipped_steps == 0
     return losses
 
 
-def check_training(case, policy, steps):
-    fp32 = train(case.model(), case, steps, mpk.GradScaler("cpu", init_scale=1.0))
-    assert sum(fp32[-5:]) < sum(fp32[:5]), "it does not learn"
-    check_trained_loss(train(mpk.convert(case.model(), policy), case, steps, mpk.GradScaler("cpu", init_scale=1024.0)), fp32)
+@functools.cache
+def fp32_losses(name: str, steps: int) -> list[float]:
+    losses = train(CASES[name].model(), CASES[name], steps, 1.0)
+    assert sum(losses[-5:]) < sum(losses[:5]), "it does not learn"
+    return losses
 
 
-@cases
-def test_real_models_train(case):
-    check_training(case, "mixed_float16", 20)
+def check_training(name, policy, steps, scale=1024.0):
+    case = CASES[name]
+    model = case.model()
+    if policy == perturbed:
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter *= 1 + 2.0**-12 * torch.randn(parameter.shape, generator=generator)
+    else:
+        mpk.convert(model, policy)
+    check_trained_loss(train(model, case, steps, scale), fp32_losses(name, steps))
 
 
-# NOTE: not within 2 % of fp32 after 200 steps, seen once: the ResNet (0.121, fp32 0.127) and the ViT (0.205, fp32 0.197); not
-# explained yet, and several seeds are needed to tell chance from a shortfall.
-ALLOW_FLOAT16 = [name for name in CASES if name not in ("resnet", "vit")]
+by_name = pytest.mark.parametrize("name", CASES)
+
+
+@by_name
+def test_real_models_train(name):
+    check_training(name, "mixed_float16", 20)
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("name, policy", [(n, "mixed_float16") for n in CASES] + [(n, "float16") for n in ALLOW_FLOAT16])
+@pytest.mark.parametrize("policy", ["mixed_float16", "float16"])
+@by_name
 def test_real_models_train_200_steps(name, policy):
-    check_training(CASES[name], policy, 200)
+    check_training(name, policy, 200)
+
+
+@pytest.mark.sweep
+@by_name
+def test_real_models_train_is_well_conditioned(name):
+    check_training(name, perturbed, 200)
+
+
+@pytest.mark.sweep
+@by_name
+def test_real_models_bound_rejects_lost_gradients(name):
+    """The bound is not idle: a scale at which 16-bit gradients underflow fails it."""
+    with pytest.raises(AssertionError, match="in fp32"):
+        check_training(name, "float16", 200, scale=2.0**-14)
