@@ -160,3 +160,31 @@ def test_convert_on_meta(policy):
     filled.load_state_dict(expected.state_dict())
     x = torch.ones(2, 4, dtype=next(filled.parameters()).dtype)
     assert torch.equal(filled(x), expected(x))
+
+
+@policies
+@pytest.mark.parametrize("answer", [None, lambda module, name: 1 / 0])
+def test_convert_asks_filter_fn_before_it_changes_anything(answer, policy):
+    for model in (mlp(), mpk.convert(mlp(), "mixed_bfloat16")):
+        before = snapshot(model)
+        with pytest.raises((TypeError, ZeroDivisionError)):
+            mpk.convert(model, policy, filter_fn=answer or "0")
+        assert snapshot(model) == before
+
+
+def test_convert_leaves_a_sparse_weight():
+    model = mlp()
+    model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse())
+    mpk.convert(model)
+    assert [row.note for row in mpk.convert_report(model)] == ["has a weight of torch.sparse_coo", ""]
+
+
+def test_convert_under_inference_mode_leaves_parameters_that_train():
+    model = mlp()
+    with torch.inference_mode():
+        mpk.convert(model, "float16")
+    optimizer = mpk.optim.SGD(model.parameters(), lr=0.1)
+    before = raw(model.parameters())
+    model(torch.ones(3, 4).half()).sum().backward()
+    optimizer.step()
+    assert all(a != b for a, b in zip(raw(model.parameters()), before, strict=True))

@@ -92,21 +92,23 @@ def convert(
     _check_globs([name for name, _ in _linears(model)], [g for g in (*policies, *include, *exclude) if g != "*"], "linear")
     _check_globs([name for name, _ in model.named_modules()], keep, "module")
     min_sizes = _min_sizes(model, min_size, narrow)
-    revert(model)
     kept = {module for name, module in model.named_modules() if any(_matches(name, glob) for glob in keep)}
+    wanted = {}
+    for name, linear in _linears(model):  # before anything is changed: filter_fn may raise
+        found = [p for glob, p in policies.items() if _matches(name, glob)]
+        included = any(_matches(name, glob) for glob in include) and not any(_matches(name, glob) for glob in exclude)
+        if found and included and linear not in kept and (filter_fn is None or filter_fn(linear, name)):
+            wanted[name] = found[-1]
+    revert(model)
     chosen = {}
     for name, linear in _linears(model):
-        found = [p for glob, p in policies.items() if _matches(name, glob)]
-        wanted = any(_matches(name, glob) for glob in include) and not any(_matches(name, glob) for glob in exclude)
-        if not found or not wanted or linear in kept or _why_not(model, name, linear) is not None:
-            continue
-        if filter_fn is not None and not filter_fn(linear, name):
+        if name not in wanted or _why_not(model, name, linear) is not None:
             continue
         size, least = linear.weight.numel(), min_sizes.get(linear, 0)
         if size < least and not hasattr(linear, "adopt"):
             linear._before = _Before(type(linear), (f"too small to pay: {size} weights (min_size={least})",))
             continue
-        chosen[linear] = found[-1]
+        chosen[linear] = wanted[name]
     if narrow is not None:
         _cast_model(model, narrow, kept | {linear for linear, p in chosen.items() if p.param_dtype != narrow})
     for linear, chosen_policy in chosen.items():
@@ -234,6 +236,8 @@ def _why_not(model: nn.Module, name: str, linear: nn.Module) -> str | None:
         return f"is a {type(linear).__name__}, which an MPLinear is not"
     if linear.weight.dtype not in DTYPES:
         return f"has a weight of {linear.weight.dtype}"
+    if linear.weight.layout != torch.strided:
+        return f"has a weight of {linear.weight.layout}"
     return None
 
 
@@ -293,6 +297,8 @@ def _adopt_mlps(model: nn.Module) -> None:
             MPMLP.adopt(sequential)
 
 
+@torch.inference_mode(False)  # Parameters made under it could not be trained
+@torch.no_grad()
 def _cast_model(model: nn.Module, dtype: torch.dtype, kept: set[nn.Module]) -> None:
     """What `model.half()` does, but for the modules in `kept`; Parameters stay, and so do their unrounded values."""
     stay = {id(t) for module in kept for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))}
