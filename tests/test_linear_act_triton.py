@@ -315,17 +315,21 @@ def test_linear_act_opcheck(generator, device):
 
 
 @pytest.fixture
-def gemms(device, monkeypatch) -> list[tiles.Plan]:
-    """The plans of the GEMMs that were launched since; skips where the GPU has no descriptors."""
+def gemms(device, monkeypatch) -> list[impl_triton._Launch]:
+    """The GEMMs that were launched since; skips where the GPU has no descriptors."""
     if not INTERPRETED and torch.cuda.get_device_capability(device)[0] not in (9, 10):
         pytest.skip("descriptors are for sm_90 and sm_100")
-    plans, plan = [], tiles.plan.__wrapped__  # without its cache, as tests change what it depends on
-    monkeypatch.setattr(impl_triton, "plan", lambda *args, **how: plans.append(plan(*args, **how)) or plans[-1])
-    return plans
+    return _noted(monkeypatch)
+
+
+def _noted(monkeypatch) -> list[impl_triton._Launch]:
+    launches, make = [], impl_triton._gemm_launch.__wrapped__  # without its cache, as tests change what it depends on
+    monkeypatch.setattr(impl_triton, "_gemm_launch", lambda *args: launches.append(make(*args)) or launches[-1])
+    return launches
 
 
 def _by_tma(gemms) -> list[bool]:
-    return [plan.by_tma for plan in gemms]
+    return [launch.by_tma for launch in gemms]
 
 
 ALIGNED = {  # M, N, K of whole and of ragged tiles, several to a program; the smallest that a descriptor takes
@@ -346,6 +350,46 @@ def test_linear_act_by_descriptors(sizes, name, generator, device, gemms):
 def test_linear_act_by_descriptors_without_bias_and_mask(generator, device, gemms):
     cases.run(Case(24, 72, 40, DTYPES["float16"], bias=False, activation=Activation.NONE), generator, device)
     assert _by_tma(gemms) == [True] * 3
+
+
+@pytest.mark.parametrize("sizes", ALIGNED.values(), ids=ALIGNED)
+@pytest.mark.parametrize("name", ["float16", "bfloat16, fp32 gradients"])
+def test_linear_act_below_by_descriptors(sizes, name, generator, device, gemms):
+    """Against fp64, and the bits of dgrad by descriptors and then the selection; by the pointer kernel where x is what is
+    selected by, with the same bits."""
+    dtypes, (M, N, K) = DTYPES[name], sizes
+    grad_out, weight = (torch.randn(s, generator=generator).to(device, dtypes.compute) for s in ((M, N), (N, K)))
+    x = torch.randn(M, K, generator=generator).to(device, dtypes.compute).relu()
+    _, mask, _ = forward(x, torch.eye(K, dtype=dtypes.compute, device=device), None, dtypes)
+    plain = backward(grad_out, x, weight, None, dtypes, Activation.NONE)[0]
+    gemms.clear()
+    grads = cases.backward_below(grad_out, x, weight, None, mask, dtypes, Activation.NONE)
+    assert same_bits(grads[0], torch.where(x > 0, plain, 0))
+    v = bounds.accumulator_roundoff(device, dtypes.compute)
+    bounds.check_backward_below((grads[0], grads[3]), grad_out, weight, None, x > 0, dtypes.compute, v, True)
+    no_bias = cases.backward_below(grad_out, x, weight, None, mask, dtypes, Activation.NONE, wants_bias=False)
+    assert same_bits(no_bias[0], grads[0])
+    unselected = cases.backward_below(grad_out, x, weight, None, None, dtypes, Activation.NONE, Activation.NONE)
+    assert same_bits(unselected[0], plain)
+    bounds.check_backward_below((unselected[0], unselected[3]), grad_out, weight, None, None, dtypes.compute, v, True)
+    by_x = cases.backward_below(grad_out, x, weight, None, x, dtypes, Activation.NONE)
+    bounds.check_backward_below((by_x[0], by_x[3]), grad_out, weight, None, x > 0, dtypes.compute, v, True)
+    assert _by_tma(gemms) == [True] * 6 + [False, True]  # dgrad and wgrad, four times
+
+
+def test_linear_act_below_by_descriptors_selects(device, gemms):
+    """An inf or NaN behind a 0 of the layer below is 0 in both gradients; rows behind the edge add nothing, not even NaN."""
+    x = torch.tensor([0.0, 1.0, 1.0] + [0.0] * 37, dtype=f16, device=device).repeat(8, 1)
+    _, mask, _ = forward(x, torch.eye(40, dtype=f16, device=device), None, DTYPES["float16"])
+    gemms.clear()
+    for value in (3.0, INF, NAN):
+        grad_out, weight = torch.ones(8, 8, dtype=f16, device=device), torch.zeros(8, 40, dtype=f16, device=device)
+        weight[0] = value
+        grads = cases.backward_below(grad_out, x, weight, None, mask, DTYPES["float16"], Activation.NONE)
+        expected = torch.where(x > 0, value, 0.0).half()
+        assert same_bits(grads[0], expected)
+        assert same_bits(grads[3], 8 * expected[0])
+    assert _by_tma(gemms) == [True] * 6
 
 
 def test_linear_act_casts_a_wide_weight_for_descriptors(generator, device, gemms):
@@ -422,13 +466,12 @@ def test_linear_act_tuned_tiles_are_checked_written_and_used(generator, device, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("MPKERNELS_BACKEND", "linear_act=triton,linear_act_backward=triton")
     monkeypatch.setattr(_table, "_tables", {})
-    launched = []
-    monkeypatch.setattr(impl_triton, "plan", lambda *args, **kw: launched.append(tiles.plan(*args, **kw)) or launched[-1])
+    launched = _noted(monkeypatch)
     cases.run(Case(24, 40, 16, DTYPES["float16"], save=0), generator, device)
-    assert [plan.options["BLOCK_M"] for plan in launched] == [32] * 3
+    assert [launch.constants["BLOCK_M"] for launch in launched] == [32] * 3
     launched.clear()
     cases.run(Case(24, 40, 24, DTYPES["float16"], save=0), generator, device)
-    assert 32 not in [plan.options["BLOCK_M"] for plan in launched]
+    assert 32 not in [launch.constants["BLOCK_M"] for launch in launched]
 
 
 # ----- which kernel, which tile ---------------------------------------------------------------
@@ -485,6 +528,32 @@ def test_linear_act_plan_is_persistent_and_specialized_where_it_can_be():
         assert (plan.options["A_IS_KM"], plan.options["B_IS_NK"]) == (False, True)
     small = tiles.plan(90, 132, True, A, B, OUT)
     assert small.grid == (1,)
+
+
+@pytest.mark.parametrize("sm", [80, 86, 89, 90, 100])
+def test_linear_act_plan_of_richer_epilogues(sm):
+    """By descriptors for the layer below, not specialized; by pointers for a slope, never with a tile that spills then."""
+    big = [_operand((8192, 8192)), _operand((8192, 8192), stride=(1, 8192)), _operand((8192, 8192))]
+    below = tiles.plan(sm, 132, True, *big, below=True)
+    assert below.by_tma == (sm in tiles.TMA_SMS)
+    assert not below.options.get("SPECIALIZE")
+    for how in (dict(smooth=True), dict(smooth=True, below=True)):
+        plan = tiles.plan(sm, 132, True, *big, **how)
+        assert not plan.by_tma
+        assert plan.options["BLOCK_M"] * plan.options["BLOCK_N"] <= tiles.LARGEST_RICH
+
+
+@pytest.mark.parametrize("sm", [80, 86, 89, 90, 100])
+@pytest.mark.parametrize("N, K", [(64, 64), (4096, 1024), (4096, 16384), (100, 36)])
+def test_linear_act_plan_is_the_same_for_every_batch(sm, N, K):
+    """batch_invariant: one kernel and one tile whatever M is; without it a larger M gets a larger tile."""
+    found = [
+        tiles.plan(
+            sm, 132, True, _operand((M, K)), _operand((K, N), stride=(1, K)), _operand((M, N)), batch_invariant=True
+        )
+        for M in (1, 2, 17, 128, 129, 4096, 100_000)
+    ]  # fmt: skip
+    assert len({(plan.by_tma, *plan.options.items()) for plan in found}) == 1
 
 
 def test_linear_act_without_triton_says_so(monkeypatch):

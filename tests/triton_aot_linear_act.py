@@ -16,12 +16,13 @@ f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 # bytes at once needs it and nowhere else.
 SIZES = ("M", "N", "K")
 STRIDES = ("stride_am", "stride_ak", "stride_bk", "stride_bn")
-RICH = ("below", "smooth", "below smooth")
+RICH = ("below", "sums", "smooth", "below smooth")
 ROLES = {
     "fprop": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:1", "i32:16"), strict=True)),
     "dgrad": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:16", "i32:1"), strict=True)),
     "wgrad": dict(zip(SIZES + STRIDES, ("i32:16", "i32:16", "i32", "i32:1", "i32:16", "i32:16", "i32:1"), strict=True)),
     "below": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:16", "i32:1"), strict=True)),
+    "sums": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:16", "i32:1"), strict=True)),
     "smooth": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:1", "i32:16"), strict=True)),
     "any": dict.fromkeys(SIZES + STRIDES, "i64"),
 }
@@ -33,8 +34,8 @@ def cases(sm: int, every: bool):
         candidates = tiles.tiles(sm, a, b, role != "any", role in RICH)
         for tile in candidates if every else dict.fromkeys((candidates[0], candidates[-1])):
             yield _gemm(role, a, b, out, tile)
-        if role != "any" and role not in RICH and a == b and sm in tiles.TMA_SMS and a.itemsize == 2:
-            candidates = tiles.tma_tiles(sm, out, impl_triton.specializes())
+        if role in ("fprop", "dgrad", "wgrad", "below", "sums") and a == b and sm in tiles.TMA_SMS and a.itemsize == 2:
+            candidates = tiles.tma_tiles(sm, out, impl_triton.specializes() and role not in RICH)
             for tile in candidates if every else candidates[:1]:
                 yield _gemm_tma(role, a, out, tile)
     yield _select(f16, torch.int32, f16, f32)
@@ -65,6 +66,7 @@ def _gemms(every: bool):
             ("dgrad", f32, f32, f32),
             ("dgrad", f64, f64, f64),
         )
+        yield from (("below", f16, f16, f32), ("sums", f16, f16, f16), ("sums", bf16, bf16, f32))
         yield from (("below", bf16, f32, bf16), ("below", f32, f32, f32), ("below", f64, f64, f64))
         yield from (("below smooth", bf16, bf16, bf16), ("below smooth", f64, f64, f64))
         yield from (("smooth", bf16, f32, bf16), ("smooth", f32, f32, f32), ("smooth", f64, f64, f64))
@@ -74,7 +76,8 @@ def _gemms(every: bool):
 
 def _gemm(role, a, b, out, tile):
     """fprop has bias, ReLU and mask, the gradients none of them; `any` is fprop on odd sizes and strides; `below` is dgrad
-    with the pass of the layer below, by a mask; `smooth` has GELU, which keeps the pre-activation."""
+    with the pass of the layer below, by a mask, `sums` without its activation; `smooth` has GELU, which keeps the
+    pre-activation."""
     forward = role in ("fprop", "any", "smooth")
     smooth = role.endswith("smooth")
     role = role.removesuffix(" smooth")
@@ -86,8 +89,10 @@ def _gemm(role, a, b, out, tile):
     present = {}
     if forward:
         present = {"bias_ptr": "*fp32:16"} | ({"pre_ptr": NAMES[a] + ":16"} if smooth else {"mask_ptr": "*i32:16"})
+    if role in ("below", "sums"):
+        present = {"partial_ptr": wide}
     if role == "below":
-        present = {"saved_ptr": (NAMES[a] if smooth else "*i32") + ":16", "partial_ptr": wide}
+        present |= {"saved_ptr": (NAMES[a] if smooth else "*i32") + ":16"}
     signature |= present
     constexprs = {name: getattr(tile, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")}
     activation = int(Activation.GELU if smooth else Activation.RELU)
@@ -100,10 +105,15 @@ def _gemm_tma(role, operand, out, tile):
     forward = role == "fprop"
     signature = {"a_ptr": NAMES[operand] + ":16", "b_ptr": NAMES[operand] + ":16", "out_ptr": NAMES[out] + ":16"}
     signature |= dict(M="i32", N="i32", K="i32", stride_a="i32", stride_b="i32", stride_bias="i32:1", stride_mask="i32")
-    signature |= {"bias_ptr": "*fp32:16", "mask_ptr": "*i32:16"} if forward else {}
+    signature |= dict(stride_sm="i32", stride_sn="i32:1")
+    present = {"bias_ptr": "*fp32:16", "mask_ptr": "*i32:16"} if forward else {}
+    present |= {"partial_ptr": "*fp32:16"} if role in RICH else {}
+    present |= {"below_ptr": "*i32:16"} if role == "below" else {}
+    signature |= present
     constexprs = asdict(tile) | {"A_IS_KM": role == "wgrad", "B_IS_NK": forward, "RELU": forward}
     options = {name: constexprs.pop(name) for name in ("num_warps", "num_stages")}
-    constexprs |= {} if forward else {"bias_ptr": None, "mask_ptr": None}
+    pointers = ("bias_ptr", "mask_ptr", "below_ptr", "partial_ptr")
+    constexprs |= {name: None for name in pointers if name not in present}
     return gemm_tma_kernel, signature, constexprs, options
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_act in Triton: out = round(act(x @ weight.T + bias)) in one kernel, for GPUs from sm_80.
 
-The GEMM is there twice: by tensor descriptors (TMA) on sm_90 and sm_100, and by pointers for every GPU and for what no
-descriptor takes, which `tiles.tma_why_not` tells. Backward is one streaming pass (select, grad_bias) and two launches of
-the same GEMM; by pointers, dgrad's epilogue can be that pass for the layer below. Same inputs, same bits: no atomics, no
-split of K. Under TRITON_INTERPRET=1 the kernels run on the CPU.
+The GEMM is there twice: by tensor descriptors (TMA) on sm_90 and sm_100, and by pointers for every GPU, for what no
+descriptor takes, which `tiles.tma_why_not` tells, and for activations other than ReLU. Backward is one streaming pass
+(select, grad_bias) and two launches of the same GEMM, in whose epilogue dgrad can do that pass for the layer below. Same
+inputs, same bits: no atomics, no split of K. Under TRITON_INTERPRET=1 the kernels run on the CPU.
 """
 
 import contextvars
@@ -38,46 +38,48 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, batch_invariant=False, *_):
-    lead, (N, K) = x.shape[:-1], weight.shape
+    (*lead, K), N, M = x.shape, weight.shape[0], x.shape[:-1].numel()
     x_compute = cast(x, compute_dtype) if x.dtype != compute_dtype else x.new_empty(0)
     operand = x_compute if x.dtype != compute_dtype else x
     saved = empty_saved(x, N, activation if save else Activation.NONE, compute_dtype)
-    M, b = lead.numel(), _operand(weight, weight_copy)
+    b = _operand(weight, weight_copy)
     tile = None if batch_invariant else _tuned(x.device, "fprop", M, N, K, activation, compute_dtype, b.dtype, out_dtype)
-    out = _gemm(
-        operand.reshape(M, K), b.t(), out_dtype, tile,
-        bias=bias, activation=activation, saved=saved if save else None, batch_invariant=batch_invariant,
-    )  # fmt: skip
-    return out.view(*lead, N), saved, x_compute
+    with torch.cuda.device_of(x):
+        out, _ = _gemm(
+            _rows(operand, M, K), b.t(), out_dtype, tile, bias=bias, activation=int(activation),
+            saved=saved if save and activation else None, batch_invariant=batch_invariant,
+        )  # fmt: skip
+    return out if x.dim() == 2 else out.view(*lead, N), saved, x_compute
 
 
 def linear_act_backward(
     grad_out, x, weight, weight_copy, saved, activation, compute_dtype, grad_x_dtype, grad_weight_dtype, grad_bias_dtype,
     output_mask, saved_below=None, activation_below=Activation.NONE, grad_bias_below_dtype=None,
 ):  # fmt: skip
-    lead, (N, K) = grad_out.shape[:-1], weight.shape
-    M = lead.numel()
-    grad_z, grad_bias = _select(
-        grad_out.reshape(M, N),
-        _matrix(saved, activation, M, N),
-        activation,
-        compute_dtype,
-        output_mask[0] or output_mask[1],
-        grad_bias_dtype if output_mask[2] else None,
-    )
+    (N, K), M = weight.shape, grad_out.shape[:-1].numel()
     grad_x = grad_weight = grad_bias_below = None
-    if output_mask[0]:
-        operand, saved_below = _operand(weight, weight_copy), _matrix(saved_below, activation_below, M, K)
-        if saved_below is None and grad_bias_below_dtype is None:
-            tile = _tuned(weight.device, "dgrad", M, N, K, 0, compute_dtype, operand.dtype, grad_x_dtype)
-            grad_x = _gemm(grad_z, operand, grad_x_dtype, tile)
-        else:
-            args = (grad_z, operand, grad_x_dtype, saved_below, activation_below, compute_dtype, grad_bias_below_dtype)
-            grad_x, grad_bias_below = _dgrad_below(*args)
-        grad_x = grad_x.view(*lead, K)
-    if output_mask[1]:
-        tile = _tuned(weight.device, "wgrad", M, N, K, 0, compute_dtype, grad_weight_dtype)
-        grad_weight = _gemm(grad_z.t(), x.reshape(M, K), grad_weight_dtype, tile)
+    with torch.cuda.device_of(grad_out):
+        grad_z, grad_bias = _select(
+            _rows(grad_out, M, N),
+            _matrix(saved, activation, M, N),
+            int(activation),
+            compute_dtype,
+            output_mask[0] or output_mask[1],
+            grad_bias_dtype if output_mask[2] else None,
+        )
+        if output_mask[0]:
+            b, saved_below = _operand(weight, weight_copy), _matrix(saved_below, activation_below, M, K)
+            plain = saved_below is None and grad_bias_below_dtype is None
+            tile = _tuned(weight.device, "dgrad", M, N, K, 0, compute_dtype, b.dtype, grad_x_dtype) if plain else None
+            grad_x, sums = _gemm(
+                grad_z, b, grad_x_dtype, tile,
+                below=saved_below, activation_below=int(activation_below), sums=grad_bias_below_dtype is not None,
+            )  # fmt: skip
+            grad_x = grad_x if grad_out.dim() == 2 else grad_x.view(*grad_out.shape[:-1], K)
+            grad_bias_below = None if sums is None else _sum(sums, grad_bias_below_dtype)
+        if output_mask[1]:
+            tile = _tuned(weight.device, "wgrad", M, N, K, 0, compute_dtype, grad_weight_dtype)
+            grad_weight, _ = _gemm(grad_z.t(), _rows(x, M, K), grad_weight_dtype, tile)
     dtypes = (grad_x_dtype, grad_weight_dtype, grad_bias_dtype, grad_bias_below_dtype)
     grads = (grad_x, grad_weight, grad_bias, grad_bias_below)
     return tuple(g if g is not None else grad_out.new_empty(0, dtype=d) for g, d in zip(grads, dtypes, strict=True))
@@ -85,6 +87,11 @@ def linear_act_backward(
 
 def _operand(weight, weight_copy):
     return weight if weight_copy is None else weight_copy
+
+
+def _rows(tensor, rows, columns):
+    """`tensor` as a matrix."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(rows, columns)
 
 
 def _matrix(saved, activation, rows, columns):
@@ -101,66 +108,105 @@ def _tuned(device, *question):
     return None if entry is None else entry.tile
 
 
-def _gemm(a, b, out_dtype, tile=None, *, bias=None, activation=Activation.NONE, saved=None, batch_invariant=False):
-    """round(act(a @ b + bias)) for a (M, K) and b (K, N) of any stride; `saved` is filled where it is given."""
-    M, K, N = *a.shape, b.shape[1]
-    out = a.new_empty((M, N), dtype=out_dtype)
-    if out.numel() == 0:
-        return out
-    device = _device(a.device)
-    if b.dtype != a.dtype and a.dtype.itemsize == 2 and (M >= CAST_FIRST or batch_invariant) and device[0] in TMA_SMS:
-        b = cast(b, a.dtype)
-    if batch_invariant and (a.stride() != (K, 1) or a.data_ptr() % 16):
-        a = a.clone(memory_format=torch.contiguous_format)  # so that how it lies does not decide, either
-    relu = activation == Activation.RELU
-    mask, pre = (saved, None) if relu else (None, saved if activation else None)
-    smooth = activation not in (Activation.NONE, Activation.RELU)
-    operands = (Operand.of(a), Operand.of(b), Operand.of(out))
-    chosen = plan(*device, *operands, tile, rich=smooth, batch_invariant=batch_invariant)
-    stride_bias, stride_mask = 0 if bias is None else bias.stride(0), 0 if mask is None else mask.stride(0)
-    with torch.cuda.device_of(a):
-        if not chosen.by_tma:
-            kernels.gemm_kernel[chosen.grid](
-                a, b, bias, out, mask, pre, None, None, M, N, K, *a.stride(), *b.stride(), stride_bias, stride_mask, 0, 0,
-                ACTIVATION=int(activation), ACTIVATION_BELOW=0, **chosen.options,
-            )  # fmt: skip
-            return out
-        contextvars.copy_context().run(
-            _launch_tma, chosen, a, b, bias, out, mask, M, N, K, max(a.stride()), max(b.stride()),
-            stride_bias, stride_mask, relu,
-        )  # fmt: skip
-    return out
+# ----- launches ---------------------------------------------------------------
 
 
-def _dgrad_below(grad_z, weight, grad_x_dtype, saved, activation, compute_dtype, grad_bias_dtype):
-    """(grad_x before the activation of the layer below, which kept `saved`; its sums unrounded, None where not wanted)."""
-    M, N, K = grad_z.shape[0], *weight.shape
-    grad_x = grad_z.new_empty((M, K), dtype=grad_x_dtype)
-    operands = (Operand.of(grad_z), Operand.of(weight), Operand.of(grad_x))
-    chosen = plan(*_device(grad_z.device), *operands, rich=True)
-    partial = None
-    if grad_bias_dtype is not None:
-        partial = grad_z.new_empty((-(-M // chosen.options["BLOCK_M"]), K), dtype=acc_dtype(compute_dtype))
-    if grad_x.numel():
-        with torch.cuda.device_of(grad_z):
-            kernels.gemm_kernel[chosen.grid](
-                grad_z, weight, None, grad_x, None, None, saved, partial, M, K, N, *grad_z.stride(), *weight.stride(), 0, 0,
-                *((0, 0) if saved is None else saved.stride()), ACTIVATION=0, ACTIVATION_BELOW=int(activation),
-                **chosen.options,
-            )  # fmt: skip
-    return grad_x, None if partial is None else _sum(partial, grad_bias_dtype)
+class _Launch:
+    """A kernel with all of a launch but its tensors.
+
+    Triton looks at every argument of the first call and hands out what it compiled; that is launched by itself from then on,
+    which takes a third of the time. So whoever keeps one sees to it that all its calls have tensors of one kind: dtype, None
+    or not, and the address modulo 16. What is allocated here is at a multiple of 16.
+    """
+
+    __slots__ = ("by_tma", "constants", "grid", "kernel", "numbers", "run", "values")
+
+    def __init__(self, kernel, grid: tuple[int], numbers: tuple[int, ...], constants: dict, by_tma: bool = False):
+        self.kernel, self.grid, self.numbers, self.constants, self.by_tma = kernel, grid, numbers, constants, by_tma
+        self.values = numbers + tuple(constants[name] for name in kernel.arg_names if name in constants)
+        self.run = None
+
+    def __call__(self, *tensors) -> None:
+        if self.run is not None:
+            self.run(*tensors, *self.values)
+            return
+        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+        if compiled is not None:  # the interpreter has nothing to hand out
+            self.run = compiled[(*self.grid, 1, 1)]
 
 
-def _launch_tma(chosen, *arguments):
-    """Launch in a context of its own: the allocator is a ContextVar, which autograd's threads do not have, and is not ours."""
+def _kind(tensor: torch.Tensor | None) -> tuple | None:
+    """What a launch depends on; the fields of an Operand."""
+    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16)
+
+
+def _launch_tma(launch: _Launch, *tensors) -> None:
+    """Launch with an allocator: a ContextVar, which autograd's threads do not have, and which is not ours to change."""
     triton.set_allocator(_allocate)
-    *arguments, relu = arguments
-    tma.gemm_tma_kernel[chosen.grid](*arguments, RELU=relu, **chosen.options)
+    launch(*tensors)
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     """Memory for the tensor maps that a kernel makes; stream-ordered, so it may go when the launch is queued."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+# ----- the GEMM ---------------------------------------------------------------
+
+
+def _gemm(
+    a, b, out_dtype, tile=None, *, bias=None, activation=0, saved=None, below=None, activation_below=0, sums=False,
+    batch_invariant=False,
+):  # fmt: skip
+    """(round(act(a @ b + bias)), None) for a (M, K) and b (K, N) of any stride; `saved` is filled where it is given.
+
+    below: what the layer below saved, through whose activation the result goes back. sums: the second is then the sums of
+    its columns, unrounded, of each row of tiles.
+    """
+    M, N = a.shape[0], b.shape[1]
+    out = a.new_empty((M, N), dtype=out_dtype)
+    casts = b.dtype != a.dtype and a.dtype.itemsize == 2 and (M >= CAST_FIRST or batch_invariant)
+    if casts and _device(a.device)[0] in TMA_SMS:
+        b = cast(b, a.dtype)
+    if batch_invariant and (not a.is_contiguous() or a.data_ptr() % 16):
+        a = a.clone(memory_format=torch.contiguous_format)  # so that how it lies does not decide, either
+    kinds = (_kind(a), _kind(b), out_dtype, _kind(bias), _kind(saved), _kind(below))
+    launch = _gemm_launch(a.device, *kinds, activation, activation_below, sums, tile, batch_invariant)
+    partial = a.new_empty((-(-M // launch.constants["BLOCK_M"]), N), dtype=acc_dtype(a.dtype)) if sums else None
+    if out.numel() == 0:
+        return out, partial
+    if launch.by_tma:
+        contextvars.copy_context().run(_launch_tma, launch, a, b, bias, out, saved, below, partial)
+    else:
+        mask, pre = (saved, None) if activation == Activation.RELU else (None, saved)
+        launch(a, b, bias, out, mask, pre, below, partial)
+    return out, partial
+
+
+@functools.lru_cache(maxsize=4096)
+def _gemm_launch(
+    device, a, b, out_dtype, bias, saved, below, activation, activation_below, sums, tile, batch_invariant
+) -> _Launch:
+    """For tensors of these kinds."""
+    a, b = Operand(*a), Operand(*b)
+    (M, K), N = a.shape, b.shape[1]
+    smooth = activation > Activation.RELU or (below is not None and below[0] != torch.int32)
+    chosen = plan(
+        *_device(device), a, b, Operand(out_dtype, (M, N), (N, 1), 0), tile,
+        below=sums or below is not None, smooth=smooth, batch_invariant=batch_invariant,
+    )  # fmt: skip
+    stride_bias = 0 if bias is None else bias[2][0]
+    stride_mask = saved[2][0] if saved is not None and activation == Activation.RELU else 0
+    strides_below = (0, 0) if below is None else below[2]
+    if chosen.by_tma:
+        numbers = (M, N, K, a.pitch, b.pitch, stride_bias, stride_mask, *strides_below)
+        return _Launch(tma.gemm_tma_kernel, chosen.grid, numbers, {"RELU": bool(activation)} | chosen.options, by_tma=True)
+    numbers = (M, N, K, *a.stride, *b.stride, stride_bias, stride_mask, *strides_below)
+    constants = {"ACTIVATION": activation, "ACTIVATION_BELOW": activation_below} | chosen.options
+    return _Launch(kernels.gemm_kernel, chosen.grid, numbers, constants)
+
+
+# ----- the passes of backward ---------------------------------------------------------------
 
 
 def _select(grad_out, saved, activation, compute_dtype, wants_grad_z, grad_bias_dtype):
@@ -171,26 +217,36 @@ def _select(grad_out, saved, activation, compute_dtype, wants_grad_z, grad_bias_
     partial = None
     if grad_bias_dtype is not None:
         partial = grad_out.new_empty((-(-M // SELECT_ROWS), N), dtype=acc_dtype(compute_dtype))
-    with torch.cuda.device_of(grad_out):
-        tiles_n = -(-N // SELECT["BLOCK_N"])
-        if grad_out.numel() and (grad_z is not None or partial is not None):
-            strides = (*grad_out.stride(), *((0, 0) if saved is None else saved.stride()))
-            tile = SELECT_FP64 if compute_dtype == torch.float64 else SELECT
-            kernels.select_kernel[(-(-M // SELECT_ROWS) * tiles_n,)](
-                grad_out, saved, grad_z, partial, M, N, *strides, ACTIVATION=int(activation), ROWS=SELECT_ROWS, **tile
-            )
+    if grad_out.numel() and (grad_z is not None or partial is not None):
+        launch = _select_launch(grad_out.device, _kind(grad_out), _kind(saved), _kind(grad_z), _kind(partial), activation)
+        launch(grad_out, saved, grad_z, partial)
     grad_bias = None if partial is None else _sum(partial, grad_bias_dtype)
     return grad_out if is_grad_z else grad_z, grad_bias
+
+
+@functools.lru_cache(maxsize=4096)
+def _select_launch(device, grad_out, saved, grad_z, partial, activation) -> _Launch:
+    _, (M, N), strides, _ = grad_out
+    grid = (-(-M // SELECT_ROWS) * -(-N // SELECT["BLOCK_N"]),)
+    wide = any(kind is not None and kind[0] == torch.float64 for kind in (grad_z, partial))
+    constants = {"ACTIVATION": activation, "ROWS": SELECT_ROWS, **(SELECT_FP64 if wide else SELECT)}
+    return _Launch(kernels.select_kernel, grid, (M, N, *strides, *((0, 0) if saved is None else saved[2])), constants)
 
 
 def _sum(partial, dtype):
     """The sum of partial (P, N) over its rows, rounded once to `dtype`."""
     out = partial.new_empty(partial.shape[1], dtype=dtype)
     if out.numel():
-        with torch.cuda.device_of(partial):
-            grid = (-(-out.shape[0] // SELECT["BLOCK_N"]),)
-            kernels.sum_kernel[grid](partial, out, *partial.shape, **SELECT)
+        _sum_launch(partial.device, partial.dtype, partial.shape, dtype)(partial, out)
     return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _sum_launch(device, partial_dtype, shape, dtype) -> _Launch:
+    return _Launch(kernels.sum_kernel, (-(-shape[1] // SELECT["BLOCK_N"]),), tuple(shape), SELECT)
+
+
+# ----- the device ---------------------------------------------------------------
 
 
 @functools.cache

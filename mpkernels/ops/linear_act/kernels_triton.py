@@ -69,7 +69,7 @@ def gemm_kernel(
         tl.store(pre_ptr + rows[:, None] * N + columns[None, :], pre, mask=inside)
     acc = activate(acc, ACTIVATION)
     if saved_ptr is not None:
-        acc = _through(acc, saved_ptr, rows, columns, stride_sm, stride_sn, inside, ACTIVATION_BELOW)
+        acc = _through(acc, saved_ptr, rows, first_column, row_inside, N, stride_sm, stride_sn, ACTIVATION_BELOW)
     if partial_ptr is not None:
         sums = tl.sum(tl.where(row_inside[:, None], acc, 0.0), axis=0)  # behind the edge 0 * inf is NaN
         tl.store(partial_ptr + pid_m.to(tl.int64) * N + columns, sums, mask=column_inside)
@@ -122,18 +122,39 @@ def _sigmoid(t):
 
 
 @triton.jit
-def _through(grad, saved_ptr, rows, columns, stride_sm, stride_sn, inside, ACTIVATION: tl.constexpr):
-    """The gradient before the activation: selected by a ReLU's mask or output, else times the slope at the pre-activation."""
+def _through(grad, saved_ptr, rows, first_column, row_inside, N, stride_sm, stride_sn, ACTIVATION: tl.constexpr):
+    """The gradient before the activation: selected by a ReLU's mask or output, else times the slope at the pre-activation.
+
+    grad is (rows, columns) from first_column on, a multiple of 32.
+    """
     # NOTE: one return: Triton compiles what follows a return, and its type would have to be the same.
-    if ACTIVATION == RELU:
-        result = tl.where(_zero(saved_ptr, rows, columns, stride_sm, stride_sn, inside), 0.0, grad)
+    if saved_ptr.dtype.element_ty == tl.int32:
+        result = select(grad, saved_ptr, rows, first_column, row_inside, N, stride_sm, stride_sn)
     else:
+        BLOCK_N: tl.constexpr = grad.shape[1]
+        columns = first_column + tl.arange(0, BLOCK_N)
+        inside = row_inside[:, None] & (columns < N)[None, :]
         z = tl.load(saved_ptr + rows[:, None] * stride_sm + columns[None, :] * stride_sn, mask=inside, other=0.0)
-        z = z.to(tl.float64 if z.dtype == tl.float64 else tl.float32)
-        result = grad.to(z.dtype) * slope(z, ACTIVATION)
-        if ACTIVATION == RELU2:
-            result = tl.where(z <= 0, 0.0, result)
+        if ACTIVATION == RELU:
+            result = tl.where(z <= 0, 0.0, grad)
+        else:
+            z = z.to(tl.float64 if z.dtype == tl.float64 else tl.float32)
+            result = grad.to(z.dtype) * slope(z, ACTIVATION)
+            if ACTIVATION == RELU2:
+                result = tl.where(z <= 0, 0.0, result)
     return result
+
+
+@triton.jit
+def select(grad, mask_ptr, rows, first_column, row_inside, N, stride_sm, stride_sn):
+    """grad where the mask has a 1, else 0. A word is read once, and not by each of its 32 columns."""
+    BLOCK_M: tl.constexpr = grad.shape[0]
+    BLOCK_N: tl.constexpr = grad.shape[1]
+    word = first_column // 32 + tl.arange(0, BLOCK_N // 32)
+    inside = row_inside[:, None] & (word * 32 < N)[None, :]
+    words = tl.load(mask_ptr + rows[:, None] * stride_sm + word[None, :] * stride_sn, mask=inside, other=0)
+    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.where(tl.reshape(bits, (BLOCK_M, BLOCK_N)) == 0, 0.0, grad)
 
 
 @triton.jit
@@ -156,7 +177,8 @@ def select_kernel(
     # ----- map program to tile
     tiles_n = tl.cdiv(N, BLOCK_N)
     chunk = (tl.program_id(0) // tiles_n).to(tl.int64)
-    columns = (tl.program_id(0) % tiles_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_column = (tl.program_id(0) % tiles_n).to(tl.int64) * BLOCK_N
+    columns = first_column + tl.arange(0, BLOCK_N)
     if partial_ptr is not None:
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=partial_ptr.dtype.element_ty)
     for start in range(chunk * ROWS, tl.minimum(chunk * ROWS + ROWS, M), BLOCK_M):
@@ -165,7 +187,7 @@ def select_kernel(
         inside = (rows < M)[:, None] & (columns < N)[None, :]
         grad_z = tl.load(grad_out_ptr + rows[:, None] * stride_gm + columns[None, :] * stride_gn, mask=inside, other=0.0)
         if saved_ptr is not None:
-            grad_z = _through(grad_z, saved_ptr, rows, columns, stride_sm, stride_sn, inside, ACTIVATION)
+            grad_z = _through(grad_z, saved_ptr, rows, first_column, rows < M, N, stride_sm, stride_sn, ACTIVATION)
         # ----- store
         if grad_z_ptr is not None:
             rounded = grad_z.to(grad_z_ptr.dtype.element_ty)  # round: grad_out's dtype -> compute dtype
@@ -176,15 +198,6 @@ def select_kernel(
     # ----- epilogue
     if partial_ptr is not None:
         tl.store(partial_ptr + chunk * N + columns, tl.sum(acc, axis=0), mask=columns < N)
-
-
-@triton.jit
-def _zero(saved_ptr, rows, columns, stride_sm, stride_sn, inside):
-    """Where the output was <= 0 (NaN is not), by the mask or by the output itself."""
-    if saved_ptr.dtype.element_ty == tl.int32:
-        words = tl.load(saved_ptr + rows[:, None] * stride_sm + (columns // 32)[None, :] * stride_sn, mask=inside, other=0)
-        return ((words >> (columns % 32).to(tl.int32)[None, :]) & 1) == 0
-    return tl.load(saved_ptr + rows[:, None] * stride_sm + columns[None, :] * stride_sn, mask=inside, other=0.0) <= 0
 
 
 @triton.jit

@@ -7,12 +7,13 @@ A descriptor fills what lies behind an edge with zeros and clips what is stored 
 import triton
 import triton.language as tl
 
-from mpkernels.ops.linear_act.kernels_triton import _pack
+from mpkernels.ops.linear_act.kernels_triton import _pack, select
 
 
 @triton.jit
 def gemm_tma_kernel(
-    a_ptr, b_ptr, bias_ptr, out_ptr, mask_ptr, M, N, K, stride_a, stride_b, stride_bias, stride_mask,
+    a_ptr, b_ptr, bias_ptr, out_ptr, mask_ptr, below_ptr, partial_ptr, M, N, K,
+    stride_a, stride_b, stride_bias, stride_mask, stride_sm, stride_sn,
     A_IS_KM: tl.constexpr, B_IS_NK: tl.constexpr, RELU: tl.constexpr, SPECIALIZE: tl.constexpr, SUBTILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -20,6 +21,8 @@ def gemm_tma_kernel(
 
     a and b are of one 16-bit dtype, rows of 16-byte pitch. A_IS_KM: a lies in memory as (K, M), wgrad's grad_z;
     B_IS_NK: b lies there as (N, K), fprop's weight. bias_ptr and mask_ptr may be None.
+    dgrad for the layer below: out is selected by the mask at below_ptr, and partial_ptr (tiles of M, N) takes the unrounded
+    sums of each tile's columns; both may be None.
     SPECIALIZE: one warp loads while the others multiply. SUBTILES: parts (1 or 2) in which a tile is stored; the half of
     its staging memory that two save holds one more stage of operands.
     """
@@ -43,11 +46,20 @@ def gemm_tma_kernel(
             acc = tl.dot(a, b, acc)
         # ----- epilogue, store
         if SUBTILES == 1:
-            _finish(acc, bias_ptr, out_desc, mask_ptr, M, N, row, column, stride_bias, stride_mask, RELU)
+            _finish(
+                acc, bias_ptr, out_desc, mask_ptr, below_ptr, partial_ptr, M, N, row, column, stride_bias, stride_mask,
+                stride_sm, stride_sn, RELU,
+            )  # fmt: skip
         else:
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART_N)), (0, 2, 1)))
-            _finish(left, bias_ptr, out_desc, mask_ptr, M, N, row, column, stride_bias, stride_mask, RELU)
-            _finish(right, bias_ptr, out_desc, mask_ptr, M, N, row, column + PART_N, stride_bias, stride_mask, RELU)
+            _finish(
+                left, bias_ptr, out_desc, mask_ptr, below_ptr, partial_ptr, M, N, row, column, stride_bias, stride_mask,
+                stride_sm, stride_sn, RELU,
+            )  # fmt: skip
+            _finish(
+                right, bias_ptr, out_desc, mask_ptr, below_ptr, partial_ptr, M, N, row, column + PART_N, stride_bias,
+                stride_mask, stride_sm, stride_sn, RELU,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -60,16 +72,24 @@ def _operand(ptr, rows, K, stride, IS_TRANSPOSED: tl.constexpr, BLOCK_ROWS: tl.c
 
 
 @triton.jit
-def _finish(acc, bias_ptr, out_desc, mask_ptr, M, N, row, column, stride_bias, stride_mask, RELU: tl.constexpr):
-    """Bias, activation, rounding and stores of a part of a tile that begins at (row, column)."""
+def _finish(
+    acc, bias_ptr, out_desc, mask_ptr, below_ptr, partial_ptr, M, N, row, column, stride_bias, stride_mask,
+    stride_sm, stride_sn, RELU: tl.constexpr,
+):  # fmt: skip
+    """Bias, activation, selection, sums, rounding and stores of a part of a tile that begins at (row, column)."""
     BLOCK_M: tl.constexpr = acc.shape[0]
     BLOCK_N: tl.constexpr = acc.shape[1]
+    rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     if bias_ptr is not None:
-        columns = column + tl.arange(0, BLOCK_N)
         bias = tl.load(bias_ptr + columns.to(tl.int64) * stride_bias, mask=columns < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     if RELU:
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if below_ptr is not None:
+        acc = select(acc, below_ptr, rows.to(tl.int64), column, rows < M, N, stride_sm, stride_sn)
+    if partial_ptr is not None:
+        sums = tl.sum(tl.where((rows < M)[:, None], acc, 0.0), axis=0)  # behind the edge 0 * inf is NaN
+        tl.store(partial_ptr + (row // BLOCK_M).to(tl.int64) * N + columns, sums, mask=columns < N)
     out = acc.to(out_desc.dtype)  # round: accumulator -> out_dtype
     out_desc.store([row, column], out)
     if mask_ptr is not None:
@@ -77,6 +97,5 @@ def _finish(acc, bias_ptr, out_desc, mask_ptr, M, N, row, column, stride_bias, s
         word = column // 32 + tl.arange(0, BLOCK_N // 32)
         bits = tl.maximum(tl.minimum(N - word * 32, 32), 0)  # of this word that are columns
         words &= ((1 << bits.to(tl.int64)) - 1).to(tl.int32)[None, :]  # the others may be NaN's
-        rows = row + tl.arange(0, BLOCK_M)
         inside = (rows < M)[:, None] & (bits > 0)[None, :]
         tl.store(mask_ptr + rows[:, None].to(tl.int64) * stride_mask + word[None, :], words, mask=inside)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which Triton kernel a GEMM of linear_act runs by, and with which tile: plain functions of architecture and operands."""
 
-import functools
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -78,7 +77,8 @@ INVARIANT_M = 1024  # of the tile that batch_invariant takes for every M
 def tiles(sm: int, a: torch.dtype, b: torch.dtype, vectors: bool, rich: bool = False) -> tuple[Tile, ...]:
     """The tiles for operands of dtypes a and b on `sm` (90; 0 is the interpreter), from large to small.
 
-    vectors: whether they and the result can be read and written 16 bytes at a time. rich: see `plan`; large tiles spill then.
+    vectors: whether they and the result can be read and written 16 bytes at a time. rich: the epilogue does more than bias,
+    ReLU and mask; large tiles spill then.
     """
     if sm == 0:
         return (_INTERPRETER,)
@@ -123,11 +123,6 @@ class Operand(NamedTuple):
     stride: tuple[int, int]
     misalignment: int
 
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> "Operand":
-        """That of a matrix."""
-        return cls(tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16)
-
     @property
     def inner(self) -> int:
         """The dimension along which elements follow each other, where one does."""
@@ -147,21 +142,22 @@ class Plan(NamedTuple):
     options: dict
 
 
-@functools.lru_cache(maxsize=4096)
 def plan(
     sm: int, programs: int, specializes: bool, a: Operand, b: Operand, out: Operand, tuned: tuple | None = None, *,
-    rich=False, batch_invariant=False,
+    below=False, smooth=False, batch_invariant=False,
 ) -> Plan:  # fmt: skip
     """The kernel for out (M, N) = a (M, K) @ b (K, N) on a GPU that has room for `programs` persistent programs.
 
     tuned: the (name, value) pairs of a tile from a tuned table; left aside where the other kernel has to serve.
-    rich: the epilogue does more than bias, ReLU and mask, as the pointer kernel alone can. batch_invariant: one tile for
-    every M, another may sum in another order.
+    below: the epilogue selects by the mask of the layer below and sums columns; no Triton specializes warps around that.
+    smooth: it has a slope, or an activation that is none of ReLU; by pointers alone. batch_invariant: one tile for every M,
+    another may sum in another order.
     """
     M, N = out.shape
     rows = INVARIANT_M if batch_invariant else M
-    by_tma = not rich and tma_why_not(sm, a, b, out) is None
-    tile = _tile(tuned, by_tma) or choose(rows, N, candidates(sm, specializes, a, b, out, by_tma, rich))
+    by_tma = not smooth and tma_why_not(sm, a, b, out) is None
+    found = candidates(sm, specializes and not below, a, b, out, by_tma, below or smooth)
+    tile = _tile(tuned, by_tma) or choose(rows, N, found)
     if by_tma:
         majors = {"A_IS_KM": a.inner == 0, "B_IS_NK": b.inner == 0}
         return Plan(True, (min(programs, count(M, N, tile)),), asdict(tile) | majors)
@@ -171,7 +167,7 @@ def plan(
 def candidates(
     sm: int, specializes: bool, a: Operand, b: Operand, out: Operand, by_tma: bool, rich: bool = False
 ) -> tuple[Tile, ...]:
-    """The tiles that a GEMM may run with, from large to small; `rich` as of `plan`."""
+    """The tiles that a GEMM may run with, from large to small; `rich` as of `tiles`."""
     if by_tma:
         return tma_tiles(sm, out.dtype, specializes)
     return tiles(sm, a.dtype, b.dtype, all(map(_vectors, (a, b, out))), rich)
