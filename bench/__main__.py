@@ -32,9 +32,17 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     clock = timing.Clock(device, arguments.threads)
     chosen = select(device.type, arguments.op, arguments.case, arguments.quick)
+    out = arguments.out / f"{device.type}.jsonl" if arguments.out and arguments.out.is_dir() else arguments.out
     if not chosen:
         print(f"no case is called {arguments.case}", file=sys.stderr)
         return 2
+    if arguments.missing and out and out.exists():
+        commit = rows.git("rev-parse", "--short", "HEAD")
+        there = {row["case"] for row in rows.read(out) if row["commit"] == commit}
+        chosen = [case for case in chosen if case.name not in there]
+    if not chosen:
+        print("every case has its rows")
+        return 0
     limit = limits.measure(device, clock)
     stamp = {"clock": clock.name, **rows.environment(device), "limits": limit}
     found, wrong = [], {}
@@ -50,8 +58,8 @@ def main() -> int:
             if arguments.json:
                 for row in new:
                     print(json.dumps(row), flush=True)
-            if arguments.out and new:
-                rows.merge(arguments.out / f"{device.type}.jsonl" if arguments.out.is_dir() else arguments.out, new)
+            if out and new:
+                rows.merge(out, new)
             bar.update(weight(case))
     if not arguments.json:
         print(heading(stamp))
@@ -66,6 +74,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--op", action="append", choices=sorted({case.op for case in CASES}), help="more than once for several")
     parser.add_argument("--case", default="*", help="a name or a glob: 'linear_act/forward/*', 'training/mlp'")
     parser.add_argument("--quick", action="store_true", help="the cases of the README's tables, in less than ten minutes")
+    parser.add_argument("--missing", action="store_true", help="leave out the cases that --out has rows of, of this commit")
     parser.add_argument("--threads", type=int, default=1, help="1, the default: process time on a CPU; more: wall time")
     parser.add_argument("--json", action="store_true", help="print rows instead of a table")
     parser.add_argument("--out", type=Path, help="a file, or a folder for cpu.jsonl or cuda.jsonl; same cases are replaced")

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import mpkernels
+from mpkernels._dispatch import ops
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -23,6 +24,7 @@ def environment(device: torch.device) -> dict[str, object]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "mpkernels": mpkernels.__version__,
+        "backends": {name: op.backend(device, torch.float16) for name, op in sorted(ops.items())},
         "commit": git("rev-parse", "--short", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
