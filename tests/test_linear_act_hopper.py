@@ -2,6 +2,7 @@
 """linear_act as `native` on Hopper: the op's implementation over its kernels, their source run on the CPU by tests/host."""
 
 import zlib
+from types import SimpleNamespace
 
 import host_kernels
 import linear_act_cases
@@ -117,6 +118,32 @@ def test_hopper_refuses_with_the_reason(change, reason):
         impl_native.linear_act(x, weight, None, None, 1, f16, sizes["out"], 1)
 
 
+HALF = torch.zeros(40, 64, dtype=f16)
+LADDER = {
+    "as it is": (HALF, None),
+    "rows of a wider one": (HALF[:, 8:40], None),
+    "one column": (HALF[:, :1], None),
+    "transposed": (HALF.t(), "needs contiguous rows, got a stride of 64"),
+    "every second column": (HALF[:, ::2], "needs contiguous rows, got a stride of 2"),
+    "expanded": (HALF[:1].expand(9, 64), "needs rows that do not overlap, got a pitch of 0 for 64 elements"),
+    "overlapping": (HALF.view(-1).as_strided((9, 64), (8, 1)), "needs rows that do not overlap, got a pitch of 8"),
+    "odd pitch": (HALF.view(-1)[:300].view(10, 30), "needs rows at multiples of 16 bytes, got a pitch of 60"),
+    "odd address": (HALF[:, 1:41], "needs rows at multiples of 16 bytes, got a pitch of 128 and an address 2 past one"),
+}
+
+
+@pytest.mark.parametrize(("matrix", "reason"), LADDER.values(), ids=LADDER)
+def test_hopper_alignment_ladder(matrix, reason):
+    """What TMA cannot read is copied, what it can is not."""
+    why_not = impl_native.tma_why_not(matrix)
+    assert (why_not or "").startswith(reason or "")
+    assert (why_not is None) == (reason is None)
+    given = impl_native._matrix(matrix)
+    assert (given is matrix) == (reason is None)
+    assert torch.equal(given, matrix)
+    assert impl_native.tma_why_not(given) is None or matrix.shape[1] % 8
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("block", range(10))
 def test_hopper_random_sizes(block, device):
@@ -217,6 +244,29 @@ def test_hopper_cut_is_one_that_runs(rows, columns, depth):
     assert cut.cluster in (1, 2)
     assert 1 <= splits <= max(1, -(-depth // 64))
     assert splits == 1 or splits * -(-rows // 128) * -(-columns // cut.block_n) <= 132
+
+
+def test_hopper_cut_follows_the_size():
+    """The larger tile for long work; the smaller where there are few tiles, whatever K is: there is no third."""
+    assert impl_native.choose(8192, 8192, 132).block_n == impl_native.choose(16384, 4096, 132).block_n == 256
+    assert impl_native.choose(512, 4096, 132).block_n == impl_native.choose(1024, 1024, 132).block_n == 128
+    chosen = [impl_native.choose(rows, 4096, 132).block_n for rows in range(128, 8192, 128)]
+    assert chosen == sorted(chosen)
+
+
+@pytest.mark.parametrize("columns", [8, 1024, 4096, 16384])
+def test_hopper_batch_invariant_cuts_alike(columns, monkeypatch):
+    """One cut whatever the number of rows, and no sum in parts: fprop has none."""
+    cuts = []
+    ops = SimpleNamespace(linear_act_fprop=lambda x, weight, bias, relu, out, mask, *cut: cuts.append(cut))
+    monkeypatch.setattr(torch.ops, "mpkernels_C", ops)
+    monkeypatch.setattr(impl_native, "_multiprocessors", lambda device: 132)
+    weight = torch.zeros(columns, 8, dtype=f16)
+    for rows in (1, 2, 127, 128, 129, 1024, 4096):
+        for invariant in (True, False):
+            impl_native.linear_act(torch.zeros(rows, 8, dtype=f16), weight, None, None, 1, f16, f16, 0, invariant)
+    assert len(set(cuts[::2])) == 1
+    assert len(set(cuts[1::2])) > 1
 
 
 def test_hopper_small_weights_are_split():

@@ -10,7 +10,7 @@ the call is refused: that is Triton's), and an operand that lies otherwise is co
 """
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +50,7 @@ def why_not_call(N: int, K: int, activation: int, compute_dtype: torch.dtype, ou
 
 
 def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, batch_invariant=False, *_):
-    lead, (N, K) = x.shape[:-1], weight.shape
-    M = lead.numel()
+    (N, K), M = weight.shape, x.shape[:-1].numel()
     _serve("linear_act", N, K, activation, compute_dtype, out_dtype)
     x_compute = cast(x, compute_dtype) if x.dtype != compute_dtype else x.new_empty(0)
     operand = x_compute if x.dtype != compute_dtype else x
@@ -59,24 +58,24 @@ def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtyp
     mask = empty_mask(x, M, N) if save and relu else None
     out = x.new_empty((M, N), dtype=out_dtype)
     if out.numel():
-        a, b = _matrix(operand.reshape(M, K)), _weight(weight, weight_copy, compute_dtype)
+        a, b = _matrix(_rows(operand, M, K)), _weight(weight, weight_copy, compute_dtype)
         if K == 0:  # an empty sum: one step of zeros
             a, b = a.new_zeros((M, 8)), b.new_zeros((N, 8))
         cut = choose(INVARIANT_M if batch_invariant else M, N, _multiprocessors(x.device))
         torch.ops.mpkernels_C.linear_act_fprop(a, b, bias, relu, out, mask, *cut)
-    return out.view(*lead, N), x.new_empty(0, dtype=torch.int32) if mask is None else mask, x_compute
+    out = out if x.dim() == 2 else out.view(*x.shape[:-1], N)
+    return out, x.new_empty(0, dtype=torch.int32) if mask is None else mask, x_compute
 
 
 def linear_act_backward(
     grad_out, x, weight, weight_copy, saved, activation, compute_dtype, grad_x_dtype, grad_weight_dtype, grad_bias_dtype,
     output_mask, saved_below=None, activation_below=Activation.NONE, grad_bias_below_dtype=None,
 ):  # fmt: skip
-    lead, (N, K) = grad_out.shape[:-1], weight.shape
-    M = lead.numel()
+    (N, K), M = weight.shape, grad_out.shape[:-1].numel()
     _serve("linear_act_backward", N, K, activation, compute_dtype, grad_out.dtype)
     _serve("linear_act_backward", N, K, activation_below, compute_dtype, grad_out.dtype)
     grad_z, grad_bias = _select(
-        grad_out.reshape(M, N),
+        _rows(grad_out, M, N),
         _mask(saved, activation, M, N),
         compute_dtype,
         output_mask[0] or output_mask[1],
@@ -87,9 +86,9 @@ def linear_act_backward(
         weight = _weight(weight, weight_copy, compute_dtype)
         mask_below = _mask(saved_below, activation_below, M, K)
         grad_x, grad_bias_below = _dgrad(grad_z, weight, mask_below, grad_x_dtype, grad_bias_below_dtype)
-        grad_x = grad_x.view(*lead, K)
+        grad_x = grad_x if grad_out.dim() == 2 else grad_x.view(*grad_out.shape[:-1], K)
     if output_mask[1]:
-        grad_weight = _wgrad(grad_z, _matrix(x.reshape(M, K)), grad_weight_dtype)
+        grad_weight = _wgrad(grad_z, _matrix(_rows(x, M, K)), grad_weight_dtype)
     dtypes = (grad_x_dtype, grad_weight_dtype, grad_bias_dtype, grad_bias_below_dtype)
     grads = (grad_x, grad_weight, grad_bias, grad_bias_below)
     return tuple(g if g is not None else grad_out.new_empty(0, dtype=d) for g, d in zip(grads, dtypes, strict=True))
@@ -104,16 +103,12 @@ def _serve(op: str, N: int, K: int, activation: int, compute_dtype: torch.dtype,
 # ----- how a GEMM is cut ---------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Cut:
+class Cut(NamedTuple):
     """Columns of a tile (rows are BLOCK_M), blocks of a cluster that share their columns, and the most blocks of a launch."""
 
     block_n: int
     cluster: int
     blocks: int
-
-    def __iter__(self):
-        return iter((self.block_n, self.cluster, self.blocks))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -143,10 +138,28 @@ def _weight(weight, weight_copy, compute_dtype):
     return _matrix(cast(weight, compute_dtype) if weight_copy is None else weight_copy)
 
 
+def _rows(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """`tensor` as a matrix."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(rows, columns)
+
+
 def _matrix(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, copied where TMA cannot read it as it lies."""
-    aligned = tensor.stride(0) % 8 == 0 and tensor.stride(0) >= tensor.shape[1] and tensor.data_ptr() % 16 == 0
-    return tensor if tensor.stride(1) == 1 and aligned else tensor.clone(memory_format=torch.contiguous_format)
+    return tensor if tma_why_not(tensor) is None else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def tma_why_not(tensor: torch.Tensor) -> str | None:
+    """Why TMA cannot read a matrix of 16-bit elements as it lies, or None; its rows are those of the matrix."""
+    pitch, step = tensor.stride()
+    if step != 1:
+        return f"needs contiguous rows, got a stride of {step}"
+    if pitch < tensor.shape[1]:
+        return f"needs rows that do not overlap, got a pitch of {pitch} for {tensor.shape[1]} elements"
+    if pitch % 8 or tensor.data_ptr() % 16:
+        return (
+            f"needs rows at multiples of 16 bytes, got a pitch of {2 * pitch} and an address {tensor.data_ptr() % 16} past one"
+        )
+    return None
 
 
 def _mask(saved, activation, rows, columns):
