@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_act in Triton against fp64: on a GPU, or through Triton's interpreter (tests/test_triton_interpreter.py starts it)."""
 
+import dataclasses
 import importlib
 import re
 import runpy
@@ -450,9 +451,9 @@ def test_linear_act_allocator_is_there_in_autograds_thread_and_ours_alone(genera
 
 
 def test_linear_act_tuned_tiles_are_checked_written_and_used(generator, device, gemms, monkeypatch, tmp_path):
-    """A tile that is not in the tables of tiles.py, to tell it: raced, written, read by the next process, launched."""
+    """A tile that nothing else chooses, to tell it: raced, written, read by the next process, launched."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    other = tiles.TmaTile(32, 32, 32, 4, 1)
+    other, tma_tiles = tiles.TmaTile(32, 32, 32, 4, 1), tiles.tma_tiles
     monkeypatch.setattr(tiles, "tma_tiles", lambda sm, out, specializes: (other,))
     tune = importlib.import_module("mpkernels.tune")
     found = {(device, _table.problem(*p)): 24 for p in (
@@ -466,6 +467,7 @@ def test_linear_act_tuned_tiles_are_checked_written_and_used(generator, device, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("MPKERNELS_BACKEND", "linear_act=triton,linear_act_backward=triton")
     monkeypatch.setattr(_table, "_tables", {})
+    monkeypatch.setattr(tiles, "tma_tiles", lambda *args: (other, *tma_tiles(*args)))
     launched = _noted(monkeypatch)
     cases.run(Case(24, 40, 16, DTYPES["float16"], save=0), generator, device)
     assert [launch.constants["BLOCK_M"] for launch in launched] == [32] * 3
@@ -541,6 +543,30 @@ def test_linear_act_plan_of_richer_epilogues(sm):
         plan = tiles.plan(sm, 132, True, *big, **how)
         assert not plan.by_tma
         assert plan.options["BLOCK_M"] * plan.options["BLOCK_N"] <= tiles.LARGEST_RICH
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({}, True),
+        ({"specializes": False}, False),
+        ({"below": True}, False),
+        ({"smooth": True}, False),
+        ({"BLOCK_M": 3}, False),
+        ({"num_stages": 99}, False),
+        ({"more": 1}, False),
+    ],
+    ids=str,
+)
+def test_linear_act_plan_takes_a_tuned_tile_where_it_is_one_of_its_own(change, taken):
+    """A packaged table outlives Triton's versions, and a file may say anything: what cannot run here is left aside."""
+    big = [_operand((8192, 8192)), _operand((8192, 8192), stride=(1, 8192)), _operand((8192, 8192))]
+    tuned = tiles._SM90_SPECIALIZED[2][1]
+    fields = dataclasses.asdict(tuned) | {n: v for n, v in change.items() if n in ("BLOCK_M", "num_stages", "more")}
+    how = {n: v for n, v in change.items() if n in ("below", "smooth")}
+    plan = tiles.plan(90, 132, change.get("specializes", True), *big, tuple(fields.items()), **how)
+    assert (plan.options.items() >= dataclasses.asdict(tuned).items()) == taken
+    assert all(plan.options[name] != 3 for name in ("BLOCK_M", "BLOCK_N"))
 
 
 @pytest.mark.parametrize("sm", [80, 86, 89, 90, 100])

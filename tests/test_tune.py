@@ -4,6 +4,7 @@
 import importlib
 import itertools
 import json
+import sys
 
 import pytest
 import torch
@@ -230,6 +231,16 @@ def test_table_decides_by_problem_among_what_is_in_auto(op):
     assert op(torch.ones(4))[0].item() == 2
 
 
+@pytest.mark.parametrize("backend", ["native", "unheard-of"])
+def test_table_names_a_backend_that_no_longer_serves(backend, op, monkeypatch):
+    """It broke, or is of another version: another one serves."""
+    reasons = {"native": "no driver"}
+    module = lambda backend: type("Module", (), {"why_not": staticmethod(lambda device, dtype: reasons.get(backend))})
+    monkeypatch.setattr(op, "_module", module)
+    with _table.using(CPU, {_table.problem("fprop", 4, 1, 1, 0, f32): Entry(backend, None)}):
+        assert op(torch.ones(4))[0].item() == 2
+
+
 def test_table_does_not_force(op, monkeypatch):
     monkeypatch.setenv(_dispatch.ENVIRONMENT_VARIABLE, f"{op.name}=triton")
     with _table.using(CPU, {_table.problem("fprop", 4, 1, 1, 0, f32): Entry("native", None)}):
@@ -277,6 +288,30 @@ def test_table_that_is_broken_is_empty(text):
     path.parent.mkdir()
     path.write_text(text)
     assert _table.of(CPU) == {}
+
+
+@pytest.mark.parametrize("where", ["a file", "nowhere/to/be"])
+def test_tune_where_the_cache_cannot_be_written(where, monkeypatch, tmp_path, capsys):
+    """It says so, and the caller has the entries all the same. NOTE: root may write where permissions forbid it."""
+    (tmp_path / "a file").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing" / "twice")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / where))
+    written = tune.tune_problems({(CPU, FPROP): 24}, rounds=1)
+    assert written[_table.written(FPROP)]["backend"] == "eager"
+    assert f"tune: {_table.own_file(CPU)} cannot be written" in capsys.readouterr().err
+    forget()
+    assert _table.of(CPU) == {}
+
+
+def test_tune_shows_how_far_it_is(monkeypatch, capsys):
+    """By a bar, or by lines where tqdm is not installed."""
+    items = [((CPU, FPROP), 24), ((CPU, BACKWARD), 512)]
+    assert list(tune._progress(items)) == items
+    assert "tune: 100%" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert list(tune._progress(items)) == items
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"tune: {i + 1} of 2: {_table.written(problem)}" for i, ((_, problem), _) in enumerate(items)]
 
 
 # ----- the command ---------------------------------------------------------------

@@ -148,7 +148,8 @@ def plan(
 ) -> Plan:  # fmt: skip
     """The kernel for out (M, N) = a (M, K) @ b (K, N) on a GPU that has room for `programs` persistent programs.
 
-    tuned: the (name, value) pairs of a tile from a tuned table; left aside where the other kernel has to serve.
+    tuned: the (name, value) pairs of a tile from a tuned table; left aside where it is none of this kernel's here: the other
+    one has to serve, this Triton does not specialize, or a file says anything else.
     below: the epilogue selects by the mask of the layer below and sums columns; no Triton specializes warps around that.
     smooth: it has a slope, or an activation that is none of ReLU; by pointers alone. batch_invariant: one tile for every M,
     another may sum in another order.
@@ -156,8 +157,11 @@ def plan(
     M, N = out.shape
     rows = INVARIANT_M if batch_invariant else M
     by_tma = not smooth and tma_why_not(sm, a, b, out) is None
-    found = candidates(sm, specializes and not below, a, b, out, by_tma, below or smooth)
-    tile = _tile(tuned, by_tma) or choose(rows, N, found)
+    rich = below or smooth
+    found = candidates(sm, specializes and not below, a, b, out, by_tma, rich)
+    tile = _tile(tuned, by_tma)
+    if tile not in found + candidates(sm, False, a, b, out, by_tma, rich):
+        tile = choose(rows, N, found)
     if by_tma:
         majors = {"A_IS_KM": a.inner == 0, "B_IS_NK": b.inner == 0}
         return Plan(True, (min(programs, count(M, N, tile)),), asdict(tile) | majors)
@@ -174,7 +178,7 @@ def candidates(
 
 
 def _tile(tuned: tuple | None, by_tma: bool) -> Tile | None:
-    """A tile from a table, where it is one of that kernel."""
+    """A tile from a table, where it has the fields of that kernel's."""
     kind = TmaTile if by_tma else Tile
     fields = dict(tuned or ())
     return kind(**fields) if fields.keys() == kind.__dataclass_fields__.keys() else None
