@@ -15,7 +15,7 @@ import torch
 from mpkernels import _table
 from mpkernels._dispatch import triton_why_not
 from mpkernels.ops._cast import cast
-from mpkernels.ops.linear_act import Activation, acc_dtype, empty_saved
+from mpkernels.ops.linear_act import Activation, acc_dtype, empty_saved, mask_pitch
 from mpkernels.ops.linear_act.tiles import TMA_SMS, Operand, plan
 
 try:
@@ -171,8 +171,8 @@ def _gemm(
         b = cast(b, a.dtype)
     if batch_invariant and (not a.is_contiguous() or a.data_ptr() % 16):
         a = a.clone(memory_format=torch.contiguous_format)  # so that how it lies does not decide, either
-    kinds = (_kind(a), _kind(b), out_dtype, _kind(bias), _kind(saved), _kind(below))
-    launch = _gemm_launch(a.device, *kinds, activation, activation_below, sums, tile, batch_invariant)
+    kinds = (_kind(a), _kind(b), out_dtype, _kind(bias), _kind(below))
+    launch = _gemm_launch(a.device, *kinds, saved is not None, activation, activation_below, sums, tile, batch_invariant)
     partial = a.new_empty((-(-M // launch.constants["BLOCK_M"]), N), dtype=acc_dtype(a.dtype)) if sums else None
     if out.numel() == 0:
         return out, partial
@@ -186,7 +186,7 @@ def _gemm(
 
 @functools.lru_cache(maxsize=4096)
 def _gemm_launch(
-    device, a, b, out_dtype, bias, saved, below, activation, activation_below, sums, tile, batch_invariant
+    device, a, b, out_dtype, bias, below, saves, activation, activation_below, sums, tile, batch_invariant
 ) -> _Launch:
     """For tensors of these kinds."""
     a, b = Operand(*a), Operand(*b)
@@ -197,7 +197,7 @@ def _gemm_launch(
         below=sums or below is not None, smooth=smooth, batch_invariant=batch_invariant,
     )  # fmt: skip
     stride_bias = 0 if bias is None else bias[2][0]
-    stride_mask = saved[2][0] if saved is not None and activation == Activation.RELU else 0
+    stride_mask = mask_pitch(N) if saves and activation == Activation.RELU else 0
     strides_below = (0, 0) if below is None else below[2]
     if chosen.by_tma:
         numbers = (M, N, K, a.pitch, b.pitch, stride_bias, stride_mask, *strides_below)
@@ -219,18 +219,19 @@ def _select(grad_out, saved, activation, compute_dtype, wants_grad_z, grad_bias_
     if grad_bias_dtype is not None:
         partial = grad_out.new_empty((-(-M // SELECT_ROWS), N), dtype=acc_dtype(compute_dtype))
     if grad_out.numel() and (grad_z is not None or partial is not None):
-        launch = _select_launch(grad_out.device, _kind(grad_out), _kind(saved), _kind(grad_z), _kind(partial), activation)
+        kinds = (_kind(grad_out), _kind(saved), None if grad_z is None else compute_dtype)
+        launch = _select_launch(grad_out.device, *kinds, None if partial is None else partial.dtype, activation)
         launch(grad_out, saved, grad_z, partial)
     grad_bias = None if partial is None else _sum(partial, grad_bias_dtype)
     return grad_out if is_grad_z else grad_z, grad_bias
 
 
 @functools.lru_cache(maxsize=4096)
-def _select_launch(device, grad_out, saved, grad_z, partial, activation) -> _Launch:
+def _select_launch(device, grad_out, saved, grad_z_dtype, partial_dtype, activation) -> _Launch:
     _, (M, N), strides, _ = grad_out
     grid = (-(-M // SELECT_ROWS) * -(-N // SELECT["BLOCK_N"]),)
-    wide = any(kind is not None and kind[0] == torch.float64 for kind in (grad_z, partial))
-    constants = {"ACTIVATION": activation, "ROWS": SELECT_ROWS, **(SELECT_FP64 if wide else SELECT)}
+    tile = SELECT_FP64 if torch.float64 in (grad_z_dtype, partial_dtype) else SELECT
+    constants = {"ACTIVATION": activation, "ROWS": SELECT_ROWS, **tile}
     return _Launch(kernels.select_kernel, grid, (M, N, *strides, *((0, 0) if saved is None else saved[2])), constants)
 
 
