@@ -209,6 +209,21 @@ def test_wgrad_split_over_rows(splits, cut, generator):
         bounds.check_backward((None, part, None), grad_z[begin:end], x[begin:end], part, None, F16, random_sign=True)
 
 
+# ----- tensor maps ----------------------------------------------------------------------------------
+
+
+def test_tensor_maps_are_kept_by_address_and_shape(generator):
+    """The same memory as matrices of other sizes, pitches and dtypes, in turn: as if each were there for the first time."""
+    memory, weight, out = (torch.randn(64 * 64, generator=generator).half() for _ in range(3))
+    views = [((64, 64), (64, 1), F16), ((32, 64), (64, 1), F16), ((64, 32), (64, 1), F16), ((128, 32), (32, 1), F16)]
+    views += [((64, 64), (64, 1), BF16), ((64, 32), (32, 1), F16)]
+    for shape, stride, dtype in views + views[::-1]:
+        x = memory.view(dtype).as_strided(shape, stride)
+        w, y = weight.view(dtype)[: 16 * shape[1]].view(16, -1), out.view(dtype)[: 16 * shape[0]].view(-1, 16)
+        ops().linear_act_fprop(x, w, None, False, y.fill_(math.nan), None, 128, 1, 1)
+        bounds.check_forward(y, x, w, None, 0, dtype, random_sign=dtype == F16)
+
+
 # ----- all roles ------------------------------------------------------------------------------------
 
 
