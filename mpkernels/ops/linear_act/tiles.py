@@ -150,7 +150,7 @@ def plan(
 
     tuned: the (name, value) pairs of a tile from a tuned table; left aside where it is none of this kernel's here: the other
     one has to serve, this Triton does not specialize, or a file says anything else.
-    below: the epilogue selects by the mask of the layer below and sums columns; no Triton specializes warps around that.
+    below: the epilogue selects by the mask of the layer below and sums columns: Triton 3.7 and 3.9 fail to specialize that.
     smooth: it has a slope, or an activation that is none of ReLU; by pointers alone. batch_invariant: one tile for every M,
     another may sum in another order.
     """
