@@ -164,12 +164,12 @@ def _gemm(
     below: what the layer below saved, through whose activation the result goes back. sums: the second is then the sums of
     its columns, unrounded, of each row of tiles.
     """
-    M, N = a.shape[0], b.shape[1]
+    (M, K), N = a.shape, b.shape[1]
     out = a.new_empty((M, N), dtype=out_dtype)
     casts = b.dtype != a.dtype and a.dtype.itemsize == 2 and (M >= CAST_FIRST or batch_invariant)
     if casts and _device(a.device)[0] in TMA_SMS:
         b = cast(b, a.dtype)
-    if batch_invariant and (not a.is_contiguous() or a.data_ptr() % 16):
+    if batch_invariant and (a.stride() != (K, 1) or a.data_ptr() % 16):
         a = a.clone(memory_format=torch.contiguous_format)  # so that how it lies does not decide, either
     kinds = (_kind(a), _kind(b), out_dtype, _kind(bias), _kind(below))
     launch = _gemm_launch(a.device, *kinds, saved is not None, activation, activation_below, sums, tile, batch_invariant)
