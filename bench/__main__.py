@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check and time every case: python -m bench [--quick] [--op step ...] [--case 'linear_act/*'] [--out rows.jsonl].
 
-On the GPU there is, else on the CPU. A case whose result is wrong is not timed, and the exit status is then 1.
+On the GPU there is, else on the CPU. What computes a wrong result is not timed, and the exit status is then 1.
 """
 
 import argparse
@@ -17,20 +17,20 @@ from tqdm import tqdm
 
 from bench import limits, rows, timing
 from bench.cases import CASES, Case, select
-from bench.contender import Contender, Missing
+from bench.contender import OURS, Contender, Missing
 
 SECONDS = {True: 1.5, False: 6.0}  # of timing per case, quick or not
-ROUNDS = (5, 301)
 LAST_LEVEL_CACHE = {"cpu": 1 << 25, "cuda": 1 << 26}  # bytes that rotation has to exceed
-INSTANCES = 8
+INSTANCES = 32
 PROGRESS_WEIGHT = {"training": 8, "step": 3}  # a case of these takes longer
 
 
 def main() -> int:
     arguments = parse()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(arguments.threads)
-    clock = timing.Clock(device, arguments.threads)
+    threads = arguments.threads or (1 if device.type == "cpu" else os.cpu_count())
+    torch.set_num_threads(threads)
+    clock = timing.Clock(device, threads)
     chosen = select(device.type, arguments.op, arguments.case, arguments.quick)
     out = arguments.out / f"{device.type}.jsonl" if arguments.out and arguments.out.is_dir() else arguments.out
     if not chosen:
@@ -50,10 +50,11 @@ def main() -> int:
         for case in chosen:
             bar.set_postfix_str(case.name)
             try:
-                new = [row | stamp | rows.machine(device) for row in measure(case, device, clock, limit, arguments.quick)]
+                measured, errors = measure(case, device, clock, limit, SECONDS[arguments.quick])
             except Exception as error:  # the other cases are still worth their time
-                wrong[case.name] = f"{type(error).__name__}: {error}"
-                new = []
+                measured, errors = [], {OURS: f"{type(error).__name__}: {error}"}
+            new = [row | stamp | rows.machine(device) for row in measured]
+            wrong |= {f"{case.name}: {name}": error for name, error in errors.items()}
             found += new
             if arguments.json:
                 for row in new:
@@ -64,8 +65,10 @@ def main() -> int:
     if not arguments.json:
         print(heading(stamp))
         print(table(found))
+        for line in left_out(found):
+            print(line)
     for name, error in wrong.items():
-        print(f"FAILED, not timed: {name}: {error}", file=sys.stderr)
+        print(f"WRONG, not timed: {name}: {error}", file=sys.stderr)
     return 1 if wrong else 0
 
 
@@ -75,7 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--case", default="*", help="a name or a glob: 'linear_act/forward/*', 'training/mlp'")
     parser.add_argument("--quick", action="store_true", help="the cases of the README's tables, in less than ten minutes")
     parser.add_argument("--missing", action="store_true", help="leave out the cases that --out has rows of, of this commit")
-    parser.add_argument("--threads", type=int, default=1, help="1, the default: process time on a CPU; more: wall time")
+    parser.add_argument("--threads", type=int, help="on a CPU 1, the default: process time; more: wall time")
     parser.add_argument("--json", action="store_true", help="print rows instead of a table")
     parser.add_argument("--out", type=Path, help="a file, or a folder for cpu.jsonl or cuda.jsonl; same cases are replaced")
     return parser.parse_args()
@@ -85,12 +88,15 @@ def weight(case: Case) -> int:
     return PROGRESS_WEIGHT.get(case.op, 1)
 
 
-def measure(case: Case, device: torch.device, clock: timing.Clock, limit: dict, quick: bool) -> list[dict]:
-    """One row per contender. AssertionError where a result is wrong."""
+def measure(case: Case, device: torch.device, clock: timing.Clock, limit: dict, seconds: float) -> tuple[list[dict], dict]:
+    """(a row per contender, {contender: what is wrong with its result}); nothing is timed where the first one is wrong."""
     make = importlib.import_module(f"bench.{case.op}").contenders
     torch.manual_seed(0)
     instance = make(case, device)
-    numerics = check(instance)
+    subject = next(iter(instance))
+    numerics, absent, wrong = check(instance)
+    if subject not in instance:
+        return [], wrong
     copies = 1
     if case.op == "linear_act":
         traffic = sum(contender.bytes for contender in instance.values())
@@ -98,34 +104,37 @@ def measure(case: Case, device: torch.device, clock: timing.Clock, limit: dict, 
     instances = [instance] + [
         {name: c for name, c in make(case, device).items() if name in instance} for _ in range(copies - 1)
     ]
-    times = timing.interleave(instances, clock, SECONDS[quick], ROUNDS)
-    subject = next(iter(instance))
+    times = timing.interleave(instances, clock, seconds)
     result = [row(case, name, instance, times, numerics, limit, subject) for name in instance]
+    result[0]["left_out"] = absent
     del instance, instances
     gc.collect()
-    return result
+    return result, wrong
 
 
-def check(instance: dict[str, Contender]) -> dict[str, dict]:
-    """Numerics of every contender; those that this machine lacks leave the instance."""
-    numerics = {}
+def check(instance: dict[str, Contender]) -> tuple[dict[str, dict], dict[str, str], dict[str, str]]:
+    """({contender: its numerics}, {one that is not here: why}, {one that is wrong: how}); the latter two leave the instance.
+
+    Whatever else a peer raises is a reason to go on without it; for ours it is an error.
+    """
+    numerics, absent, wrong = {}, {}, {}
     for name in list(instance):
         try:
             numerics[name] = instance[name].check()
-        except Missing:
+        except Exception as error:
+            peer = not name.startswith(OURS) and not isinstance(error, AssertionError)
+            told = absent if peer or isinstance(error, Missing) else wrong
+            told[name] = str(error).strip().split("\n")[0][:200] or type(error).__name__
             del instance[name]
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from error
-    return numerics
+    return numerics, absent, wrong
 
 
 def row(case, name, instance, times, numerics, limit, subject) -> dict:
-    contender, measured = instance[name], timing.summary(times[name])
+    contender, measured = instance[name], times[name].summary()
     us, roof = measured["us_p50"], limits.roof_us(instance[name], limit)
     return {
-        "case": case.name, "op": case.op, "contender": name, **measured, "rounds": len(times[name]),
-        "subject": subject, "ratio": timing.ratio(times[subject], times[name]),
-        "bytes": contender.bytes, "flops": contender.flops,
+        "case": case.name, "op": case.op, "contender": name, **measured,
+        "subject": subject, "bytes": contender.bytes, "flops": contender.flops,
         "gb_s": contender.bytes / us / 1e3, "tflop_s": contender.flops / us / 1e6,
         "share_of_limit": roof / us if roof else None, **numerics[name], **contender.after(),
     }  # fmt: skip
@@ -155,6 +164,14 @@ def table(found: list[dict]) -> str:
         cells = [number(r.get(key), form) for key, form in COLUMNS.items()]
         lines.append(f"  {r['contender']:56} {r['us_p50']:10.1f} {spread:>19} {r['ratio']:6.3f} {' '.join(cells)}")
     return "\n".join(lines)
+
+
+def left_out(found: list[dict]) -> list[str]:
+    """A line for each contender that was not there, with the first of its reasons."""
+    reasons: dict[str, str] = {}
+    for r in found:
+        reasons = r.get("left_out", {}) | reasons
+    return [f"left out: {name}: {reason}" for name, reason in reasons.items()]
 
 
 COLUMNS = {"share_of_limit": "6.0%", "error_to_best": "8.4g", "correctly_rounded": "8.2%"}

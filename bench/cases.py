@@ -10,21 +10,25 @@ BOTH = CPU + CUDA
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One line of the tables. quick: part of `--quick`; devices: where it is run unless asked for by its full name."""
+    """One line of the tables. devices: where it is run unless asked for by its full name; quick: where `--quick` has it."""
 
-    quick: bool = False
+    quick: tuple[str, ...] = ()
     devices: tuple[str, ...] = BOTH
 
 
 @dataclass(frozen=True)
 class LinearAct(Case):
-    """act(x @ weight.T + bias) with ReLU; x: (M, K), weight: (N, K). direction: forward, backward or both."""
+    """act(x @ weight.T + bias) with ReLU; x: (M, K), weight: (N, K). direction: forward, backward or both.
+
+    compiled: the modes in which torch.compile competes, each of which takes half a minute.
+    """
 
     direction: str
     M: int
     K: int
     N: int
     dtype: str = "float16"
+    compiled: tuple[str, ...] = ()
     op: str = field(default="linear_act", init=False)
 
     @property
@@ -34,12 +38,13 @@ class LinearAct(Case):
 
 @dataclass(frozen=True)
 class Mlp(Case):
-    """A chain of linears with ReLU between, all of one width, forward and backward."""
+    """A chain of linears with ReLU between, all of one width, forward and backward. compiled: torch.compile competes, too."""
 
     M: int
     width: int
     layers: int = 4
     dtype: str = "float16"
+    compiled: bool = False
     op: str = field(default="mlp", init=False)
 
     @property
@@ -67,10 +72,10 @@ class Step(Case):
 
 @dataclass(frozen=True)
 class Training(Case):
-    """Whole training steps of a model in bench/models.py: forward, loss, backward, optimizer. steps: per round."""
+    """Whole training steps of a model in bench/models.py: forward, loss, backward, optimizer. compiled: as for Mlp."""
 
     model: str
-    steps: int = 3
+    compiled: bool = False
     op: str = field(default="training", init=False)
 
     @property
@@ -90,79 +95,90 @@ class Overhead(Case):
         return f"overhead/{self.what}"
 
 
-# M, K, N. The first four are those of a figure in docs/performance.md; the last has nothing round.
+DEFAULT, EVERY_MODE = ("default",), ("default", "max-autotune-no-cudagraphs")
+
+# M, K, N. Those of a figure in docs/performance.md come first; the last has nothing round.
 _CPU_SHAPES = ((64, 784, 512), (256, 1024, 1024), (512, 1024, 4096), (1, 4096, 4096), (37, 1000, 129))
-_CPU_MORE = ((512, 4096, 1024), (1024, 1024, 1024), (2048, 4096, 1024), (8, 1000, 37))
 _CPU_OVER_K = tuple((256, K, 1024) for K in (64, 256, 4096))
-_GPU_SHAPES = (
-    (512, 1024, 4096), (4096, 1024, 4096), (4096, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 16384), (1, 4096, 4096),
-    (37, 1000, 129),
+_CPU_MORE = (
+    (512, 4096, 1024), (512, 1024, 16384), (512, 16384, 1024), (1024, 1024, 1024), (2048, 4096, 1024), (16384, 1024, 1024),
+    (8, 1000, 37),
 )  # fmt: skip
+_GPU_SHAPES = (
+    (512, 1024, 4096), (8192, 8192, 8192), (16384, 4096, 16384), (1, 4096, 4096), (37, 1000, 129),
+)  # fmt: skip
+_GPU_COMPILED = ((4096, 1024, 4096), (4096, 4096, 4096))
 _GPU_OVER_K = tuple((4096, K, 4096) for K in (256, 512, 2048, 16384))
 _GPU_MORE = tuple((M, K, N) for M in (512, 2048, 8192, 16384) for K in (1024, 4096, 16384) for N in (1024, 4096, 16384))
+DIRECTIONS = ("forward", "backward", "both")
 
 
 def _linear_acts():
     for shape in _CPU_SHAPES + _CPU_OVER_K:
-        yield LinearAct("forward", *shape, quick=True, devices=CPU)
+        yield LinearAct("forward", *shape, compiled=DEFAULT if shape == _CPU_SHAPES[0] else (), quick=CPU, devices=CPU)
     for shape in _CPU_SHAPES[:3] + _CPU_SHAPES[4:]:
-        yield LinearAct("backward", *shape, quick=True, devices=CPU)
-    for direction in ("forward", "backward", "both"):
-        yield LinearAct(direction, 256, 1024, 1024, "bfloat16", quick=True, devices=CPU)
-        yield from (LinearAct(direction, *shape, devices=CPU) for shape in _CPU_MORE)
-    yield LinearAct("both", 256, 1024, 1024, quick=True, devices=CPU)
-    for direction in ("forward", "backward", "both"):
-        yield from (LinearAct(direction, *shape, quick=True, devices=CUDA) for shape in _GPU_SHAPES + _GPU_OVER_K)
-        yield LinearAct(direction, 4096, 4096, 4096, "bfloat16", quick=True, devices=CUDA)
-        yield from (LinearAct(direction, *shape, d, devices=CUDA) for shape in _GPU_MORE for d in ("float16", "bfloat16"))
+        yield LinearAct("backward", *shape, quick=CPU, devices=CPU)
+    yield LinearAct("both", *_CPU_SHAPES[1], quick=CPU, devices=CPU)
+    for direction in DIRECTIONS:
+        yield LinearAct(direction, *_CPU_SHAPES[1], "bfloat16", quick=CPU, devices=CPU)
+        for shape in _CPU_MORE:
+            yield from (LinearAct(direction, *shape, d, EVERY_MODE, devices=CPU) for d in ("float16", "bfloat16"))
+    for direction in DIRECTIONS:
+        yield from (LinearAct(direction, *shape, quick=CUDA, devices=CUDA) for shape in _GPU_SHAPES + _GPU_OVER_K)
+        yield from (LinearAct(direction, *s, compiled=EVERY_MODE, quick=CUDA, devices=CUDA) for s in _GPU_COMPILED)
+        yield LinearAct(direction, *_GPU_COMPILED[1], "bfloat16", quick=CUDA, devices=CUDA)
+        for shape in _GPU_MORE:
+            yield from (LinearAct(direction, *shape, d, EVERY_MODE, devices=CUDA) for d in ("float16", "bfloat16"))
 
 
 def _steps():
     million = 10**6
+    for parameters in (10 * million, 50 * million):
+        for tensors in (1, 300):
+            yield from (Step(parameters, tensors, kind=kind, quick=CPU) for kind in ("plain", "clip"))
+    for tensors in (1, 300, 10_000):
+        yield Step(million, tensors, quick=CPU if tensors == 300 else ())
+        yield Step(10 * million, tensors, quick=BOTH if tensors == 10_000 else CPU)
+        yield from (Step(parameters, tensors, "float32") for parameters in (million, 10 * million))
+    for kind in ("plain", "clip", "skipped"):
+        yield Step(10 * million, 300, kind=kind, quick=CPU)
+        yield Step(10 * million, 300, "float32", kind, quick=CPU if kind == "plain" else ())
+        yield Step(100 * million, 300, kind=kind, quick=CUDA)
+        yield Step(100 * million, 300, "float32", kind)
     for tensors in (1, 300):
-        yield Step(10 * million, tensors, quick=True)
-        yield Step(50 * million, tensors, quick=True)
-    yield Step(million, 300, quick=True)
-    yield Step(10 * million, 10_000, quick=True)
-    for kind in ("clip", "skipped"):
-        yield Step(10 * million, 300, kind=kind, quick=True)
-        yield Step(10 * million, 300, "float32", kind)
-    yield Step(10 * million, 300, "float32", quick=True)
-    yield Step(100 * million, 300)
-    for parameters in (100 * million, 1000 * million):
-        yield Step(parameters, 300, "float32", devices=CUDA)
-    yield Step(1000 * million, 1, quick=True, devices=CUDA)
-    yield Step(1000 * million, 300, quick=True, devices=CUDA)
+        yield Step(1000 * million, tensors, quick=CUDA, devices=CUDA)
+    yield Step(1000 * million, 300, "float32", devices=CUDA)
 
 
 def _trainings():
-    for model in ("digits", "mlp"):
-        yield Training(model, quick=True)
+    yield Training("digits", compiled=True, quick=BOTH)
+    yield Training("mlp", quick=BOTH)
     for model in ("mlp6", "dlrm", "vit_tiny", "bert_tiny", "gpt2_tiny"):
-        yield Training(model, 2, quick=True, devices=CPU)
+        yield Training(model, quick=CPU, devices=CPU)
     for model in ("mlp6_wide", "dlrm_wide", "vit_b", "bert_base", "gpt2_small"):
-        yield Training(model, quick=True, devices=CUDA)
+        yield Training(model, compiled=True, quick=CUDA, devices=CUDA)
 
 
 def _by_name(cases) -> tuple[Case, ...]:
-    """A case that is named twice is run on both devices, and is quick if either is."""
+    """A case that is named twice is run, and is quick, where either is; the first says what competes."""
     found = {}
     for case in cases:
-        other = found.get(case.name, case)
-        devices = tuple(dict.fromkeys(other.devices + case.devices))
-        found[case.name] = replace(case, devices=devices, quick=case.quick or other.quick)
+        first = found.setdefault(case.name, case)
+        devices, quick = (tuple(dict.fromkeys(a + b)) for a, b in ((first.devices, case.devices), (first.quick, case.quick)))
+        found[case.name] = replace(first, devices=devices, quick=quick)
     return tuple(found.values())
 
 
 _EVERYTHING = (
     *_linear_acts(),
-    Mlp(256, 1024, quick=True, devices=CPU),
-    Mlp(4096, 4096, quick=True, devices=CUDA),
-    Mlp(16384, 1024, devices=CUDA),
+    Mlp(256, 1024, quick=CPU, devices=CPU),
+    Mlp(64, 256, compiled=True, devices=CPU),
+    Mlp(4096, 4096, compiled=True, quick=CUDA, devices=CUDA),
+    Mlp(16384, 1024, compiled=True, devices=CUDA),
     *_steps(),
     *_trainings(),
     *(
-        Overhead(what, quick=True)
+        Overhead(what, quick=BOTH)
         for what in ("forward", "forward+backward", "step of 1", "step of 100", "step of 1000", "first_step")
     ),
 )
@@ -175,5 +191,5 @@ def select(device: str, ops: list[str] | None = None, glob: str = "*", quick: bo
     return by_name or [
         case
         for case in CASES
-        if device in case.devices and (case.quick or not quick) and (not ops or case.op in ops) and fnmatch(case.name, glob)
+        if device in (case.quick if quick else case.devices) and (not ops or case.op in ops) and fnmatch(case.name, glob)
     ]

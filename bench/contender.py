@@ -1,21 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """A contender of a case: what to run, what to check first, and what it has to move and to compute."""
 
+import contextlib
+import functools
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from mpkernels._dispatch import ENVIRONMENT_VARIABLE, ops
 from tests import bounds
 
-OURS = (
-    "mpkernels"  # the name, or its beginning, of what is ours; the first contender of a case is what others are compared with
-)
+OURS = "mpkernels"  # the name, or its beginning, of what is ours; others are compared with the first contender of a case
 NARROWEST = torch.bfloat16  # what a peer computes in at worst
 
 
+FORCED = ("native", "triton")  # on a GPU also by name: `auto` chooses neither before it has been proven there
+
+
 class Missing(Exception):
-    """A contender that this machine or this torch does not have."""
+    """A contender that this machine or this torch does not have, and why."""
+
+
+def package(function: Callable) -> Callable:
+    """Something of another package, which may be absent or broken: either way there is one contender less, with a reason."""
+
+    @functools.wraps(function)
+    def guarded(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            raise Missing(f"{type(error).__name__}: {error}") from error
+
+    return guarded
 
 
 @dataclass
@@ -23,8 +41,9 @@ class Contender:
     """run: one call, or `calls` of them. check: its numerics against fp64; AssertionError where the result is wrong.
 
     bytes: to and from memory per call, counted: an input once, an output once. flops: 2MNK per product, in `gemm`, the
-    dtype in which the device multiplies. after: more for the row, once all rounds are over. measures_itself: run returns
-    the seconds it took.
+    dtype in which the device multiplies. after: more for the row, once all rounds are over. timed: on a GPU "kernels"
+    alone, "all" with the gaps between their launches, or the "host" until it has launched them; anywhere "by itself",
+    where run returns the seconds.
     """
 
     run: Callable[[], object]
@@ -33,9 +52,40 @@ class Contender:
     flops: int = 0
     gemm: str = "float32"
     calls: int = 1
-    hide_launches: bool = True
-    measures_itself: bool = False
+    timed: str = "kernels"
     after: Callable[[], dict] = dict
+
+
+def forced(contender: Contender, backend: str, op: str, device: torch.device) -> Contender:
+    """The same with every op that has `backend` forced to it; missing where `op` has it not, or it cannot serve."""
+
+    @contextlib.contextmanager
+    def setting():
+        before = os.environ.get(ENVIRONMENT_VARIABLE)
+        os.environ[ENVIRONMENT_VARIABLE] = backend
+        try:
+            yield
+        finally:
+            del os.environ[ENVIRONMENT_VARIABLE]
+            if before is not None:
+                os.environ[ENVIRONMENT_VARIABLE] = before
+
+    def check() -> dict:
+        with setting():
+            try:
+                served = served_by(device)
+            except RuntimeError as error:  # its reason
+                raise Missing(str(error)) from error
+            if served[op] != backend:
+                raise Missing(f"{op} has no {backend} implementation there")
+            return {"backends": served, **contender.check()}
+
+    return replace(contender, run=setting()(contender.run), check=check)
+
+
+def served_by(device: torch.device) -> dict[str, str]:
+    """{op: the backend that serves it in fp16}."""
+    return {name: op.backend(device, torch.float16) for name, op in ops.items()}
 
 
 def numerics(got: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> dict[str, float]:

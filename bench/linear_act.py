@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch._functorch import config as functorch_config
 
+from bench import limits
 from bench.cases import LinearAct
-from bench.contender import OURS, Contender, Missing, check_peer, numerics, sample
+from bench.contender import FORCED, OURS, Contender, Missing, check_peer, forced, numerics, package, sample
 from mpkernels.ops.linear_act import Activation, linear_act, reference
 from tests import bounds
-
-SLOW_FORWARD, SLOW_BACKWARD = 3 << 30, 3 << 28  # M * K * N from which torch's own fp16 takes seconds on a CPU
 
 
 @contextlib.contextmanager
@@ -76,38 +75,62 @@ def compiled(mode: str):
     return torch.compile(torch_linear, mode=mode, dynamic=False)
 
 
+@package
 def quack(x, weight, bias):
-    """Dao-AILab's CuTe kernels, where installed."""
+    """Dao-AILab's CuTe kernels."""
     from quack.gemm_interface import gemm_act
 
     return gemm_act(x, weight.t(), bias=bias, activation="relu", store_preact=False)[1]
 
 
+@package
+def apex(x, weight, bias):
+    """NVIDIA's MLP of one layer, by cuBLASLt's epilogues."""
+    from apex.mlp.mlp import mlp_function
+
+    return mlp_function(True, 1, x, weight, bias)  # bias, ReLU
+
+
+@package
+def transformer_engine(x, weight, bias):
+    """NVIDIA's linear, which has no ReLU of its own."""
+    from transformer_engine.pytorch import Linear
+
+    N, K = weight.shape
+    module = _once(Linear, K, N, params_dtype=weight.dtype, device=str(weight.device))
+    return torch.func.functional_call(module, {"weight": weight, "bias": bias}, (x,)).relu()
+
+
+@functools.cache
+def _once(module, *args, **kwargs):
+    return module(*args, **kwargs)
+
+
+PACKAGES = {"quack": (quack, ("forward",)), "Apex": (apex, ()), "Transformer Engine": (transformer_engine, ())}
+
+
 def functions(case: LinearAct, device: torch.device) -> dict[str, tuple]:
-    """name: (function, dtype of x, dtype of weight and bias)."""
+    """name: (function, dtype of x, dtype of weight and bias, what torch's own GEMM is asked to multiply in)."""
     D, f32, bf16 = getattr(torch, case.dtype), torch.float32, torch.bfloat16
-    found = {OURS: (ours, D, D)}
-    size = case.M * case.K * case.N
+    forward = case.direction == "forward"
+    found = {OURS: (ours, D, D, f32)}
     if device.type == "cpu":
-        found["oneDNN on fp32 copies"] = (upcast_onednn, D, D)
-        if case.direction == "forward":
-            found["oneDNN on fp32 copies, ReLU fused"] = (upcast_onednn_fused, D, D)
-        found["MKL on fp32 copies"] = (upcast_mkl, D, D)
-        found["fp32, oneDNN"] = (fp32_onednn, f32, f32)
-    slow = device.type == "cpu" and torch.float16 == D and size > (SLOW_FORWARD, SLOW_BACKWARD)[case.direction != "forward"]
-    if not slow:
-        found[f"torch {case.dtype}"] = (torch_linear, D, D)
-        if case.direction == "forward":
-            found["torch _addmm_activation"] = (addmm_activation, D, D)
-        found["torch autocast"] = (autocast, D, f32)
-        if device.type == "cuda" or not case.quick:
-            found["torch.compile"] = (compiled("default"), D, D)
+        found["oneDNN on fp32 copies"] = (upcast_onednn, D, D, f32)
+        if forward:
+            found["oneDNN on fp32 copies, ReLU fused"] = (upcast_onednn_fused, D, D, f32)
+        found["MKL on fp32 copies"] = (upcast_mkl, D, D, f32)
+        found["fp32, oneDNN"] = (fp32_onednn, f32, f32, f32)
+    found[f"torch {case.dtype}"] = (torch_linear, D, D, D)
+    if forward:
+        found["torch _addmm_activation"] = (addmm_activation, D, D, D)
+    found["torch autocast"] = (autocast, D, f32, D)
     if bf16 != D:
-        found["torch bfloat16"] = (torch_linear, bf16, bf16)
-    if device.type == "cuda":
-        found["torch.compile max-autotune"] = (compiled("max-autotune-no-cudagraphs"), D, D)
-        if case.direction == "forward":
-            found["quack"] = (quack, D, D)
+        found["torch bfloat16"] = (torch_linear, bf16, bf16, bf16)
+    for mode in case.compiled:
+        found[f"torch.compile {mode}"] = (compiled(mode), D, D, D)
+    for name, (function, directions) in PACKAGES.items():
+        if not directions or case.direction in directions:
+            found[name] = (function, D, D, f32)
     return found
 
 
@@ -122,12 +145,19 @@ def tensors(case: LinearAct, device: torch.device) -> tuple[torch.Tensor, ...]:
 
 def contenders(case: LinearAct, device: torch.device) -> dict[str, Contender]:
     given = tensors(case, device)
-    return {name: contender(case, given, *how, ours=name == OURS) for name, how in functions(case, device).items()}
+    found = {name: contender(case, given, *how, ours=name == OURS) for name, how in functions(case, device).items()}
+    for backend in FORCED if device.type == "cuda" else ():
+        dtype = getattr(torch, case.dtype)
+        by_name = contender(case, given, ours, dtype, dtype, torch.float32, ours=True)
+        found[f"{OURS} {backend}"] = forced(by_name, backend, "linear_act", device)
+    return found
 
 
-def contender(case, given, function, x_dtype, weight_dtype, ours) -> Contender:
+def contender(case, given, function, x_dtype, weight_dtype, multiplied, ours) -> Contender:
     x, weight, bias = (t.to(d, copy=True) for t, d in zip(given, (x_dtype, weight_dtype, weight_dtype), strict=False))
     needs_grad = case.direction != "forward"
+    products = {"forward": 1, "backward": 2, "both": 3}[case.direction]
+    flops = products * 2 * case.M * case.K * case.N
     inputs = tuple(t.requires_grad_(needs_grad) for t in (x, weight, bias))
     kept = None
 
@@ -142,16 +172,13 @@ def contender(case, given, function, x_dtype, weight_dtype, ours) -> Contender:
         return torch.autograd.grad(out, inputs, grad_out, retain_graph=case.direction == "backward")
 
     def check() -> dict:
-        try:
-            out = function(*inputs).detach()
-            grads = run() if needs_grad else None
-        except (ImportError, NotImplementedError) as error:
-            raise Missing(str(error)) from error
-        return _check(given, out, grads, ours)
+        if slow := limits.too_slow(x.device, multiplied, case.direction, flops):
+            raise Missing(slow)
+        out = function(*inputs).detach()
+        return _check(given, out, run() if needs_grad else None, ours)
 
-    products = {"forward": 1, "backward": 2, "both": 3}[case.direction]
     gemm = "bfloat16" if x_dtype == torch.bfloat16 else "float32" if x_dtype == torch.float32 else case.dtype
-    return Contender(run, check, _bytes(case), products * 2 * case.M * case.K * case.N, gemm)
+    return Contender(run, check, _bytes(case), flops, gemm)
 
 
 def _bytes(case: LinearAct) -> int:
@@ -163,11 +190,10 @@ def _bytes(case: LinearAct) -> int:
 
 def _check(given, out, grads, ours: bool) -> dict:
     """Error against fp64 of what was given, in sampled rows of out and grad_x and sampled columns of grad_weight."""
-    x, weight, bias, grad_out = (t.cpu() for t in given)
+    x, weight, bias, grad_out = given
     dtype, (M, K), N = x.dtype, x.shape, weight.shape[0]
     acc_roundoff = bounds.accumulator_roundoff(out.device, dtype)
-    out = out.cpu()
-    rows, columns = sample(M, K * N), sample(N, K * M)
+    rows, columns = sample(M, K * N).to(x.device), sample(N, K * M).to(x.device)
     positive = ~(out <= 0)
     if grads is None:
         exact = [reference.linear_act(x[rows], weight, bias, Activation.RELU, dtype)]
@@ -175,7 +201,7 @@ def _check(given, out, grads, ours: bool) -> dict:
         if ours:
             bounds.check_forward(got[0], x[rows], weight, bias, Activation.RELU, dtype, acc_roundoff, random_sign=True)
     else:
-        grad_x, grad_weight, grad_bias = (g.cpu() for g in grads)
+        grad_x, grad_weight, grad_bias = grads
         of_rows = (grad_out[rows], x[rows], weight, positive[rows], dtype)
         of_columns = (grad_out[:, columns], x, weight[columns], positive[:, columns], dtype)
         exact = [reference.linear_act_backward(*of_rows)[0], *reference.linear_act_backward(*of_columns)[1:]]

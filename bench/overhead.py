@@ -18,14 +18,15 @@ ELEMENTS = 16  # of each tensor of a step
 FIRST_STEP = """
 import torch, time
 torch.set_num_threads({threads})
-start = time.perf_counter()
+now = time.process_time if {device!r} == "cpu" and {threads} == 1 else time.perf_counter
+start = now()
 {script}
 x = torch.randn(32, 64, device={device!r})
 with context():
     loss = model(x).float().square().mean()
 scaler.scale(loss).backward(); scaler.step(optimizer); scaler.update()
 if {device!r} == "cuda": torch.cuda.synchronize()
-print(time.perf_counter() - start)
+print(now() - start)
 """
 NETWORK = "model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8)).to({device!r})"
 SCRIPTS = {
@@ -56,8 +57,8 @@ def contenders(case: Overhead, device: torch.device) -> dict[str, Contender]:
 
 def many(found: dict[str, Contender], peers: tuple[str, ...], calls: int) -> dict[str, Contender]:
     """Ours and some peers, `calls` at a time, with nothing counted: here the host is what is measured."""
-    chosen = {name: contender for name, contender in found.items() if name in (OURS, *peers)}
-    return {name: Contender(repeat(c.run, calls), c.check, calls=calls, hide_launches=False) for name, c in chosen.items()}
+    chosen = {name: contender for name, contender in found.items() if name.startswith(OURS) or name in peers}
+    return {name: Contender(repeat(c.run, calls), c.check, calls=calls, timed="host") for name, c in chosen.items()}
 
 
 def repeat(run, calls: int):
@@ -69,7 +70,7 @@ def repeat(run, calls: int):
 
 
 def first_step(script: str, device: torch.device) -> Contender:
-    """In a process of its own, from after `import torch` to the end of the first step; wall time."""
+    """In a process of its own, from after `import torch` to the end of the first step."""
     code = FIRST_STEP.format(script=script.format(device=device.type), device=device.type, threads=torch.get_num_threads())
 
     def seconds() -> float:
@@ -79,4 +80,4 @@ def first_step(script: str, device: torch.device) -> Contender:
         assert done.returncode == 0, done.stderr
         return float(done.stdout)
 
-    return Contender(seconds, measures_itself=True)
+    return Contender(seconds, timed="by itself")

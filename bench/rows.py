@@ -42,6 +42,15 @@ def machine(device: torch.device) -> dict[str, object]:
     return found
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that a new tensor could take."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemAvailable"].removesuffix("kB")) * 1024
+
+
 def cpu() -> str:
     """Vendor's name, family and model: the name alone does not tell one generation from the next."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []

@@ -8,7 +8,7 @@ with the same bytes, rebuilt from torch ops; it is not X, whose own kernels comp
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,15 +16,20 @@ from torch import nn
 
 import mpkernels as mpk
 from bench.cases import Step
-from bench.contender import OURS, Contender, Missing, check_peer, numerics
+from bench.contender import FORCED, OURS, Contender, Missing, check_peer, forced, numerics, package
+from bench.rows import free_bytes
 from mpkernels import _copies
 from mpkernels.ops.adamw import reference
+from mpkernels.optim import _stats
 from tests import bounds
 
 LR, BETAS, EPS, DECAY, MAX_NORM = 1e-4, (0.9, 0.999), 1e-8, 1e-2, 1.0
-MANY = 2 * 10**7  # parameters from which only the fastest compete: all together would not fit
+MANY = 2 * 10**7  # parameters from which only the fastest compete on a CPU
+NEEDED = 24  # bytes per parameter that a recipe has at once: parameter, gradient, master, m, v, and a temporary
 SAMPLED = 4096  # elements of a tensor that are compared with fp64
 SCALE = 1.0  # torch divides fp32 gradients by the scale in place, round after round
+PLAIN_STEP = f"{OURS}, a plain step"  # beside one that clips or is skipped
+PLAIN_READ = f"{OURS}, a plain read"  # in place of verdict and statistics
 HYPER = dict(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
 
 
@@ -51,8 +56,8 @@ def parameters(case: Step, device: torch.device, dtype: torch.dtype) -> list[nn.
     params = []
     for _ in range(case.tensors):
         value, grad = (torch.randn(size, device=device, generator=generator) for _ in range(2))
-        params.append(nn.Parameter((value * 0.02).to(dtype)))
-        params[-1].grad = (grad * 8).to(narrow).to(dtype)
+        params.append(nn.Parameter(value.mul_(0.02).to(dtype)))
+        params[-1].grad = grad.mul_(8).to(narrow).to(dtype)
     if case.kind == "skipped":
         params[-1].grad[-1] = math.inf
     return params
@@ -84,6 +89,30 @@ def ours(case, device) -> Recipe:
     if case.grads == "float32":
         return Recipe(step, params)
     return Recipe(step, params, lambda: [optimizer.state[p]["master"] for p in params])
+
+
+def plain_read(case, device) -> Recipe:
+    """Ours, but instead of verdict and statistics one reduction by torch that reads the same bytes: what those cost beside it.
+
+    The gradients lie in one piece of memory and are read as int32, which torch does as fast as it reads anything on a CPU.
+    """
+    recipe = ours(case, device)
+    flat = torch.cat([p.grad.flatten() for p in recipe.params])
+    for p, grad in zip(recipe.params, flat.split([p.numel() for p in recipe.params]), strict=True):
+        p.grad = grad.view_as(p)
+    words, step = flat.view(torch.int32), recipe.step
+
+    def read(*_, **__):
+        words.amax()
+
+    def step_with_plain_read():
+        whole, _stats.grad_stats_ = _stats.grad_stats_, read
+        try:
+            step()
+        finally:
+            _stats.grad_stats_ = whole
+
+    return replace(recipe, step=step_with_plain_read)
 
 
 def by_torch(case, optimizer, scaler):
@@ -237,23 +266,36 @@ def deepspeed_passes(case, device) -> Recipe:
     return Recipe(step, model, lambda: masters)
 
 
+@package
 def apex(case, device) -> Recipe:
-    """NVIDIA's, where installed."""
+    """NVIDIA's."""
     from apex.optimizers import FusedAdam
 
     model = parameters(case, device, torch.float16)
     optimizer = FusedAdam(model, **HYPER, capturable=True, master_weights=True)
-    step = by_torch(case, optimizer, scaler_of(torch.amp.GradScaler, device))
+    step = package(by_torch(case, optimizer, scaler_of(torch.amp.GradScaler, device)))
     return Recipe(step, model, lambda: optimizer.param_groups_master[0]["params"])
 
 
+@package
+def transformer_engine(case, device) -> Recipe:
+    """NVIDIA's, with fp32 masters."""
+    from transformer_engine.pytorch.optimizers import FusedAdam
+
+    model = parameters(case, device, torch.float16)
+    optimizer = FusedAdam(model, **HYPER, capturable=True, master_weights=True)
+    step = package(by_torch(case, optimizer, scaler_of(torch.amp.GradScaler, device)))
+    return Recipe(step, model, lambda: [optimizer.state[p]["master_param"] for p in model])
+
+
+@package
 def bitsandbytes(case, device) -> Recipe:
-    """fp32 parameters and states, where installed."""
+    """fp32 parameters and states."""
     from bitsandbytes.optim import AdamW
 
     params = parameters(case, device, torch.float32)
     optimizer = AdamW(params, **HYPER, optim_bits=32)
-    return Recipe(by_torch(case, optimizer, scaler_of(torch.amp.GradScaler, device)), params)
+    return Recipe(package(by_torch(case, optimizer, scaler_of(torch.amp.GradScaler, device))), params)
 
 
 def recipes(case: Step, device: torch.device) -> dict[str, tuple[Callable, int]]:
@@ -261,16 +303,21 @@ def recipes(case: Step, device: torch.device) -> dict[str, tuple[Callable, int]]
     fused, foreach, loop = dict(fused=True), dict(foreach=True), dict(foreach=False, fused=False)
     narrow, plain, skipped = case.grads == "float16", case.kind == "plain", case.kind == "skipped"
     clip = 12 if case.kind == "clip" else 0  # norm R4, scaled R4 W4
-    check = 2 if narrow else 4
-    found = {OURS: (ours, check if skipped else check + (28 if narrow else 30))}
+    check, step = (2, 28) if narrow else (4, 30)
+    all_compete = case.parameters < MANY or device.type == "cuda"
+    found = {OURS: (ours, check if skipped else check + step)}
+    if not plain:
+        found[PLAIN_STEP] = (ours, check + step)
+    elif narrow and device.type == "cpu" and case.parameters >= 10**7:
+        found[PLAIN_READ] = (plain_read, check + step)
     if narrow:
         found["classical fp16 recipe"] = (functools.partial(classical, **fused), 20 if skipped else 48 + clip)
     found["fp32 parameters"] = (functools.partial(fp32_parameters, **fused), 8 if skipped else 36 + clip if clip else 40)
     if plain:
         if narrow:
             found["Apex's passes"] = (apex_passes, 34 - 2)  # the second write of the gradient is the first pass's here
-        found["torch.compile"] = (torch_compile, check + (28 if narrow else 30))
-    if plain and case.parameters < MANY:
+        found["torch.compile"] = (torch_compile, check + step)
+    if plain and all_compete:
         found["fp32 parameters, weights cast"] = (functools.partial(fp32_parameters, cast=True, **fused), 46)
         if narrow:
             found["Megatron's passes"] = (megatron_passes, 48)
@@ -280,10 +327,10 @@ def recipes(case: Step, device: torch.device) -> dict[str, tuple[Callable, int]]
         else:
             found["fp32 parameters, foreach"] = (functools.partial(fp32_parameters, **foreach), 0)
             found["fp32 parameters, for-loop"] = (functools.partial(fp32_parameters, **loop), 0)
-    if plain and device.type == "cuda":
+    if plain:
         found["bitsandbytes"] = (bitsandbytes, 40)
         if narrow:
-            found["Apex"] = (apex, 34)
+            found |= {"Apex": (apex, 34), "Transformer Engine": (transformer_engine, 34)}
     return found
 
 
@@ -291,7 +338,15 @@ def recipes(case: Step, device: torch.device) -> dict[str, tuple[Callable, int]]
 
 
 def contenders(case: Step, device: torch.device) -> dict[str, Contender]:
-    return {name: contender(case, device, *how, ours=name == OURS) for name, how in recipes(case, device).items()}
+    plain = replace(case, kind="plain")
+    found = {
+        name: contender(plain if name == PLAIN_STEP else case, device, *how, name.startswith(OURS))
+        for name, how in recipes(case, device).items()
+    }
+    for backend in FORCED if device.type == "cuda" else ():
+        by_name = contender(case, device, *recipes(case, device)[OURS], True)
+        found[f"{OURS} {backend}"] = forced(by_name, backend, "adamw_", device)
+    return found
 
 
 def contender(case: Step, device: torch.device, make: Callable, bytes_per_parameter: int, ours: bool) -> Contender:
@@ -302,10 +357,10 @@ def contender(case: Step, device: torch.device, make: Callable, bytes_per_parame
 
     def check() -> dict:
         nonlocal recipe
-        try:
-            recipe = make(case, device)
-        except ImportError as error:
-            raise Missing(str(error)) from error
+        needed, free = NEEDED * case.parameters, free_bytes(device)
+        if needed > free:
+            raise Missing(f"needs {needed / 1e9:.0f} GB where {free / 1e9:.0f} GB are free")
+        recipe = make(case, device)
         return {"bytes_per_parameter": bytes_per_parameter, **_check(case, device, recipe, ours)}
 
     return Contender(run, check, bytes=bytes_per_parameter * case.parameters)
@@ -318,7 +373,7 @@ def _check(case: Step, device: torch.device, recipe: Recipe, ours: bool) -> dict
     w, g = part(recipe.params).float(), part([p.grad for p in recipe.params]).double() / SCALE
     factor = 1.0
     if case.kind == "clip":
-        norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in recipe.params)) / SCALE
+        norm = math.sqrt(sum(_squares(p.grad) for p in recipe.params)) / SCALE
         factor = min(1.0, MAX_NORM / (norm + 1e-6))
     recipe.step()
     after = part(recipe.updated())
@@ -333,6 +388,10 @@ def _check(case: Step, device: torch.device, recipe: Recipe, ours: bool) -> dict
     else:
         check_peer(after - w, exact - w)
     return numerics(after, exact, torch.float32)
+
+
+def _squares(grad: torch.Tensor) -> float:
+    return sum(part.double().square().sum().item() for part in grad.flatten().split(1 << 26))
 
 
 def _reference(w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:

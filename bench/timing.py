@@ -1,24 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time contenders against each other: interleaved rounds in one process, medians, ratios taken within a round.
 
-Every contender has tensors of its own, and rounds rotate over copies of all of them, so that nobody finds its operands in
-a cache. On a CPU with one thread it is process time, which a busy machine disturbs least; with more, wall time. On a GPU
-it is the time between two events, behind a wait that hides the launches: what those cost is a case of its own.
+Every contender has tensors of its own, and calls rotate over copies of all of them, so that nobody finds its operands in a
+cache. On a CPU with one thread it is process time, which a busy machine disturbs least; with more, wall time. On a GPU it
+is the time between two events, the L2 swept before.
+
+So that two runs agree: every peer is timed between two samples of the contender it is compared with, so that what drifts,
+clocks and other people's load, drops out; a sample is long beside a clock's tick and an interrupt; everyone has the same
+share of the case's time, so that whoever takes seconds leaves the others their rounds; and a ratio in doubt gets more.
 """
 
+import gc
+import itertools
+import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-WARM_SECONDS = 0.5  # of work before the first round on a GPU, so that clocks are up
+SAMPLE_US = 3000.0  # a sample on a CPU is of as many calls as take this long
+MOST_CALLS = 64
+ROUNDS = (5, 400)  # of every contender, at least and at most
+DOUBT, PATIENCE = 0.015, 3  # a ratio known less well than this is given up to so many times its share of the time
+WARM_SECONDS = 0.1  # of work of everyone before the first round on a GPU, so that clocks are up
 HIDING_CYCLES = 2_000_000  # about 1 ms of a GPU's time in which the host runs ahead
+SWEPT = 1 << 28  # bytes written to sweep a GPU's L2
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Microseconds of one call on a device."""
+    """Microseconds of a call on a device."""
 
     device: torch.device
     threads: int
@@ -29,59 +41,116 @@ class Clock:
             return "GPU events"
         return "process time, 1 thread" if self.threads == 1 else f"wall time, {self.threads} threads"
 
-    def __call__(self, contender) -> float:
-        run = contender.run
-        if contender.measures_itself:
+    def __call__(self, run, timed: str) -> float:
+        """timed: what a contender says of itself."""
+        if timed == "by itself":
             return run() * 1e6
-        if self.device.type == "cuda":
-            return _events(run, contender.hide_launches)
-        now = time.process_time if self.threads == 1 else time.perf_counter
+        if self.device.type == "cuda" and timed != "host":
+            return self._events(run, hide_launches=timed == "kernels")
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize()  # what lies ahead in the queue is not this call's
+        now = time.process_time if self.threads == 1 and not on_gpu else time.perf_counter
         start = now()
         run()
         return (now() - start) * 1e6
 
+    def _events(self, run, hide_launches: bool) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.empty(SWEPT, dtype=torch.int8, device=self.device).zero_()
+        torch.cuda.synchronize()
+        if hide_launches:
+            torch.cuda._sleep(HIDING_CYCLES)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3
 
-def _events(run, hide_launches: bool) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    if hide_launches:
-        torch.cuda._sleep(HIDING_CYCLES)
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3
+
+@dataclass
+class Times:
+    """Of one contender: us per call in every round, and in the same round the subject's time over its own."""
+
+    us: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.us)
+
+    def summary(self) -> dict[str, float]:
+        """p20, p50 and p80 in us; the median ratio, and half of the 95 % confidence interval of that, relative to it."""
+        quantiles = statistics.quantiles(self.us, n=5, method="inclusive")
+        return {
+            "us_p20": quantiles[0], "us_p50": self.median, "us_p80": quantiles[3], "rounds": len(self.us),
+            "ratio": statistics.median(self.ratios), "uncertainty": self.uncertainty(),
+        }  # fmt: skip
+
+    def uncertainty(self) -> float:
+        """By order statistics, whatever the distribution."""
+        ratios, reach = sorted(self.ratios), 0.98 * math.sqrt(len(self.ratios))
+        low, high = math.floor(len(ratios) / 2 - reach), math.ceil(len(ratios) / 2 + reach) - 1
+        return (ratios[min(high, len(ratios) - 1)] - ratios[max(low, 0)]) / 2 / statistics.median(ratios)
 
 
-def interleave(instances: list[dict], clock: Clock, seconds: float, rounds: tuple[int, int]) -> dict[str, list[float]]:
-    """us per call of every contender in every round.
+def interleave(instances: list[dict], clock: Clock, seconds: float) -> dict[str, Times]:
+    """The times of every contender, measured in `seconds` or longer: everyone has at least ROUNDS[0] rounds.
 
-    instances: the same contenders with other tensors, used in turn. As many rounds as fit in `seconds`, within `rounds`.
-    One round per instance comes first and is not counted.
+    instances: the same contenders with other tensors, used in turn. Each is run once before, which is not counted. The
+    first contender is the subject, with which the others are compared; alone, it is compared with itself.
     """
-    begin = time.perf_counter()
-    for instance in instances:
-        for contender in instance.values():
-            contender.run()
-    once = (time.perf_counter() - begin) / len(instances)
-    while clock.device.type == "cuda" and time.perf_counter() - begin < WARM_SECONDS:
-        for contender in instances[0].values():
-            contender.run()
-    times: dict[str, list[float]] = {name: [] for name in instances[0]}
-    for r in range(int(min(max(seconds / once, rounds[0]), rounds[1]))):
-        instance = instances[r % len(instances)]
-        for name in list(instance) if r % 2 else reversed(instance):  # whoever follows a dear one does so half of the time
-            contender = instance[name]
-            times[name].append(clock(contender) / contender.calls)
+    samplers = {name: _Sampler([instance[name] for instance in instances], clock) for name in instances[0]}
+    subject, *peers = samplers
+    peers, times = peers or [subject], {name: Times() for name in samplers}
+    share, spent = seconds * 1e6 / len(peers), dict.fromkeys(peers, 0.0)
+
+    def wants_more(name: str) -> bool:
+        return spent[name] < share or (spent[name] < PATIENCE * share and times[name].uncertainty() > DOUBT)
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = samplers[subject].us()
+        for r in range(ROUNDS[1]):
+            entered = [name for name in peers if r < ROUNDS[0] or wants_more(name)]
+            for name in entered if r % 2 else reversed(entered):
+                us, after = samplers[name].us(), samplers[subject].us()
+                times[subject].us.append(after)
+                times[name].ratios.append((before + after) / 2 / us)
+                if name != subject:
+                    times[name].us.append(us)
+                spent[name] += us * samplers[name].calls + after * samplers[subject].calls
+                before = after
+    finally:
+        gc.enable()
+    times[subject].ratios = [1.0]
     return times
 
 
-def summary(times: list[float]) -> dict[str, float]:
-    """p20, p50 and p80 in us."""
-    quantiles = statistics.quantiles(times, n=5, method="inclusive")
-    return {"us_p20": quantiles[0], "us_p50": statistics.median(times), "us_p80": quantiles[3]}
+class _Sampler:
+    """Samples of one contender: the mean over as many calls as make a sample, on its instances in turn."""
 
+    def __init__(self, contenders: list, clock: Clock):
+        self.clock, self.timed = clock, contenders[0].timed
+        self.runs = itertools.cycle([contender.run for contender in contenders])
+        begin = time.perf_counter()
+        for contender in contenders:
+            contender.run()
+        while clock.device.type == "cuda" and time.perf_counter() - begin < WARM_SECONDS:
+            next(self.runs)()
+        several = clock.device.type == "cpu" and self.timed != "by itself"
+        once = clock(next(self.runs), self.timed) if several else SAMPLE_US
+        self.bundled = contenders[0].calls
+        self.calls = min(MOST_CALLS, math.ceil(SAMPLE_US / once)) * self.bundled
 
-def ratio(ours: list[float], theirs: list[float]) -> float:
-    """Median over the rounds of ours / theirs."""
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    def us(self) -> float:
+        """Of a call."""
+        chosen = list(itertools.islice(self.runs, self.calls // self.bundled))
+
+        def run():
+            for one in chosen[:-1]:
+                one()
+            return chosen[-1]()
+
+        return self.clock(run, self.timed) / self.calls

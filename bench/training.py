@@ -7,32 +7,33 @@ Losses and peak memory stand in the rows: what is fast and does not learn would 
 import contextlib
 import functools
 import itertools
+import os
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 
 import mpkernels as mpk
-from bench import models
+from bench import limits, models
 from bench.cases import Training
-from bench.contender import OURS, Contender
+from bench.contender import FORCED, OURS, Contender, Missing, forced, package
 from bench.linear_act import onednn_fp32
 from tests import bounds
 
 LR = 1e-4
-TORCH_FP16_ON_CPU = ("digits", "mlp")  # elsewhere torch's fp16 takes minutes there
-SMALL = ("digits",)  # steps of microseconds: more of them in a round
+LOSSES = 6  # that every contender gets to: checked, warmed up, and a round of each kind
 Step = Callable[[], torch.Tensor]
 
 
-def loop(model, optimizer, scaler, inputs, targets, context=contextlib.nullcontext) -> Step:
+def loop(model, optimizer, scaler, inputs, targets, context=contextlib.nullcontext, entropy=cross_entropy) -> Step:
     """One training step as every recipe but the classical has it; returns the loss."""
 
     def step():
         with context():
             out = model(*inputs)
-        loss = cross_entropy(out.float().flatten(0, -2), targets.flatten())
+        loss = entropy(out.float().flatten(0, -2), targets.flatten())
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -54,13 +55,13 @@ def ours(name, device, policy: str, *, compiled=False, autocast=False) -> Step:
     return loop(torch.compile(model) if compiled else model, optimizer, scaler, inputs, targets, context)
 
 
-def by_torch(name, device, narrow: torch.dtype | None, *, compiled=False, onednn=False) -> Step:
+def by_torch(name, device, narrow: torch.dtype | None, *, compiled=False, onednn=False, entropy=cross_entropy) -> Step:
     """fp32 parameters; autocast and GradScaler as torch's documentation has them, AdamW with the fused kernel."""
     model, inputs, targets = models.make(name, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=narrow == torch.float16)
     context = contextlib.nullcontext if narrow is None else functools.partial(torch.autocast, device.type, narrow)
-    step = loop(torch.compile(model) if compiled else model, optimizer, scaler, inputs, targets, context)
+    step = loop(torch.compile(model) if compiled else model, optimizer, scaler, inputs, targets, context, entropy)
 
     def switched():
         with onednn_fp32():
@@ -94,62 +95,77 @@ def classical(name, device) -> Step:
     return step
 
 
-def recipes(case: Training, device: torch.device) -> dict[str, Callable[[], Step]]:
-    """name: what makes its step."""
-    f16, bf16, on_gpu = torch.float16, torch.bfloat16, device.type == "cuda"
-    ways = {
-        OURS: (ours, "mixed_float16", {}),
-        f"{OURS} float16": (ours, "float16", {}),
-        f"{OURS} mixed_bfloat16": (ours, "mixed_bfloat16", {}),
-        "torch fp32": (by_torch, None, {}),
-        "torch autocast bf16": (by_torch, bf16, {}),
+@package
+def with_liger(name, device, narrow: torch.dtype) -> Step:
+    """The best of torch with Liger's cross entropy, which makes its gradient in the logits' place."""
+    from liger_kernel.transformers import LigerCrossEntropyLoss
+
+    return by_torch(name, device, narrow, compiled=True, entropy=LigerCrossEntropyLoss())
+
+
+def recipes(case: Training, device: torch.device) -> dict[str, tuple]:
+    """name: (what makes its step, its arguments, what torch's own GEMMs multiply in)."""
+    f16, bf16, f32, on_gpu = torch.float16, torch.bfloat16, torch.float32, device.type == "cuda"
+    found = {
+        OURS: (ours, ("mixed_float16",), {}, f32),
+        f"{OURS} float16": (ours, ("float16",), {}, f32),
+        f"{OURS} mixed_bfloat16": (ours, ("mixed_bfloat16",), {}, f32),
+        "torch fp32": (by_torch, (None,), {}, f32),
+        "torch autocast bf16": (by_torch, (bf16,), {}, bf16),
+        "torch autocast fp16": (by_torch, (f16,), {}, f16),
+        "torch fp16 model, fp32 masters": (classical, (), {}, f16),
     }
     if not on_gpu:
-        ways["torch fp32, oneDNN"] = (by_torch, None, dict(onednn=True))
-    if on_gpu or case.model in TORCH_FP16_ON_CPU:
-        ways["torch autocast fp16"] = (by_torch, f16, {})
+        found["torch fp32, oneDNN"] = (by_torch, (None,), dict(onednn=True), f32)
+    if case.compiled:
+        found[f"{OURS}, compiled"] = (ours, ("mixed_float16",), dict(compiled=True), f32)
+        found["torch fp32, compiled"] = (by_torch, (None,), dict(compiled=True), f32)
+        found["torch autocast fp16, compiled"] = (by_torch, (f16,), dict(compiled=True), f16)
+        found["torch autocast bf16, compiled"] = (by_torch, (bf16,), dict(compiled=True), bf16)
+        found["torch autocast bf16, compiled, Liger"] = (with_liger, (bf16,), {}, bf16)
     if on_gpu:
-        ways[f"{OURS} in autocast"] = (ours, "mixed_float16", dict(autocast=True))
-        ways[f"{OURS} in autocast, compiled"] = (ours, "mixed_float16", dict(autocast=True, compiled=True))
-        ways["torch autocast fp16, compiled"] = (by_torch, f16, dict(compiled=True))
-        ways["torch autocast bf16, compiled"] = (by_torch, bf16, dict(compiled=True))
-    made = {
-        name: functools.partial(how, case.model, device, argument, **options) for name, (how, argument, options) in ways.items()
-    }
-    if on_gpu or case.model in TORCH_FP16_ON_CPU:
-        made["torch fp16 model, fp32 masters"] = functools.partial(classical, case.model, device)
-    return made
+        found[f"{OURS} in autocast"] = (ours, ("mixed_float16",), dict(autocast=True), f32)
+        found[f"{OURS} in autocast, compiled"] = (ours, ("mixed_float16",), dict(autocast=True, compiled=True), f32)
+    return found
 
 
 def contenders(case: Training, device: torch.device) -> dict[str, Contender]:
-    fp32 = by_torch(case.model, device, None)().item()
-    return {name: contender(case, device, name, make, fp32) for name, make in recipes(case, device).items()}
+    with FlopCounterMode(display=False) as counter:
+        fp32_loss = by_torch(case.model, device, None)().item()
+    flops = counter.get_total_flops()
+    found = {}
+    for name, (how, arguments, options, multiplied) in recipes(case, device).items():
+        make = functools.partial(how, case.model, device, *arguments, **options)
+        found[name] = contender(case, device, name, make, fp32_loss, flops, multiplied)
+    for backend in FORCED if device.type == "cuda" else ():
+        make = functools.partial(ours, case.model, device, "mixed_float16")
+        by_name = contender(case, device, OURS, make, fp32_loss, flops, torch.float32)
+        found[f"{OURS} {backend}"] = forced(by_name, backend, "linear_act", device)
+    return found
 
 
-def contender(case: Training, device: torch.device, name: str, make: Callable[[], Step], fp32_loss: float) -> Contender:
-    slow = (
-        device.type == "cpu" and name in ("torch autocast fp16", "torch fp16 model, fp32 masters") and case.model not in SMALL
-    )
-    steps = 1 if slow else case.steps * (10 if case.model in SMALL else 1)
+def contender(case, device, name: str, make: Callable[[], Step], fp32_loss: float, flops: int, multiplied) -> Contender:
     step, losses = None, []
 
     def run():
-        for _ in range(steps):
-            losses.append(step())
+        losses.append(step())
 
     def check() -> dict:
         nonlocal step
+        if slow := limits.too_slow(device, multiplied, "both", flops):
+            raise Missing(slow)
         peak = peak_bytes(make, device)
         step = make()
-        losses.append(step())
+        run()
         narrow = torch.bfloat16 if "bf" in name else torch.float16
         bounds.check_loss(losses[0].item(), fp32_loss, narrow)
         return {"peak_bytes": peak, "fp32_loss": fp32_loss}
 
     def after() -> dict:
-        return {"steps": len(losses), "first_loss": losses[0].item(), "last_loss": losses[-1].item()}
+        return {"steps": LOSSES, "first_loss": losses[0].item(), "last_loss": losses[LOSSES - 1].item()}
 
-    return Contender(run, check, calls=steps, hide_launches=False, after=after)
+    gemm = "bfloat16" if "bf" in name else "float32" if "fp32" in name.split(",")[0] else "float16"
+    return Contender(run, check, flops=flops, gemm=gemm, timed="all", after=after)
 
 
 def peak_bytes(make: Callable[[], Step], device: torch.device) -> int:
@@ -160,10 +176,12 @@ def peak_bytes(make: Callable[[], Step], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats()
         _two_steps(make)
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would write to the terminal at each start and stop
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         _two_steps(make)
-    events = sorted((e for e in profile.events() if e.name == "[memory]"), key=lambda e: e.time_range.start)
-    return max(itertools.accumulate(event.self_cpu_memory_usage for event in events))
+    # NOTE: profile.events() keeps of these only what was allocated outside of any op.
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def _two_steps(make: Callable[[], Step]) -> None:

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the benchmark times: ratios, shares of the time, and what it asks of a GPU, on contenders that say how long they took."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import limits, timing
+from bench.contender import Contender
+
+CPU = timing.Clock(torch.device("cpu"), 1)
+
+
+def says(seconds):
+    """A contender that claims to have taken the next of `seconds`."""
+    return Contender(iter(seconds).__next__, timed="by itself")
+
+
+def test_bench_ratio_of_steady_contenders():
+    times = timing.interleave([{"ours": says(itertools.repeat(1e-3)), "theirs": says(itertools.repeat(4e-3))}], CPU, 0.1)
+    assert times["theirs"].summary() == {
+        "us_p20": 4000, "us_p50": 4000, "us_p80": 4000, "rounds": len(times["theirs"].us), "ratio": 0.25, "uncertainty": 0,
+    }  # fmt: skip
+    assert times["ours"].median == 1000
+    assert times["ours"].ratios == [1]
+
+
+def test_bench_ratio_ignores_drift():
+    """A machine that becomes slower all the time, for everyone: 5 % from sample to sample."""
+    slower = (1e-3 * 1.05**i for i in itertools.count())
+    contenders = {"ours": Contender(lambda: next(slower), timed="by itself")}
+    contenders["theirs"] = Contender(lambda: 2 * next(slower), timed="by itself")
+    ratios = timing.interleave([contenders], CPU, 0.01)["theirs"].ratios
+    assert all(abs(ratio - 0.5) < 0.001 for ratio in ratios)
+
+
+def test_bench_ratio_ignores_outliers():
+    disturbed = itertools.cycle([1e-3, 1e-3, 1e-3, 1e-3, 50e-3])
+    contenders = {"ours": says(itertools.repeat(1e-3)), "theirs": says(disturbed)}
+    assert timing.interleave([contenders], CPU, 0.1)["theirs"].summary()["ratio"] == 1
+
+
+def test_bench_a_slow_contender_leaves_the_others_their_rounds():
+    contenders = {
+        "ours": says(itertools.repeat(1e-3)),
+        "slow": says(itertools.repeat(1.0)),
+        "fast": says(itertools.repeat(1e-3)),
+    }
+    times = timing.interleave([contenders], CPU, 0.2)
+    assert len(times["slow"].us) == timing.ROUNDS[0]
+    assert len(times["fast"].us) == 0.1 / 2e-3
+
+
+def test_bench_a_doubtful_ratio_gets_more_rounds():
+    generator = torch.Generator().manual_seed(0)
+    noisy = (1e-3 * (1 + torch.rand((), generator=generator).item()) for _ in itertools.count())
+    contenders = {"ours": says(itertools.repeat(1e-3)), "noisy": says(noisy), "steady": says(itertools.repeat(2e-3))}
+    times = timing.interleave([contenders], CPU, 0.2)
+    assert len(times["noisy"].us) > 2 * len(times["steady"].us)
+
+
+def test_bench_uncertainty_covers_the_median():
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(200):
+        ratios = (1 + 0.1 * torch.randn(41, generator=generator)).tolist()
+        times = timing.Times(us=[1.0] * 41, ratios=ratios)
+        covered += abs(times.summary()["ratio"] - 1) <= times.uncertainty()
+    assert covered >= 180  # of 200, for an interval of 95 % of which half the width is known
+
+
+def test_bench_calls_rotate_over_the_instances():
+    used = []
+    instances = [{"ours": Contender(lambda i=i: used.append(i) or 1e-3, timed="by itself")} for i in range(3)]
+    timing.interleave(instances, CPU, 0.01)
+    assert used[3:9] == [0, 1, 2, 0, 1, 2]
+
+
+def test_bench_short_calls_are_bundled():
+    """A sample of microseconds would show the clock."""
+    sampler = timing._Sampler([Contender(lambda: None)], CPU)
+    assert sampler.calls == timing.MOST_CALLS
+    assert timing._Sampler([Contender(lambda: None, calls=10)], CPU).calls == 10 * timing.MOST_CALLS
+
+
+def test_bench_knows_what_a_cpu_is_slow_at(monkeypatch):
+    monkeypatch.setattr(limits, "_seconds_per_flop", lambda dtype, direction: {"forward": 1e-10, "backward": 1e-9}[direction])
+    cpu = torch.device("cpu")
+    assert limits.too_slow(cpu, torch.float16, "forward", 10**10) is None
+    assert limits.too_slow(cpu, torch.float16, "both", 10**10) == "would take 10 s a call on this CPU"
+    assert limits.too_slow(cpu, torch.float16, "both", 10**8) is None
+    assert limits.too_slow(torch.device("cuda"), torch.float16, "both", 10**18) is None
+
+
+# ----- a GPU that only writes down what it is asked ---------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("record")
+
+        def synchronize(self):
+            calls.append("wait")
+
+        def elapsed_time(self, other):
+            return 0.25
+
+    swept = SimpleNamespace(zero_=lambda: calls.append("sweep"))
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: swept)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("sleep"), raising=False)
+    return calls
+
+
+def test_bench_gpu_hides_launches(asked):
+    clock = timing.Clock(torch.device("cuda"), 1)
+    assert clock(lambda: asked.append("run"), "kernels") == 250
+    assert asked == ["sweep", "synchronize", "sleep", "record", "run", "record", "wait"]
+
+
+def test_bench_gpu_whole_steps_keep_their_gaps(asked):
+    assert timing.Clock(torch.device("cuda"), 1)(lambda: asked.append("run"), "all") == 250
+    assert "sleep" not in asked
+
+
+def test_bench_gpu_host_time_does_not_wait(asked):
+    timing.Clock(torch.device("cuda"), 1)(lambda: asked.append("run"), "host")
+    assert asked == ["synchronize", "run"]
