@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench import plots
+from bench import bars, plots
 from bench.contender import OURS
 from bench.rows import RESULTS, read
 
@@ -181,6 +181,24 @@ def overhead(rows: list[dict]) -> str:
     return markdown(["call", "contender", "time", "ours / this"], lines)
 
 
+def kept(rows: list[dict]) -> str:
+    """What is promised, and whether it is so."""
+    device = "cuda" if rows[-1]["clock"] == "GPU events" else "cpu"
+    found = by_case(rows, "linear_act", "step", "training", "overhead")
+    return markdown(["what", "against", "wanted", "worst", "case", ""], bars.lines(device, found))
+
+
+def left_out(rows: list[dict]) -> str:
+    """Who did not compete, where first, and why."""
+    reasons: dict[str, tuple[str, str]] = {}
+    for row in rows:
+        for name, reason in row.get("left_out", {}).items():
+            reasons.setdefault(name, (row["case"], reason))
+    if not reasons:
+        return "Nobody."
+    return markdown(["contender", "first in", "because"], [[name, *why] for name, why in reasons.items()])
+
+
 def limits(rows: list[dict]) -> str:
     found = rows[-1]["limits"]
     lines = [["memory", f"{found['gb_s']:.3g} GB/s (copy: {found['copy_gb_s']:.3g})"]]
@@ -190,6 +208,8 @@ def limits(rows: list[dict]) -> str:
 
 TABLES = {
     "key figures": key_figures,
+    "bars": kept,
+    "left out": left_out,
     "limits": limits,
     "forward": lambda rows: ratios(rows, "linear_act", prefix="linear_act/forward/"),
     "backward": lambda rows: ratios(rows, "linear_act", prefix="linear_act/backward/"),

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bench import compare, plots, report, step
+from bench import bars, compare, plots, report, step
 from bench.__main__ import check
 from bench.cases import CASES, LinearAct, Mlp, Step, select
 
@@ -21,6 +21,15 @@ SMALL = (
     Mlp(8, 32),
     *(Step(30_000, 3, grads, kind) for grads in ("float16", "float32") for kind in ("clip", "skipped")),
 )
+
+
+NAMED = {bar.against for promises in bars.BARS.values() for bar in promises} | {"mpkernels", step.PLAIN_STEP, step.PLAIN_READ}
+
+
+def found(**ratios: float) -> dict[str, dict]:
+    """Rows by contender."""
+    common = {"peak_bytes": 1, "gb_s": 1, "limits": {"copy_gb_s": 1}}
+    return {name.replace("_", " "): {"ratio": r, "us_p50": 100 / r, **common} for name, r in ratios.items()}
 
 
 def test_bench_names_are_unique():
@@ -59,6 +68,16 @@ def test_bench_checks_what_statistics_are_compared_with():
     contender.run()
 
 
+def test_bench_has_the_cases_of_every_promise():
+    """No promise waits for a case that does not exist, and `--quick` says something of each."""
+    for device, promises in bars.BARS.items():
+        every, quick = ([case.name for case in select(device, quick=only)] for only in (False, True))
+        for bar in promises:
+            for name in bar.cases:
+                assert any(case.startswith(name) if name.endswith("/") else case == name for case in every), (bar.what, name)
+            assert bar.line({name: found(**dict.fromkeys(NAMED, 1)) for name in quick})[-1] != "not measured", bar.what
+
+
 # ----- what is shown ---------------------------------------------------------------
 
 
@@ -84,6 +103,32 @@ def test_bench_plots_are_drawn_from_the_rows(name, digest):
 def test_bench_a_plot_without_its_rows_fails():
     with pytest.raises(ValueError, match=r"roofline.svg: there are no rows"):
         plots.expected_digests([row for row in report.current_rows()["cpu"] if row["op"] != "linear_act"])
+
+
+def test_bench_bar_names_the_worst_case():
+    bar = bars.Bar("forward", "theirs", ("forward/", "one"), 1.10, bars.time_over("theirs"))
+    rows = {
+        "forward/a": found(mpkernels=1, theirs=1.2),
+        "forward/b": found(mpkernels=1, theirs=1.0),
+        "backward": found(theirs=9),
+    }
+    assert bar.line(rows) == ["forward", "theirs", "<= 1.1", "1.2", "forward/a", "missed in 1 of 2"]
+    del rows["forward/a"]
+    assert bar.line(rows)[3:] == ["1", "forward/b", "met"]
+    assert bar.line({"forward/b": found(mpkernels=1)})[3:] == ["", "", "not measured"]
+
+
+def test_bench_bar_takes_the_fastest_of_ours():
+    """A kernel that is not chosen by itself yet counts: its ratio is ours over its own."""
+    rows = {"a": found(mpkernels=1, mpkernels_native=2.0, theirs=1.5)}
+    assert bars.Bar("step", "theirs", ("a",), 0.8, bars.time_over("theirs")).line(rows)[3:] == ["0.75", "a", "met"]
+    assert bars.time_over_best(found(mpkernels=1, mpkernels_float16=1.25, torch=0.5, torch_compiled=1.0)) == 0.8
+
+
+def test_bench_bar_at_least():
+    bar = bars.Bar("bytes", "a copy", ("a",), 0.9, lambda rows: rows["mpkernels"]["ratio"], at_least=True)
+    assert bar.line({"a": found(mpkernels=0.89)})[3:] == ["0.89", "a", "missed in 1 of 1"]
+    assert bar.line({"a": found(mpkernels=0.91)})[3:] == ["0.91", "a", "met"]
 
 
 def test_bench_compare(tmp_path, monkeypatch, capsys):
