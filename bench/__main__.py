@@ -5,7 +5,6 @@ On the GPU there is, else on the CPU. What computes a wrong result is not timed,
 """
 
 import argparse
-import gc
 import importlib
 import json
 import os
@@ -13,11 +12,12 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo.config as dynamo
 from tqdm import tqdm
 
 from bench import limits, rows, timing
 from bench.cases import CASES, Case, select
-from bench.contender import OURS, Contender, Missing
+from bench.contender import OURS, Contender, Missing, served_by
 
 SECONDS = {True: 1.5, False: 6.0}  # of timing per case, quick or not
 LAST_LEVEL_CACHE = {"cpu": 1 << 25, "cuda": 1 << 26}  # bytes that rotation has to exceed
@@ -30,6 +30,8 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads = arguments.threads or (1 if device.type == "cpu" else os.cpu_count())
     torch.set_num_threads(threads)
+    timing.keep_memory()
+    dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = 64, True  # else it would run eagerly, and not say so
     clock = timing.Clock(device, threads)
     chosen = select(device.type, arguments.op, arguments.case, arguments.quick)
     out = arguments.out / f"{device.type}.jsonl" if arguments.out and arguments.out.is_dir() else arguments.out
@@ -53,7 +55,9 @@ def main() -> int:
                 measured, errors = measure(case, device, clock, limit, SECONDS[arguments.quick])
             except Exception as error:  # the other cases are still worth their time
                 measured, errors = [], {OURS: f"{type(error).__name__}: {error}"}
-            new = [row | stamp | rows.machine(device) for row in measured]
+            timing.release_memory()
+            state = stamp | rows.machine(device)
+            new = [row | state for row in measured]
             wrong |= {f"{case.name}: {name}": error for name, error in errors.items()}
             found += new
             if arguments.json:
@@ -91,6 +95,8 @@ def weight(case: Case) -> int:
 def measure(case: Case, device: torch.device, clock: timing.Clock, limit: dict, seconds: float) -> tuple[list[dict], dict]:
     """(a row per contender, {contender: what is wrong with its result}); nothing is timed where the first one is wrong."""
     make = importlib.import_module(f"bench.{case.op}").contenders
+    if getattr(case, "compiled", None):
+        torch.compiler.reset()  # what it remembers of other cases' shapes would be looked at in every call
     torch.manual_seed(0)
     instance = make(case, device)
     subject = next(iter(instance))
@@ -106,9 +112,10 @@ def measure(case: Case, device: torch.device, clock: timing.Clock, limit: dict, 
     ]
     times = timing.interleave(instances, clock, seconds)
     result = [row(case, name, instance, times, numerics, limit, subject) for name in instance]
+    for found in result:
+        if found["contender"].startswith(OURS):
+            found.setdefault("backends", served_by(device))
     result[0]["left_out"] = absent
-    del instance, instances
-    gc.collect()
     return result, wrong
 
 

@@ -83,6 +83,13 @@ def forced(contender: Contender, backend: str, op: str, device: torch.device) ->
     return replace(contender, run=setting()(contender.run), check=check)
 
 
+def with_forced(found: dict[str, Contender], ours: Callable[[], Contender], op: str, device: torch.device):
+    """`found`, on a GPU with ours once more for each backend by name, right behind the first: they go before their peers."""
+    subject, *peers = found.items()
+    by_name = [(f"{OURS} {backend}", forced(ours(), backend, op, device)) for backend in FORCED if device.type == "cuda"]
+    return dict([subject, *by_name, *peers])
+
+
 def served_by(device: torch.device) -> dict[str, str]:
     """{op: the backend that serves it in fp16}."""
     return {name: op.backend(device, torch.float16) for name, op in ops.items()}

@@ -14,7 +14,7 @@ from torch._functorch import config as functorch_config
 
 from bench import limits
 from bench.cases import LinearAct
-from bench.contender import FORCED, OURS, Contender, Missing, check_peer, forced, numerics, package, sample
+from bench.contender import OURS, Contender, Missing, check_peer, numerics, package, sample, with_forced
 from mpkernels.ops.linear_act import Activation, linear_act, reference
 from tests import bounds
 
@@ -146,11 +146,8 @@ def tensors(case: LinearAct, device: torch.device) -> tuple[torch.Tensor, ...]:
 def contenders(case: LinearAct, device: torch.device) -> dict[str, Contender]:
     given = tensors(case, device)
     found = {name: contender(case, given, *how, ours=name == OURS) for name, how in functions(case, device).items()}
-    for backend in FORCED if device.type == "cuda" else ():
-        dtype = getattr(torch, case.dtype)
-        by_name = contender(case, given, ours, dtype, dtype, torch.float32, ours=True)
-        found[f"{OURS} {backend}"] = forced(by_name, backend, "linear_act", device)
-    return found
+    once_more = lambda: contender(case, given, *functions(case, device)[OURS], ours=True)
+    return with_forced(found, once_more, "linear_act", device)
 
 
 def contender(case, given, function, x_dtype, weight_dtype, multiplied, ours) -> Contender:

@@ -108,6 +108,12 @@ def key_figures(rows: list[dict]) -> str:
     return markdown(["mpkernels", "compared with", "time, ratio"], lines) + "\n\n" + conditions(rows)
 
 
+def everything(rows: list[dict]) -> str:
+    """All tables that have something in them."""
+    titles = [name for name, (ops, _) in OF_OPS.items() if any(row["op"] in ops for row in rows)]
+    return "\n\n".join(f"### {name[0].upper()}{name[1:]}\n\n{OF_OPS[name][1](rows)}" for name in titles)
+
+
 def conditions(rows: list[dict]) -> str:
     """Where and when, in a line."""
     r, loads = rows[-1], [row["load"] for row in rows]
@@ -206,21 +212,22 @@ def limits(rows: list[dict]) -> str:
     return markdown(["limit", "measured"], lines) + "\n\n" + conditions(rows)
 
 
-TABLES = {
-    "key figures": key_figures,
-    "bars": kept,
-    "left out": left_out,
-    "limits": limits,
-    "forward": lambda rows: ratios(rows, "linear_act", prefix="linear_act/forward/"),
-    "backward": lambda rows: ratios(rows, "linear_act", prefix="linear_act/backward/"),
-    "forward+backward": lambda rows: ratios(rows, "linear_act", prefix="linear_act/both/"),
-    "mlp": lambda rows: ratios(rows, "mlp"),
-    "step": lambda rows: ratios(rows, "step"),
-    "bytes": bytes_per_parameter,
-    "training": training,
-    "overhead": overhead,
-    "numerics": numerics,
+_EVERY_OP = ("linear_act", "mlp", "step", "training", "overhead")
+OF_OPS = {  # name: (the ops it shows, how)
+    "bars": (_EVERY_OP, kept),
+    "limits": (_EVERY_OP, limits),
+    "forward": (("linear_act",), lambda rows: ratios(rows, "linear_act", prefix="linear_act/forward/")),
+    "backward": (("linear_act",), lambda rows: ratios(rows, "linear_act", prefix="linear_act/backward/")),
+    "forward+backward": (("linear_act",), lambda rows: ratios(rows, "linear_act", prefix="linear_act/both/")),
+    "mlp": (("mlp",), lambda rows: ratios(rows, "mlp")),
+    "step": (("step",), lambda rows: ratios(rows, "step")),
+    "bytes": (("step",), bytes_per_parameter),
+    "training": (("training",), training),
+    "overhead": (("overhead",), overhead),
+    "numerics": (("linear_act", "step"), numerics),
+    "left out": (_EVERY_OP, left_out),
 }
+TABLES = {name: table for name, (_, table) in OF_OPS.items()} | {"key figures": key_figures, "everything": everything}
 
 if __name__ == "__main__":
     sys.exit(main())

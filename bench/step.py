@@ -16,7 +16,7 @@ from torch import nn
 
 import mpkernels as mpk
 from bench.cases import Step
-from bench.contender import FORCED, OURS, Contender, Missing, check_peer, forced, numerics, package
+from bench.contender import OURS, Contender, Missing, check_peer, numerics, package, with_forced
 from bench.rows import free_bytes
 from mpkernels import _copies
 from mpkernels.ops.adamw import reference
@@ -343,10 +343,7 @@ def contenders(case: Step, device: torch.device) -> dict[str, Contender]:
         name: contender(plain if name == PLAIN_STEP else case, device, *how, name.startswith(OURS))
         for name, how in recipes(case, device).items()
     }
-    for backend in FORCED if device.type == "cuda" else ():
-        by_name = contender(case, device, *recipes(case, device)[OURS], True)
-        found[f"{OURS} {backend}"] = forced(by_name, backend, "adamw_", device)
-    return found
+    return with_forced(found, lambda: contender(case, device, *recipes(case, device)[OURS], True), "adamw_", device)
 
 
 def contender(case: Step, device: torch.device, make: Callable, bytes_per_parameter: int, ours: bool) -> Contender:

@@ -5,11 +5,15 @@ Every contender has tensors of its own, and calls rotate over copies of all of t
 cache. On a CPU with one thread it is process time, which a busy machine disturbs least; with more, wall time. On a GPU it
 is the time between two events, the L2 swept before.
 
+Memory that malloc gave out stays with the process (`keep_memory`): else a temporary of some megabytes costs page faults or
+not, ten times its own time or nothing, by the luck of the heap. It is in favour of peers, who allocate more than ours.
+
 So that two runs agree: every peer is timed between two samples of the contender it is compared with, so that what drifts,
 clocks and other people's load, drops out; a sample is long beside a clock's tick and an interrupt; everyone has the same
 share of the case's time, so that whoever takes seconds leaves the others their rounds; and a ratio in doubt gets more.
 """
 
+import ctypes
 import gc
 import itertools
 import math
@@ -25,7 +29,26 @@ ROUNDS = (5, 400)  # of every contender, at least and at most
 DOUBT, PATIENCE = 0.015, 3  # a ratio known less well than this is given up to so many times its share of the time
 WARM_SECONDS = 0.1  # of work of everyone before the first round on a GPU, so that clocks are up
 HIDING_CYCLES = 2_000_000  # about 1 ms of a GPU's time in which the host runs ahead
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 SWEPT = 1 << 28  # bytes written to sweep a GPU's L2
+
+
+def keep_memory() -> None:
+    """Let malloc take everything from one heap that does not shrink; other libraries than glibc's are left alone."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.mallopt(M_MMAP_MAX, 0)
+
+
+def release_memory() -> None:
+    """Give back what is free in that heap: the next case is to find the same machine, whatever came before it."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -41,19 +64,21 @@ class Clock:
             return "GPU events"
         return "process time, 1 thread" if self.threads == 1 else f"wall time, {self.threads} threads"
 
+    def now(self) -> float:
+        """Seconds by which time is spent."""
+        return time.process_time() if self.device.type == "cpu" and self.threads == 1 else time.perf_counter()
+
     def __call__(self, run, timed: str) -> float:
         """timed: what a contender says of itself."""
         if timed == "by itself":
             return run() * 1e6
         if self.device.type == "cuda" and timed != "host":
             return self._events(run, hide_launches=timed == "kernels")
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
+        if self.device.type == "cuda":
             torch.cuda.synchronize()  # what lies ahead in the queue is not this call's
-        now = time.process_time if self.threads == 1 and not on_gpu else time.perf_counter
-        start = now()
+        start = self.now()
         run()
-        return (now() - start) * 1e6
+        return (self.now() - start) * 1e6
 
     def _events(self, run, hide_launches: bool) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -103,7 +128,7 @@ def interleave(instances: list[dict], clock: Clock, seconds: float) -> dict[str,
     samplers = {name: _Sampler([instance[name] for instance in instances], clock) for name in instances[0]}
     subject, *peers = samplers
     peers, times = peers or [subject], {name: Times() for name in samplers}
-    share, spent = seconds * 1e6 / len(peers), dict.fromkeys(peers, 0.0)
+    share, spent = seconds / len(peers), dict.fromkeys(peers, 0.0)
 
     def wants_more(name: str) -> bool:
         return spent[name] < share or (spent[name] < PATIENCE * share and times[name].uncertainty() > DOUBT)
@@ -115,12 +140,14 @@ def interleave(instances: list[dict], clock: Clock, seconds: float) -> dict[str,
         for r in range(ROUNDS[1]):
             entered = [name for name in peers if r < ROUNDS[0] or wants_more(name)]
             for name in entered if r % 2 else reversed(entered):
+                begin = clock.now()
                 us, after = samplers[name].us(), samplers[subject].us()
                 times[subject].us.append(after)
                 times[name].ratios.append((before + after) / 2 / us)
                 if name != subject:
                     times[name].us.append(us)
-                spent[name] += us * samplers[name].calls + after * samplers[subject].calls
+                measured = us * samplers[name].calls + after * samplers[subject].calls  # not this process's, of one by itself
+                spent[name] += max(measured / 1e6, clock.now() - begin)
                 before = after
     finally:
         gc.enable()
@@ -139,6 +166,7 @@ class _Sampler:
             contender.run()
         while clock.device.type == "cuda" and time.perf_counter() - begin < WARM_SECONDS:
             next(self.runs)()
+            torch.cuda.synchronize()
         several = clock.device.type == "cpu" and self.timed != "by itself"
         once = clock(next(self.runs), self.timed) if several else SAMPLE_US
         self.bundled = contenders[0].calls

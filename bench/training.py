@@ -18,12 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import mpkernels as mpk
 from bench import limits, models
 from bench.cases import Training
-from bench.contender import FORCED, OURS, Contender, Missing, forced, package
+from bench.contender import OURS, Contender, Missing, package, with_forced
 from bench.linear_act import onednn_fp32
 from tests import bounds
 
 LR = 1e-4
-LOSSES = 6  # that every contender gets to: checked, warmed up, and a round of each kind
+LOSSES = 8  # that every contender gets to: two steps for its memory, one to warm up, five rounds at least
 Step = Callable[[], torch.Tensor]
 
 
@@ -133,32 +133,32 @@ def contenders(case: Training, device: torch.device) -> dict[str, Contender]:
     with FlopCounterMode(display=False) as counter:
         fp32_loss = by_torch(case.model, device, None)().item()
     flops = counter.get_total_flops()
-    found = {}
-    for name, (how, arguments, options, multiplied) in recipes(case, device).items():
+
+    def of(name, how, arguments, options, multiplied) -> Contender:
         make = functools.partial(how, case.model, device, *arguments, **options)
-        found[name] = contender(case, device, name, make, fp32_loss, flops, multiplied)
-    for backend in FORCED if device.type == "cuda" else ():
-        make = functools.partial(ours, case.model, device, "mixed_float16")
-        by_name = contender(case, device, OURS, make, fp32_loss, flops, torch.float32)
-        found[f"{OURS} {backend}"] = forced(by_name, backend, "linear_act", device)
-    return found
+        return contender(device, name, make, fp32_loss, flops, multiplied)
+
+    found = {name: of(name, *recipe) for name, recipe in recipes(case, device).items()}
+    return with_forced(found, lambda: of(OURS, *recipes(case, device)[OURS]), "linear_act", device)
 
 
-def contender(case, device, name: str, make: Callable[[], Step], fp32_loss: float, flops: int, multiplied) -> Contender:
+def contender(device, name: str, make: Callable[[], Step], fp32_loss: float, flops: int, multiplied) -> Contender:
     step, losses = None, []
 
     def run():
         losses.append(step())
 
-    def check() -> dict:
+    def make_and_run() -> None:
         nonlocal step
-        if slow := limits.too_slow(device, multiplied, "both", flops):
-            raise Missing(slow)
-        peak = peak_bytes(make, device)
         step = make()
         run()
-        narrow = torch.bfloat16 if "bf" in name else torch.float16
-        bounds.check_loss(losses[0].item(), fp32_loss, narrow)
+        run()
+
+    def check() -> dict:
+        if slow := limits.too_slow(device, multiplied, "both", flops):
+            raise Missing(slow)
+        peak = peak_bytes(make_and_run, device)
+        bounds.check_loss(losses[0].item(), fp32_loss, torch.bfloat16 if "bf" in name else torch.float16)
         return {"peak_bytes": peak, "fp32_loss": fp32_loss}
 
     def after() -> dict:
@@ -168,23 +168,17 @@ def contender(case, device, name: str, make: Callable[[], Step], fp32_loss: floa
     return Contender(run, check, flops=flops, gemm=gemm, timed="all", after=after)
 
 
-def peak_bytes(make: Callable[[], Step], device: torch.device) -> int:
-    """The most that the allocator had given out at once, from making the model to the end of its second step."""
+def peak_bytes(work: Callable[[], None], device: torch.device) -> int:
+    """The most that the allocator had given out at once, beyond what it had before: of making a model and two steps."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        _two_steps(make)
+        work()
         return torch.cuda.max_memory_allocated() - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would write to the terminal at each start and stop
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        _two_steps(make)
+        work()
     # NOTE: profile.events() keeps of these only what was allocated outside of any op.
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
-
-
-def _two_steps(make: Callable[[], Step]) -> None:
-    step = make()
-    step()
-    step()

@@ -95,6 +95,13 @@ def test_bench_a_table_without_its_row_fails():
         report.filled((report.ROOT / "README.md").read_text(), {"cpu": rows})
 
 
+def test_bench_everything_has_every_table():
+    rows = report.current_rows()["cpu"]
+    text = report.everything(rows)
+    assert all(table(rows) in text for _, table in report.OF_OPS.values())
+    assert "### Step" not in report.everything([row for row in rows if row["op"] != "step"])
+
+
 @pytest.mark.parametrize("name, digest", plots.expected_digests(report.current_rows()["cpu"]).items())
 def test_bench_plots_are_drawn_from_the_rows(name, digest):
     assert digest in (report.ROOT / "docs" / "plots" / f"{name}.svg").read_text(), "run python -m bench.report"

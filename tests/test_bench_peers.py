@@ -193,6 +193,13 @@ def test_bench_forced_backend_that_cannot_serve_is_missing(monkeypatch):
     assert ENVIRONMENT_VARIABLE not in os.environ
 
 
+def test_bench_gpu_has_ours_by_name_before_its_peers():
+    """Where memory is short, whoever comes last is left out."""
+    names = list(step.contenders(Step(10**9, 300), torch.device("cuda")))
+    assert names[:3] == ["mpkernels", "mpkernels native", "mpkernels triton"]
+    assert "mpkernels native" not in step.contenders(Step(10**9, 300), CPU)
+
+
 def test_bench_asks_torch_for_what_it_has_on_a_gpu():
     """Shapes and dtypes alone, of a GPU that is not there."""
     with FakeTensorMode():

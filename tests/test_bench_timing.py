@@ -2,6 +2,9 @@
 """How the benchmark times: ratios, shares of the time, and what it asks of a GPU, on contenders that say how long they took."""
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -136,3 +139,29 @@ def test_bench_gpu_whole_steps_keep_their_gaps(asked):
 def test_bench_gpu_host_time_does_not_wait(asked):
     timing.Clock(torch.device("cuda"), 1)(lambda: asked.append("run"), "host")
     assert asked == ["synchronize", "run"]
+
+
+# ----- malloc ---------------------------------------------------------------
+
+RESIDENT = """
+import resource, torch
+from pathlib import Path
+from bench import timing
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+{keep}
+before = resident()
+t = torch.ones(1 << 24)
+del t
+freed = resident()
+timing.release_memory()
+print(freed - before > 60e6, resident() - before < 10e6)
+"""
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_bench_malloc_keeps_what_a_peer_frees(keep):
+    """64 MB that were written and freed stay with the process until the case is over; by default they go at once."""
+    code = RESIDENT.format(keep="timing.keep_memory()" if keep else "")
+    root = Path(timing.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(keep), "True"]
