@@ -138,7 +138,8 @@ def _steps():
             yield from (Step(parameters, tensors, kind=kind, quick=CPU) for kind in ("plain", "clip"))
     for tensors in (1, 300, 10_000):
         yield Step(million, tensors, quick=CPU if tensors == 300 else ())
-        yield Step(10 * million, tensors, quick=BOTH if tensors == 10_000 else CPU)
+        yield Step(10 * million, tensors, quick=CPU)
+        yield Step(100 * million, tensors, quick=CUDA)
         yield from (Step(parameters, tensors, "float32") for parameters in (million, 10 * million))
     for kind in ("plain", "clip", "skipped"):
         yield Step(10 * million, 300, kind=kind, quick=CPU)

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from bench.contender import OURS
 
-PEERS_OVER_K = ("oneDNN on fp32 copies", "MKL on fp32 copies", "torch float16", "torch bfloat16")
+PEERS_OVER_K = ("oneDNN on fp32 copies", "MKL on fp32 copies", "torch float16", "torch bfloat16", "torch.compile default")
+OVER_K = {"cpu": (256, 1024), "cuda": (4096, 4096)}  # M, N
+SIZE = {"cpu": "1e7", "cuda": "1e8"}  # parameters
 SHOWN_STEPS = (OURS, "classical fp16 recipe", "fp32 parameters", "Apex's passes", "torch.compile")
 KEYS = ("case", "contender", "us_p50", "ratio", "bytes_per_parameter", "tflop_s", "gb_s", "bytes", "flops", "limits")
 
 
-def draw(rows: list[dict], folder: Path) -> Iterable[tuple[Path, str]]:
+def draw(rows: list[dict], folder: Path, device: str = "cpu") -> Iterable[tuple[Path, str]]:
     """(path, SVG) of every plot."""
     import matplotlib
 
@@ -23,19 +25,23 @@ def draw(rows: list[dict], folder: Path) -> Iterable[tuple[Path, str]]:
     from matplotlib import pyplot
 
     for name, (select, plot) in PLOTS.items():
-        chosen = select_rows(rows, name, select)
+        chosen = select_rows(rows, name, select, device)
         figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
         plot(axes, chosen)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Description": digest(chosen)})
         pyplot.close(figure)
-        yield folder / f"{name}.svg", "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+        yield folder / file_name(name, device), "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 
-def select_rows(rows: list[dict], name: str, select: Callable[[dict], bool]) -> list[dict]:
-    chosen = [row for row in rows if select(row)]
+def file_name(name: str, device: str) -> str:
+    return f"{name}.svg" if device == "cpu" else f"{device}_{name}.svg"
+
+
+def select_rows(rows: list[dict], name: str, select: Callable[[dict, str], bool], device: str) -> list[dict]:
+    chosen = [row for row in rows if select(row, device)]
     if not chosen:
-        raise ValueError(f"docs/plots/{name}.svg: there are no rows to draw it from")
+        raise ValueError(f"docs/plots/{file_name(name, device)}: there are no rows to draw it from")
     return chosen
 
 
@@ -45,16 +51,16 @@ def digest(rows: list[dict]) -> str:
     return "rows " + hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def expected_digests(rows: list[dict]) -> dict[str, str]:
-    """{plot: digest of its rows}."""
-    return {name: digest(select_rows(rows, name, select)) for name, (select, _) in PLOTS.items()}
+def expected_digests(rows: list[dict], device: str = "cpu") -> dict[str, str]:
+    """{file: digest of its rows}."""
+    return {file_name(name, device): digest(select_rows(rows, name, select, device)) for name, (select, _) in PLOTS.items()}
 
 
 # ----- the plots ---------------------------------------------------------------
 
 
 def roofline(axes, rows):
-    """Rate over intensity; the limits are those of fp32, which multiplies fp16 operands on a CPU."""
+    """Rate over intensity, beside the limits of fp16 operands: on a CPU they are multiplied in fp32."""
     limits = rows[-1]["limits"]
     peak, stream = limits["tflop_s"]["float16"], limits["gb_s"]
     intensities = [2.0**i for i in range(-2, 12)]
@@ -67,11 +73,13 @@ def roofline(axes, rows):
 
 
 def ratio_over_k(axes, rows):
+    M, _, N = _dimensions(rows[0])
     for peer in PEERS_OVER_K:
         of = sorted((_dimensions(row)[1], row["ratio"]) for row in rows if row["contender"] == peer)
-        axes.plot([k for k, _ in of], [ratio for _, ratio in of], "o-", label=peer)
+        if of:
+            axes.plot([k for k, _ in of], [ratio for _, ratio in of], "o-", label=peer)
     axes.axhline(1, color="black", linewidth=0.5)
-    axes.set(xscale="log", yscale="log", xlabel="K (M=256, N=1024)", ylabel="our time / theirs", title="forward, fp16: over K")
+    axes.set(xscale="log", yscale="log", xlabel=f"K (M={M}, N={N})", ylabel="our time / theirs", title="forward, fp16: over K")
     axes.legend()
 
 
@@ -82,7 +90,7 @@ def bytes_per_parameter(axes, rows):
     axes.barh(names, worth, color="lightgray", label="time, in bytes of a plain stream")
     axes.barh(names, [row["bytes_per_parameter"] for row in rows], height=0.4, label="counted (0: not counted)")
     axes.invert_yaxis()
-    axes.set(xlabel="bytes per parameter", title="AdamW step, 10e6 fp16 parameters in 300 tensors")
+    axes.set(xlabel="bytes per parameter", title=f"AdamW step, {count:.0e} fp16 parameters in 300 tensors")
     axes.legend()
 
 
@@ -91,13 +99,14 @@ def step_over_parameters(axes, rows):
 
 
 def step_over_tensors(axes, rows):
-    _lines(axes, rows, tensors, "tensors, of together 10e6 parameters")
+    _lines(axes, rows, tensors, f"tensors, of together {parameters(rows[0]):.0e} parameters")
 
 
 def _lines(axes, rows, of: Callable[[dict], int], label: str):
     for name in SHOWN_STEPS:
         points = sorted((of(row), row["us_p50"] / parameters(row) * 1e3) for row in rows if row["contender"] == name)
-        axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
+        if points:
+            axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel="ns per parameter", title="AdamW step, fp16 gradients")
     axes.legend()
 
@@ -114,19 +123,21 @@ def _dimensions(row: dict) -> list[int]:
     return [int(n) for n in row["case"].rsplit("/", 1)[1].split("x")]
 
 
-def _of_k(row: dict) -> bool:
+def _of_k(row: dict, device: str) -> bool:
     if not row["case"].startswith("linear_act/forward/float16/"):
         return False
     M, _, N = _dimensions(row)
-    return (M, N) == (256, 1024)
+    return OVER_K[device] == (M, N)
 
 
-PLOTS: dict[str, tuple[Callable[[dict], bool], Callable]] = {
-    "roofline": (lambda r: r["op"] == "linear_act" and "/float16/" in r["case"] and r["contender"] == OURS, roofline),
+def _step_of(row: dict) -> bool:
+    return row["case"].startswith("step/float16/plain/")
+
+
+PLOTS: dict[str, tuple[Callable[[dict, str], bool], Callable]] = {
+    "roofline": (lambda r, _: r["op"] == "linear_act" and "/float16/" in r["case"] and r["contender"] == OURS, roofline),
     "ratio_over_k": (_of_k, ratio_over_k),
-    "bytes_per_parameter": (lambda r: r["case"] == "step/float16/plain/1e7in300", bytes_per_parameter),
-    "step_over_parameters": (
-        lambda r: r["case"].startswith("step/float16/plain/") and tensors(r) == 300, step_over_parameters
-    ),
-    "step_over_tensors": (lambda r: r["case"].startswith("step/float16/plain/1e7in"), step_over_tensors),
-}  # fmt: skip
+    "bytes_per_parameter": (lambda r, device: r["case"] == f"step/float16/plain/{SIZE[device]}in300", bytes_per_parameter),
+    "step_over_parameters": (lambda r, _: _step_of(r) and tensors(r) == 300, step_over_parameters),
+    "step_over_tensors": (lambda r, device: _step_of(r) and f"/{SIZE[device]}in" in r["case"], step_over_tensors),
+}

@@ -39,9 +39,10 @@ def main() -> int:
     rows = current_rows()
     for path, text in documents(rows):
         path.write_text(text)
-    for path, text in plots.draw(rows["cpu"], ROOT / "docs" / "plots"):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
+    for device, found in rows.items():
+        for path, text in plots.draw(found, ROOT / "docs" / "plots", device):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
     return 0
 
 
@@ -109,9 +110,15 @@ def key_figures(rows: list[dict]) -> str:
 
 
 def everything(rows: list[dict]) -> str:
-    """All tables that have something in them."""
+    """All tables that have something in them, and the plots."""
     titles = [name for name, (ops, _) in OF_OPS.items() if any(row["op"] in ops for row in rows)]
-    return "\n\n".join(f"### {name[0].upper()}{name[1:]}\n\n{OF_OPS[name][1](rows)}" for name in titles)
+    tables = [f"### {name[0].upper()}{name[1:]}\n\n{OF_OPS[name][1](rows)}" for name in titles]
+    pictures = [f"![{name.replace('_', ' ')}](plots/{plots.file_name(name, device_of(rows))})" for name in plots.PLOTS]
+    return "\n\n".join([*tables, "\n".join(pictures)])
+
+
+def device_of(rows: list[dict]) -> str:
+    return "cuda" if rows[-1]["clock"] == "GPU events" else "cpu"
 
 
 def conditions(rows: list[dict]) -> str:
@@ -189,9 +196,8 @@ def overhead(rows: list[dict]) -> str:
 
 def kept(rows: list[dict]) -> str:
     """What is promised, and whether it is so."""
-    device = "cuda" if rows[-1]["clock"] == "GPU events" else "cpu"
     found = by_case(rows, "linear_act", "step", "training", "overhead")
-    return markdown(["what", "against", "wanted", "worst", "case", ""], bars.lines(device, found))
+    return markdown(["what", "against", "wanted", "worst", "case", ""], bars.lines(device_of(rows), found))
 
 
 def left_out(rows: list[dict]) -> str:

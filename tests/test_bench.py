@@ -102,9 +102,26 @@ def test_bench_everything_has_every_table():
     assert "### Step" not in report.everything([row for row in rows if row["op"] != "step"])
 
 
-@pytest.mark.parametrize("name, digest", plots.expected_digests(report.current_rows()["cpu"]).items())
+@pytest.mark.parametrize(
+    "name, digest",
+    [item for device, rows in report.current_rows().items() for item in plots.expected_digests(rows, device).items()],
+)
 def test_bench_plots_are_drawn_from_the_rows(name, digest):
-    assert digest in (report.ROOT / "docs" / "plots" / f"{name}.svg").read_text(), "run python -m bench.report"
+    assert digest in (report.ROOT / "docs" / "plots" / name).read_text(), "run python -m bench.report"
+
+
+def test_bench_plots_rows_of_a_gpu(tmp_path):
+    """Rows with the names of `--quick` on a GPU are enough for every plot, and for every table."""
+    rows = []
+    for case in select("cuda", quick=True):
+        like = next(row for row in report.current_rows()["cpu"] if row["op"] == case.op and row["contender"] == "mpkernels")
+        for name in NAMED | {"torch float16"}:
+            rows.append(like | {"case": case.name, "contender": name, "clock": "GPU events", "peak_bytes": 1, "gb_s": 1.0})
+    drawn = [path.name for path, text in plots.draw(rows, tmp_path, "cuda") if "<svg" in text]
+    assert drawn == [f"cuda_{name}.svg" for name in plots.PLOTS]
+    text = report.filled("<!-- bench:everything on cuda --><!-- /bench:everything on cuda -->", {"cuda": rows})
+    assert all(f"plots/{name}" in text for name in drawn)
+    assert "not measured" not in text
 
 
 def test_bench_a_plot_without_its_rows_fails():
