@@ -26,6 +26,7 @@ import torch
 SAMPLE_US = 3000.0  # a sample on a CPU is of as many calls as take this long
 MOST_CALLS = 64
 ROUNDS = (5, 400)  # of every contender, at least and at most
+LONG_US, LONG_ROUNDS = 1e6, 3  # at least so many of one whose sample is that long: it averages by itself
 DOUBT, PATIENCE = 0.015, 3  # a ratio known less well than this is given up to so many times its share of the time
 WARM_SECONDS = 0.1  # of work of everyone before the first round on a GPU, so that clocks are up
 HIDING_CYCLES = 2_000_000  # about 1 ms of a GPU's time in which the host runs ahead
@@ -120,7 +121,7 @@ class Times:
 
 
 def interleave(instances: list[dict], clock: Clock, seconds: float) -> dict[str, Times]:
-    """The times of every contender, measured in `seconds` or longer: everyone has at least ROUNDS[0] rounds.
+    """The times of every contender, measured in `seconds` or longer: everyone has at least a few rounds.
 
     instances: the same contenders with other tensors, used in turn. Each is run once before, which is not counted. The
     first contender is the subject, with which the others are compared; alone, it is compared with itself.
@@ -138,7 +139,7 @@ def interleave(instances: list[dict], clock: Clock, seconds: float) -> dict[str,
     try:
         before = samplers[subject].us()
         for r in range(ROUNDS[1]):
-            entered = [name for name in peers if r < ROUNDS[0] or wants_more(name)]
+            entered = [name for name in peers if r < samplers[name].rounds or wants_more(name)]
             for name in entered if r % 2 else reversed(entered):
                 begin = clock.now()
                 us, after = samplers[name].us(), samplers[subject].us()
@@ -167,10 +168,13 @@ class _Sampler:
         while clock.device.type == "cuda" and time.perf_counter() - begin < WARM_SECONDS:
             next(self.runs)()
             torch.cuda.synchronize()
+        once = (time.perf_counter() - begin) / len(contenders) * 1e6
         several = clock.device.type == "cpu" and self.timed != "by itself"
-        once = clock(next(self.runs), self.timed) if several else SAMPLE_US
+        if several and once < LONG_US:  # the first call was not typical
+            once = clock(next(self.runs), self.timed)
+        self.rounds = LONG_ROUNDS if once >= LONG_US else ROUNDS[0]
         self.bundled = contenders[0].calls
-        self.calls = min(MOST_CALLS, math.ceil(SAMPLE_US / once)) * self.bundled
+        self.calls = (min(MOST_CALLS, math.ceil(SAMPLE_US / once)) if several else 1) * self.bundled
 
     def us(self) -> float:
         """Of a call."""

@@ -23,7 +23,7 @@ from bench.linear_act import onednn_fp32
 from tests import bounds
 
 LR = 1e-4
-LOSSES = 8  # that every contender gets to: two steps for its memory, one to warm up, five rounds at least
+LOSSES = 6  # that every contender gets to: two steps for its memory, one to warm up, three rounds at least
 Step = Callable[[], torch.Tensor]
 
 

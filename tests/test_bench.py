@@ -153,6 +153,8 @@ def test_bench_bar_at_least():
     bar = bars.Bar("bytes", "a copy", ("a",), 0.9, lambda rows: rows["mpkernels"]["ratio"], at_least=True)
     assert bar.line({"a": found(mpkernels=0.89)})[3:] == ["0.89", "a", "missed in 1 of 1"]
     assert bar.line({"a": found(mpkernels=0.91)})[3:] == ["0.91", "a", "met"]
+    both = bars.Bar("bytes", "a copy", ("a", "b"), 0.9, lambda rows: rows["mpkernels"]["ratio"], at_least=True)
+    assert both.line({"a": found(mpkernels=0.95), "b": found(mpkernels=0.5)})[3:] == ["0.5", "b", "missed in 1 of 2"]
 
 
 def test_bench_compare(tmp_path, monkeypatch, capsys):

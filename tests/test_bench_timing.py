@@ -56,6 +56,13 @@ def test_bench_a_slow_contender_leaves_the_others_their_rounds():
     assert len(times["fast"].us) == 0.1 / 2e-3
 
 
+def test_bench_seconds_are_sampled_less_often(monkeypatch):
+    """Of what takes long, once is not a moment's noise."""
+    monkeypatch.setattr(timing, "LONG_US", 0)
+    contenders = {"ours": says(itertools.repeat(1e-3)), "slow": says(itertools.repeat(2.0))}
+    assert len(timing.interleave([contenders], CPU, 0.2)["slow"].us) == timing.LONG_ROUNDS
+
+
 def test_bench_a_doubtful_ratio_gets_more_rounds():
     generator = torch.Generator().manual_seed(0)
     noisy = (1e-3 * (1 + torch.rand((), generator=generator).item()) for _ in itertools.count())
