@@ -102,8 +102,9 @@ def plain_read(case, device) -> Recipe:
         p.grad = grad.view_as(p)
     words, step = flat.view(torch.int32), recipe.step
 
-    def read(*_, **__):
+    def read(grads, grad_scale, found_inf, *_, **__):
         words.amax()
+        found_inf.zero_()
 
     def step_with_plain_read():
         whole, _stats.grad_stats_ = _stats.grad_stats_, read
