@@ -2,7 +2,8 @@
 """Make Triton's interpreter compute bf16 by value: it computes on the bit patterns, and truncates (triton-lang/triton#11584).
 
 `install()` makes a bf16 block an fp32 array whose values all fit bf16: widened when loaded, rounded to nearest even after
-every operation, packed to 16 bits when stored. `check()` raises where that does not hold.
+every operation, packed to 16 bits when stored. `check()` raises where that does not hold. A dot adds up in one order, as a
+tensor core does: numpy's depends on the CPU and on a row's place in its tile.
 """
 
 import numpy as np
@@ -27,6 +28,7 @@ def install() -> None:
     _patch_storage()
     _patch_memory()
     _patch_casts()
+    _Builder.create_dot = _dot_in_one_order
     for name in ("binary_op", "ternary_op", "unary_op", "create_fma", "create_dot"):
         setattr(_Builder, name, _rounding(getattr(_Builder, name)))
 
@@ -114,6 +116,13 @@ def _patch_casts() -> None:
 
     _Builder.cast_impl, _Builder.create_fp_to_fp = cast_by_value, create_fp_to_fp
     _Builder.create_bitcast, _Builder.create_fabs = create_bitcast, create_fabs
+
+
+def _dot_in_one_order(self, a, b, d, *options):
+    total = np.zeros_like(d.data)
+    for k in range(a.data.shape[-1]):
+        total += a.data[..., k, None].astype(total.dtype) * b.data[..., k, None, :].astype(total.dtype)
+    return _Handle(total + d.data, d.dtype.scalar)
 
 
 def _rounding(operation):
