@@ -28,7 +28,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 class Implementation:
     """One way to run an op: the module `<op folder>.impl_<backend>`, imported at its first use.
 
-    `device_types`: where the code exists; `sm`: the one compute capability of a GPU that has it, 90 for 9.0, None is any.
+    `device_types`: where the code exists; `sm`: the one compute capability of GPUs that has it, 90 for 9.0, None is any.
     `auto_on`: where it was proven and may be chosen without being asked for; a kernel that no committed result row shows on
     a GPU is never in `auto_on` for "cuda", and one that is there is chosen only after its self-check on that very machine.
     The module has a function named as the op and `why_not(device, dtype) -> str | None`.
@@ -43,7 +43,7 @@ class Implementation:
         """Whether the code for such a device is there."""
         if device.type not in self.device_types:
             return False
-        return self.sm is None or torch.cuda.get_device_capability(device) == divmod(self.sm, 10)
+        return self.sm is None or device.type != "cuda" or torch.cuda.get_device_capability(device) == divmod(self.sm, 10)
 
 
 class Op:

@@ -180,7 +180,7 @@ class Inputs:
         save = int(backend != "eager" and activation != Activation.NONE)
         if role == "fprop":
             return self.x, self.weight, self.bias, None, activation, compute, dtypes[0], save
-        from mpkernels.ops.linear_act.impl_eager import pack_mask
+        from mpkernels.ops.linear_act.passes import pack_mask
 
         out = pack_mask(self._out()) if save else self._out()
         grads = (dtypes[0], dtypes[1], dtypes[1])
@@ -189,7 +189,7 @@ class Inputs:
     def wrong(self, results: tuple, output_mask=(True, True, True)) -> str | None:
         """Why results of the op are wrong, or None."""
         from mpkernels.ops.linear_act import reference
-        from mpkernels.ops.linear_act.impl_eager import unpack_mask
+        from mpkernels.ops.linear_act.passes import unpack_mask
 
         role, _, N, K, activation, compute, *_ = self.problem
         weight = cast(self.weight, compute).double()

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linear_act and linear_act_backward on eager against fp64: rounding, exact cases, the mask, non-finite values."""
+"""linear_act and linear_act_backward, by eager and by auto, against fp64: rounding, exact cases, mask, non-finite values."""
 
 import os
+import re
+import zlib
 from itertools import product
 
 import numpy as np
@@ -35,9 +37,16 @@ by_dtypes = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys()
 sixteen_bits = pytest.mark.parametrize("dtype", [f16, bf16], ids=["fp16", "bf16"])
 
 
-@pytest.fixture(autouse=True)
-def _eager(monkeypatch):
-    monkeypatch.setenv("MPKERNELS_BACKEND", "linear_act=eager,linear_act_backward=eager")
+@pytest.fixture(autouse=True, params=["linear_act=eager,linear_act_backward=eager", "auto"], ids=["eager", "auto"])
+def _backend(request, monkeypatch):
+    """auto: on a CPU C++, but for fp64."""
+    monkeypatch.setenv("MPKERNELS_BACKEND", request.param)
+
+
+@pytest.fixture
+def generator(request) -> torch.Generator:
+    """The same data for every backend."""
+    return torch.Generator().manual_seed(zlib.crc32(re.sub(r"\[(eager|auto)-?", "[", request.node.name).encode()))
 
 
 # ----- against fp64 ---------------------------------------------------------------

@@ -13,11 +13,6 @@ NONE, RELU = Activation.NONE, Activation.RELU
 by_dtypes = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
 
 
-@pytest.fixture(autouse=True)
-def _eager(monkeypatch):
-    monkeypatch.setenv("MPKERNELS_BACKEND", "linear_act=eager,linear_act_backward=eager")
-
-
 def call(x, weight, bias, dtypes: Dtypes, activation=RELU):
     return linear_act(
         x, weight, bias, activation=activation, compute_dtype=dtypes.compute, out_dtype=dtypes.out, grad_dtype=dtypes.grad

@@ -118,7 +118,7 @@ def test_linear_act_below_without_activation_or_bias(generator, device):
 
 
 def unpacked(mask, columns):
-    from mpkernels.ops.linear_act.impl_eager import unpack_mask
+    from mpkernels.ops.linear_act.passes import unpack_mask
 
     return unpack_mask(mask, columns)
 

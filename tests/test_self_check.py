@@ -149,7 +149,7 @@ def test_self_check_survives_a_cache_that_cannot_be_written(op, tmp_path, monkey
 
 def test_self_check_is_for_gpus_and_kernels(op):
     """Nothing is checked for a forced backend that works, nor for eager, nor on a CPU, which the tests prove."""
-    assert linear_act.forward_op.backend(torch.device("cpu"), f32) == "eager"
+    assert linear_act.forward_op.backend(torch.device("cpu"), torch.float64) == "eager"
     assert op.runs == 0
     assert not (_cache.folder() / _self_check.FILE).exists()
 

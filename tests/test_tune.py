@@ -4,6 +4,7 @@
 import importlib
 import itertools
 import json
+import re
 import sys
 
 import pytest
@@ -17,7 +18,7 @@ from mpkernels import _cache, _dispatch, _table
 from mpkernels._dispatch import Implementation, Op, ops
 from mpkernels._table import Entry
 from mpkernels.ops.linear_act import Activation, backward_op, forward_op
-from mpkernels.ops.linear_act.impl_eager import pack_mask
+from mpkernels.ops.linear_act.passes import pack_mask
 
 CPU = torch.device("cpu")
 f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
@@ -72,7 +73,7 @@ def forward_of(kernel):
 
 def backward_of(kernel):
     def function(grad_out, x, weight, copy, saved, activation, compute_dtype, grad_x, grad_weight, grad_bias, output_mask):
-        from mpkernels.ops.linear_act.impl_eager import unpack_mask
+        from mpkernels.ops.linear_act.passes import unpack_mask
 
         return kernel(torch.where(unpack_mask(saved, grad_out.shape[1]), grad_out, 0), x, weight, grad_weight)
 
@@ -173,7 +174,7 @@ def test_tune_a_model_writes_what_auto_reads():
     model = mpk.convert(nn.Sequential(nn.Linear(16, 8), nn.ReLU()), "float16")
     x = torch.randn(5, 16).half()
     written = mpk.tune(model, x, rounds=1)
-    assert {entry["backend"] for entry in written.values()} == {"eager"}
+    assert {entry["backend"] for entry in written.values()} <= {"eager", "native"}
     forget()
     weight = model[0].weight
     assert forward_op.tuned(x, weight, None, None, Activation.RELU, f16, f16, 0) == "eager"
@@ -322,8 +323,8 @@ def test_tune_command(capsys):
     assert capsys.readouterr().out == "no table for cpu\n"
     assert tune.main(["--shapes", "8,16,24", "--rounds", "1", "--package"]) == 0
     printed = capsys.readouterr().out
-    assert "fprop 8 24 16 1 float16 float16 float16: eager, " in printed
-    assert "    native: not implemented for cpu" in printed
+    assert re.search("^fprop 8 24 16 1 float16 float16 float16: (eager|native), ", printed, re.MULTILINE)
+    assert "    triton: needs a CUDA GPU" in printed
     assert json.loads(_table.packaged_file(CPU).read_text())["machine"] == _cache.machine(CPU)
     assert tune.main(["--show"]) == 0
     assert sorted(capsys.readouterr().out.splitlines()) == sorted(printed.splitlines())

@@ -162,8 +162,9 @@ def _save(device, compute_dtype, activation, tuned=None) -> int:
 
 
 def writes_mask(device, compute_dtype, tuned=None) -> bool:
-    """Whether the forward that serves such a call writes the mask, and its dgrad has an epilogue: kernels, not torch."""
-    return forward_op.backend(device, compute_dtype, tuned) != "eager"
+    """Whether the forward that serves such a call writes the mask, and its dgrad has an epilogue: kernels for GPUs."""
+    backend = forward_op.backend(device, compute_dtype, tuned)
+    return backend != "eager" and (backend, device.type) != ("native", "cpu")
 
 
 # torch.compiler.assume_constant_result does just this, and loads the compiler, seconds long, to do it.
@@ -350,9 +351,9 @@ def _problem_backward(
 # ----- the ops ---------------------------------------------------------------
 
 _IMPLEMENTATIONS = (
+    Implementation("native", device_types=("cpu", "cuda"), auto_on=("cpu",), sm=90),
     Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),
     Implementation("triton", device_types=("cuda", "cpu")),
-    Implementation("native", device_types=("cuda",), sm=90),
 )
 
 forward_op = Op(

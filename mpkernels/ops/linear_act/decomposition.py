@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mpkernels.ops._cast import cast
 from mpkernels.ops.linear_act import Activation, acc_dtype
-from mpkernels.ops.linear_act.impl_eager import pack_mask
+from mpkernels.ops.linear_act.passes import pack_mask
 
 _ACTIVATE = {
     "NONE": lambda z: z,

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linear_act in CUDA C++ for Hopper: out = round(act(x @ weight.T + bias)) in one kernel, by TMA and WGMMA, on sm_90.
+"""linear_act in C++: out = round(act(x @ weight.T + bias)), on a CPU, and in one kernel by TMA and WGMMA on sm_90 (Hopper).
 
-Backward is one streaming pass (select, grad_bias) and two launches of the same GEMM, in whose epilogue dgrad can do that
-pass for the layer below. Same inputs, same bits: no atomics; where the sum over M is split, the parts are fp32 and are
-added in order.
+On a CPU the products read operands as they lie and round, widen and multiply them in registers; no copy in fp32 is written,
+whose pages cost as much as a small product. What is around the products is torch's, as in eager.
+
+On Hopper backward is one streaming pass (select, grad_bias) and two launches of the same GEMM, in whose epilogue dgrad can
+do that pass for the layer below. Same inputs, same bits: no atomics; where the sum over M is split, the parts are fp32 and
+are added in order.
 
 What TMA asks of a matrix: rows that are contiguous and start at multiples of 16 bytes. So K and N are multiples of 8 (else
 the call is refused: that is Triton's), and an operand that lies otherwise is copied once.
@@ -17,7 +20,7 @@ import torch.nn.functional as F
 
 from mpkernels import _native
 from mpkernels.ops._cast import cast
-from mpkernels.ops.linear_act import Activation, empty_mask
+from mpkernels.ops.linear_act import Activation, empty_mask, passes
 
 BLOCK_M, BLOCK_K = 128, 64
 SELECT_ROWS, SUM_ROWS = 128, 64  # that one row of column sums stands for, of the select pass and of dgrad
@@ -27,6 +30,8 @@ MOST_SPLITS = 8
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type == "cpu":
+        return _native.why_not() or ("has no float64" if dtype == torch.float64 else None)
     reason = _native.cuda_why_not(device)
     if reason is not None:
         return reason
@@ -39,7 +44,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def why_not_call(N: int, K: int, activation: int, compute_dtype: torch.dtype, out_dtype: torch.dtype) -> str | None:
-    """One sentence why a layer of N outputs and K inputs cannot be served, or None."""
+    """One sentence why a layer of N outputs and K inputs cannot be served on a GPU, or None."""
     if activation not in (Activation.NONE, Activation.RELU):
         return f"has no {Activation(activation).name.lower()}"
     if N % 8 or K % 8:
@@ -50,6 +55,10 @@ def why_not_call(N: int, K: int, activation: int, compute_dtype: torch.dtype, ou
 
 
 def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, batch_invariant=False, *_):
+    if x.is_cpu:
+        return passes.linear_act(
+            _multiply, x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, batch_invariant
+        )
     (N, K), M = weight.shape, x.shape[:-1].numel()
     _serve("linear_act", N, K, activation, compute_dtype, out_dtype)
     x_compute = cast(x, compute_dtype) if x.dtype != compute_dtype else x.new_empty(0)
@@ -71,6 +80,12 @@ def linear_act_backward(
     grad_out, x, weight, weight_copy, saved, activation, compute_dtype, grad_x_dtype, grad_weight_dtype, grad_bias_dtype,
     output_mask, saved_below=None, activation_below=Activation.NONE, grad_bias_below_dtype=None,
 ):  # fmt: skip
+    if grad_out.is_cpu:
+        return _backward(
+            grad_out, x, weight, weight_copy, saved, activation, compute_dtype,
+            grad_x_dtype, grad_weight_dtype, grad_bias_dtype, output_mask,
+            saved_below, activation_below, grad_bias_below_dtype,
+        )  # fmt: skip
     (N, K), M = weight.shape, grad_out.shape[:-1].numel()
     _serve("linear_act_backward", N, K, activation, compute_dtype, grad_out.dtype)
     _serve("linear_act_backward", N, K, activation_below, compute_dtype, grad_out.dtype)
@@ -92,6 +107,84 @@ def linear_act_backward(
     dtypes = (grad_x_dtype, grad_weight_dtype, grad_bias_dtype, grad_bias_below_dtype)
     grads = (grad_x, grad_weight, grad_bias, grad_bias_below)
     return tuple(g if g is not None else grad_out.new_empty(0, dtype=d) for g, d in zip(grads, dtypes, strict=True))
+
+
+# ----- on a CPU ---------------------------------------------------------------
+
+
+def _multiply(a, b, compute_dtype, out_dtype, *, bias=None, activation=Activation.NONE, pre=None, batch_invariant=False):
+    """round(act(a @ b.T + bias)) as passes.py has it."""
+    fused = activation in (Activation.NONE, Activation.RELU)
+    out = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype if fused else torch.float32)
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    torch.ops.mpkernels_C.linear_act_multiply.default(
+        _readable(a, compute_dtype), _readable(b, compute_dtype), bias, compute_dtype, activation == Activation.RELU,
+        batch_invariant, out,
+    )  # fmt: skip
+    return out if fused else passes.finish(out, activation, pre, out_dtype)
+
+
+def _backward(
+    grad_out, x, weight, weight_copy, saved, activation, compute_dtype, grad_x_dtype, grad_weight_dtype, grad_bias_dtype,
+    output_mask, saved_below, activation_below, grad_bias_below_dtype,
+):  # fmt: skip
+    args = (grad_out, x, weight, weight_copy, saved, activation, compute_dtype)
+    dtypes, below = (grad_weight_dtype, grad_bias_dtype), (saved_below, activation_below, grad_bias_below_dtype)
+    if not _selects(activation, saved, grad_out):
+        return passes.linear_act_backward(_multiply, *args, grad_x_dtype, *dtypes, output_mask, *below)
+    if activation_below == Activation.NONE and grad_bias_below_dtype is None:
+        return _gradients(*args, grad_x_dtype, *dtypes, output_mask)
+    grad_x, grad_weight, grad_bias, none = _gradients(*args, torch.float32, *dtypes, output_mask)
+    grad_z, grad_bias_below = passes.below_of(passes.rows(grad_x), *below, compute_dtype)
+    grad_z = cast(grad_z, grad_x_dtype).view(grad_x.shape)
+    return grad_z, grad_weight, grad_bias, none if grad_bias_below is None else grad_bias_below
+
+
+def _selects(activation: int, saved: torch.Tensor | None, grad_out: torch.Tensor) -> bool:
+    """Whether grad_z is grad_out, or that where a ReLU let it through. Not in fp64: fp32 takes its least numbers for 0."""
+    if activation == Activation.NONE:
+        return grad_out.dtype != torch.float64
+    return activation == Activation.RELU and saved.dtype in (torch.int32, grad_out.dtype) and grad_out.dtype != torch.float64
+
+
+def _gradients(
+    grad_out, x, weight, weight_copy, saved, activation, compute_dtype,
+    grad_x_dtype, grad_weight_dtype, grad_bias_dtype, output_mask,
+):  # fmt: skip
+    """Backward in one call, where nothing or a ReLU selects: one pass for grad_z and grad_bias, and the products."""
+    N, K = weight.shape
+    x_wanted, weight_wanted, bias_wanted = output_mask
+    grad = passes.rows(grad_out)
+    grad = grad if grad.stride(1) == 1 else grad.contiguous()
+    out = None
+    if activation == Activation.RELU:
+        by_mask = saved.dtype == torch.int32
+        out = passes.unpack_mask(saved, N).to(grad.dtype) if by_mask else passes.rows(saved).contiguous()
+    rounds = out is not None or (grad.dtype != compute_dtype and grad.dtype != torch.float32)
+    grad_z = grad.new_empty(grad.shape, dtype=compute_dtype) if rounds and (x_wanted or weight_wanted) else None
+    grad_x = grad.new_empty((grad.shape[0], K) if x_wanted else 0, dtype=grad_x_dtype)
+    grad_weight = grad.new_empty((N, K) if weight_wanted else 0, dtype=grad_weight_dtype)
+    grad_bias = grad.new_empty(N if bias_wanted else 0, dtype=grad_bias_dtype)
+    torch.ops.mpkernels_C.linear_act_gradients.default(
+        grad, out, _readable(passes.rows(x), compute_dtype) if weight_wanted else None,
+        _readable(weight if weight_copy is None else weight_copy, compute_dtype), compute_dtype, grad_z,
+        grad_x if x_wanted else None, grad_weight if weight_wanted else None, grad_bias if bias_wanted else None,
+    )  # fmt: skip
+    if x_wanted and grad_out.dim() != 2:
+        grad_x = grad_x.view(*grad_out.shape[:-1], K)
+    return grad_x, grad_weight, grad_bias, grad.new_empty(0, dtype=grad_bias_dtype)
+
+
+def _readable(matrix: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
+    """`matrix`, cast where the kernel does not round it to compute_dtype itself, copied where rows and columns have gaps."""
+    dtype = matrix.dtype
+    if dtype != compute_dtype and dtype != torch.float32 and (compute_dtype != torch.float32 or dtype == torch.float64):
+        matrix = cast(matrix, compute_dtype)
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
+
+
+# ----- what a GPU is refused ---------------------------------------------------------------
 
 
 def _serve(op: str, N: int, K: int, activation: int, compute_dtype: torch.dtype, out_dtype: torch.dtype) -> None:
