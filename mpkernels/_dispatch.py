@@ -86,7 +86,8 @@ class Op:
         return self._run_checked(*args, **kwargs)
 
     def _run_checked(self, *args, **kwargs):
-        function = self.select(*self.key(*args, **kwargs), self.tuned(*args, **kwargs))
+        device, dtype = self.key(*args, **kwargs)
+        function = self.select(device, dtype, self.tuned(*args, **kwargs) if self.problem and _table.of(device) else None)
         with torch._C._DisableAutocast():  # dtypes are in the arguments: the torch ops inside are not to be cast again
             if self.mutated is None:
                 # A result that torch knows as a view could not be changed in place (`+=`, nn.ReLU(inplace=True)).
@@ -104,7 +105,7 @@ class Op:
 
         checked: these tensors have passed `check` before; only their values are new.
         """
-        if _is_watched() or any(type(a) not in _PLAIN or a.is_neg() for a in args if isinstance(a, torch.Tensor)):
+        if _is_watched() or not _are_plain(args):
             return getattr(torch.ops.mpkernels, self.name)(*args, **kwargs)
         return self._run_checked(*args, **kwargs) if checked else self._run(*args, **kwargs)
 
@@ -140,7 +141,7 @@ class Op:
     def backend(self, device: torch.device, dtype: torch.dtype, tuned: str | None = None) -> str:
         """Name of the backend that serves a call on `device`, its arithmetic in `dtype`; `tuned` is asked before others."""
         try:
-            return _choose(self.name, device, dtype, os.environ.get(ENVIRONMENT_VARIABLE, "auto"), tuned)
+            return _choose(self.name, device, dtype, _setting(), tuned)
         except _self_check.NotNow:
             return "eager"
 
@@ -148,11 +149,24 @@ class Op:
         return importlib.import_module(f"{self.package}.impl_{backend}")
 
 
+_environment = os.environ._data  # what `os.environ` reads: itself it takes longer than all of `_choose` to say "not there"
+_KEY = os.environ.encodekey(ENVIRONMENT_VARIABLE)
+
+
+def _setting() -> str:
+    return os.environ[ENVIRONMENT_VARIABLE] if _KEY in _environment else "auto"
+
+
 def _is_watched() -> bool:
     """Whether something else than eager execution goes on: a compiler, a mode, a transform."""
     return bool(
         torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
     )
+
+
+def _are_plain(args) -> bool:
+    """Whether no tensor is of a class that may change what an op does, or has its minus put off."""
+    return all(type(a) in _PLAIN and not a.is_neg() for a in args if isinstance(a, torch.Tensor))
 
 
 @functools.cache

@@ -63,6 +63,8 @@ def _output_dtype(x, weight, policy: Policy) -> torch.dtype:
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     """None outside of autocast, and for a device that has none."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None

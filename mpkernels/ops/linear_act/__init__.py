@@ -78,6 +78,7 @@ class Activation(enum.IntEnum):
 
 
 _ACTIVATIONS = frozenset(map(int, Activation))
+_DTYPES = frozenset(DTYPES)
 
 
 _NAMES = {None: Activation.NONE} | {a.name.lower(): a for a in Activation if a != Activation.NONE}
@@ -123,16 +124,26 @@ def linear_act(
         from mpkernels.ops.linear_act import sharding
 
         sharding.check(weight, bias, activation, out_dtype)
-    tuned = None
-    if not torch.compiler.is_compiling():
-        tuned = forward_op.tuned(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, 0, batch_invariant)
-    save = _save(x.device, compute_dtype, activation, tuned)
+    compiling, with_grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
+    tuned, save, moves = None, 0, False
+    if with_grad and (activation != Activation.NONE or above is not None):
+        if not compiling:
+            tuned = forward_op.tuned(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, 0, batch_invariant)
+        save = _save(x.device, compute_dtype, activation, tuned)
+        moves = above is not None and writes_mask(x.device, compute_dtype, tuned)
     args = (x, weight, bias, weight_copy, int(activation), compute_dtype, out_dtype, save, batch_invariant, grad_dtype)
-    moves = above is not None and torch.is_grad_enabled() and writes_mask(x.device, compute_dtype, tuned)
-    if moves or (below is not None and below.moved):
+    seam = moves or (below is not None and below.moved)
+    if seam:
         below = below or Seam()
         args += (moves, below.saved, int(below.activation), below.bias)
-    op = torch.ops.mpkernels.linear_act if torch.compiler.is_compiling() else _LinearAct.apply
+    if compiling:
+        op = torch.ops.mpkernels.linear_act
+    elif seam or torch._C._are_functorch_transforms_active():
+        op = _LinearAct.apply
+    elif (with_grad and _require_grad(x, weight, bias)) or torch.autograd.forward_ad._current_level >= 0:
+        return _LinearActEager.apply(x, weight, bias, args[3:])
+    else:
+        op = forward_op
     out, saved, _ = op(*args)
     if moves:
         above.moved, above.saved, above.activation, above.bias = True, saved if save else None, activation, bias
@@ -149,9 +160,15 @@ def _is_dtensor(tensor: torch.Tensor) -> bool:
 
 def check_are_tensors(x, weight, bias) -> None:
     """Raise TypeError for what is not a tensor; whoever reads a dtype before the op does, calls it before."""
+    if isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor) and (bias is None or isinstance(bias, torch.Tensor)):
+        return
     for name, value in (("x", x), ("weight", weight), ("bias", bias)):
         if not isinstance(value, torch.Tensor) and not (value is None and name == "bias"):
             raise TypeError(f"linear_act: {name} must be a Tensor, got {type(value).__name__}")
+
+
+def _require_grad(x, weight, bias) -> bool:
+    return weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
 
 
 def _save(device, compute_dtype, activation, tuned=None) -> int:
@@ -195,6 +212,18 @@ def empty_saved(x: torch.Tensor, columns: int, activation: int, compute_dtype: t
 # ----- checks ---------------------------------------------------------------
 
 
+# What every call pays for is asked first, in few words; who finds fault calls what finds the words for it.
+
+
+def _are_good(device: torch.device, *tensors: torch.Tensor | None) -> bool:
+    for tensor in tensors:
+        if tensor is not None and not (
+            tensor.dtype in DTYPES and tensor.layout == torch.strided and not tensor.is_nested and tensor.device == device
+        ):
+            return False
+    return True
+
+
 def _check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
     first = None
     for name, tensor in tensors.items():
@@ -234,7 +263,7 @@ def _check_activation(op: str, name: str, activation: int) -> None:
 
 def _check_saved(op: str, name: str, saved, activation: int, what: str, shape: tuple[int, ...], device) -> None:
     """What backward reads of an output of `shape`: a ReLU's mask or that output, called `what`; else the pre-activation."""
-    if activation == Activation.NONE:
+    if activation == Activation.RELU and saved is not None and saved.shape == shape and _are_good(device, saved):
         return
     rows, columns = math.prod(shape[:-1]), shape[-1]
     mask = (rows, (columns + 31) // 32)
@@ -257,20 +286,24 @@ def _check(
     x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, batch_invariant=False, grad_dtype=None,
     moved_up=False, saved_below=None, activation_below=0, bias_below=None,
 ) -> None:  # fmt: skip
-    _check_tensors("linear_act", x=x, weight=weight, bias=bias, weight_copy=weight_copy, bias_below=bias_below)
-    _check_dtypes("linear_act", compute_dtype=compute_dtype, out_dtype=out_dtype)
+    if not _are_good(x.device, x, weight, bias, weight_copy, bias_below):
+        _check_tensors("linear_act", x=x, weight=weight, bias=bias, weight_copy=weight_copy, bias_below=bias_below)
+    if compute_dtype not in DTYPES or out_dtype not in DTYPES:
+        _check_dtypes("linear_act", compute_dtype=compute_dtype, out_dtype=out_dtype)
     _check_weight("linear_act", weight, weight_copy, compute_dtype)
-    if x.dim() == 0:
+    shape, (N, K) = x.shape, weight.shape
+    if not shape:
         raise RuntimeError("linear_act: x must have shape (*, K), got a 0-d tensor")
-    if x.shape[-1] != weight.shape[1]:
-        raise RuntimeError(f"linear_act: x has last dimension {x.shape[-1]}, weight expects {weight.shape[1]}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise RuntimeError(f"linear_act: bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if shape[-1] != K:
+        raise RuntimeError(f"linear_act: x has last dimension {shape[-1]}, weight expects {K}")
+    if bias is not None and bias.shape != (N,):
+        raise RuntimeError(f"linear_act: bias must have shape ({N},), got {tuple(bias.shape)}")
     _check_activation("linear_act", "activation", activation)
-    _check_activation("linear_act", "activation_below", activation_below)
-    _check_saved("linear_act", "saved_below", saved_below, activation_below, "x", x.shape, x.device)
-    if bias_below is not None and bias_below.shape != weight.shape[1:]:
-        raise RuntimeError(f"linear_act: bias_below must have shape ({weight.shape[1]},), got {tuple(bias_below.shape)}")
+    if activation_below != Activation.NONE:
+        _check_activation("linear_act", "activation_below", activation_below)
+        _check_saved("linear_act", "saved_below", saved_below, activation_below, "x", shape, x.device)
+    if bias_below is not None and bias_below.shape != (K,):
+        raise RuntimeError(f"linear_act: bias_below must have shape ({K},), got {tuple(bias_below.shape)}")
     if save not in (0, 1):
         raise RuntimeError(f"linear_act: save must be 0 or 1, got {save}")
 
@@ -280,26 +313,25 @@ def _check_backward(
     output_mask, saved_below=None, activation_below=0, grad_bias_below_dtype=None,
 ) -> None:  # fmt: skip
     op = "linear_act_backward"
-    _check_tensors(op, grad_out=grad_out, x=x, weight=weight, weight_copy=weight_copy)
-    _check_dtypes(
-        op,
-        compute_dtype=compute_dtype,
-        grad_x_dtype=grad_x_dtype,
-        grad_weight_dtype=grad_weight_dtype,
-        grad_bias_dtype=grad_bias_dtype,
-        grad_bias_below_dtype=grad_bias_below_dtype or grad_bias_dtype,
-    )
+    if not _are_good(grad_out.device, grad_out, x, weight, weight_copy):
+        _check_tensors(op, grad_out=grad_out, x=x, weight=weight, weight_copy=weight_copy)
+    dtypes = (compute_dtype, grad_x_dtype, grad_weight_dtype, grad_bias_dtype, grad_bias_below_dtype or grad_bias_dtype)
+    if not _DTYPES.issuperset(dtypes):
+        names = ("compute_dtype", "grad_x_dtype", "grad_weight_dtype", "grad_bias_dtype", "grad_bias_below_dtype")
+        _check_dtypes(op, **dict(zip(names, dtypes, strict=True)))
     _check_activation(op, "activation", activation)
     _check_activation(op, "activation_below", activation_below)
     _check_weight(op, weight, weight_copy, compute_dtype)
-    N, K = weight.shape
-    if grad_out.dim() == 0 or grad_out.shape[-1] != N:
-        raise RuntimeError(f"{op}: grad_out must have shape (*, {N}), got {tuple(grad_out.shape)}")
-    if output_mask[1] and (x is None or x.dtype != compute_dtype or x.shape != (*grad_out.shape[:-1], K)):
+    shape, (N, K) = grad_out.shape, weight.shape
+    if not shape or shape[-1] != N:
+        raise RuntimeError(f"{op}: grad_out must have shape (*, {N}), got {tuple(shape)}")
+    if output_mask[1] and (x is None or x.dtype != compute_dtype or x.shape != (*shape[:-1], K)):
         got = "None" if x is None else f"{tuple(x.shape)} {x.dtype}"
-        raise RuntimeError(f"{op}: x must be {(*grad_out.shape[:-1], K)} {compute_dtype}, got {got}")
-    _check_saved(op, "saved", saved, activation, "the output", grad_out.shape, grad_out.device)
-    _check_saved(op, "saved_below", saved_below, activation_below, "x", (*grad_out.shape[:-1], K), grad_out.device)
+        raise RuntimeError(f"{op}: x must be {(*shape[:-1], K)} {compute_dtype}, got {got}")
+    if activation != Activation.NONE:
+        _check_saved(op, "saved", saved, activation, "the output", shape, grad_out.device)
+    if activation_below != Activation.NONE:
+        _check_saved(op, "saved_below", saved_below, activation_below, "x", (*shape[:-1], K), grad_out.device)
     if (activation_below != Activation.NONE or grad_bias_below_dtype is not None) and not output_mask[0]:
         raise RuntimeError(f"{op}: the gradients of the layer below come out of grad_x: output_mask[0] must be True")
 
@@ -385,6 +417,12 @@ backward_op = Op(
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[1:])
+    _keep(ctx, inputs, output)
+
+
+def _keep(ctx, inputs, output):
+    """What `_gradients` needs of a call."""
     x, weight, bias, weight_copy, activation, compute_dtype, _, save, _, grad_dtype, *seam = inputs
     out, saved, x_compute = output
     moved_up, saved_below, activation_below, bias_below = seam or (False, None, 0, None)
@@ -396,7 +434,6 @@ def _setup_context(ctx, inputs, output):
     kept_x = None if not ctx.needs_input_grad[1] else x_compute if x.dtype != compute_dtype else x
     ctx.save_for_backward(kept_x, weight, weight_copy, kept, saved_below)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(saved, x_compute)
     ctx.compute_dtype, ctx.x_dtype = compute_dtype, x.dtype
     ctx.grad_weight_dtype = grad_dtype or weight.dtype
     ctx.grad_bias_dtype = grad_dtype or (weight if bias is None else bias).dtype
@@ -406,11 +443,17 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out, grad_saved, grad_x_compute):
+    *grads, grad_bias_below = _gradients(ctx, grad_out)
+    return *grads, *(None,) * 10, grad_bias_below
+
+
+def _gradients(ctx, grad_out):
+    """Of x, weight, bias and the bias of the layer below, None where not wanted."""
     below = ctx.activation_below != Activation.NONE or ctx.grad_bias_below_dtype is not None
     x_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad[:3]
     wanted = (x_wanted or ctx.grad_bias_below_dtype is not None, weight_wanted, bias_wanted and not ctx.moved_up)
     if grad_out is None or not any(wanted):
-        return (None,) * 14
+        return (None,) * 4
     x, weight, weight_copy, saved, saved_below = ctx.saved_tensors
     may_be_differentiated = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     op = _LinearActBackward.apply if may_be_differentiated else backward_op
@@ -422,7 +465,7 @@ def _backward(ctx, grad_out, grad_saved, grad_x_compute):
         args += (saved_below, ctx.activation_below, ctx.grad_bias_below_dtype)
     *grads, grad_bias_below = op(*args)
     grads = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
-    return *grads, *(None,) * 10, grad_bias_below if ctx.grad_bias_below_dtype is not None else None
+    return *grads, grad_bias_below if ctx.grad_bias_below_dtype is not None else None
 
 
 def _no_double_backward(ctx, *grads):
@@ -443,6 +486,23 @@ class _LinearAct(torch.autograd.Function):
 
 # NOTE: Function.apply asks for forward's signature at every call; inspect answers from here, without taking it apart.
 _LinearAct.forward.__signature__ = inspect.signature(_LinearAct.forward)
+
+
+class _LinearActEager(torch.autograd.Function):
+    """The same where there is no transform, which would need the parts one by one: half the host's time.
+
+    others: the op's other arguments in one, as autograd need not see them.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, others):
+        output = forward_op(x, weight, bias, *others)
+        _keep(ctx, (x, weight, bias, *others), output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        return *_gradients(ctx, grad_out)[:3], None
 
 
 class _LinearActBackward(torch.autograd.Function):
