@@ -173,7 +173,7 @@ def _gradients(
     )  # fmt: skip
     if x_wanted and grad_out.dim() != 2:
         grad_x = grad_x.view(*grad_out.shape[:-1], K)
-    return grad_x, grad_weight, grad_bias, grad.new_empty(0, dtype=grad_bias_dtype)
+    return grad_x, grad_weight, grad_bias, grad_out.new_empty(0)
 
 
 def _readable(matrix: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
