@@ -5,6 +5,8 @@ On a CPU 16-bit operands are upcast and multiplied by oneDNN in fp32: without AV
 of dot products. Weights are upcast a block of rows at a time, into memory that stays in the cache.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -69,14 +71,20 @@ def _rows(b, start, rows, compute_dtype, acc):
 
 
 def _linear(a, b, bias):
-    """a @ b.T + bias in the dtype of all three. oneDNN where it is there: on AMD CPUs MKL leaves AVX-512 unused.
+    """a @ b.T + bias in the dtype of all three. oneDNN where there is AVX-512, which MKL leaves unused on AMD CPUs; where there
+    is none the two take as long, and oneDNN's sums are less exact.
 
     NOTE: oneDNN's own ReLU turns NaN into 0, so the activation is applied afterwards.
     """
     large = a.shape[0] * b.numel() > SMALL_GEMM
-    if large and a.dtype == torch.float32 and a.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if large and a.dtype == torch.float32 and a.device.type == "cpu" and _has_onednn_avx512():
         return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return F.linear(a, b, bias)
+
+
+@functools.cache
+def _has_onednn_avx512() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _linear_batch_invariant(a, b, bias):
