@@ -9,6 +9,11 @@ import torch
 torch.set_num_threads(1)  # tests run side by side in processes, and the order of a sum must not depend on the machine
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest goes first, so that no process is left with it when the others have done."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_triton_interpreter.py"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _cache_of_its_own(tmp_path_factory):
     """Self-checks and tuned tables of the user neither decide nor change; processes that tests start inherit it."""

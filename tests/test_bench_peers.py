@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import __main__ as main
-from bench import linear_act, overhead, step, training
+from bench import contender, linear_act, overhead, step, training
 from bench.cases import LinearAct, Overhead, Step, Training
 from bench.contender import Contender, Missing, forced, package
 from mpkernels._dispatch import ENVIRONMENT_VARIABLE
@@ -188,6 +188,9 @@ def test_bench_forces_a_backend_for_check_and_run(monkeypatch):
 
 def test_bench_forced_backend_that_cannot_serve_is_missing(monkeypatch):
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    with pytest.raises(Missing, match="linear_act on cpu cannot use triton: "):
+        forced(Contender(lambda: None), "triton", "linear_act", CPU).check()
+    monkeypatch.setattr(contender, "served_by", lambda device: {"linear_act": "eager"})
     with pytest.raises(Missing, match="linear_act has no native implementation there"):
         forced(Contender(lambda: None), "native", "linear_act", CPU).check()
     assert ENVIRONMENT_VARIABLE not in os.environ

@@ -46,11 +46,11 @@ def implementation(monkeypatch):
 
 
 def forward(x, weight, bias, dtypes, activation=Activation.RELU, save=1, copy=None):
-    return impl_native.linear_act(x, weight, bias, copy, int(activation), dtypes.compute, dtypes.out, save)
+    return impl_native.linear_act_hopper(x, weight, bias, copy, int(activation), dtypes.compute, dtypes.out, save)
 
 
 def backward(grad_out, x, weight, saved, dtypes, activation=Activation.RELU, copy=None, output_mask=(True,) * 3):
-    return impl_native.linear_act_backward(
+    return impl_native.linear_act_backward_hopper(
         grad_out, x, weight, copy, saved, int(activation), dtypes.compute, dtypes.x, dtypes.grad, dtypes.grad, output_mask
     )[:3]
 
@@ -115,7 +115,7 @@ def test_hopper_refuses_with_the_reason(change, reason):
     sizes = dict(M=4, N=16, K=16, out=f16) | change
     x, weight = torch.ones(sizes["M"], sizes["K"], dtype=f16), torch.ones(sizes["N"], sizes["K"], dtype=f16)
     with pytest.raises(RuntimeError, match=f"linear_act: native needs .*{reason}"):
-        impl_native.linear_act(x, weight, None, None, 1, f16, sizes["out"], 1)
+        impl_native.linear_act_hopper(x, weight, None, None, 1, f16, sizes["out"], 1)
 
 
 HALF = torch.zeros(40, 64, dtype=f16)
@@ -211,7 +211,7 @@ def test_hopper_gradients_of_the_layer_below(name, activation_below, by_mask, ge
     x, weight, _, grad_out = Case(M, N, K, dtypes).tensors(generator, device)
     positive, v = ~(x <= 0), bounds.accumulator_roundoff(device, dtypes.compute)
     saved_below = None if activation_below == Activation.NONE else pack(positive) if by_mask else x
-    grad_x, _, _, grad_bias_below = impl_native.linear_act_backward(
+    grad_x, _, _, grad_bias_below = impl_native.linear_act_backward_hopper(
         grad_out, None, weight, None, None, 0, dtypes.compute, dtypes.x, dtypes.grad, dtypes.grad, (True, False, False),
         saved_below, int(activation_below), dtypes.grad,
     )  # fmt: skip
@@ -264,7 +264,7 @@ def test_hopper_batch_invariant_cuts_alike(columns, monkeypatch):
     weight = torch.zeros(columns, 8, dtype=f16)
     for rows in (1, 2, 127, 128, 129, 1024, 4096):
         for invariant in (True, False):
-            impl_native.linear_act(torch.zeros(rows, 8, dtype=f16), weight, None, None, 1, f16, f16, 0, invariant)
+            impl_native.linear_act_hopper(torch.zeros(rows, 8, dtype=f16), weight, None, None, 1, f16, f16, 0, invariant)
     assert len(set(cuts[::2])) == 1
     assert len(set(cuts[1::2])) > 1
 

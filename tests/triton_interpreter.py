@@ -2,8 +2,8 @@
 """Make Triton's interpreter compute bf16 by value: it computes on the bit patterns, and truncates (triton-lang/triton#11584).
 
 `install()` makes a bf16 block an fp32 array whose values all fit bf16: widened when loaded, rounded to nearest even after
-every operation, packed to 16 bits when stored. `check()` raises where that does not hold. A dot adds up in one order, as a
-tensor core does: numpy's depends on the CPU and on a row's place in its tile.
+every operation, packed to 16 bits when stored. `check()` raises where that does not hold. A dot adds up in fp64 and rounds
+once: in fp32 numpy's order, and with it the bits, depend on the CPU and on a row's place in its tile.
 """
 
 import numpy as np
@@ -28,7 +28,7 @@ def install() -> None:
     _patch_storage()
     _patch_memory()
     _patch_casts()
-    _Builder.create_dot = _dot_in_one_order
+    _Builder.create_dot = _dot_in_fp64
     for name in ("binary_op", "ternary_op", "unary_op", "create_fma", "create_dot"):
         setattr(_Builder, name, _rounding(getattr(_Builder, name)))
 
@@ -118,10 +118,8 @@ def _patch_casts() -> None:
     _Builder.create_bitcast, _Builder.create_fabs = create_bitcast, create_fabs
 
 
-def _dot_in_one_order(self, a, b, d, *options):
-    total = np.zeros_like(d.data)
-    for k in range(a.data.shape[-1]):
-        total += a.data[..., k, None].astype(total.dtype) * b.data[..., k, None, :].astype(total.dtype)
+def _dot_in_fp64(self, a, b, d, *options):
+    total = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)).astype(d.data.dtype)
     return _Handle(total + d.data, d.dtype.scalar)
 
 

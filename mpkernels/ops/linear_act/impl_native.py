@@ -54,11 +54,20 @@ def why_not_call(N: int, K: int, activation: int, compute_dtype: torch.dtype, ou
     return None
 
 
-def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, batch_invariant=False, *_):
-    if x.is_cpu:
-        return passes.linear_act(
-            _multiply, x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, batch_invariant
-        )
+def linear_act(x, *args):
+    return passes.linear_act(_multiply, x, *args) if x.is_cpu else linear_act_hopper(x, *args)
+
+
+def linear_act_backward(grad_out, *args):
+    return _backward(grad_out, *args) if grad_out.is_cpu else linear_act_backward_hopper(grad_out, *args)
+
+
+# ----- on Hopper ---------------------------------------------------------------
+
+
+def linear_act_hopper(
+    x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, batch_invariant=False, *_
+):  # fmt: skip
     (N, K), M = weight.shape, x.shape[:-1].numel()
     _serve("linear_act", N, K, activation, compute_dtype, out_dtype)
     x_compute = cast(x, compute_dtype) if x.dtype != compute_dtype else x.new_empty(0)
@@ -76,16 +85,10 @@ def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtyp
     return out, x.new_empty(0, dtype=torch.int32) if mask is None else mask, x_compute
 
 
-def linear_act_backward(
+def linear_act_backward_hopper(
     grad_out, x, weight, weight_copy, saved, activation, compute_dtype, grad_x_dtype, grad_weight_dtype, grad_bias_dtype,
     output_mask, saved_below=None, activation_below=Activation.NONE, grad_bias_below_dtype=None,
 ):  # fmt: skip
-    if grad_out.is_cpu:
-        return _backward(
-            grad_out, x, weight, weight_copy, saved, activation, compute_dtype,
-            grad_x_dtype, grad_weight_dtype, grad_bias_dtype, output_mask,
-            saved_below, activation_below, grad_bias_below_dtype,
-        )  # fmt: skip
     (N, K), M = weight.shape, grad_out.shape[:-1].numel()
     _serve("linear_act_backward", N, K, activation, compute_dtype, grad_out.dtype)
     _serve("linear_act_backward", N, K, activation_below, compute_dtype, grad_out.dtype)
@@ -127,7 +130,7 @@ def _multiply(a, b, compute_dtype, out_dtype, *, bias=None, activation=Activatio
 
 def _backward(
     grad_out, x, weight, weight_copy, saved, activation, compute_dtype, grad_x_dtype, grad_weight_dtype, grad_bias_dtype,
-    output_mask, saved_below, activation_below, grad_bias_below_dtype,
+    output_mask, saved_below=None, activation_below=Activation.NONE, grad_bias_below_dtype=None,
 ):  # fmt: skip
     args = (grad_out, x, weight, weight_copy, saved, activation, compute_dtype)
     dtypes, below = (grad_weight_dtype, grad_bias_dtype), (saved_below, activation_below, grad_bias_below_dtype)
