@@ -89,11 +89,7 @@ def state(op: _dispatch.Op, device: torch.device, backend: str) -> tuple[str, st
         chosen = op.backend(device, torch.float32)
     except RuntimeError as error:
         return "works", str(error)
-    gemm = (
-        "GEMM by oneDNN, small ones by BLAS"
-        if op.name.startswith("linear") and device.type == "cpu" and backend == "eager"
-        else ""
-    )
+    gemm = "GEMM by oneDNN or MKL" if op.name.startswith("linear") and device.type == "cpu" and backend == "eager" else ""
     return ("chosen" if backend == chosen else "works"), gemm
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_act in plain torch: out = round(act(x @ weight.T + bias)), the sums in fp32 (fp64 for fp64).
 
-On a CPU 16-bit operands are upcast and multiplied by oneDNN in fp32: without AVX-512 FP16 torch's own fp16 GEMM is a loop
-of dot products. Weights are upcast a block of rows at a time, into memory that stays in the cache.
+On a CPU 16-bit operands are upcast and multiplied in fp32, by oneDNN or MKL: without AVX-512 FP16 torch's own fp16 GEMM is a
+loop of dot products. Weights are upcast a block of rows at a time, into memory that stays in the cache.
 """
 
 import functools
