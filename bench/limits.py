@@ -12,7 +12,7 @@ from bench.timing import Clock, interleave
 
 CPU_STREAM, CPU_GEMM, GPU_STREAM, GPU_GEMM = 1 << 25, (1024,), 1 << 29, (4096, 8192)  # elements; widths
 PROBE = (256, 1024, 1024)  # M, K, N
-ENDURED = 4.0  # seconds that a call of a peer may take
+ENDURED = 3.5  # seconds that a call of a peer may take
 NOTHING = 10**9  # operations that even the slowest CPU does sooner
 
 

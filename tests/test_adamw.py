@@ -331,7 +331,7 @@ def test_adamw_large_tensor(device):
 # ----- skipped --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("amsgrad", [False, pytest.param(True, marks=pytest.mark.sweep)])
 def test_adamw_inf_leaves_state_bitwise(device, amsgrad):
     """inf, -inf and NaN at each of 1,000 positions: grad_stats_ finds it and the step writes nothing."""
     args = mixed(device, amsgrad=amsgrad)

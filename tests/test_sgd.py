@@ -277,7 +277,7 @@ def test_sgd_many_tensors(device):
 # ----- skipped --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum", [pytest.param(0.0, marks=pytest.mark.sweep), 0.9])
 def test_sgd_inf_leaves_state_bitwise(device, momentum):
     """inf, -inf and NaN at each of 1,000 positions: grad_stats_ finds it, nothing is written, the first step stays first."""
     args = mixed(device, momentum=momentum)

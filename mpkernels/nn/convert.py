@@ -21,8 +21,8 @@ from mpkernels.ops.linear_act import Activation
 from mpkernels.policy import Policy
 
 # Weights from which on a linear is worth converting in a compiled model on a CPU. By bench/results, overhead/forward+backward,
-# our op costs the host 180 us more than torch's: 9 % of the arithmetic of 512 rows with so many weights, more of fewer rows.
-# training/digits, 64 rows and at most 128 x 128 weights, takes 2.8 times as long as in fp32. No row says so of a GPU.
+# our op costs the host 190 us more than torch's: 8 % of the arithmetic of 512 rows with so many weights, more of fewer rows.
+# training/digits, 64 rows and at most 128 x 128 weights, takes twice as long compiled as fp32 does. No row says so of a GPU.
 MIN_SIZE_COMPILED = 256 * 256
 
 
