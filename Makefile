@@ -24,10 +24,10 @@ demo: build
 	$(PY) examples/digits_mlp.py
 
 test: lint build
-	$(PY) -m pytest -n 2 -m "not sweep"
+	$(PY) -m pytest -n 2 --dist worksteal -m "not sweep"
 
 sweep: build
-	$(PY) -m pytest -n 2 -m sweep
+	$(PY) -m pytest -n 2 --dist worksteal -m sweep
 
 bench: build
 	$(PY) -m bench $(if $(QUICK),--quick) --out bench/results
