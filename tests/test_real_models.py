@@ -9,7 +9,7 @@ import io
 import pytest
 import torch
 from bounds import check_model_not_worse_than, check_trained_loss
-from models import CASES, RefuseAsCUDA, logits, loss
+from models import CASES, LoRA, RefuseAsCUDA, logits, loss
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -199,23 +199,6 @@ def test_real_models_checkpointed(case, use_reentrant):
 
 
 # ----- adapters ----------------------------------------------------------------------
-
-
-class LoRA(nn.Module):
-    """A linear that is frozen, and the product of two thin ones beside it."""
-
-    def __init__(self, base: nn.Linear):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.a, self.b = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
-
-    def forward(self, x):
-        return self.base(x) + self.b(self.a(x))
-
-    @torch.no_grad()
-    def merge(self):
-        self.base.weight += self.b.weight @ self.a.weight
-        self.b.weight.zero_()
 
 
 def test_adapters_train_and_merge():
