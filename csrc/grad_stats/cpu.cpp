@@ -3,6 +3,9 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <numeric>
+
 #include "../common/clones.h"
 #include "../common/factor.h"
 #include "../common/runs.h"
@@ -21,60 +24,67 @@ struct Stats {
   double squares = 0;
 };
 
-// A block is looked at twice where the norm is asked for: the second look finds it in the first-level cache, and is what the
-// memory has time for the next block in. kBlock elements of 16 bits are kAhead bytes.
-constexpr int64_t kBlock = 2048, kAhead = 4096;
+// A piece of a tensor is scanned for its largest magnitude, as bits and with NaN above inf; what is not finite is counted only
+// where that says that there is something to count. No prefetches: software's own slow the CPU's down.
 
 template <class T>
-MPK_CLONES void magnitude_block(const void* grad, int64_t n, Stats& stats) {
-  using I = typename Bits<T>::type;
-  const I* __restrict__ bits = static_cast<const I*>(grad);
-  I amax = 0, count = 0;
-  constexpr int64_t kLine = 64 / sizeof(T), kStretch = 4 * kLine;
-  int64_t i = 0;
-  for (; i + kStretch <= n; i += kStretch) {
-    for (int64_t j = 0; j < kStretch; j += kLine) __builtin_prefetch(reinterpret_cast<const char*>(bits + i + j) + kAhead);
-    for (int64_t j = 0; j < kStretch; ++j) grad_stats_element<T>(bits[i + j], amax, count);
-  }
-  for (; i < n; ++i) grad_stats_element<T>(bits[i], amax, count);
-  stats.amax = std::max(stats.amax, convert<double>(c10::bit_cast<T>(amax)));
-  stats.nonfinite += count;
+typename Bits<T>::type magnitude(T x) {
+  return c10::bit_cast<typename Bits<T>::type>(x) & Bits<T>::kMagnitude;
+}
+
+template <class T>
+MPK_CLONES typename Bits<T>::type largest_magnitude(const T* grad, int64_t n, double&) {
+  typename Bits<T>::type amax = 0;
+  for (int64_t i = 0; i < n; ++i) amax = std::max(amax, magnitude(grad[i]));
+  return amax;
 }
 
 // The sum has an order of its own, of kLanes partial sums, which is also what lets the compiler vectorize it.
 constexpr int64_t kLanes = 16;
 
 template <class T>
-double total(const double (&sums)[kLanes], const T* tail, int64_t n) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += convert<double>(tail[i]) * convert<double>(tail[i]);
-  for (const double lane : sums) sum += lane;
-  return sum;
-}
+struct Lanes {
+  alignas(32) typename Bits<T>::type amax[kLanes] = {};
+  alignas(32) double squares[kLanes] = {};
+};
 
 template <class T>
-MPK_CLONES double sum_of_squares(const void* grads, int64_t n) {
-  const T* grad = static_cast<const T*>(grads);
-  double sums[kLanes] = {};
+typename Bits<T>::type total(const Lanes<T>& lanes, const T* tail, int64_t n, double& squares) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += convert<double>(tail[i]) * convert<double>(tail[i]);
+  squares += std::accumulate(lanes.squares, lanes.squares + kLanes, sum);
+  return std::max(largest_magnitude(tail, n, sum), *std::max_element(lanes.amax, lanes.amax + kLanes));
+}
+
+// Adds to `squares` in one loop with the comparison, so that arithmetic and memory have the same time.
+template <class T>
+MPK_CLONES typename Bits<T>::type largest_magnitude_and_squares(const T* grad, int64_t n, double& squares) {
+  Lanes<T> lanes;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
+      lanes.amax[lane] = std::max(lanes.amax[lane], magnitude(grad[i + lane]));
+    }
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
       const double x = convert<double>(grad[i + lane]);
-      sums[lane] += x * x;
+      lanes.squares[lane] += x * x;
     }
   }
-  return total(sums, grad + i, n - i);
+  return total(lanes, grad + i, n - i, squares);
 }
 
 #ifdef __x86_64__
 // gcc 12 does not vectorize the conversions of fp16. The same bits as above: a square of fp16 is exact, so that a fused
 // multiply-add rounds as an addition does.
-__attribute__((target("avx2,fma,f16c"))) double sum_of_squares_of_half(const void* grads, int64_t n) {
-  const Half* grad = static_cast<const Half*>(grads);
+__attribute__((target("avx2,fma,f16c"))) int16_t largest_magnitude_and_squares_of_half(const Half* grad, int64_t n,
+                                                                                       double& squares) {
+  const __m256i kept = _mm256_set1_epi16(Bits<Half>::kMagnitude);
+  __m256i amax = {};
   __m256d quads[kLanes / 4] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    __builtin_prefetch(reinterpret_cast<const char*>(grad + i) + kAhead);
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(grad + i));
+    amax = _mm256_max_epi16(amax, _mm256_and_si256(bits, kept));
     for (int64_t half = 0; half < 2; ++half) {
       const __m256 x = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(grad + i + 8 * half)));
       const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(x)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
@@ -82,31 +92,42 @@ __attribute__((target("avx2,fma,f16c"))) double sum_of_squares_of_half(const voi
       quads[2 * half + 1] = _mm256_fmadd_pd(high, high, quads[2 * half + 1]);
     }
   }
-  alignas(32) double sums[kLanes];
-  for (int64_t quad = 0; quad < kLanes / 4; ++quad) _mm256_store_pd(sums + 4 * quad, quads[quad]);
-  return total(sums, grad + i, n - i);
+  Lanes<Half> lanes;
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes.amax), amax);
+  for (int64_t quad = 0; quad < kLanes / 4; ++quad) _mm256_store_pd(lanes.squares + 4 * quad, quads[quad]);
+  return total(lanes, grad + i, n - i, squares);
 }
 
 const bool has_f16c_and_fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
 
 template <class T>
-auto find_sum_of_squares() {
+auto find_scan(bool with_norm) {
+  if (!with_norm) return largest_magnitude<T>;
 #ifdef __x86_64__
-  if (std::is_same_v<T, Half> && has_f16c_and_fma) return sum_of_squares_of_half;
+  if constexpr (std::is_same_v<T, Half>) {
+    if (has_f16c_and_fma) return largest_magnitude_and_squares_of_half;
+  }
 #endif
-  return sum_of_squares<T>;
+  return largest_magnitude_and_squares<T>;
+}
+
+// The count of what is not finite in a piece, and the largest magnitude that is not NaN.
+template <class T>
+int64_t count(const T* grad, int64_t n, typename Bits<T>::type& amax) {
+  using I = typename Bits<T>::type;
+  static_assert(Runs::kLength <= std::numeric_limits<I>::max());
+  I found = amax = 0;
+  for (int64_t i = 0; i < n; ++i) grad_stats_element<T>(c10::bit_cast<I>(grad[i]), amax, found);
+  return found;
 }
 
 template <class T>
 void stats_run(const void* grads, int64_t begin, int64_t end, bool with_norm, Stats& stats) {
-  const T* grad = static_cast<const T*>(grads);
-  const auto squares = find_sum_of_squares<T>();
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = std::min(kBlock, end - i);
-    magnitude_block<T>(grad + i, n, stats);
-    if (with_norm) stats.squares += squares(grad + i, n);
-  }
+  const T* grad = static_cast<const T*>(grads) + begin;
+  auto amax = find_scan<T>(with_norm)(grad, end - begin, stats.squares);
+  if (amax >= Bits<T>::kInf) stats.nonfinite = count(grad, end - begin, amax);
+  stats.amax = convert<double>(c10::bit_cast<T>(amax));
 }
 
 auto find_run(ScalarType dtype) {
