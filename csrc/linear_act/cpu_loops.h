@@ -136,11 +136,12 @@ constexpr std::array<Tile, sizeof...(R)> tiles(std::index_sequence<R...>) {
 constexpr auto kTiles = tiles(std::make_index_sequence<kRows>());
 
 // sums[r * sums_pitch] = x[r] . weight for R rows of x, in which zeros follow up to a multiple of kDotPadding. The weight
-// comes from memory, and each element once: it is fetched ahead. Blocks of kBlock are summed by themselves, as tiles are.
+// comes from memory, and each element once: it is fetched ahead, into the second cache, because the first has x to keep.
+// Blocks of kBlock are summed by themselves, as tiles are.
 template <int R, class Compute, class From>
 void dot(const void* weight_bytes, const float* x, int64_t x_pitch, int64_t length, float* sums, int64_t sums_pitch) {
   constexpr int kUnroll = R <= 2 ? 4 : 2;
-  constexpr int64_t kStep = 8 * kUnroll, kBlock = 1024, kAhead = 4096 / sizeof(From);
+  constexpr int64_t kStep = 8 * kUnroll, kBlock = 1024, kAhead = 8192 / sizeof(From);
   static_assert(kDotPadding % kStep == 0 && kBlock % kStep == 0);
   const From* weight = static_cast<const From*>(weight_bytes);
   V8 sum[R][kUnroll] = {};
@@ -157,7 +158,7 @@ void dot(const void* weight_bytes, const float* x, int64_t x_pitch, int64_t leng
     };
     int64_t k = begin;
     for (; k + kStep <= end; k += kStep) {
-      __builtin_prefetch(weight + k + kAhead);
+      __builtin_prefetch(weight + k + kAhead, /*rw=*/0, /*locality=*/2);
       step(weight + k, k);
     }
     if (k < end) {
