@@ -166,7 +166,10 @@ def _is_watched() -> bool:
 
 def _are_plain(args) -> bool:
     """Whether no tensor is of a class that may change what an op does, or has its minus put off."""
-    return all(type(a) in _PLAIN and not a.is_neg() for a in args if isinstance(a, torch.Tensor))
+    for a in args:  # noqa: SIM110 - a generator takes twice as long
+        if isinstance(a, torch.Tensor) and (type(a) not in _PLAIN or a.is_neg()):
+            return False
+    return True
 
 
 @functools.cache

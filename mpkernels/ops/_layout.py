@@ -63,6 +63,9 @@ class Tensors(list):
             self._locate(addresses)
 
 
+NO_TENSORS = Tensors([])  # a list that is absent
+
+
 def described(tensors: list[torch.Tensor]) -> Tensors:
     return tensors if isinstance(tensors, Tensors) else Tensors(tensors)
 

@@ -3,6 +3,7 @@
 
 import math
 
+from mpkernels.ops._layout import NO_TENSORS
 from mpkernels.ops.adamw import adamw_
 from mpkernels.optim._base import Optimizer
 
@@ -50,7 +51,7 @@ class AdamW(Optimizer):
     def _arguments(self, group, rows, grads):
         states = rows.states
         return (
-            rows.masters, grads, states["exp_avg"], states["exp_avg_sq"], states.get("max_exp_avg_sq", []), rows.copies,
+            rows.masters, grads, states["exp_avg"], states["exp_avg_sq"], states.get("max_exp_avg_sq", NO_TENSORS), rows.copies,
             rows.steps, rows.lr(group["lr"]), *group["betas"], group["eps"], group["weight_decay"],
             self._decoupled, group["maximize"],
         )  # fmt: skip

@@ -3,6 +3,7 @@
 
 import math
 
+from mpkernels.ops._layout import NO_TENSORS
 from mpkernels.ops.sgd import sgd_
 from mpkernels.optim._base import Optimizer
 
@@ -47,6 +48,6 @@ class SGD(Optimizer):
 
     def _arguments(self, group, rows, grads):
         return (
-            rows.masters, grads, rows.states.get("momentum_buffer", []), rows.copies, rows.steps, rows.lr(group["lr"]),
+            rows.masters, grads, rows.states.get("momentum_buffer", NO_TENSORS), rows.copies, rows.steps, rows.lr(group["lr"]),
             group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"], group["maximize"],
         )  # fmt: skip
