@@ -270,6 +270,19 @@ def test_grad_stats_counts_whole_runs_of_nonfinite(dtype):
         assert found_inf == 1
 
 
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 16 * 7 + 3, RUN - 1, RUN, RUN + 1, 3 * RUN])
+def test_norm_of_fp16_has_the_bits_of_fp32s(generator, size):
+    """It is a loop of its own, in the same order."""
+
+    def norm(grad):
+        result = scalar(7.0), torch.empty(1, dtype=torch.float64), counts(1), scalar(0.0, dtype=torch.float64)
+        native(grad_stats)([grad], None, *result)
+        return result[-1]
+
+    odd = torch.randn(size + 1, generator=generator).half()[1:]
+    assert norm(odd) == norm(odd.float()) > 0
+
+
 # ----- layouts --------------------------------------------------------------------------------------
 
 

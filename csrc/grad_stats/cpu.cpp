@@ -33,7 +33,7 @@ typename Bits<T>::type magnitude(T x) {
 }
 
 template <class T>
-MPK_CLONES typename Bits<T>::type largest_magnitude(const T* grad, int64_t n, double&) {
+MPK_CLONES typename Bits<T>::type largest_magnitude(const T* grad, int64_t n) {
   typename Bits<T>::type amax = 0;
   for (int64_t i = 0; i < n; ++i) amax = std::max(amax, magnitude(grad[i]));
   return amax;
@@ -49,11 +49,11 @@ struct Lanes {
 };
 
 template <class T>
-typename Bits<T>::type total(const Lanes<T>& lanes, const T* tail, int64_t n, double& squares) {
+typename Bits<T>::type finish(const Lanes<T>& lanes, const T* tail, int64_t n, double& squares) {
   double sum = 0;
   for (int64_t i = 0; i < n; ++i) sum += convert<double>(tail[i]) * convert<double>(tail[i]);
   squares += std::accumulate(lanes.squares, lanes.squares + kLanes, sum);
-  return std::max(largest_magnitude(tail, n, sum), *std::max_element(lanes.amax, lanes.amax + kLanes));
+  return std::max(largest_magnitude(tail, n), *std::max_element(lanes.amax, lanes.amax + kLanes));
 }
 
 // Adds to `squares` in one loop with the comparison, so that arithmetic and memory have the same time.
@@ -70,7 +70,7 @@ MPK_CLONES typename Bits<T>::type largest_magnitude_and_squares(const T* grad, i
       lanes.squares[lane] += x * x;
     }
   }
-  return total(lanes, grad + i, n - i, squares);
+  return finish(lanes, grad + i, n - i, squares);
 }
 
 #ifdef __x86_64__
@@ -95,15 +95,14 @@ __attribute__((target("avx2,fma,f16c"))) int16_t largest_magnitude_and_squares_o
   Lanes<Half> lanes;
   _mm256_store_si256(reinterpret_cast<__m256i*>(lanes.amax), amax);
   for (int64_t quad = 0; quad < kLanes / 4; ++quad) _mm256_store_pd(lanes.squares + 4 * quad, quads[quad]);
-  return total(lanes, grad + i, n - i, squares);
+  return finish(lanes, grad + i, n - i, squares);
 }
 
 const bool has_f16c_and_fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
 
 template <class T>
-auto find_scan(bool with_norm) {
-  if (!with_norm) return largest_magnitude<T>;
+auto find_largest_magnitude_and_squares() {
 #ifdef __x86_64__
   if constexpr (std::is_same_v<T, Half>) {
     if (has_f16c_and_fma) return largest_magnitude_and_squares_of_half;
@@ -125,8 +124,9 @@ int64_t count(const T* grad, int64_t n, typename Bits<T>::type& amax) {
 template <class T>
 void stats_run(const void* grads, int64_t begin, int64_t end, bool with_norm, Stats& stats) {
   const T* grad = static_cast<const T*>(grads) + begin;
-  auto amax = find_scan<T>(with_norm)(grad, end - begin, stats.squares);
-  if (amax >= Bits<T>::kInf) stats.nonfinite = count(grad, end - begin, amax);
+  const int64_t n = end - begin;
+  auto amax = with_norm ? find_largest_magnitude_and_squares<T>()(grad, n, stats.squares) : largest_magnitude(grad, n);
+  if (amax >= Bits<T>::kInf) stats.nonfinite = count(grad, n, amax);
   stats.amax = convert<double>(c10::bit_cast<T>(amax));
 }
 
