@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is promised of speed, held against the rows: the worst case of each promise, met or missed."""
+"""What is promised of speed, held against the rows: the worst case of each promise, met, missed or in doubt."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,12 +10,16 @@ from bench.contender import FORCED, OURS
 from bench.step import PLAIN_READ, PLAIN_STEP
 
 BY_BACKEND = (OURS, *(f"{OURS} {backend}" for backend in FORCED))  # the same call; the fastest of them counts
+DOUBTFUL = 0.1  # uncertainty above which a ratio decides nothing
 Found = dict[str, dict]  # the rows of a case by contender
 
 
 @dataclass(frozen=True)
 class Bar:
-    """value(rows of a case) is at most (or at least) `limit` in each of `cases`; None where a case has nothing of the kind."""
+    """value(rows of a case) is at most (or at least) `limit` in each of `cases`.
+
+    It is None where a case has nothing of the kind, NaN where it is in doubt.
+    """
 
     what: str
     against: str
@@ -35,28 +40,41 @@ class Bar:
         wanted = f"{'>=' if self.at_least else '<='} {self.limit:{self.form}}"
         if not values:
             return [self.what, self.against, wanted, "", "", "not measured"]
-        worst = (min if self.at_least else max)(values, key=values.get)
-        missed = sum(value < self.limit if self.at_least else value > self.limit for value in values.values())
-        outcome = f"missed in {missed} of {len(values)}" if missed else "met"
-        return [self.what, self.against, wanted, f"{values[worst]:{self.form}}", worst, outcome]
+        known = {name: value for name, value in values.items() if not math.isnan(value)}
+        if not known:
+            return [self.what, self.against, wanted, "", "", "in doubt"]
+        worst = (min if self.at_least else max)(known, key=known.get)
+        missed = sum(value < self.limit if self.at_least else value > self.limit for value in known.values())
+        outcome = f"missed in {missed} of {len(known)}" if missed else "met"
+        in_doubt = f", {len(values) - len(known)} in doubt" if len(known) < len(values) else ""
+        return [self.what, self.against, wanted, f"{known[worst]:{self.form}}", worst, outcome + in_doubt]
 
 
 # ----- values ---------------------------------------------------------------
 
 
+def doubtful(row: dict) -> bool:
+    """Whether its ratio is known too badly to decide anything."""
+    return row["uncertainty"] > DOUBTFUL
+
+
+def _ratio(row: dict) -> float:
+    return math.nan if doubtful(row) else row["ratio"]
+
+
 def time_over(peer: str) -> Callable[[Found], float | None]:
     """Our time over the peer's, both taken in rounds with the same contender."""
-    return lambda found: found[peer]["ratio"] / _fastest(found)["ratio"] if peer in found else None
+    return lambda found: _ratio(found[peer]) / _ratio(_fastest(found)) if peer in found else None
 
 
 def added_to(other: str) -> Callable[[Found], float | None]:
     """What ours takes more than another step of ours."""
-    return lambda found: found[other]["ratio"] - 1 if other in found else None
+    return lambda found: _ratio(found[other]) - 1 if other in found else None
 
 
 def time_over_best(found: Found) -> float:
     """The fastest of ours over the fastest of torch's, whatever the recipe."""
-    return _best(found, ours=False)["ratio"] / _best(found, ours=True)["ratio"]
+    return _ratio(_best(found, ours=False)) / _ratio(_best(found, ours=True))
 
 
 def memory_over_best(found: Found) -> float:

@@ -3,6 +3,7 @@
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; nothing there is written by hand. tests/test_bench.py
 fails when a table is not what the rows say, or when a plot was drawn from other rows.
+A ratio known to no better than 10 % is shown with its uncertainty.
 """
 
 import re
@@ -98,13 +99,18 @@ def time_of(us: float) -> str:
     return f"{us:.3g} µs"
 
 
+def ratio_of(row: dict) -> str:
+    return with_doubt(f"{row['ratio']:.3g}", row)
+
+
+def with_doubt(text: str, row: dict) -> str:
+    return f"{text} ± {row['uncertainty']:.0%}" if bars.doubtful(row) else text
+
+
 def key_figures(rows: list[dict]) -> str:
     cases = by_case(rows, "linear_act", "step", "training")
     lines = [
-        [what, peer, f"{cases[case][peer]['ratio']:.3g}"]
-        for what, case, peers in KEY_FIGURES
-        for peer in peers
-        if peer in cases[case]
+        [what, peer, ratio_of(cases[case][peer])] for what, case, peers in KEY_FIGURES for peer in peers if peer in cases[case]
     ]
     return markdown(["mpkernels", "compared with", "time, ratio"], lines) + "\n\n" + conditions(rows)
 
@@ -128,7 +134,7 @@ def conditions(rows: list[dict]) -> str:
     return (
         f"{r['device']}, {r['clock']}, torch {r['torch']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
         f"commit {', '.join(commits)}, load {min(loads):.1f} to {max(loads):.1f}. "
-        "Medians of ratios taken within a round: below 1, mpkernels is faster."
+        "Medians of ratios taken within a round: below 1, mpkernels is faster; ± where they are known less well than to 10 %."
     )
 
 
@@ -140,7 +146,7 @@ def ratios(rows: list[dict], *ops: str, prefix: str = "") -> str:
     for case, found in cases.items():
         subject = found[OURS]
         share = subject["share_of_limit"]
-        cells = [f"{found[name]['ratio']:.3g}" if name in found else "" for name in others]
+        cells = [ratio_of(found[name]) if name in found else "" for name in others]
         lines.append([case.removeprefix(prefix), time_of(subject["us_p50"]), f"{share:.0%}" if share else "", *cells])
     return markdown(["case", "ours", "of the limit", *others], lines)
 
@@ -169,14 +175,14 @@ def bytes_per_parameter(rows: list[dict]) -> str:
         count = int(float(case.rsplit("/", 1)[1].split("in")[0]))
         for name, row in found.items():
             worth = row["us_p50"] * row["limits"]["gb_s"] * 1e3 / count
-            lines.append([case, name, str(row["bytes_per_parameter"] or "not counted"), f"{worth:.0f}"])
+            lines.append([case, name, str(row["bytes_per_parameter"] or "not counted"), with_doubt(f"{worth:.0f}", row)])
     return markdown(["case", "contender", "bytes per parameter, counted", "its time in bytes of a plain stream"], lines)
 
 
 def training(rows: list[dict]) -> str:
     lines = [
         [
-            case.removeprefix("training/"), name, time_of(r["us_p50"]), f"{r['ratio']:.3g}",
+            case.removeprefix("training/"), name, time_of(r["us_p50"]), ratio_of(r),
             f"{r['peak_bytes'] / 2**20:.1f}", f"{r['first_loss']:.4f}", f"{r['last_loss']:.4f} after {r['steps']}",
         ]
         for case, found in by_case(rows, "training").items()
@@ -187,7 +193,7 @@ def training(rows: list[dict]) -> str:
 
 def overhead(rows: list[dict]) -> str:
     lines = [
-        [case.removeprefix("overhead/"), name, time_of(r["us_p50"]), f"{r['ratio']:.3g}"]
+        [case.removeprefix("overhead/"), name, time_of(r["us_p50"]), ratio_of(r)]
         for case, found in by_case(rows, "overhead").items()
         for name, r in found.items()
     ]

@@ -26,7 +26,7 @@ import torch
 SAMPLE_US = 3000.0  # a sample on a CPU is of as many calls as take this long
 MOST_CALLS = 64
 ROUNDS = (5, 400)  # of every contender, at least and at most
-LONG_US, LONG_ROUNDS = 1e6, 3  # at least so many of one whose sample is that long: it averages by itself
+LONG_US, LONG_ROUNDS = 1e6, 3  # at least so many of one whose every sample is that long: it averages by itself
 DOUBT, PATIENCE = 0.015, 3  # a ratio known less well than this is given up to so many times its share of the time
 WARM_SECONDS = 0.1  # of work of everyone before the first round on a GPU, so that clocks are up
 HIDING_CYCLES = 2_000_000  # about 1 ms of a GPU's time in which the host runs ahead
@@ -132,6 +132,10 @@ def interleave(instances: list[dict], clock: Clock, seconds: float) -> dict[str,
     share, spent = seconds / len(peers), dict.fromkeys(peers, 0.0)
 
     def wants_more(name: str) -> bool:
+        us = times[name].us
+        long = us and min(us) * samplers[name].calls >= LONG_US  # one sample alone may be a moment's hiccup
+        if len(us) < (LONG_ROUNDS if long else ROUNDS[0]):
+            return True
         return spent[name] < share or (spent[name] < PATIENCE * share and times[name].uncertainty() > DOUBT)
 
     gc.collect()
@@ -139,7 +143,7 @@ def interleave(instances: list[dict], clock: Clock, seconds: float) -> dict[str,
     try:
         before = samplers[subject].us()
         for r in range(ROUNDS[1]):
-            entered = [name for name in peers if r < samplers[name].rounds or wants_more(name)]
+            entered = [name for name in peers if wants_more(name)]
             for name in entered if r % 2 else reversed(entered):
                 begin = clock.now()
                 us, after = samplers[name].us(), samplers[subject].us()
@@ -170,9 +174,8 @@ class _Sampler:
             torch.cuda.synchronize()
         once = (time.perf_counter() - begin) / len(contenders) * 1e6
         several = clock.device.type == "cpu" and self.timed != "by itself"
-        if several and once < LONG_US:  # the first call was not typical
+        if several:  # the first call was not typical
             once = clock(next(self.runs), self.timed)
-        self.rounds = LONG_ROUNDS if once >= LONG_US else ROUNDS[0]
         self.bundled = contenders[0].calls
         self.calls = (min(MOST_CALLS, math.ceil(SAMPLE_US / once)) if several else 1) * self.bundled
 

@@ -28,7 +28,7 @@ NAMED = {bar.against for promises in bars.BARS.values() for bar in promises} | {
 
 def found(**ratios: float) -> dict[str, dict]:
     """Rows by contender."""
-    common = {"peak_bytes": 1, "gb_s": 1, "limits": {"copy_gb_s": 1}}
+    common = {"uncertainty": 0, "peak_bytes": 1, "gb_s": 1, "limits": {"copy_gb_s": 1}}
     return {name.replace("_", " "): {"ratio": r, "us_p50": 100 / r, **common} for name, r in ratios.items()}
 
 
@@ -155,6 +155,31 @@ def test_bench_bar_at_least():
     assert bar.line({"a": found(mpkernels=0.91)})[3:] == ["0.91", "a", "met"]
     both = bars.Bar("bytes", "a copy", ("a", "b"), 0.9, lambda rows: rows["mpkernels"]["ratio"], at_least=True)
     assert both.line({"a": found(mpkernels=0.95), "b": found(mpkernels=0.5)})[3:] == ["0.5", "b", "missed in 1 of 2"]
+
+
+def test_bench_bar_leaves_out_what_is_in_doubt():
+    """A hiccup of theirs meets no promise, one of ours misses none."""
+    bar = bars.Bar("step", "theirs", ("a", "b", "c"), 0.6, bars.time_over("theirs"))
+    rows = {name: found(mpkernels=1, theirs=ratio) for name, ratio in (("a", 0.06), ("b", 0.5), ("c", 9))}
+    for name in ("a", "c"):
+        rows[name]["theirs"]["uncertainty"] = 4.6
+    assert bar.line(rows)[3:] == ["0.5", "b", "met, 2 in doubt"]
+    rows["b"]["theirs"]["ratio"] = 0.7
+    assert bar.line(rows)[3:] == ["0.7", "b", "missed in 1 of 1, 2 in doubt"]
+    del rows["b"]
+    assert bar.line(rows)[3:] == ["", "", "in doubt"]
+
+
+def test_bench_tables_show_what_is_in_doubt():
+    row = next(row for row in report.current_rows()["cpu"] if row["case"] == "step/float16/plain/5e7in1")
+    rows = [
+        row | {"contender": "mpkernels"},
+        row | {"contender": "theirs", "ratio": 0.0637, "uncertainty": 4.58, "us_p50": 1e6},
+    ]
+    assert report.ratios(rows, "step").endswith("| 0.0637 ± 458% |")
+    assert report.bytes_per_parameter(rows).endswith(" ± 458% |")
+    rows[1]["uncertainty"] = 0.1
+    assert report.ratios(rows, "step").endswith("| 0.0637 |")
 
 
 def test_bench_compare(tmp_path, monkeypatch, capsys):

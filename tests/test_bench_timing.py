@@ -4,6 +4,7 @@
 import itertools
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,7 +49,7 @@ def test_bench_ratio_ignores_outliers():
 def test_bench_a_slow_contender_leaves_the_others_their_rounds():
     contenders = {
         "ours": says(itertools.repeat(1e-3)),
-        "slow": says(itertools.repeat(1.0)),
+        "slow": says(itertools.repeat(0.5)),
         "fast": says(itertools.repeat(1e-3)),
     }
     times = timing.interleave([contenders], CPU, 0.2)
@@ -56,11 +57,31 @@ def test_bench_a_slow_contender_leaves_the_others_their_rounds():
     assert len(times["fast"].us) == 0.1 / 2e-3
 
 
-def test_bench_seconds_are_sampled_less_often(monkeypatch):
+def test_bench_seconds_are_sampled_less_often():
     """Of what takes long, once is not a moment's noise."""
-    monkeypatch.setattr(timing, "LONG_US", 0)
     contenders = {"ours": says(itertools.repeat(1e-3)), "slow": says(itertools.repeat(2.0))}
     assert len(timing.interleave([contenders], CPU, 0.2)["slow"].us) == timing.LONG_ROUNDS
+
+
+@pytest.fixture
+def first_call_of_a_second(monkeypatch):
+    monkeypatch.setattr(
+        timing, "time", SimpleNamespace(perf_counter=itertools.count(0, 1.2).__next__, process_time=time.process_time)
+    )
+
+
+def test_bench_a_hiccup_is_not_a_long_call(first_call_of_a_second):
+    """What swapped at its first calls is sampled as often as everyone."""
+    hiccups = itertools.chain([1.2, 1.1, 1.1], itertools.repeat(20e-3))
+    contenders = {"ours": says(itertools.repeat(10e-3)), "theirs": says(hiccups)}
+    summary = timing.interleave([contenders], CPU, 0.2)["theirs"].summary()
+    assert summary["rounds"] == timing.ROUNDS[0]
+    assert summary["ratio"] == 0.5
+
+
+def test_bench_a_first_call_is_not_typical(first_call_of_a_second):
+    """However long it took, a sample is of as many calls as a later one needs."""
+    assert timing._Sampler([Contender(lambda: None)], CPU).calls == timing.MOST_CALLS
 
 
 def test_bench_a_doubtful_ratio_gets_more_rounds():
