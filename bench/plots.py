@@ -17,17 +17,16 @@ KEYS = ("case", "contender", "us_p50", "ratio", "bytes_per_parameter", "tflop_s"
 
 
 def draw(rows: list[dict], folder: Path, device: str = "cpu") -> Iterable[tuple[Path, str]]:
-    """(path, SVG) of every plot."""
+    """(path, SVG) of every plot that has rows."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "mpkernels"
     from matplotlib import pyplot
 
-    for name, (select, plot) in PLOTS.items():
-        chosen = select_rows(rows, name, select, device)
+    for name, chosen in chosen_rows(rows, device).items():
         figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-        plot(axes, chosen)
+        PLOTS[name][1](axes, chosen)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Description": digest(chosen)})
         pyplot.close(figure)
@@ -38,11 +37,10 @@ def file_name(name: str, device: str) -> str:
     return f"{name}.svg" if device == "cpu" else f"{device}_{name}.svg"
 
 
-def select_rows(rows: list[dict], name: str, select: Callable[[dict, str], bool], device: str) -> list[dict]:
-    chosen = [row for row in rows if select(row, device)]
-    if not chosen:
-        raise ValueError(f"docs/plots/{file_name(name, device)}: there are no rows to draw it from")
-    return chosen
+def chosen_rows(rows: list[dict], device: str) -> dict[str, list[dict]]:
+    """{plot: its rows}, where there are any."""
+    chosen = {name: [row for row in rows if select(row, device)] for name, (select, _) in PLOTS.items()}
+    return {name: found for name, found in chosen.items() if found}
 
 
 def digest(rows: list[dict]) -> str:
@@ -53,7 +51,7 @@ def digest(rows: list[dict]) -> str:
 
 def expected_digests(rows: list[dict], device: str = "cpu") -> dict[str, str]:
     """{file: digest of its rows}."""
-    return {file_name(name, device): digest(select_rows(rows, name, select, device)) for name, (select, _) in PLOTS.items()}
+    return {file_name(name, device): digest(chosen) for name, chosen in chosen_rows(rows, device).items()}
 
 
 # ----- the plots ---------------------------------------------------------------

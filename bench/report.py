@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the tables of README.md and docs/performance.md and the plots from the committed rows: python -m bench.report.
+"""Write the tables of README.md and docs/performance.md and the plots from bench/results: python -m bench.report.
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; nothing there is written by hand. tests/test_bench.py
 fails when a table is not what the rows say, or when a plot was drawn from other rows.
@@ -17,7 +17,10 @@ from bench.rows import RESULTS, read
 
 ROOT = RESULTS.parent.parent
 DOCUMENTS = ("README.md", "docs/performance.md")
-FILES = ("cpu.jsonl", "cuda.jsonl")
+FILES = {  # of a case that several of them have, the last one's rows are shown: bench/device.sh writes one per forced backend
+    "cpu": ("cpu",),
+    "cuda": ("cuda", "cuda-triton", "cuda-step", "cuda-native"),
+}
 
 # README's table: what, the case, and whom ours is compared with.
 KEY_FIGURES = (
@@ -47,9 +50,19 @@ def main() -> int:
     return 0
 
 
-def current_rows() -> dict[str, list[dict]]:
-    """{"cpu": rows, "cuda": rows}, of those that are committed."""
-    return {Path(name).stem: read(RESULTS / name) for name in FILES if (RESULTS / name).exists()}
+def current_rows(folder: Path = RESULTS) -> dict[str, list[dict]]:
+    """{"cpu": rows, "cuda": rows}, of the files that are in bench/results; the rows of a case are of one file."""
+    found = {}
+    for device, names in FILES.items():
+        cases = {}
+        for path in (folder / f"{name}.jsonl" for name in names):
+            of_file: dict[str, list[dict]] = {}
+            for row in read(path) if path.exists() else ():
+                of_file.setdefault(row["case"], []).append(row)
+            cases |= of_file
+        if cases:
+            found[device] = [row for rows in cases.values() for row in rows]
+    return found
 
 
 def documents(rows: dict[str, list[dict]]) -> Iterable[tuple[Path, str]]:
@@ -119,7 +132,10 @@ def everything(rows: list[dict]) -> str:
     """All tables that have something in them, and the plots."""
     titles = [name for name, (ops, _) in OF_OPS.items() if any(row["op"] in ops for row in rows)]
     tables = [f"### {name[0].upper()}{name[1:]}\n\n{OF_OPS[name][1](rows)}" for name in titles]
-    pictures = [f"![{name.replace('_', ' ')}](plots/{plots.file_name(name, device_of(rows))})" for name in plots.PLOTS]
+    device = device_of(rows)
+    pictures = [
+        f"![{name.replace('_', ' ')}](plots/{plots.file_name(name, device)})" for name in plots.chosen_rows(rows, device)
+    ]
     return "\n\n".join([*tables, "\n".join(pictures)])
 
 

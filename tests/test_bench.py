@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bench import bars, compare, plots, report, step
+from bench import bars, compare, plots, report, rows, step
 from bench.__main__ import check
 from bench.cases import CASES, LinearAct, Mlp, Step, select
 
@@ -124,9 +124,32 @@ def test_bench_plots_rows_of_a_gpu(tmp_path):
     assert "not measured" not in text
 
 
-def test_bench_a_plot_without_its_rows_fails():
-    with pytest.raises(ValueError, match=r"roofline.svg: there are no rows"):
-        plots.expected_digests([row for row in report.current_rows()["cpu"] if row["op"] != "linear_act"])
+def test_bench_every_plot_of_a_cpu_has_rows():
+    """docs/performance.md shows them all."""
+    assert list(plots.expected_digests(report.current_rows()["cpu"])) == [f"{name}.svg" for name in plots.PLOTS]
+
+
+def test_bench_shows_what_device_sh_wrote(tmp_path):
+    """A file per forced backend, or some of them; of a case in two files the rows of one, and no plot without rows."""
+    like = report.current_rows()["cpu"][0] | {"clock": "GPU events"}
+
+    def write(name: str, op: str, case: str, **more) -> None:
+        rows.merge(tmp_path / name, [like | {"op": op, "case": case, "contender": "mpkernels"} | more])
+
+    write("cuda.jsonl", "overhead", "overhead/forward")
+    found = report.current_rows(tmp_path)
+    assert list(found) == ["cuda"]
+    assert list(plots.draw(found["cuda"], tmp_path, "cuda")) == []
+    assert "### Overhead" in report.everything(found["cuda"])
+    write("cuda-step.jsonl", "step", "step/float16/plain/1e8in300", bytes_per_parameter=30)
+    for backend in ("native", "triton"):
+        write(f"cuda-{backend}.jsonl", "linear_act", "linear_act/forward/float16/4096x1024x4096", backends=backend)
+    found = report.current_rows(tmp_path)["cuda"]
+    assert [row.get("backends") for row in found if row["op"] == "linear_act"] == ["native"]
+    assert {row["op"] for row in found} == {"overhead", "step", "linear_act"}
+    drawn = [path.name for path, _ in plots.draw(found, tmp_path, "cuda")]
+    assert "cuda_roofline.svg" in drawn
+    assert all(f"plots/{name}" in report.everything(found) for name in drawn)
 
 
 def test_bench_bar_names_the_worst_case():
