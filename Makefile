@@ -5,6 +5,7 @@ PY := $(VENV)/bin/python
 PACKAGES := torch triton numpy setuptools wheel ninja pytest pytest-xdist pytest-timeout hypothesis expecttest \
 	ruff clang-format torch-abi-audit abi3audit scikit-learn matplotlib tqdm \
 	transformers accelerate lightning-fabric safetensors onnx onnxruntime onnxscript
+OUT := bench/out
 LIBRARY := mpkernels/_C.abi3.so
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export MAX_JOBS ?= 2
@@ -15,7 +16,7 @@ help:
 	@echo "make demo    train digits under every policy (demo/results.json, demo/loss.png)"
 	@echo "make test    lint, build, and every test that takes less than 12 minutes together"
 	@echo "make sweep   the long tests: all tiles x architectures ahead of time, large sweeps (FULL=1 for more)"
-	@echo "make bench   check and time every op against its peers (QUICK=1: less than ten minutes)"
+	@echo "make bench   check and time every op against its peers (QUICK=1: less than ten minutes), rows in bench/out"
 	@echo "make report  tables of README.md and docs/performance.md, and plots, from the rows in bench/results"
 	@echo "make wheel   one wheel for every supported torch and Python, in dist/"
 	@echo "make lint    ruff and clang-format"
@@ -30,7 +31,8 @@ sweep: build
 	$(PY) -m pytest -n 2 --dist worksteal -m sweep
 
 bench: build
-	$(PY) -m bench $(if $(QUICK),--quick) --out bench/results
+	@mkdir -p $(OUT)
+	$(PY) -m bench $(if $(QUICK),--quick) --out $(OUT)
 
 report: $(VENV)/installed
 	$(PY) -m bench.report
@@ -38,14 +40,14 @@ report: $(VENV)/installed
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/host/*' 'tests/device/*.cu')
+	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc tests/host tests/device -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 wheel: build
 	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
 
 build: $(LIBRARY)
 
-# The library is built once by the editable install, and again by ninja where a source is newer.
+# Built by ninja, again where a source is newer; a .pth file puts this folder on the path instead of an install.
 $(LIBRARY): $(VENV)/installed $(SOURCES)
 	$(PY) setup.py -q build_ext --inplace
 	@touch $@
@@ -57,4 +59,4 @@ $(VENV)/installed: constraints.txt
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info $(LIBRARY) demo
+	rm -rf build dist *.egg-info $(LIBRARY) demo bench/out

@@ -3,6 +3,8 @@
 
 import importlib
 import json
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -203,6 +205,16 @@ def test_bench_tables_show_what_is_in_doubt():
     assert report.bytes_per_parameter(rows).endswith(" ± 458% |")
     rows[1]["uncertainty"] = 0.1
     assert report.ratios(rows, "step").endswith("| 0.0637 |")
+
+
+def test_bench_make_leaves_the_committed_rows():
+    """`make bench` writes where git does not look, unless it is told."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    for given, out in (((), "bench/out"), (("OUT=bench/results",), "bench/results")):
+        done = subprocess.run(["make", "-n", "bench", *given], cwd=report.ROOT, capture_output=True, text=True, check=True)
+        assert done.stdout.rstrip().endswith(f"--out {out}")
+    assert "bench/out/" in (report.ROOT / ".gitignore").read_text().splitlines()
 
 
 def test_bench_compare(tmp_path, monkeypatch, capsys):
