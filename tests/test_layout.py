@@ -7,6 +7,7 @@ import graphlib
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,14 @@ def test_layout_needs_torch_only(module):
     allowed |= {"numpy"} if module.endswith(".reference") else set()
     allowed |= {name for name in ("triton", "transformers") if name in module}
     assert {name.split(".")[0] for name in imports_of(module, at_import=True)} <= allowed
+
+
+def test_layout_declares_what_it_needs():
+    """Triton and transformers may be absent; whatever else a module imports is installed with the wheel."""
+    found = {name.split(".")[0] for module in MODULES for name in imports_of(module, at_import=True)}
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    needed = found - set(sys.stdlib_module_names) - {"mpkernels", "triton", "transformers"}
+    assert {re.match(r"[a-z]+", name)[0] for name in declared} == needed
 
 
 def test_layout_ops_have_their_files():

@@ -9,10 +9,10 @@ trap 'rm -rf "$dist"' EXIT
 python -m pip wheel --no-build-isolation --no-deps -w "$dist" .
 
 for torch in 2.11.0 2.15.0; do
-    for python in 3.11 3.12 3.13; do
+    for python in 3.11 3.12 3.13 3.14; do
         echo "== torch $torch, Python $python"
         "python$python" -m venv "$dist/venv"
-        "$dist/venv/bin/python" -m pip install --quiet "torch==$torch" numpy "$dist"/mpkernels-*-abi3-*.whl
+        "$dist/venv/bin/python" -m pip install --quiet "torch==$torch" "$dist"/mpkernels-*-abi3-*.whl
         # From elsewhere: the sources here must not shadow what was installed.
         (cd "$dist" && venv/bin/python -m mpkernels)
         rm -rf "$dist/venv"
