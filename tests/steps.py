@@ -4,6 +4,7 @@
 A test file of an op parametrizes its fixture `device` over `targets(op)`; the fixture forces the backend for that op.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 
@@ -159,3 +160,58 @@ def torch_trajectory(make: Callable, start: torch.Tensor, grads: torch.Tensor) -
         optimizer.step()
         result.append(weight.detach().clone())
     return torch.stack(result).numpy()
+
+
+@functools.cache
+def problem() -> Problem:
+    return Problem()
+
+
+def clip_factors(max_norm) -> np.ndarray:
+    """(steps, 1) fp64."""
+    norms = problem().unscaled(torch.float64).norm(dim=1, keepdim=True)
+    return (max_norm / (norms + 1e-6)).clamp(max=1).numpy() if max_norm else np.ones((len(norms), 1))
+
+
+def trajectory(call: Callable, arguments: Callable, options: dict, dtype, device, copy_dtypes) -> np.ndarray:
+    """(steps, n) masters of the op `call`; copies are held against them on the way."""
+    masters = split(problem().start.to(device, dtype), problem().sizes)
+    args = arguments(masters, masters, copy_dtypes, **options, grad_scale=scalar(problem().grad_scale, device))
+    grads = problem().grads.to(device)
+    norms = problem().unscaled(torch.float64).norm(dim=1).to(device)
+    result = []
+    for t in range(len(grads)):
+        args["grads"] = split(grads[t], problem().sizes)
+        if "max_norm" in options:
+            args["grad_norm"] = norms[t]
+        call(**args)
+        result.append(join(masters))
+        if t % 100 == 0:
+            check_copies(args["copies"], masters)
+    assert args["steps"].tolist() == [len(grads)] * len(masters)
+    return np.stack(result)
+
+
+# ----- tests that adamw_ and sgd_ share ---------------------------------------------------------------
+
+
+def check_rounds_copies_once(call: Callable, arguments: Callable, dtype: torch.dtype, device) -> None:
+    """Masters a little beside a tie of the 16-bit format, where going through fp32 rounds twice; inf, subnormals, -0."""
+    u = bounds.unit_roundoff(dtype)
+    near = [s * (1 + k * 2 * u + u) * (1 + d) for s in (1, -1) for k in range(40) for d in (-(2.0**-40), 0, 2.0**-40)]
+    tiny = bounds.least_subnormal(dtype)
+    extremes = [0.0, -0.0, tiny / 2, tiny * 0.75, -tiny * 1.5, 65519.99, 65520.0, 1e39, -1e300, 1e-320, math.inf, math.nan]
+    master = torch.tensor(near + extremes, dtype=torch.float64, device=device)
+    args = arguments([master], [torch.zeros_like(master)], (dtype,), lr=0.0)
+    call(**args)
+    check_copies(args["copies"], args["masters"])
+
+
+def check_makes_saved_tensors_stale(call: Callable, arguments: Callable, device) -> None:
+    """A step after forward makes backward an error, as autograd sees the write."""
+    parameter = torch.nn.Parameter(torch.ones(3, device=device))
+    loss = parameter.square().sum()
+    with torch.no_grad():
+        call(**arguments([parameter], [torch.ones(3, device=device)]))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import steps
 import torch
-from steps import BAD_SCALES, BAD_VALUES, DTYPES, SIZES, Problem, counts, force, join, raw, scalar, split
+from steps import BAD_SCALES, BAD_VALUES, DTYPES, SIZES, counts, force, join, raw, scalar, split
 
 from mpkernels.ops.adamw import op, reference
 
@@ -68,27 +68,16 @@ def state(args) -> list[torch.Tensor]:
 
 
 @functools.cache
-def problem() -> Problem:
-    return Problem()
-
-
-def clip_factors(max_norm) -> np.ndarray:
-    """(steps, 1) fp64."""
-    norms = problem().unscaled(torch.float64).norm(dim=1, keepdim=True)
-    return (max_norm / (norms + 1e-6)).clamp(max=1).numpy() if max_norm else np.ones((len(norms), 1))
-
-
-@functools.cache
 def expected(variant: str, wide=np.float64) -> np.ndarray:
     """R of bound 8."""
     options = DEFAULTS | VARIANTS[variant]
     amsgrad, max_norm = options.pop("amsgrad", False), options.pop("max_norm", None)
     options = {k: v if isinstance(v, bool) else wide(v) for k, v in options.items()}
-    w = problem().start.numpy() if wide == np.longdouble else problem().start.float().numpy()
+    w = steps.problem().start.numpy() if wide == np.longdouble else steps.problem().start.float().numpy()
     w = w.astype(wide)
     m, v, vmax = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w) if amsgrad else None
     result = []
-    for t, g in enumerate(problem().unscaled(torch.float64).numpy() * clip_factors(max_norm).astype(wide), 1):
+    for t, g in enumerate(steps.problem().unscaled(torch.float64).numpy() * steps.clip_factors(max_norm).astype(wide), 1):
         w, m, v, vmax = reference.adamw(w, g, m, v, vmax, t, lr=wide(LR), **options)
         result.append(w)
     return np.stack(result)
@@ -106,28 +95,14 @@ def torch_optimizer(variant: str):
 @functools.cache
 def torchs(variant: str, dtype=torch.float32) -> np.ndarray:
     """P of bound 8."""
-    factors = torch.from_numpy(clip_factors(VARIANTS[variant].get("max_norm"))).to(dtype)
-    return steps.torch_trajectory(torch_optimizer(variant), problem().start.to(dtype), problem().unscaled(dtype) * factors)
+    factors = torch.from_numpy(steps.clip_factors(VARIANTS[variant].get("max_norm"))).to(dtype)
+    return steps.torch_trajectory(
+        torch_optimizer(variant), steps.problem().start.to(dtype), steps.problem().unscaled(dtype) * factors
+    )
 
 
 def trajectory(variant: str, dtype, device, call=adamw_, copy_dtypes=(torch.float16, torch.bfloat16, None)) -> np.ndarray:
-    """(steps, n) masters of the op; copies are held against them on the way."""
-    options = dict(VARIANTS[variant])
-    masters = split(problem().start.to(device, dtype), problem().sizes)
-    args = arguments(masters, masters, copy_dtypes, **options, grad_scale=scalar(problem().grad_scale, device))
-    grads = problem().grads.to(device)
-    norms = problem().unscaled(torch.float64).norm(dim=1).to(device)
-    result = []
-    for t in range(len(grads)):
-        args["grads"] = split(grads[t], problem().sizes)
-        if "max_norm" in options:
-            args["grad_norm"] = norms[t]
-        call(**args)
-        result.append(join(masters))
-        if t % 100 == 0:
-            steps.check_copies(args["copies"], masters)
-    assert args["steps"].tolist() == [len(grads)] * len(masters)
-    return np.stack(result)
+    return steps.trajectory(call, arguments, VARIANTS[variant], dtype, device, copy_dtypes)
 
 
 # ----- right ----------------------------------------------------------------------------------------
@@ -137,10 +112,10 @@ def trajectory(variant: str, dtype, device, call=adamw_, copy_dtypes=(torch.floa
 def test_adamw_reference_matches_torch(variant):
     options = DEFAULTS | VARIANTS[variant]
     amsgrad = options.pop("amsgrad", False)
-    w = problem().start.numpy()
+    w = steps.problem().start.numpy()
     m, v, vmax = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w) if amsgrad else None
     result = []
-    for t, g in enumerate(problem().unscaled(torch.float64).numpy(), 1):
+    for t, g in enumerate(steps.problem().unscaled(torch.float64).numpy(), 1):
         w, m, v, vmax = reference.adamw(w, g, m, v, vmax, t, lr=LR, **options)
         result.append(w)
     bounds.check_trajectory(np.stack(result), torchs(variant, torch.float64), None)
@@ -196,15 +171,7 @@ def test_adamw_steps_differ_between_tensors(device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_adamw_copies_of_fp64_are_rounded_once(device, dtype):
-    """Masters a little beside a tie of the 16-bit format, where going through fp32 rounds twice; inf, subnormals, -0."""
-    u = bounds.unit_roundoff(dtype)
-    near = [s * (1 + k * 2 * u + u) * (1 + d) for s in (1, -1) for k in range(40) for d in (-(2.0**-40), 0, 2.0**-40)]
-    tiny = bounds.least_subnormal(dtype)
-    extremes = [0.0, -0.0, tiny / 2, tiny * 0.75, -tiny * 1.5, 65519.99, 65520.0, 1e39, -1e300, 1e-320, math.inf, math.nan]
-    master = torch.tensor(near + extremes, dtype=torch.float64, device=device)
-    args = arguments([master], [torch.zeros_like(master)], (dtype,), lr=0.0)
-    adamw_(**args)
-    steps.check_copies(args["copies"], args["masters"])
+    steps.check_rounds_copies_once(adamw_, arguments, dtype, device)
 
 
 def test_adamw_scaling_by_a_power_of_two_is_neutral(device):
@@ -509,12 +476,7 @@ def test_adamw_bumps_versions(device):
 
 
 def test_adamw_makes_stale_saved_tensors_an_error(device):
-    parameter = torch.nn.Parameter(torch.ones(3, device=device))
-    loss = parameter.square().sum()
-    with torch.no_grad():
-        adamw_(**arguments([parameter], [torch.ones(3, device=device)]))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    steps.check_makes_saved_tensors_stale(adamw_, arguments, device)
 
 
 @pytest.mark.parametrize(

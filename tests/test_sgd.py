@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import steps
 import torch
-from steps import BAD_SCALES, BAD_VALUES, DTYPES, SIZES, Problem, counts, force, join, raw, scalar, split
+from steps import BAD_SCALES, BAD_VALUES, DTYPES, SIZES, counts, force, join, raw, scalar, split
 
 from mpkernels.ops._multi_tensor import grad_factor
 from mpkernels.ops.sgd import op, reference
@@ -63,25 +63,14 @@ def state(args) -> list[torch.Tensor]:
 
 
 @functools.cache
-def problem() -> Problem:
-    return Problem()
-
-
-def clip_factors(max_norm) -> np.ndarray:
-    """(steps, 1) fp64."""
-    norms = problem().unscaled(torch.float64).norm(dim=1, keepdim=True)
-    return (max_norm / (norms + 1e-6)).clamp(max=1).numpy() if max_norm else np.ones((len(norms), 1))
-
-
-@functools.cache
 def expected(variant: str, wide=np.float64) -> np.ndarray:
     """R of bound 8."""
     options = DEFAULTS | VARIANTS[variant]
     max_norm = options.pop("max_norm", None)
     options = {k: v if isinstance(v, bool) else wide(v) for k, v in options.items()}
-    w = (problem().start if wide == np.longdouble else problem().start.float()).numpy().astype(wide)
+    w = (steps.problem().start if wide == np.longdouble else steps.problem().start.float()).numpy().astype(wide)
     buffer, result = None, []
-    for t, g in enumerate(problem().unscaled(torch.float64).numpy() * clip_factors(max_norm).astype(wide), 1):
+    for t, g in enumerate(steps.problem().unscaled(torch.float64).numpy() * steps.clip_factors(max_norm).astype(wide), 1):
         w, buffer = reference.sgd(w, g, buffer, t, lr=wide(LR), **options)
         result.append(w)
     return np.stack(result)
@@ -91,29 +80,13 @@ def expected(variant: str, wide=np.float64) -> np.ndarray:
 def torchs(variant: str, dtype=torch.float32) -> np.ndarray:
     """P of bound 8."""
     options = DEFAULTS | VARIANTS[variant]
-    factors = torch.from_numpy(clip_factors(options.pop("max_norm", None))).to(dtype)
+    factors = torch.from_numpy(steps.clip_factors(options.pop("max_norm", None))).to(dtype)
     make = lambda params: torch.optim.SGD(params, lr=LR, **options, foreach=False, fused=False)
-    return steps.torch_trajectory(make, problem().start.to(dtype), problem().unscaled(dtype) * factors)
+    return steps.torch_trajectory(make, steps.problem().start.to(dtype), steps.problem().unscaled(dtype) * factors)
 
 
 def trajectory(variant: str, dtype, device, call=sgd_, copy_dtypes=(torch.float16, torch.bfloat16, None)) -> np.ndarray:
-    """(steps, n) masters of the op; copies are held against them on the way."""
-    options = dict(VARIANTS[variant])
-    masters = split(problem().start.to(device, dtype), problem().sizes)
-    args = arguments(masters, masters, copy_dtypes, **options, grad_scale=scalar(problem().grad_scale, device))
-    grads = problem().grads.to(device)
-    norms = problem().unscaled(torch.float64).norm(dim=1).to(device)
-    result = []
-    for t in range(len(grads)):
-        args["grads"] = split(grads[t], problem().sizes)
-        if "max_norm" in options:
-            args["grad_norm"] = norms[t]
-        call(**args)
-        result.append(join(masters))
-        if t % 100 == 0:
-            steps.check_copies(args["copies"], masters)
-    assert args["steps"].tolist() == [len(grads)] * len(masters)
-    return np.stack(result)
+    return steps.trajectory(call, arguments, VARIANTS[variant], dtype, device, copy_dtypes)
 
 
 # ----- right ----------------------------------------------------------------------------------------
@@ -121,8 +94,8 @@ def trajectory(variant: str, dtype, device, call=sgd_, copy_dtypes=(torch.float1
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "clipped"])
 def test_sgd_reference_matches_torch(variant):
-    w, buffer, result = problem().start.numpy(), None, []
-    for t, g in enumerate(problem().unscaled(torch.float64).numpy(), 1):
+    w, buffer, result = steps.problem().start.numpy(), None, []
+    for t, g in enumerate(steps.problem().unscaled(torch.float64).numpy(), 1):
         w, buffer = reference.sgd(w, g, buffer, t, lr=LR, **DEFAULTS | VARIANTS[variant])
         result.append(w)
     bounds.check_trajectory(np.stack(result), torchs(variant, torch.float64), None)
@@ -179,15 +152,7 @@ def test_sgd_first_step_ignores_the_buffer(device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sgd_copies_of_fp64_are_rounded_once(device, dtype):
-    """Masters a little beside a tie of the 16-bit format, where going through fp32 rounds twice; inf, subnormals, -0."""
-    u = bounds.unit_roundoff(dtype)
-    near = [s * (1 + k * 2 * u + u) * (1 + d) for s in (1, -1) for k in range(40) for d in (-(2.0**-40), 0, 2.0**-40)]
-    tiny = bounds.least_subnormal(dtype)
-    extremes = [0.0, -0.0, tiny / 2, tiny * 0.75, -tiny * 1.5, 65519.99, 65520.0, 1e39, -1e300, 1e-320, math.inf, math.nan]
-    master = torch.tensor(near + extremes, dtype=torch.float64, device=device)
-    args = arguments([master], [torch.zeros_like(master)], (dtype,), lr=0.0)
-    sgd_(**args)
-    steps.check_copies(args["copies"], args["masters"])
+    steps.check_rounds_copies_once(sgd_, arguments, dtype, device)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -439,12 +404,7 @@ def test_sgd_bumps_versions(device):
 
 
 def test_sgd_makes_stale_saved_tensors_an_error(device):
-    parameter = torch.nn.Parameter(torch.ones(3, device=device))
-    loss = parameter.square().sum()
-    with torch.no_grad():
-        sgd_(**arguments([parameter], [torch.ones(3, device=device)]))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    steps.check_makes_saved_tensors_stale(sgd_, arguments, device)
 
 
 @pytest.mark.parametrize(

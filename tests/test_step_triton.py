@@ -85,9 +85,9 @@ def test_step_self_check(check, device):
 @pytest.fixture
 def short(monkeypatch):
     """20 steps instead of 1,000."""
+    problem = Problem(sizes=(1, 7, 31), steps=20)
+    monkeypatch.setattr(steps, "problem", lambda: problem)
     for module in UPDATES.values():
-        problem = Problem(sizes=(1, 7, 31), steps=20)
-        monkeypatch.setattr(module, "problem", lambda problem=problem: problem)
         monkeypatch.setattr(module, "expected", module.expected.__wrapped__)
         monkeypatch.setattr(module, "torchs", module.torchs.__wrapped__)
 
