@@ -32,7 +32,8 @@ no policy here uses it. e4m3fn has no infinity; e5m2 has one.
 
 POLICY_NOTES = """\
 "Sums" is the accumulator of a matrix product: fp32, or fp64 for fp64, whatever the operands are. The optimizer's moments
-have the master's dtype. A 16-bit number that is written, be it an output, a parameter or a compute copy, was rounded once.
+have the master's dtype, or bf16 with `state_dtype=torch.bfloat16`. A 16-bit number that is written, be it an output, a
+parameter or a compute copy, was rounded once.
 
 - `mixed_*` may be combined with `grad=float16` (`Policy.parse("mixed_float16,grad=float16")`): half the gradient memory.
 - The 16-bit copy of the weights that `mixed_float16` and `mixed_bfloat16` multiply with is written by the optimizer in
