@@ -513,6 +513,23 @@ def test_unscale_makes_16_bit_gradients_fp32():
     assert params[0].grad.dtype == torch.float16
 
 
+def test_unscale_then_no_step_then_next_step():
+    """An iteration may be left out: the next one's 16-bit gradients are read as such, not as the fp32 ones of unscale_."""
+    trajectories = []
+    for left_out in (False, True):
+        params, scaler = parameters(torch.float16, torch.bfloat16, n=2000), mpk.GradScaler(init_scale=8.0)
+        optimizer = mpk.optim.SGD(params, lr=0.1)
+        iteration(params, optimizer, scaler)
+        if left_out:
+            give_grads(params, scaler, size=3.0)
+            scaler.unscale_(optimizer)
+            scaler.update()
+        optimizer.zero_grad()
+        iteration(params, optimizer, scaler, size=2.0)
+        trajectories.append(everything(optimizer))
+    assert trajectories[0] == trajectories[1]
+
+
 def test_unscale_then_inf_is_not_checked_again():
     """As torch: the verdict is that of unscale_; what the user makes of the gradients afterwards is theirs."""
     params, scaler = parameters(torch.float32), mpk.GradScaler()

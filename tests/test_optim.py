@@ -10,6 +10,7 @@ import io
 import math
 import pickle
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -378,6 +379,28 @@ def test_grads_are_not_written():
     before = raw([p.grad for p in params])
     optimizer.step()
     assert raw([p.grad for p in params]) == before, "there is no scale to take off"
+
+
+@pytest.mark.parametrize("way", ["plain", "max_norm", "scaler", "write_grads", "clip", "unscale", "left out"])
+@ours
+def test_gradients_are_let_go(name, way):
+    """After a step, or what else reads them, nobody but the parameters holds the gradients: the next ones take their memory."""
+    params = parameters(torch.float16, torch.float32)
+    options = {"max_norm": 1.0} if way == "max_norm" else {"write_grads": True} if way == "write_grads" else {}
+    optimizer, scaler = OURS[name](params, **options), mpk.GradScaler(enabled=way not in ("plain", "max_norm"))
+    scaler.scale(torch.ones(()))
+    for t in range(3):
+        set_grads(params, t)
+        if way == "clip":
+            scaler.clip_grad_norm_(optimizer, 1.0)
+        if way in ("unscale", "left out"):
+            scaler.unscale_(optimizer)
+        grads = [weakref.ref(p.grad) for p in params]
+        if way != "left out":
+            scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert [grad() for grad in grads] == [None, None]
 
 
 # ----- masters and foreign writes ----------------------------------------------------------------------
@@ -964,6 +987,18 @@ def test_step_checks_the_lists_once(monkeypatch):
     assert torch.equal(
         optimizer._rows[0, params[0].device].states["momentum_buffer"][2], optimizer.state[params[2]]["momentum_buffer"]
     )
+
+
+def test_step_keeps_the_table_of_gradients_that_stay():
+    """Their addresses, that is: the tensors themselves are let go between two steps."""
+    params = parameters(torch.float16, torch.float32)
+    optimizer = mpk.optim.AdamW(params)
+    train(params, optimizer, 1)
+    grads = optimizer._rows[0, params[0].device].grads
+    table = grads.table
+    optimizer.step()
+    assert grads.table is table
+    assert optimizer._rows[0, params[0].device].grads is grads
 
 
 @pytest.mark.parametrize("change", [

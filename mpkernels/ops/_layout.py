@@ -3,14 +3,14 @@
 
 from array import array
 from collections.abc import Iterable
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 
 import torch
 
 from mpkernels import _native
 
 _SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}  # of c10
-_dtype = attrgetter("dtype")
+format_of = attrgetter("dtype", "shape")
 
 
 def why_not_native(device: torch.device) -> str | None:
@@ -31,11 +31,11 @@ class Tensors(list):
 
     contiguous: whether a raw-pointer loop sees the values of all of them: no gaps, and no minus that torch has put off.
 
-    Whoever keeps one from call to call, as an optimizer does, calls `describe` when a tensor is not what it was. Handing over
-    a table instead of a list saves unboxing every tensor in every call.
+    Whoever keeps one from call to call, as an optimizer does, calls `describe` when a tensor is not what it was, or `clear`,
+    which lets the tensors go, and `replace`. Handing over a table instead of a list saves unboxing every tensor in every call.
     """
 
-    __slots__ = ("_head", "addresses", "contiguous", "dtypes", "table")
+    __slots__ = ("_head", "addresses", "contiguous", "formats", "table")
 
     def __init__(self, tensors: Iterable[torch.Tensor]):
         super().__init__(tensors)
@@ -44,8 +44,9 @@ class Tensors(list):
     def describe(self) -> None:
         """Look at every tensor anew."""
         self.contiguous = all(map(torch.Tensor.is_contiguous, self)) and not any(map(torch.Tensor.is_neg, self))
-        self.dtypes = list(map(_dtype, self))
-        self._head = array("q", map(torch.Tensor.numel, self)) + array("q", map(_SCALAR_TYPES.__getitem__, self.dtypes))
+        self.formats = list(map(format_of, self))
+        dtypes = map(itemgetter(0), self.formats)
+        self._head = array("q", map(torch.Tensor.numel, self)) + array("q", map(_SCALAR_TYPES.__getitem__, dtypes))
         self._locate(list(map(torch.Tensor.data_ptr, self)))
 
     def _locate(self, addresses: list[int]) -> None:
@@ -56,7 +57,7 @@ class Tensors(list):
             self.table = torch.empty(3, 0, dtype=torch.int64)
 
     def replace(self, tensors: list[torch.Tensor]) -> None:
-        """Hold these, which the caller has found to have the same sizes, dtypes and layouts."""
+        """Hold these, which the caller has found to have the same `formats` and layouts."""
         self[:] = tensors
         addresses = list(map(torch.Tensor.data_ptr, self))
         if addresses != self.addresses:

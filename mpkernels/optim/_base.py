@@ -175,6 +175,7 @@ class Optimizer(torch.optim.Optimizer):
                     self._op.check(*call.arguments, **call.options)
         except BaseException:
             self._stats = {}  # what was read of these gradients: the next step may be of others
+            self._let_grads_go()
             raise
         for call in calls:
             self._op(*call.arguments, **call.options, checked=True)
@@ -184,7 +185,13 @@ class Optimizer(torch.optim.Optimizer):
         if self.write_grads and grad_scale is not None:
             for call in calls:
                 _unscale_in_place(call.rows.grads, call.options)
+        self._let_grads_go()
         return loss
+
+    def _let_grads_go(self) -> None:
+        """Or those of this step would live on while the next backward allocates its own."""
+        for rows in self._rows.values():
+            rows.grads.clear()
 
     def _prepare(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> list[_Call]:
         """Read the gradients if need be and make all that a step needs: what fails here, or allocates, has written nothing."""
@@ -236,12 +243,14 @@ class Optimizer(torch.optim.Optimizer):
         for device, stats in self._stats.items():
             stats.grad_scale = grad_scale.to(device, copy=True)
             stats.found_inf = skip_flag(stats.found_inf, stats.grad_scale).float()
+        self._let_grads_go()
         return {device: stats.found_inf for device, stats in self._stats.items()}
 
     @torch.no_grad()
     def _clip_at_next_step(self, grad_scale: torch.Tensor | None, max_norm: float) -> torch.Tensor | None:
         """Read the gradients now and clip them to max_norm in the next step; the norm, or None without gradients."""
         self._read_grads(self._all_rows(), grad_scale, norm=True)
+        self._let_grads_go()
         if not self._stats:
             return None
         self._pending_clip = max_norm

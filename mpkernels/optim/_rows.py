@@ -6,15 +6,15 @@ What a step asks of a tensor is asked of a whole list at once: Python's time per
 
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import is_, itemgetter
 
 import torch
 
 from mpkernels import _copies
-from mpkernels.ops._layout import Tensors
+from mpkernels.ops._layout import Tensors, format_of
 from mpkernels.optim import _ranks
 
-_format, _address = attrgetter("dtype", "shape"), torch.Tensor.data_ptr
+_address = torch.Tensor.data_ptr
 
 
 @dataclass(eq=False)
@@ -32,12 +32,12 @@ class Rows:
     mastered: list[int]  # rows whose master is not the parameter itself
     requests: int  # _copies.requests when these rows were made
     dtensors: bool
-    grads: Tensors = field(default_factory=lambda: Tensors([]))  # of this step, of DTensors what this rank holds
+    grads: Tensors = field(default_factory=lambda: Tensors([]))  # inside a step; of DTensors what this rank holds
     stamps: list[tuple[int, ...]] | None = None  # of the parameters after our last write
     checked: bool = False  # whether an op has checked these lists: only the scalars and the gradients' values are new
 
     def __post_init__(self):
-        self._formats = list(map(_format, self.params))
+        self._formats = list(map(format_of, self.params))
         self._addresses = self._state_addresses()
         self._lr: tuple[float, torch.Tensor] | None = None
 
@@ -52,11 +52,10 @@ class Rows:
         try:
             unchanged = (
                 kinds == {torch.Tensor}
-                and len(old) == len(grads)
                 and old.contiguous
                 and self.are(params)
-                and list(map(_format, params)) == self._formats
-                and list(map(_format, grads)) == self._grad_formats
+                and list(map(format_of, params)) == self._formats
+                and list(map(format_of, grads)) == old.formats
                 and all(map(torch.Tensor.is_contiguous, grads))
                 and not any(map(torch.Tensor.is_neg, grads))
                 and all(map(torch.Tensor.is_contiguous, params)) == self.held.contiguous
@@ -71,7 +70,6 @@ class Rows:
     def give(self, grads: list[torch.Tensor]) -> None:
         """Take these gradients, whatever they are, and look at every other list anew: `take` has refused them."""
         self.grads, self.checked = Tensors(grads), False
-        self._grad_formats = list(map(_format, grads))
         for tensors in (self.held, self.masters, self.copies, *self.states.values()):
             tensors.describe()
 
