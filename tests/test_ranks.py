@@ -529,6 +529,16 @@ class Net(nn.Sequential):
         mpk.convert(self, policy)
 
 
+def test_device_without_gradients_has_no_verdict():
+    """What was read of a device that has no gradients this time is not among what is read now."""
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = mpk.optim.SGD([parameter], lr=1.0)
+    optimizer._ranks.many, optimizer._stats = True, {torch.device("meta"): None}
+    parameter.grad = torch.ones(3)
+    optimizer._clip_at_next_step(None, 1.0)
+    assert optimizer._stats.keys() == {parameter.device}
+
+
 def batch(t: int, rows: int = 12):
     return values(t, (rows, 4)).mul(2).round(), values(t + 50, (rows, 3)).mul(2).round()
 

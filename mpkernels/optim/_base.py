@@ -36,8 +36,8 @@ class Optimizer(torch.optim.Optimizer):
     """Base of AdamW, Adam and SGD.
 
     master_dtype: fp32 or fp64, what 16-bit parameters are updated in (None: fp32). state_dtype: of the moments: None, the
-    master's, or bf16, for 4 bytes less per moment and parameter of memory and of traffic each way; the arithmetic stays the
-    master's, see mpkernels.ops.adamw for what is lost.
+    master's, or bf16, for 2 bytes less per moment and parameter than fp32, of memory and of traffic each way; the arithmetic
+    stays the master's, see mpkernels.ops.adamw for what is lost.
     max_norm: clip the global norm over all groups inside the step. write_grads: leave `.grad` unscaled after a step
     under a scaler, as torch does. skip_nonfinite: without a scaler, skip a step with inf or NaN gradients.
     process_group: needed where plain tensors are sharded by hand: the ranks that share one verdict and whose gradients
@@ -274,7 +274,7 @@ class Optimizer(torch.optim.Optimizer):
     def _read_on_ranks(self, by_device: dict, grad_scale: torch.Tensor | None, norm: bool) -> None:
         """The same with the verdict and the norm of all ranks; a rank without gradients joins in with none."""
         by_device = by_device or {self._parameters()[0].device: []}
-        squares: dict = {}
+        self._stats, squares = {}, {}
         for device, params in by_device.items():
             parts = self._ranks.parts(params) if norm and params else {_ranks.HERE: params}
             reads = {part: self._read(device, members, grad_scale, norm) for part, members in parts.items()}
