@@ -92,8 +92,9 @@ class GradScaler(torch.amp.GradScaler):
     def clip_grad_norm_(self, optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
         """Clip the global norm of the unscaled gradients to `max_norm`; returns the norm, on the device.
 
-        For one of our optimizers the gradients are read once and the factor is left to `step`. For another, or after
-        `unscale_`, it is torch's (not with a `process_group`, of which that knows nothing).
+        For one of our optimizers the gradients are read once and the factor is left to `step`, which reads them again where
+        they were written since (on many ranks then on all) and does not clip where all of them are gone. For another, or
+        after `unscale_`, it is torch's (not with a `process_group`, of which that knows nothing).
         Raises ValueError for an optimizer with its own `max_norm`.
         """
         if getattr(optimizer, "max_norm", None) is not None:

@@ -578,6 +578,86 @@ def test_preset_grad_scale_after_unscale():
     assert params[0].tolist() == [-0.5] * 4
 
 
+def clipping(**options) -> tuple[list[nn.Parameter], mpk.optim.SGD, mpk.GradScaler]:
+    """Zeros whose gradients of 1 have a norm of 4, which SGD with lr 1 subtracts."""
+    params = [nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (4, 12)]
+    scaler = mpk.GradScaler(init_scale=8.0)
+    give_grads(params, scaler)
+    return params, mpk.optim.SGD(params, lr=1.0, **options), scaler
+
+
+@pytest.mark.parametrize("poison", [None, math.inf])
+def test_clip_goes_with_its_gradients(poison):
+    """Whoever takes them away, as `zero_grad` of the optimizer does; those of the next backward are read, and not clipped."""
+    params, optimizer, scaler = clipping()
+    scaler.clip_grad_norm_(optimizer, 1.0)
+    give_grads(params, scaler, size=2.0, poison=poison)
+    scaler.step(optimizer)
+    scaler.update()
+    assert [p[0].item() for p in params] == ([-2.0, -2.0] if poison is None else [0.0, 0.0])
+    assert scaler.last_step_skipped == (poison is not None)
+
+
+def _write(params):
+    params[0].grad.mul_(2)
+
+
+def _replace_one(params):
+    params[1].grad = torch.full_like(params[1], 16.0)
+
+
+def _take_one_away(params):
+    params[1].grad = None
+
+
+@pytest.mark.parametrize("change", [_write, _replace_one, _take_one_away])
+def test_clip_reads_again_what_changed(change):
+    """The norm is of the gradients that the step finds, as long as one of those is among them for which it was asked."""
+    params, optimizer, scaler = clipping()
+    scaler.clip_grad_norm_(optimizer, 1.0)
+    change(params)
+    present = [p for p in params if p.grad is not None]
+    expected, norm = fp64_clipped(present, 8.0, 1.0)
+    scaler.step(optimizer)
+    bounds.check_norm(optimizer.grad_norm.item(), norm.item(), 16)
+    for parameter, grad in zip(present, expected, strict=True):
+        bounds.check_trajectory(-parameter.detach().numpy()[None], grad.numpy()[None], None)
+
+
+def test_clip_then_an_inf_is_found():
+    params, optimizer, scaler = clipping()
+    scaler.clip_grad_norm_(optimizer, 1.0)
+    params[1].grad[3] = math.inf
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.last_step_skipped
+    assert not any(p.any() for p in params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_clip_then_unscale(dtype):
+    """The clip stays with what unscale_ makes of the gradients."""
+    results = []
+    for unscale in (False, True):
+        params, scaler = parameters(dtype, n=50), mpk.GradScaler(init_scale=8.0)
+        optimizer = mpk.optim.SGD(params, lr=1.0)
+        give_grads(params, scaler)
+        scaler.clip_grad_norm_(optimizer, 0.5)
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        results.append(raw(params))
+    assert results[0] == results[1]
+
+
+def test_clip_reads_once(monkeypatch):
+    params, optimizer, scaler = clipping()
+    scaler.clip_grad_norm_(optimizer, 1.0)
+    monkeypatch.setattr(optimizer, "_read_grads", None)
+    scaler.step(optimizer)
+    assert all(p.all() for p in params)
+
+
 def test_clip_grad_norm_errors():
     params, scaler = parameters(torch.float32), mpk.GradScaler()
     with pytest.raises(ValueError, match=r"it was made with max_norm=1\.0"):

@@ -20,7 +20,7 @@ from mpkernels.ops._multi_tensor import MASTER_DTYPES, MOMENT_DTYPES, inv_scale,
 from mpkernels.optim import _checkpoints, _ranks, _stats
 from mpkernels.optim._parameters import first_shared, has_memory, name_of, overlaps
 from mpkernels.optim._rows import Rows
-from mpkernels.optim._stats import GradStats
+from mpkernels.optim._stats import Clip, GradStats
 
 
 @dataclass(eq=False)
@@ -69,7 +69,7 @@ class Optimizer(torch.optim.Optimizer):
         self.grad_norm: torch.Tensor | None = None
         self.steps_called = 0
         self._stats: dict[torch.device, GradStats] = {}
-        self._pending_clip: float | None = None  # max_norm of scaler.clip_grad_norm_, until the next step
+        self._pending_clip: Clip | None = None  # of scaler.clip_grad_norm_, until the next step
         self._formats: dict[int, tuple[torch.dtype, torch.Size]] = {}
         self._rows: dict[tuple[int, torch.device], Rows] = {}
         self._entries: list[dict] = []  # the state of every parameter that the rows were made of
@@ -195,10 +195,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _prepare(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> list[_Call]:
         """Read the gradients if need be and make all that a step needs: what fails here, or allocates, has written nothing."""
-        max_norm = self._pending_clip or self.max_norm
-        rows = self._all_rows()
+        clip, rows = self._clip_in_force(), self._all_rows()
+        max_norm = self.max_norm if clip is None else clip.max_norm
         check = found_inf is None and (grad_scale is not None or self.skip_nonfinite)
-        if self._pending_clip is None or not self._stats:
+        if clip is None or not self._stats:
             self._stats = {}
             if check or max_norm is not None:
                 self._read_grads(rows, grad_scale, norm=max_norm is not None)
@@ -228,10 +228,21 @@ class Optimizer(torch.optim.Optimizer):
         self._pending_clip = None
         super().zero_grad(set_to_none)
 
+    def _clip_in_force(self) -> Clip | None:
+        """The clip that was asked for unless its gradients are gone; what was read is forgotten where they have changed."""
+        if self._pending_clip is None:
+            return None
+        _, grads = _with_gradient(self._parameters())
+        if self._pending_clip.is_gone(grads):
+            return None
+        if self._pending_clip.is_stale(grads):
+            self._stats = {}
+        return self._pending_clip
+
     @torch.no_grad()
     def _unscale_grads(self, grad_scale: torch.Tensor) -> dict[torch.device, torch.Tensor]:
         """Divide the gradients by `grad_scale`; found_inf by device. 16-bit ones become fp32: nothing is rounded or lost."""
-        rows = self._all_rows()
+        clip, rows = self._clip_in_force(), self._all_rows()
         for (_, device), group_rows in rows.items():
             for parameter in group_rows.params:
                 if parameter.grad.dtype.itemsize == 2:
@@ -239,7 +250,8 @@ class Optimizer(torch.optim.Optimizer):
                     parameter.grad = parameter.grad.float()
             group_rows.grads = Tensors(self._local_grads(group_rows.params))
             _unscale_in_place(group_rows.grads, self._step_options(device, grad_scale, None, None))
-        self._read_grads(rows, None, norm=False)
+        self._read_grads(rows, None, norm=clip is not None)
+        self._pending_clip = clip and self._clip_of_these(clip.max_norm)
         for device, stats in self._stats.items():
             stats.grad_scale = grad_scale.to(device, copy=True)
             stats.found_inf = skip_flag(stats.found_inf, stats.grad_scale).float()
@@ -253,8 +265,11 @@ class Optimizer(torch.optim.Optimizer):
         self._let_grads_go()
         if not self._stats:
             return None
-        self._pending_clip = max_norm
+        self._pending_clip = self._clip_of_these(max_norm)
         return self.grad_norm
+
+    def _clip_of_these(self, max_norm: float) -> Clip:
+        return Clip(max_norm, _with_gradient(self._parameters())[1])
 
     def _read_grads(self, rows: dict, grad_scale: torch.Tensor | None, *, norm: bool) -> None:
         """Read all gradients once: per-tensor statistics, the verdict and (norm) `grad_norm`, over all devices."""

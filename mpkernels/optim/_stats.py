@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one read of the gradients found, and how several reads become one."""
+"""What one read of the gradients found, how several reads become one, and the clip that a read is for."""
 
+import weakref
 from dataclasses import dataclass
+from operator import is_
 
 import torch
 
@@ -18,6 +20,23 @@ class GradStats:
     nonfinite: torch.Tensor
     grad_norm: torch.Tensor | None
     grad_scale: torch.Tensor | None  # a copy: update() changes the scaler's
+
+
+class Clip:
+    """A clip that was asked for when these gradients were read, and is left to the step. It does not keep them."""
+
+    def __init__(self, max_norm: float, grads: list[torch.Tensor]):
+        self.max_norm = max_norm
+        self._grads, self._versions = list(map(weakref.ref, grads)), [grad._version for grad in grads]
+
+    def is_gone(self, grads: list[torch.Tensor]) -> bool:
+        """Whether none of those is among these any more: then it is for no gradient."""
+        return bool(self._grads) and {id(grad()) for grad in self._grads}.isdisjoint(map(id, grads))
+
+    def is_stale(self, grads: list[torch.Tensor]) -> bool:
+        """Whether these are others, or were written since."""
+        same = len(grads) == len(self._grads) and all(map(is_, grads, [grad() for grad in self._grads]))
+        return not same or [grad._version for grad in grads] != self._versions
 
 
 def read(
