@@ -22,9 +22,10 @@ class GradScaler(torch.amp.GradScaler):
     k-th overflow since the scale last grew, and at each one after it; 1 is what torch does.
 
     `last_step_skipped`, `skipped_steps`, `skipped_in_a_row`: 0-d tensors on the device, as of the last `update()`.
-    Only `get_scale`, `state_dict` and `overflow_report` wait for the device. Under this scaler `.grad` stays scaled after
-    `step` of one of our optimizers (`write_grads=True` unscales it, as torch does). Under torch.compile what steps, unscales,
-    clips or updates is a graph break: dynamo loses what is recorded between these calls.
+    Only `get_scale`, `state_dict` (and with it a copy of the scaler), `overflow_report` and the step of an optimizer that is
+    not ours wait for the device. Under this scaler `.grad` stays scaled after `step` of one of our optimizers
+    (`write_grads=True` unscales it, as torch does). Under torch.compile what steps, unscales, clips or updates is a graph
+    break: dynamo loses what is recorded between these calls.
     On many ranks each has a scaler, and our optimizers agree on the overflow, so that all scales stay the same.
     Raises ValueError for values that make no scale, RuntimeError for a device that is not there.
     """
@@ -164,24 +165,24 @@ class GradScaler(torch.amp.GradScaler):
     def update(self, new_scale=None) -> None:
         """Grow, keep or back off the scale, on the device; count skipped steps. A step without any gradient changes nothing.
 
-        new_scale: set this scale instead. Raises ValueError for one that is not between min_scale and max_scale.
+        new_scale: set this scale instead and count. Raises ValueError for one that is not between min_scale and max_scale.
         """
         if not self._enabled:
             return
+        scale, growth_tracker = self._check_scale_growth_tracker("update")
+        states, updated = self._per_optimizer_states.values(), [scale, growth_tracker, self._hysteresis_tracker]
         if new_scale is not None:
             if not isinstance(new_scale, torch.Tensor):
                 new_scale = float(new_scale)
                 self._check_scale("new_scale", new_scale)
             super().update(new_scale)
-            return
-        scale, growth_tracker = self._check_scale_growth_tracker("update")
-        states = self._per_optimizer_states.values()
-        if not any(state["stage"] is not OptState.READY for state in states):
+            updated = [tensor.clone() for tensor in updated]  # nobody's: the op is to count
+        elif not any(state["stage"] is not OptState.READY for state in states):
             raise AssertionError("No inf checks were recorded prior to update.")
         found = [found for state in states for found in state["found_inf_per_device"].values()]
         if found:
             update_scale_(
-                scale, growth_tracker, self._hysteresis_tracker, self._skipped, _any(found, scale.device),
+                *updated, self._skipped, _any(found, scale.device),
                 self._growth_factor, self._backoff_factor, self._growth_interval,
                 self._hysteresis, self._min_scale, self._max_scale, checked=True,
             )  # fmt: skip

@@ -151,6 +151,25 @@ def test_scaler_update_with_a_new_scale():
     assert scaler.get_scale() == 64
 
 
+@pytest.mark.parametrize("new_scale", [8.0, torch.tensor(8.0)], ids=str)
+def test_scaler_update_with_a_new_scale_counts(new_scale):
+    """Of the last step no more than whether it was taken; scale, growth and hysteresis are left to whoever set the scale."""
+    params, scaler = parameters(torch.float32), mpk.GradScaler(hysteresis=2)
+    optimizer = mpk.optim.SGD(params, lr=0.1)
+    iteration(params, optimizer, scaler)
+    for poison, skipped in ((math.inf, 1), (math.inf, 2), (None, 0)):
+        give_grads(params, scaler, poison=poison)
+        scaler.step(optimizer)
+        scaler.update(new_scale)
+        assert scaler.skipped_in_a_row == skipped
+        assert scaler.state_dict() == {
+            **torch.amp.GradScaler("cpu", init_scale=8.0).state_dict(),
+            "_growth_tracker": 1,
+            "hysteresis_tracker": 2,
+            "skipped": [2 if skipped == 0 else skipped, skipped],
+        }
+
+
 # ----- scale() ----------------------------------------------------------------------
 
 
