@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpkernels as mpk
 from tests import bounds
@@ -330,6 +331,25 @@ def test_write_grads_leaves_what_torch_fused_leaves():
         iteration(params, make(params), scaler, size=0.3)
         left.append(params[0].grad)
     assert torch.equal(*left)
+
+
+class _NarrowFactors(TorchDispatchMode):
+    """A factor of no dimensions is rounded to the dtype of what it multiplies, as CUDA does; the CPU computes in fp32."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mul_.Tensor, torch.ops.aten.mul.Tensor) and args[0].dim() and not args[1].dim():
+            args = args[0], args[1].to(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_write_grads_of_a_scale_whose_reciprocal_is_no_fp16(dtype):
+    params, scaler = parameters(dtype), mpk.GradScaler(init_scale=2.0**26)
+    optimizer = mpk.optim.SGD(params, lr=1.0, write_grads=True)
+    give_grads(params, scaler, size=2.0**-16)
+    with _NarrowFactors():
+        scaler.step(optimizer)
+    assert params[0].grad.tolist() == [2.0**-16] * 5
 
 
 def test_two_optimizers_one_scaler():

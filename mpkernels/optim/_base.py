@@ -613,4 +613,5 @@ def _unscale_in_place(grads: list[torch.Tensor], options: dict) -> None:
     if options["found_inf"] is not None:
         inv = torch.where(options["found_inf"] == 0, inv, 1.0)
     for grad in grads:
-        grad.mul_(inv.to(torch.promote_types(grad.dtype, torch.float32)))
+        wide = torch.promote_types(grad.dtype, torch.float32)  # NOTE: 16 bits times a 0-d factor rounds the factor on CUDA
+        grad.copy_(grad.to(wide).mul_(inv.to(wide)))
