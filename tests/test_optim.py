@@ -558,6 +558,55 @@ def test_state_dict_of_torchs_16_bit_optimizer():
     train(params, theirs, 1, 3)
 
 
+SWITCHES = {
+    "momentum off": ("SGD", {"momentum": 0.9}, {"momentum": 0.0}),
+    "momentum on": ("SGD", {"momentum": 0.0, "dampening": 0.5}, {"momentum": 0.9}),
+    "amsgrad off": ("AdamW", {"amsgrad": True}, {"amsgrad": False}),
+    "amsgrad on": ("AdamW", {"amsgrad": False}, {"amsgrad": True}),
+}
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_resume_after_a_switch_is_bitwise(switch, steps):
+    """A state may lie there that is not wanted now, and one that is wanted not yet; switched back, both are as they were."""
+    name, before, after = SWITCHES[switch]
+    runs = []
+    for resume in (False, True):
+        params = parameters(torch.float16, torch.float32)
+        optimizer = OURS[name](params, lr=0.1, **before)
+        train(params, optimizer)
+        optimizer.param_groups[0].update(after)
+        train(params, optimizer, steps, 3)
+        if resume:
+            optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+        train(params, optimizer, 1, 4)
+        optimizer.param_groups[0].update({key: before[key] for key in after})
+        train(params, optimizer, 1, 5)
+        runs.append(state_bytes(optimizer))
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("reload", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_momentum_may_come_later(dtype, reload):
+    """As torch's, the buffer begins with the gradient, undamped."""
+    trajectories = []
+    for make, wanted in ((mpk.optim.SGD, dtype), (torch.optim.SGD, torch.float64), (torch.optim.SGD, torch.float32)):
+        params, weights = parameters(wanted, wanted), []
+        optimizer = make(params, lr=0.1, dampening=0.5)
+        for t in range(5):
+            if t == 2:
+                optimizer.param_groups[0]["momentum"] = 0.9
+                if reload:
+                    optimizer.load_state_dict(optimizer.state_dict())
+            train(params, optimizer, 1, t)
+            weights.append(torch.cat([p.detach() for p in params]).double().numpy())
+        trajectories.append(np.stack(weights))
+    got, exact, plain = trajectories
+    bounds.check_trajectory(got, exact, plain if dtype == torch.float32 else None)
+
+
 def test_adam_and_adamw_of_torch_are_told_apart():
     params = parameters(torch.float32)
     for here, there in ((mpk.optim.Adam, torch.optim.AdamW), (mpk.optim.AdamW, torch.optim.Adam)):

@@ -472,6 +472,8 @@ class Optimizer(torch.optim.Optimizer):
         if new:
             self.state[parameter].update(new)
 
+    _optional_states: tuple[str, ...] = ()  # those that a hyperparameter asks for, now or at other times
+
     def _group_state_names(self, group: dict) -> tuple[str, ...]:
         raise NotImplementedError
 

@@ -40,11 +40,14 @@ def checked_state(optimizer, state_dict: dict) -> dict[torch.Tensor, dict]:
 
 
 def _converted(optimizer, state: dict, parameter: torch.Tensor, group: dict, name: str) -> dict:
-    dtype, wanted = optimizer._master_dtype(parameter), optimizer._group_state_names(group)
+    dtype, optional = optimizer._master_dtype(parameter), optimizer._optional_states
+    wanted = tuple(dict.fromkeys((*optimizer._group_state_names(group), *optional)))
     if extra := {key for key, value in state.items() if value is not None} - {"step", "master", *wanted}:
-        raise ValueError(f"state_dict: {name} has {', '.join(sorted(extra))}, expected {', '.join(wanted) or 'no state'}")
+        raise ValueError(f"state_dict: {name} has {', '.join(sorted(extra))}, expected {', '.join(wanted)}")
     result = {"step": _converted_step(state, name, optimizer._default_step, parameter.device)}
     for key in wanted:
+        if key in optional and state.get(key) is None:
+            continue
         result[key] = _converted_tensor(state.get(key), parameter, optimizer._moment_dtype(parameter), f"{key} of {name}")
     if dtype != parameter.dtype:
         master = state.get("master", parameter)

@@ -19,6 +19,7 @@ class AdamW(Optimizer):
     """
 
     _decoupled = True
+    _optional_states = ("max_exp_avg_sq",)
     _op = adamw_
 
     def __init__(

@@ -3,6 +3,8 @@
 
 import math
 
+import torch
+
 from mpkernels.ops._layout import NO_TENSORS
 from mpkernels.ops.sgd import sgd_
 from mpkernels.optim._base import Optimizer
@@ -18,6 +20,7 @@ class SGD(Optimizer):
 
     # NOTE: torch's SGD saves no step count; a buffer that it saved is past its first step.
     _default_step = 1
+    _optional_states = ("momentum_buffer",)
     _op = sgd_
 
     def __init__(
@@ -42,6 +45,12 @@ class SGD(Optimizer):
             raise ValueError(f"Invalid dampening value: {group['dampening']}")
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+    def _init_state(self, group, parameter):
+        state = self.state.get(parameter, {})
+        if group["momentum"] and "step" in state and "momentum_buffer" not in state:
+            state["step"] = torch.zeros_like(state["step"])  # a buffer that comes late begins with the gradient too
+        super()._init_state(group, parameter)
 
     def _group_state_names(self, group):
         return ("momentum_buffer",) if group["momentum"] else ()
