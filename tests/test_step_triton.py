@@ -155,6 +155,13 @@ def test_step_many_tensors(name, device):
         assert raw([alone["masters"][i]]) == raw([many["masters"][i]])
 
 
+def test_step_capture_refuses_lr_on_the_cpu(monkeypatch):
+    """The value that it has then would be the graph's for ever."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="sgd_: lr is on the CPU and would be frozen in the CUDA graph"):
+        table.lr_arguments("sgd_", torch.tensor(0.1), torch.device("cuda"))
+
+
 def test_step_of_other_modules(device):
     """What the other implementations are held to, where it is quick enough here."""
     test_sgd.test_sgd_strided(device)

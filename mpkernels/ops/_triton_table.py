@@ -127,7 +127,9 @@ def copy_back(back: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         tensor.copy_(stand_in)
 
 
-def lr_arguments(lr: torch.Tensor) -> dict:
+def lr_arguments(op: str, lr: torch.Tensor, device: torch.device) -> dict:
     """lr by value where it is on the CPU, else by its address: no wait for the device."""
     on_device = lr.device.type != "cpu"
+    if not on_device and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{op}: lr is on the CPU and would be frozen in the CUDA graph; pass it as a tensor on the device")
     return dict(lr_ptr=lr if on_device else None, lr=0.0 if on_device else lr.item())

@@ -28,7 +28,7 @@ def adamw_(
 ):  # fmt: skip
     lists = [masters, grads, exp_avgs, exp_avg_sqs, copies, *([max_exp_avg_sqs] if max_exp_avg_sqs else [])]
     lists, back = table.dense(lists, [tensors is not grads for tensors in lists])
-    arguments = table.lr_arguments(lr) | dict(
+    arguments = table.lr_arguments("adamw_", lr, steps.device) | dict(
         steps_ptr=steps, steps_stride=steps.stride(0), beta1=beta1, beta2=beta2, log2_beta1=_log2(beta1),
         log2_beta2=_log2(beta2), eps=eps, weight_decay=weight_decay if decoupled else 0.0,
         added_decay=0.0 if decoupled else weight_decay, max_norm=0.0 if max_norm is None else max_norm,

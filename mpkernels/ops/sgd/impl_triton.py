@@ -26,7 +26,7 @@ def sgd_(
 ):  # fmt: skip
     lists = [masters, grads, copies, *([momentum_buffers] if momentum_buffers else [])]
     lists, back = table.dense(lists, [tensors is not grads for tensors in lists])
-    arguments = table.lr_arguments(lr) | dict(
+    arguments = table.lr_arguments("sgd_", lr, steps.device) | dict(
         steps_ptr=steps, steps_stride=steps.stride(0), momentum=momentum, dampening=dampening, weight_decay=weight_decay,
         max_norm=0.0 if max_norm is None else max_norm, grad_scale_ptr=grad_scale, found_inf_ptr=found_inf,
         grad_norm_ptr=grad_norm, DECAY=weight_decay != 0, NESTEROV=nesterov, MAXIMIZE=maximize,
