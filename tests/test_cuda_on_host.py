@@ -147,7 +147,7 @@ VARIANTS = {
 def test_cuda_update_of_every_dtype(variant, master, generator):
     kind, options = VARIANTS[variant]
     copies = (*COPIES, torch.float64)
-    for grad in DTYPES:
+    for grad in [d for d in DTYPES if d.itemsize <= master.itemsize]:
         sizes = (5, 4100, VECTORS, 1, CHUNK + 3)
         args = arguments(kind, sizes, generator, masters=(master,), grads=(grad,), copies=copies, **options)
         check_as_on_cpu(kind, args)

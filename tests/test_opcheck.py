@@ -77,7 +77,7 @@ def update(draw: Draw, *moments: str) -> dict:
     copies = [draw.tensor(s, draw.choice((f16, bf16))) if draw.random() < 0.5 else torch.empty(0, dtype=f16) for s in shapes]
     norm = draw.maybe(torch.tensor(3.0, dtype=f64))
     return dict(
-        masters=masters, grads=[draw.tensor(shape, draw.choice(DTYPES)) for shape in shapes], copies=copies,
+        masters=masters, grads=[draw.tensor(m.shape, draw.choice((f16, bf16, f32, m.dtype))) for m in masters], copies=copies,
         **{name: [draw.tensor(m.shape, state_dtype or m.dtype).abs() for m in masters] for name in moments},
         steps=torch.tensor([draw.randint(0, 9) for _ in shapes]), lr=torch.tensor(0.1, dtype=draw.choice((f32, f64))),
         weight_decay=0.1, maximize=draw.random() < 0.5, grad_scale=draw.maybe(torch.tensor(8.0)),

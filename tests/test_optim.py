@@ -795,6 +795,11 @@ def _sparse(params, optimizer):
     params[1].grad = torch.ones(5).to_sparse()
 
 
+def _wide_grad(params, optimizer):
+    params[1].grad, params[1].grad_dtype = None, None
+    params[1].grad = torch.ones(5, dtype=torch.float64)
+
+
 def _complex(params, optimizer):
     params[1].grad, params[1].grad_dtype = None, None
     params[1].grad = torch.ones(5, dtype=torch.complex64)
@@ -862,6 +867,7 @@ def _freed_gradient(params, optimizer):
     [
         (_sparse, r"the gradient of parameter 1 \(b\) must be a dense .*torch.sparse_coo"),
         (_complex, r"the gradient of parameter 1 \(b\) must be a dense floating-point .*torch.complex64"),
+        (_wide_grad, r"the gradient of parameter 1 \(b\) is torch.float64, wider than its master, torch.float32: make"),
         (_resized_grad, r"the gradient of parameter 1 \(b\) must be .* of shape \(5,\), got \(3,\)"),
         (_retyped, r"parameter 1 \(b\) changed dtype since construction: torch.float32 then, torch.float16 now"),
         (_resized, r"parameter 1 \(b\) changed shape since construction"),

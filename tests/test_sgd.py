@@ -118,7 +118,7 @@ def mixed(device, sizes=SIZES, seed=0, **options):
     masters, grads = [], []
     for i, n in enumerate(sizes):
         masters.append(torch.randn(n, generator=generator, dtype=torch.float64).to(device, DTYPES[2 + i % 2]))
-        grads.append((torch.randn(n, generator=generator) * 64).to(device, DTYPES[i // 2 % 4]))
+        grads.append((torch.randn(n, generator=generator) * 64).to(device, DTYPES[i // 2 % (3 + i % 2)]))
     return arguments(masters, grads, (torch.float16, torch.bfloat16, None, torch.float32, torch.float16), **options)
 
 
@@ -418,6 +418,7 @@ def test_sgd_makes_stale_saved_tensors_an_error(device):
         (dict(masters=[torch.ones(3), torch.ones(2, device="meta")]), r"masters\[1\] is on meta"),
         (dict(grads=[torch.ones(3)]), "grads has 1 tensors, expected 2"),
         (dict(grads=[torch.ones(3), torch.ones(3)]), r"grads\[1\] has shape \(3,\), expected \(2,\)"),
+        (dict(grads=[torch.ones(3), torch.ones(2).double()]), r"grads\[1\] is torch.float64, wider than torch.float32"),
         (dict(grads=[torch.ones(3).to_sparse(), torch.ones(2)]), r"grads\[0\] must be a dense strided tensor"),
         (dict(grads=[torch.ones(3), torch.ones(2).int()]), r"grads\[1\] must be float16"),
         (dict(momentum=0.0), "momentum_buffers and a momentum other than 0 go together"),

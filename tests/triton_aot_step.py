@@ -41,7 +41,8 @@ def cases(sm: int, every: bool):
 def _dtypes(every: bool):
     """(master, grad, copy) of a launch."""
     if every:
-        return list(itertools.product((f32, f64), (f16, bf16, f32, f64), (None, f16, bf16, f32)))
+        grads = {f32: (f16, bf16, f32), f64: DTYPES}
+        return [(master, *rest) for master in grads for rest in itertools.product(grads[master], (None, f16, bf16, f32))]
     return [(f32, f16, f16), (f32, f32, bf16), (f64, f64, f16)]
 
 

@@ -104,18 +104,16 @@ __device__ inline Elements<To, N> converted(const Elements<From, N>& from) {
   return to;
 }
 
-// N gradients as they lie in memory, so that loading them does not wait for converting them; those wider than the master's
-// T, a rare case, as T, or they would cost every case its registers.
+// N gradients as they lie in memory, so that loading them does not wait for converting them. None is wider than T, the
+// master's type.
 template <class T, int N>
 class RawGrad {
  public:
   __device__ void load(const char* data, ScalarType dtype, int64_t i) {
-    if (dtype == ScalarType::Double) {
-      Elements<double, N> wide;
-      mpk::load<PassCache>(reinterpret_cast<const double*>(data) + i, wide);
-      keep(converted<T>(wide));
-    } else if (dtype == ScalarType::Float) {
+    if (dtype == ScalarType::Float) {
       load_as<uint32_t>(data, i);
+    } else if (dtype == ScalarType::Double) {
+      load_as<T>(data, i);
     } else {
       load_as<uint16_t>(data, i);
     }

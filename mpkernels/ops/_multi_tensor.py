@@ -62,6 +62,9 @@ def check_update(op, masters, grads, states, copies, steps, lr, grad_scale, foun
     device = masters[0].device
     check_list(op, "masters", masters, dtypes=MASTER_DTYPES)
     check_list(op, "grads", grads, masters)
+    for i, (grad, master) in enumerate(zip(grads, masters, strict=True)):
+        if grad.dtype.itemsize > master.dtype.itemsize:
+            raise RuntimeError(f"{op}: grads[{i}] is {grad.dtype}, wider than {master.dtype} of its master")
     _check_moments(op, {name: tensors for name, tensors in states.items() if tensors}, masters)
     check_list(op, "copies", copies, masters, may_be_empty=True)
     check_tensor(op, "steps", steps, (len(masters),), torch.int64, device)

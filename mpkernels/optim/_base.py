@@ -154,7 +154,8 @@ class Optimizer(torch.optim.Optimizer):
         """Take a step, or skip it on the device where a scaler or `skip_nonfinite` asks for it. Returns the closure's loss.
 
         A scaler sets `grad_scale` (the gradients are divided by it) and, when it has checked already, `found_inf`.
-        Raises RuntimeError for a sparse gradient, a parameter whose dtype or shape changed, a closure under a scaler.
+        Raises RuntimeError for a gradient that is sparse or wider than its master, a parameter whose dtype or shape changed, a
+        closure under a scaler.
         After an exception, out of a hook too, the step can be taken again or left out: what can fail, or allocates, comes
         before the first write. (Not so where the op itself fails to allocate: `eager`, and layouts that differ.)
         """
@@ -358,6 +359,11 @@ class Optimizer(torch.optim.Optimizer):
                 )
             if grad.device != parameter.device:
                 raise RuntimeError(f"the gradient of {name_of(group, i)} is on {grad.device}, expected {parameter.device}")
+            if grad.dtype.itemsize > (master := self._master_dtype(parameter)).itemsize:
+                raise RuntimeError(
+                    f"the gradient of {name_of(group, i)} is {grad.dtype}, wider than its master, {master}: "
+                    f"make the optimizer with master_dtype={grad.dtype}"
+                )
             for what, tensor in (("", parameter), ("the gradient of ", grad)):
                 if not has_memory(_ranks.local(tensor)):
                     raise RuntimeError(f"{what}{name_of(group, i)} has no memory: its storage was freed, or it is a ZeroTensor")

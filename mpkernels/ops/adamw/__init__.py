@@ -11,7 +11,7 @@
 Shapes and dtypes: lists of equal length, i for i of the same shape, on one device
     | tensor           | dtype                                                                                    |
     | masters          | fp32 or fp64: what the update is applied to; the parameter itself under `mixed_*`          |
-    | grads            | fp16, bf16, fp32, fp64; read, never written                                              |
+    | grads            | fp16, bf16, fp32, fp64, not wider than the master; read, never written                   |
     | exp_avgs, exp_avg_sqs, max_exp_avg_sqs | the master's or bf16; the last list is empty without amsgrad        |
     | copies           | fp16, bf16, fp32: the master rounded once; a tensor of size 0 where none is wanted         |
     | steps            | int64 (len(masters),): steps taken so far, advanced by the op                             |

@@ -79,7 +79,7 @@ def _block(
     mask = index < end if MASKED else None
     w = tl.load(w_ptr + index, mask=mask)
     m, v = tl.load(m_ptr + index, mask=mask).to(w.dtype), tl.load(v_ptr + index, mask=mask).to(w.dtype)
-    g = tl.load(grad_ptr + index, mask=mask).to(w.dtype)  # round: fp64 -> fp32, where the gradient is wider
+    g = tl.load(grad_ptr + index, mask=mask).to(w.dtype)
     vmax = None if vmax_ptr is None else tl.load(vmax_ptr + index, mask=mask).to(w.dtype)
     # ----- update
     w, m, v, vmax = adamw_formula(w, g, m, v, vmax, factor, decay, added, keep1, beta2, keep2, step_size, eps, ADDS_DECAY)

@@ -10,7 +10,7 @@
 Shapes and dtypes: lists of equal length, i for i of the same shape, on one device
     | tensor           | dtype                                                                                    |
     | masters          | fp32 or fp64: what the update is applied to; the parameter itself under `mixed_*`          |
-    | grads            | fp16, bf16, fp32, fp64; read, never written                                              |
+    | grads            | fp16, bf16, fp32, fp64, not wider than the master; read, never written                   |
     | momentum_buffers | the master's or bf16; the list is empty without momentum                                 |
     | copies           | fp16, bf16, fp32: the master rounded once; a tensor of size 0 where none is wanted         |
     | steps            | int64 (len(masters),): steps taken so far, advanced by the op; 0 means "first step"        |

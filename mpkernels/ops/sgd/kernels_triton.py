@@ -56,7 +56,7 @@ def _block(
     index = start + tl.arange(0, BLOCK)
     mask = index < end if MASKED else None
     w = tl.load(w_ptr + index, mask=mask)
-    g = tl.load(grad_ptr + index, mask=mask).to(w.dtype)  # round: fp64 -> fp32, where the gradient is wider
+    g = tl.load(grad_ptr + index, mask=mask).to(w.dtype)
     b = None if b_ptr is None else tl.load(b_ptr + index, mask=mask).to(w.dtype)
     # ----- update
     w, b = sgd_formula(w, g, b, is_first, factor, rate, decay, fade, keep, DECAY, NESTEROV)
