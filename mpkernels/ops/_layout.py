@@ -26,6 +26,16 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return tensor.permute(by_stride).is_contiguous()
 
 
+def overlaps(tensor: torch.Tensor) -> bool:
+    """Whether two elements may share memory: a stride that does not pass all that lies within the smaller ones."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return tensor.numel() > 0
+        reach += stride * (size - 1)
+    return False
+
+
 class Tensors(list):
     """A list of tensors with what the native ops read of it: `table`, int64 (3, n), elements, dtype and address of each.
 

@@ -4,6 +4,7 @@
 import torch
 
 from mpkernels.ops._cast import DTYPES
+from mpkernels.ops._layout import overlaps
 
 MASTER_DTYPES = (torch.float32, torch.float64)
 MOMENT_DTYPES = (*MASTER_DTYPES, torch.bfloat16)
@@ -68,6 +69,11 @@ def check_update(op, masters, grads, states, copies, steps, lr, grad_scale, foun
     _check_moments(op, {name: tensors for name, tensors in states.items() if tensors}, masters)
     check_list(op, "copies", copies, masters, may_be_empty=True)
     check_tensor(op, "steps", steps, (len(masters),), torch.int64, device)
+    written = {"masters": masters, **states, "copies": copies}
+    named = [(f"{name}[{i}]", tensor) for name, tensors in written.items() for i, tensor in enumerate(tensors)]
+    for name, tensor in (*named, ("steps", steps)):
+        if not tensor.is_contiguous() and overlaps(tensor):
+            raise RuntimeError(f"{op}: {name} overlaps itself (strides {tensor.stride()})")
     if lr.numel() != 1 or lr.dim() != 0 or lr.dtype not in MASTER_DTYPES:
         raise RuntimeError(f"{op}: lr must be a 0-d float32 or float64 tensor, got {tuple(lr.shape)} {lr.dtype}")
     if lr.device.type != "cpu" and lr.device != device:

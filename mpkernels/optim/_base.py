@@ -15,10 +15,10 @@ import torch
 
 from mpkernels import _copies
 from mpkernels.ops._cast import DTYPES, cast
-from mpkernels.ops._layout import Tensors
+from mpkernels.ops._layout import Tensors, overlaps
 from mpkernels.ops._multi_tensor import MASTER_DTYPES, MOMENT_DTYPES, inv_scale, skip_flag
 from mpkernels.optim import _checkpoints, _ranks, _stats
-from mpkernels.optim._parameters import first_shared, has_memory, name_of, overlaps
+from mpkernels.optim._parameters import first_shared, has_memory, name_of
 from mpkernels.optim._rows import Rows
 from mpkernels.optim._stats import Clip, GradStats
 

@@ -25,13 +25,3 @@ def first_shared(tensors: list[torch.Tensor], addresses: list[int]) -> tuple[int
         if address and t.numel()
     )
     return next(((i, j) for (_, end, i), (begin, _, j) in pairwise(spans) if begin < end), None)
-
-
-def overlaps(tensor: torch.Tensor) -> bool:
-    """Whether two elements may share memory: a stride that does not pass all that lies within the smaller ones."""
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            return tensor.numel() > 0
-        reach += stride * (size - 1)
-    return False

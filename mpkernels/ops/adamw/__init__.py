@@ -17,7 +17,7 @@ Shapes and dtypes: lists of equal length, i for i of the same shape, on one devi
     | steps            | int64 (len(masters),): steps taken so far, advanced by the op                             |
     | lr               | 0-d fp32 or fp64, on the CPU (read at the call) or on the device (read by the kernel)      |
     | grad_scale, found_inf, grad_norm | 0-d fp32, fp32, fp64 on the device, or None                               |
-    Any layout, any size, 0 included.
+    Any layout, any size, 0 included; what is written does not overlap itself.
 
 Numerics
     Arithmetic in the master's dtype; scalars (factor, powers of beta) in fp64. A copy equals its master rounded once.
@@ -31,7 +31,8 @@ Numerics
     is not for bf16, whose exp_avg would stall in the same way. Bytes per parameter with 16-bit gradients and copies:
     22 instead of 30, the check included.
 Raises
-    RuntimeError for lists of unequal length and for shapes, dtypes or devices other than these, before anything is written.
+    RuntimeError for lists of unequal length and for shapes, dtypes, devices or layouts other than these, before anything is
+    written.
 Source: torch.optim.AdamW, torch.optim.Adam (Loshchilov and Hutter, "Decoupled Weight Decay Regularization").
 """
 

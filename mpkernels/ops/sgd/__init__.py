@@ -16,7 +16,7 @@ Shapes and dtypes: lists of equal length, i for i of the same shape, on one devi
     | steps            | int64 (len(masters),): steps taken so far, advanced by the op; 0 means "first step"        |
     | lr               | 0-d fp32 or fp64, on the CPU (read at the call) or on the device (read by the kernel)      |
     | grad_scale, found_inf, grad_norm | 0-d fp32, fp32, fp64 on the device, or None                               |
-    Any layout, any size, 0 included.
+    Any layout, any size, 0 included; what is written does not overlap itself.
 
 Numerics
     Arithmetic in the master's dtype; the factor in fp64. A copy equals its master rounded once.
@@ -25,7 +25,8 @@ Numerics
     A buffer in bf16 is widened, used unrounded, and rounded once at its store, to nearest even; a momentum above 0.99 would
     stall. Bytes per parameter with 16-bit gradients and copies: 18 instead of 22, the check included.
 Raises
-    RuntimeError for lists of unequal length and for shapes, dtypes or devices other than these, before anything is written.
+    RuntimeError for lists of unequal length and for shapes, dtypes, devices or layouts other than these, before anything is
+    written.
 Source: torch.optim.SGD.
 """
 
