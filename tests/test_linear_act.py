@@ -298,7 +298,9 @@ def test_linear_act_deterministic(dtypes, generator, device):
     assert all(same_bits(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-@by_dtypes
+@pytest.mark.parametrize(
+    "dtypes", [*DTYPES.values(), Dtypes(bf16, f32, f16, bf16, f32)], ids=[*DTYPES, "mixed_float16 of bfloat16"]
+)
 def test_linear_act_any_subset_of_gradients(dtypes, generator, device):
     """Each gradient has the same bits whichever others are asked for; one that is not has no elements."""
     x, weight, bias, grad_out = Case(19, 33, 45, dtypes).tensors(generator, device)

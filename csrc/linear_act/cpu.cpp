@@ -399,6 +399,7 @@ void linear_act_gradients(Tensor grad_out, std::optional<Tensor> out, std::optio
   STD_TORCH_CHECK(!grad_bias || (grad_bias->dim() == 1 && grad_bias->size(0) == grad_out.size(1) && grad_bias->is_contiguous()),
                   "grad_bias must be contiguous and as long as a row of grad_out");
   if (grad_z || grad_bias) select_and_sum(grad_out, out, grad_z, grad_bias);
+  if (!grad_x && !grad_weight) return;
   const InstructionSet& set = instruction_set(0);
   const Matrix a("grad_z", grad_z ? *grad_z : grad_out, compute_dtype, set);
   if (grad_x) {
