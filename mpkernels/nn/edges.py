@@ -23,6 +23,8 @@ Reader = nn.Module | str | None
 class _Tracer(fx.Tracer):
     """Looks into what has one path and no observer: fx sees one path, and a hook would be run."""
 
+    proxy_buffer_attributes = True  # else what forward does to them in place would be done
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         known = isinstance(module, MPLinear) or super().is_leaf_module(module, name)
         return known or has_hooks(module) or _may_do_otherwise(module)
@@ -34,8 +36,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _may_do_otherwise(module: nn.Module) -> bool:
-    forward = type(module).forward
-    return "forward" in vars(module) or (forward is not nn.Sequential.forward and has_branches(type(module)))
+    return "forward" in vars(module) or (type(module).forward is not nn.Sequential.forward and has_branches(module))
 
 
 @dataclass
@@ -54,14 +55,15 @@ class Edges:
 def edges_of_linears(model: nn.Module) -> Edges:
     """Empty where fx cannot trace `model` or might not see all that it does.
 
-    The forward runs on proxies: what that leaves in attributes is put back.
+    The forward runs on proxies: what that leaves in attributes is put back, and buffers are proxies as well.
     """
     edges = Edges()
     if _may_do_otherwise(model):
         return edges
     attributes = {module: dict(vars(module)) for module in model.modules()}
+    gpus = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(gpus):
             graph = _Tracer().trace(model)
     except Exception:  # NOTE: fx raises whatever the model's own code raises on a Proxy; then nothing is proved
         return edges
@@ -92,7 +94,8 @@ def _is_before_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         parts.pop()
     *parent, attribute = parts
     same_call = callers == list(user.meta.get("nn_module_stack", {}).items()) and ".".join(parent) == owner
-    return _is_relu(user) and same_call and not read_elsewhere(type(modules[owner]), attribute)
+    path = [type(modules[".".join(parent[:i])]) for i in range(len(parent) + 1)]
+    return _is_relu(user) and same_call and not read_elsewhere(path, attribute)
 
 
 def _is_relu(node: fx.Node) -> bool:
