@@ -758,6 +758,13 @@ def test_output_is_the_dtype_that_its_reader_takes():
     assert model(torch.ones(2, 6)).dtype == torch.float32
 
 
+def test_a_module_that_stands_twice_is_nobodys_neighbour_alone():
+    """The norm is between the second linear and the ReLU, whatever named_children says."""
+    norm = nn.LayerNorm(6)
+    model = nn.Sequential(nn.Linear(6, 6), norm, nn.Linear(6, 6), norm, nn.ReLU())
+    assert [row.activation for row in mpk.convert_report(mpk.convert(model, "float32"))] == [None, None]
+
+
 def test_inner_outputs_with_other_policies():
     assert output_dtypes(mpk.convert(mlp(), "mixed_float16,output=float32")) == dict.fromkeys("024", torch.float32)
     mixture = mpk.convert(mlp(), {"*": "mixed_float16", "2": "mixed_bfloat16"})

@@ -102,6 +102,27 @@ def test_from_linear_shares_parameters_and_hooks_see_calls():
     assert seen == ["before", torch.float32, (2, 3)]
 
 
+def test_from_linear_keeps_what_an_mplinear_has():
+    layer = mpk.MPLinear(3, 4, activation="gelu", policy="mixed_bfloat16")
+    same = mpk.MPLinear.from_linear(layer)
+    assert (same.activation, same.policy) == (layer.activation, layer.policy)
+    other = mpk.MPLinear.from_linear(layer, activation="silu", policy="mixed_float16")
+    assert (other.activation, str(other.policy)) == ("silu", "mixed_float16")
+
+
+def test_from_linear_refuses_what_it_cannot_stand_for():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    hooked, patched = nn.Linear(3, 4), nn.Linear(3, 4)
+    hooked.register_forward_hook(lambda *args: None)
+    patched.forward = lambda x: x
+    for linear in (Doubled(3, 4), hooked, patched, nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.ReLU()):
+        with pytest.raises(TypeError, match=r"expected an nn[.]Linear or MPLinear without hooks"):
+            mpk.MPLinear.from_linear(linear)
+
+
 def test_default_policy():
     assert mpk.MPLinear(3, 4).policy is None
     with mpk.default_policy("mixed_bfloat16"):

@@ -140,6 +140,40 @@ def test_from_sequential_shares_parameters():
     assert z.shape == (5, 40)
 
 
+def test_from_sequential_keeps_policies_activations_and_what_stands_twice():
+    relu, linear = nn.ReLU(), mpk.MPLinear(5, 5, activation="gelu", policy="mixed_bfloat16")
+    model = mpk.MPMLP.from_sequential(nn.Sequential(nn.Linear(3, 5), relu, linear, nn.Linear(5, 5), relu, linear))
+    layers = [module for module in model if isinstance(module, mpk.MPLinear)]
+    assert [layer.activation for layer in layers] == ["relu", "gelu", "relu", "gelu"]
+    assert [layer.policy and layer.policy.compute_dtype for layer in layers] == [None, torch.bfloat16] * 2
+    assert layers[1].weight is layers[3].weight
+    assert len(model) == 6
+
+
+def hooked(module):
+    module.register_forward_hook(lambda *args: None)
+    return module
+
+
+class Own(nn.Sequential):
+    pass
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        lambda: nn.Sequential(mpk.MPLinear(2, 2, activation="gelu"), nn.ReLU()),
+        lambda: nn.Sequential(hooked(nn.Linear(2, 2))),
+        lambda: nn.Sequential(nn.Linear(2, 2), hooked(nn.ReLU())),
+        lambda: hooked(nn.Sequential(nn.Linear(2, 2))),
+        lambda: Own(nn.Linear(2, 2)),
+    ],
+)
+def test_from_sequential_refuses_what_it_cannot_stand_for(modules):
+    with pytest.raises(TypeError, match=r"MPMLP|MPLinear"):
+        mpk.MPMLP.from_sequential(modules())
+
+
 def test_adopt_is_in_place_and_can_be_undone():
     sequential = nn.Sequential(mpk.MPLinear(3, 4, activation="relu"), nn.Identity(), mpk.MPLinear(4, 2))
     model = mpk.MPMLP.adopt(sequential)

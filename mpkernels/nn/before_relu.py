@@ -10,8 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from mpkernels import functional
-from mpkernels.nn.edges import has_hooks
-from mpkernels.nn.linear import MPLinear
+from mpkernels.nn.linear import MPLinear, has_hooks
 from mpkernels.nn.mlp import hooks_on_all_modules
 from mpkernels.ops.linear_act import Activation
 

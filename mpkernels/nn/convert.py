@@ -13,8 +13,8 @@ from torch import nn
 
 from mpkernels import _copies
 from mpkernels.nn.before_relu import MPLinearBeforeReLU
-from mpkernels.nn.edges import RELU, Edges, edges_of_linears, has_hooks
-from mpkernels.nn.linear import MPLinear
+from mpkernels.nn.edges import RELU, Edges, edges_of_linears
+from mpkernels.nn.linear import MPLinear, has_hooks
 from mpkernels.nn.mlp import MPMLP
 from mpkernels.ops._cast import DTYPES, cast
 from mpkernels.ops.linear_act import Activation
@@ -261,7 +261,7 @@ def _fuse_relus(model: nn.Module) -> None:
     """Where an MPLinear and an nn.ReLU are neighbours in an nn.Sequential and nobody can see what is between them."""
     uses = _uses(model)
     for sequential in [m for m in model.modules() if type(m) is nn.Sequential]:
-        children = list(sequential.named_children())
+        children = list(sequential._modules.items())  # named_children has a module that stands in two places once
         for (_, linear), (name, relu) in itertools.pairwise(children):
             if type(linear) is not MPLinear or type(relu) is not nn.ReLU or linear._activation != Activation.NONE:
                 continue

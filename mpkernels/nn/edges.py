@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from mpkernels.nn.linear import MPLinear
+from mpkernels.nn.linear import MPLinear, has_hooks
 from mpkernels.nn.sources import has_branches, read_elsewhere
 
 # Elementwise: what they return has the dtype they are given, and no arithmetic that 16 bits would spoil.
@@ -28,11 +28,6 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         known = isinstance(module, MPLinear) or super().is_leaf_module(module, name)
         return known or has_hooks(module) or _may_do_otherwise(module)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody sees what goes into `module` or comes out of it."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _may_do_otherwise(module: nn.Module) -> bool:

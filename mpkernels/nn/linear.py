@@ -45,7 +45,14 @@ class MPLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, activation: str | None = None, policy=None) -> "MPLinear":
-        """An MPLinear that shares the Parameters of `linear`."""
+        """An MPLinear that shares the Parameters of `linear`; None: the activation and the policy of an MPLinear stay.
+
+        Raises TypeError for what is neither an nn.Linear nor an MPLinear itself, for hooks and for a forward of its own.
+        """
+        if type(linear) not in (nn.Linear, MPLinear) or "forward" in vars(linear) or has_hooks(linear):
+            raise TypeError(f"MPLinear: expected an nn.Linear or MPLinear without hooks or a forward of its own, got {linear}")
+        activation = getattr(linear, "activation", None) if activation is None else activation
+        policy = getattr(linear, "policy", None) if policy is None else policy
         with torch.device("meta"):
             layer = cls(linear.in_features, linear.out_features, linear.bias is not None, activation=activation, policy=policy)
         layer.weight, layer.bias = linear.weight, linear.bias
@@ -99,6 +106,11 @@ class MPLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}, policy={self.policy}"
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody sees what goes into `module` or comes out of it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _grad_dtype(policy: Policy | None) -> torch.dtype | None:

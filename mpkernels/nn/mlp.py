@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _module
 
-from mpkernels.nn.linear import MPLinear
+from mpkernels.nn.linear import MPLinear, has_hooks
 from mpkernels.ops.linear_act import Activation, Seam, activation_of
-from mpkernels.policy import Policy, get_default_policy
 
 
 class MPMLP(nn.Sequential):
@@ -47,21 +46,23 @@ class MPMLP(nn.Sequential):
 
     @classmethod
     def from_sequential(cls, sequential: nn.Sequential, policy=None) -> "MPMLP":
-        """An MPMLP that shares the Parameters of an nn.Sequential of nn.Linear, nn.ReLU and nn.Identity; same keys.
+        """An MPMLP that shares the Parameters of an nn.Sequential of nn.Linear, MPLinear, nn.ReLU and nn.Identity; same keys.
 
-        Raises TypeError for other modules, and for what does not begin with a linear.
+        policy: None, and MPLinears keep theirs. Raises TypeError for other modules and subclasses, for a ReLU without a linear
+        before or after another activation, and for hooks.
         """
-        policy = get_default_policy() if policy is None else Policy.parse(policy)
+        if type(sequential) not in (nn.Sequential, cls) or has_hooks(sequential):
+            raise TypeError(f"MPMLP: expected an nn.Sequential itself, without hooks, got {type(sequential).__name__}")
         modules: OrderedDict[str, nn.Module] = OrderedDict()
         last = None
-        for name, module in sequential.named_children():
-            if isinstance(module, nn.Linear):
-                last = modules[name] = MPLinear.from_linear(module, getattr(module, "activation", None), policy)
-            elif type(module) is nn.ReLU and last is not None:
+        for name, module in sequential._modules.items():  # named_children has a module that stands in two places once
+            if type(module) is nn.ReLU and last is not None and last.activation in (None, "relu") and not has_hooks(module):
                 last.adopt(Activation.RELU, last.policy)
                 modules[name] = nn.Identity()
             elif isinstance(module, nn.Identity):
                 modules[name] = module
+            elif isinstance(module, nn.Linear):
+                last = modules[name] = MPLinear.from_linear(module, policy=policy)
             else:
                 raise TypeError(f"MPMLP: {name} is a {type(module).__name__}")
         return cls.adopt(nn.Sequential(modules).train(sequential.training))
