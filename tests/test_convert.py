@@ -572,6 +572,16 @@ def test_cast_leaves_what_is_kept():
     assert tied[0].bias.dtype == torch.float32, "what a kept module has stays, whoever else has it"
 
 
+def test_cast_of_buffers_that_are_tied():
+    model = mlp()
+    model.register_buffer("a", torch.ones(2))
+    for module, name in ((model, "b"), (model[0], "c")):
+        module.register_buffer(name, model.a)
+    mpk.convert(model, "float16")
+    assert model.a is model.b is model[0].c
+    assert model.a.dtype == torch.float16
+
+
 def test_cast_leaves_linears_of_a_wider_policy():
     model = mpk.convert(mlp(), {"*": "float16", "4": "float32"})
     assert [m.weight.dtype for m in model[0::2]] == [torch.float16, torch.float16, torch.float32]
@@ -756,6 +766,17 @@ def test_output_is_the_dtype_that_its_reader_takes():
     model = mpk.convert(nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)), "mixed_float16,output=float16")
     assert mpk.convert_report(model)[0].note == "output float32: 1 takes it"
     assert model(torch.ones(2, 6)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("options", [{"exclude": "2"}, {"keep": "2"}], ids=str)
+def test_outputs_of_the_users_own_layers_stay(options):
+    """Its policy too; and without an output_dtype it returns what it is given, so that stays wide."""
+    model = mlp()
+    model[2] = mpk.MPLinear(8, 8, policy="mixed_float16")
+    mpk.convert(model, "mixed_float16", **options)
+    assert str(model[2].policy) == "mixed_float16"
+    assert "_before" not in vars(model[2])
+    assert model[:3](torch.ones(2, 6)).dtype == torch.float32
 
 
 def test_a_module_that_stands_twice_is_nobodys_neighbour_alone():

@@ -136,6 +136,12 @@ def test_conv1d_is_the_linear_of_its_transpose(generator):
             optimizer.step()
         assert torch.equal(plain.weight, linear.weight.t())
     assert model[0]._weight_copy() is not None
+    model.eval()
+    expected, plain_copy = model[0](x), model[0]._weight_copy()
+    with mpk.cached_weights(model):
+        assert model[0]._weight_copy() is not None
+        assert torch.equal(model[0](x), expected)
+    assert plain_copy is model[0]._weight_copy() is None
 
 
 # ----- files, compiler, checkpointing ----------------------------------------------------------------------

@@ -5,7 +5,7 @@ import dataclasses
 import fnmatch
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -116,7 +116,7 @@ def convert(
     _fuse_relus(model)
     edges = edges_of_linears(model)
     _fuse_functional_relus(model, edges)
-    _set_output_dtypes(model, edges)
+    _set_output_dtypes(model, edges, chosen.keys())
     _adopt_mlps(model)
     return model
 
@@ -302,30 +302,34 @@ def _adopt_mlps(model: nn.Module) -> None:
 def _cast_model(model: nn.Module, dtype: torch.dtype, kept: set[nn.Module]) -> None:
     """What `model.half()` does, but for the modules in `kept`; Parameters stay, and so do their unrounded values."""
     stay = {id(t) for module in kept for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))}
+    casts: dict[torch.Tensor, torch.Tensor] = {}  # a buffer may have several names
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in stay and parameter.is_floating_point() and parameter.dtype != dtype:
                 unrounded, parameter.grad = parameter.data, None
                 parameter.data = cast(unrounded, dtype)
                 _copies.keep_unrounded(parameter, unrounded)
-        for key, buffer in module.named_buffers(recurse=False):
-            if id(buffer) not in stay and buffer.is_floating_point():
-                module._buffers[key] = cast(buffer, dtype)
+        for key, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in stay and buffer.is_floating_point():
+                casts[buffer] = casts[buffer] if buffer in casts else cast(buffer, dtype)
+                module._buffers[key] = casts[buffer]
 
 
-def _set_output_dtypes(model: nn.Module, edges: Edges) -> None:
+def _set_output_dtypes(model: nn.Module, edges: Edges, chosen: Set[nn.Module]) -> None:
     """Between MPLinears of one compute dtype nobody needs the wide output; what leaves the chain stays wide.
 
-    A module whose parameters have another dtype than the output it would be given is given theirs.
+    A module whose parameters have another dtype than the output it would be given is given theirs. MPLinears of the user's
+    own that are not `chosen` stay as they are, and so does what they are given: without an output_dtype they return its.
     """
+    readers_of = {linear: readers for linear, readers in edges.readers.items() if linear in chosen}
     chained: set[MPLinear] = set()
     narrowed = {}
-    for linear, readers in edges.readers.items():
+    for linear, readers in readers_of.items():
         if RELU in readers and not isinstance(linear, MPLinearBeforeReLU):
             _remember(linear, 'relu in forward() not fused: use MPLinear(activation="relu")')
         above = readers - {RELU}
-        dtypes = {m.policy and m.policy.compute_dtype for m in (linear, *above) if isinstance(m, MPLinear)}
-        if all(isinstance(m, MPLinear) for m in above) and len(dtypes) == 1 and linear.policy and linear.policy.mixed:
+        dtypes = {m.policy.compute_dtype for m in (linear, *above) if m in chosen}
+        if above <= chosen and len(dtypes) == 1 and linear.policy.mixed:
             narrowed[linear] = linear.policy.compute_dtype
             chained |= above
     for linear in chained - narrowed.keys():
@@ -336,7 +340,7 @@ def _set_output_dtypes(model: nn.Module, edges: Edges) -> None:
             if output_dtype == linear.policy.compute_dtype:
                 _remember(linear, f"output {_short(output_dtype)}: only linears read it")
     names = {module: name for name, module in model.named_modules()}
-    for linear, readers in edges.readers.items():
+    for linear, readers in readers_of.items():
         for module in readers - {RELU, None}:
             taken = {p.dtype for p in module.parameters() if p.is_floating_point()}
             output_dtype = _known_output_dtype(linear)
@@ -349,15 +353,14 @@ def _set_output_dtypes(model: nn.Module, edges: Edges) -> None:
 def _known_output_dtype(linear: MPLinear) -> torch.dtype | None:
     """None where it is that of the input."""
     policy = linear.policy
-    if policy is None or (policy.mixed and policy.output_dtype is None):
+    if policy.mixed and policy.output_dtype is None:
         return None
     return policy.output_dtype or linear.weight.dtype
 
 
 def _remember(linear: MPLinear, note: str) -> None:
-    """For the report. A layer of the user's own has nothing to revert but its policy."""
-    before = vars(linear).get("_before") or _Linear(type(linear), (), linear._activation, linear.policy)
-    linear._before = dataclasses.replace(before, notes=(*before.notes, note))
+    """For the report."""
+    linear._before = dataclasses.replace(linear._before, notes=(*linear._before.notes, note))
 
 
 def _note(linear: nn.Module) -> str:

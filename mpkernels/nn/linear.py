@@ -123,12 +123,12 @@ def _cast_and_stamp(weight, dtype):
 
 @contextlib.contextmanager
 def cached_weights(model: nn.Module):
-    """Inside, every MPLinear of `model` casts its weight once instead of at each call: for evaluation and sampling.
+    """Inside, every MPLinear (and Conv1D) of `model` casts its weight once, not at each call: for evaluation and sampling.
 
     A write that torch can see (load_state_dict, no_grad in-place) makes the cast anew; a write through `.data` does not.
     Of weights made under `torch.inference_mode()` it sees none: they are cast at each call.
     """
-    layers = [m for m in model.modules() if isinstance(m, MPLinear) and m.policy is not None]
+    layers = [m for m in model.modules() if hasattr(m, "_weight_copy") and m.policy is not None]
     try:
         for layer in layers:
             if layer.weight.dtype != layer.policy.compute_dtype and not layer.weight.is_inference():
