@@ -332,6 +332,15 @@ REPORTED = {  # where fx sees a ReLU
 }  # fmt: skip
 
 
+def test_functional_relu_is_fused_whatever_a_library_puts_into_module(monkeypatch):
+    def smart_apply(self, function):  # as transformers does
+        for child in self.children():
+            child.smart_apply(function)
+
+    monkeypatch.setattr(nn.Module, "smart_apply", smart_apply, raising=False)
+    assert fused(make()) == ["fc1"]
+
+
 class Kept(Plain):
     """The ReLU is in an attribute, and so may be another function tomorrow."""
 

@@ -36,11 +36,15 @@ def read_elsewhere(classes: Sequence[type], attribute: str) -> bool:
 
 
 def _unreached(cls: type) -> list[FunctionType]:
-    """The methods of the model's own that `cls.forward` does not reach, but for `__init__`."""
-    members = {name: member for base in reversed(cls.__mro__) for name, member in vars(base).items()}
+    """The methods of the model's own classes that `cls.forward` does not reach, but for `__init__`.
+
+    NOTE: transformers puts one into nn.Module itself.
+    """
+    own = [base for base in reversed(cls.__mro__) if not base.__module__.startswith("torch.")]
+    members = {name: member for base in own for name, member in vars(base).items()}
     methods = [getattr(member, "fget", None) or getattr(member, "__func__", member) for member in members.values()]
-    known = [members["__init__"], *(function for function, _ in _reached(cls))]
-    return [f for f in methods if isinstance(f, FunctionType) and not f.__module__.startswith("torch.") and f not in known]
+    known = [members.get("__init__"), *(function for function, _ in _reached(cls))]
+    return [f for f in methods if isinstance(f, FunctionType) and f not in known]
 
 
 def _named(node: ast.FunctionDef) -> set:
