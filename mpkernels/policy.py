@@ -102,7 +102,7 @@ class Policy:
     def to_fsdp(self):
         """The same for `torch.distributed.fsdp.fully_shard(mp_policy=...)`; gradients are reduced in `grad_dtype`, else fp32.
 
-        Raises ValueError for a `grad_dtype` other than the parameter's: FSDP2 refuses that mixture.
+        Raises ValueError for a `grad_dtype` narrower than the parameter's: FSDP2 refuses that mixture.
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -132,7 +132,7 @@ def get_default_policy() -> Policy | None:
 
 
 def set_default_policy(policy: "str | Policy | None") -> None:
-    """Set the policy of layers made from now on without one."""
+    """Set the policy of layers made from now on without one, in this thread (its `contextvars` context): a new one has none."""
     _default.set(None if policy is None else Policy.parse(policy))
 
 
