@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mpkernels import _cache, _dispatch, _table
 from mpkernels._table import Entry, Problem
 from mpkernels.ops._cast import cast
-from mpkernels.ops.linear_act import Activation, backward_op, forward_op, tiles
+from mpkernels.ops.linear_act import Activation, backward_op, forward_op, has_mask, tiles
 
 SHAPES = {  # M, K, N
     "cuda": ((4096, 1024, 4096), (16384, 1024, 4096), (4096, 4096, 4096), (8192, 8192, 8192)),
@@ -29,8 +29,7 @@ SHAPES = {  # M, K, N
 ROUNDS = 20
 FLUSH = 1 << 30  # bytes written before a timed run on a GPU: more than an L2, and long enough to queue the launches under
 
-# Bound 2 of tests/bounds.py, on tensor cores: operands of random sign, fp32 accumulator, one rounding.
-FACTOR, ACCUMULATOR_ROUNDOFF = 5.0, 2.0**-23
+FACTOR = 5.0  # of bound 2 in tests/bounds.py: operands of random sign, one rounding
 
 
 @dataclass
@@ -47,14 +46,18 @@ class Candidate:
 def tune(model: torch.nn.Module, example_inputs, *, rounds: int = ROUNDS) -> dict[str, dict]:
     """Tune the GEMMs of one forward and backward of `model`, and return the entries written, by problem.
 
+    Those of layers without an activation or with a ReLU: the others are served as without a table.
     example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments. The forward is a real one: buffers that
-    a forward changes (of batch norm, say) change. Raises RuntimeError under torch.compile and in CUDA graph capture.
+    a forward changes (of batch norm, say) change. Raises RuntimeError under torch.compile and in CUDA graph capture,
+    ValueError for fewer than one round.
     """
-    _refuse_to_tune()
+    _refuse_to_tune(rounds)
     return tune_problems(record(model, example_inputs), rounds=rounds)
 
 
-def _refuse_to_tune() -> None:
+def _refuse_to_tune(rounds: int) -> None:
+    if rounds < 1:
+        raise ValueError(f"tune: rounds must be 1 or more, got {rounds}")
     if torch.compiler.is_compiling():
         raise RuntimeError("tune: cannot time kernels under torch.compile; call it before, on the model itself")
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -75,7 +78,7 @@ class _Recorder(TorchDispatchMode):
         for op in (forward_op, backward_op):
             if function is getattr(torch.ops.mpkernels, op.name).default:
                 problem, device = op.problem(*args), args[0].device
-                if problem is not None and args[0].numel():
+                if problem is not None and problem[4] <= Activation.RELU and args[0].numel():
                     rows = args[0].numel() // args[0].shape[-1]
                     self.found[device, problem] = max(rows, self.found.get((device, problem), 0))
         return function(*args, **(kwargs or {}))
@@ -84,7 +87,8 @@ class _Recorder(TorchDispatchMode):
 def record(model: torch.nn.Module, example_inputs) -> dict[tuple[torch.device, Problem], int]:
     """The GEMMs of one forward and backward: (device, problem) -> rows."""
     inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
-    recorder, gpus = _Recorder(), range(torch.cuda.device_count())
+    recorder = _Recorder()
+    gpus = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     with torch.random.fork_rng(gpus), torch.enable_grad(), recorder:
         out = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
         outs = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
@@ -175,9 +179,9 @@ class Inputs:
         return cls(problem, *(torch.randn(s, generator=generator, device=device).to(d) for s, d in zip(shapes, dtypes)))
 
     def arguments(self, backend: str, output_mask=(True, True, True)) -> tuple:
-        """Of the op, as the layer would call it: kernels write and read a mask, eager selects by the output."""
+        """Of the op, as the layer would call it: kernels for GPUs write and read a mask, the others select by the output."""
         role, _, _, _, activation, compute, _, *dtypes = self.problem
-        save = int(backend != "eager" and activation != Activation.NONE)
+        save = int(has_mask(backend, self.x.device) and activation != Activation.NONE)
         if role == "fprop":
             return self.x, self.weight, self.bias, None, activation, compute, dtypes[0], save
         from mpkernels.ops.linear_act.passes import pack_mask
@@ -198,7 +202,7 @@ class Inputs:
             if saved.numel() and not torch.equal(unpack_mask(saved, N), ~(out <= 0)):
                 return "the mask is not that of the output"
             exact = reference.linear_act(self.x, self.weight, self.bias, activation, compute)
-            return _outside("out", out, exact, _spread(self.x, weight.T) + self.bias.double().abs(), K)
+            return _outside("out", out, exact, _spread(self.x, weight.T) + self.bias.double().abs(), K, compute)
         rows, grad_z = self.x.shape[0], self.grad_out
         positive = self._out() > 0 if activation != Activation.NONE else None
         expected = reference.linear_act_backward(grad_z, self.x, self.weight, positive, compute)
@@ -207,7 +211,7 @@ class Inputs:
         parts = zip(
             ("grad_x", "grad_weight", "grad_bias"), results, expected, factors, (N, rows, rows), output_mask, strict=False
         )
-        reasons = [_outside(name, got, r, _spread(*pair), n) for name, got, r, pair, n, wanted in parts if wanted]
+        reasons = [_outside(name, got, r, _spread(*pair), n, compute) for name, got, r, pair, n, wanted in parts if wanted]
         return next(filter(None, reasons), None)
 
     def _out(self) -> torch.Tensor:
@@ -220,11 +224,12 @@ def _spread(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.double().square() @ b.double().square()).sqrt()
 
 
-def _outside(name: str, got: torch.Tensor, exact: torch.Tensor, spread: torch.Tensor, length: int) -> str | None:
-    """Why a result is further from fp64 than one rounding and an fp32 accumulator take it, or None."""
+def _outside(name: str, got, exact, spread, length: int, compute: torch.dtype) -> str | None:
+    """Why a result is further from fp64 than one rounding and the accumulator take it, or None."""
     info = torch.finfo(got.dtype)
     u = info.eps / 2
-    accumulated = FACTOR * math.sqrt(length) * ACCUMULATOR_ROUNDOFF * spread
+    v = 2.0**-23 if compute.itemsize == 2 else torch.finfo(compute).eps / 2  # tensor cores truncate inside a block
+    accumulated = FACTOR * math.sqrt(length) * v * spread
     excess = ((got.double() - exact).abs() / (u * exact.abs() + (1 + u) * accumulated + info.smallest_normal * info.eps)).max()
     return None if excess <= 1 else f"{name} is {excess:.3g} times as far from fp64 as the bound allows"
 
@@ -342,7 +347,7 @@ def _time_cuda(run: Callable, device: torch.device) -> float:
 
 def tune_problems(problems: dict[tuple[torch.device, Problem], int], *, rounds: int = ROUNDS, package=False) -> dict[str, dict]:
     """Tune and write; the entries written. package: into mpkernels/tuned/ as well, for everyone with this GPU."""
-    _refuse_to_tune()
+    _refuse_to_tune(rounds)
     written = {}
     for (device, problem), rows in _progress(problems.items()):
         entries = tune_problem(problem, rows, device, rounds)
@@ -397,6 +402,7 @@ def main(arguments: list[str]) -> int:
         print(shown(entries) if entries else f"no table for {_table.name(device)}")
         return 0
     try:
+        _refuse_to_tune(options.rounds)
         shapes = [_shape(text) for text in options.shapes or ()] or SHAPES[device.type]
     except ValueError as error:
         parser.error(str(error))

@@ -50,9 +50,9 @@ def race(monkeypatch, request):
     def run(problem, contender, rows=24):
         op = forward_op if problem[0] == "fprop" else backward_op
         right = op.function
-        candidates = [tune.Candidate("eager", "eager"), tune.Candidate("contender", "native")]
+        candidates = [tune.Candidate("eager", "eager"), tune.Candidate("contender", "triton")]
         monkeypatch.setattr(tune, "candidates_of", lambda *args: candidates)
-        monkeypatch.setattr(op, "function", lambda backend: contender if backend == "native" else right(backend))
+        monkeypatch.setattr(op, "function", lambda backend: contender if backend == "triton" else right(backend))
         return tune.tune_problem(problem, rows, CPU, rounds=1)[problem]
 
     return run
@@ -87,10 +87,18 @@ def test_tune_times_what_is_right(race, monkeypatch):
     """A sound candidate wins by its time alone, and the loser's reason is its time."""
     monkeypatch.setattr(tune, "interleave", lambda runs, device, rounds: {"eager": [30.0], "contender": [20.0]})
     entry = race(FPROP, forward_of(wrong_kernels.sound))
-    assert (entry["backend"], entry["us"]) == ("native", 20.0)
+    assert (entry["backend"], entry["us"]) == ("triton", 20.0)
     assert entry["lost"] == {"eager": "1.50 x the time: 30.0 us"}
     entry = race(BACKWARD, backward_of(wrong_kernels.sound_backward), rows=512)
-    assert entry["backend"] == "native"
+    assert entry["backend"] == "triton"
+
+
+@pytest.mark.parametrize("backend, mask", [("eager", False), ("native", False), ("triton", True)])
+def test_tune_times_the_layers_call(backend, mask):
+    """On a CPU C++ selects by the output, as eager does."""
+    assert tune.Inputs.random(FPROP, 24, CPU).arguments(backend)[-1] == mask
+    saved = tune.Inputs.random(BACKWARD, 512, CPU).arguments(backend)[4]
+    assert saved.dtype == (torch.int32 if mask else f16)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +109,15 @@ def test_tune_rejects_a_wrong_forward(name, race):
     entry = race(FPROP, forward_of(getattr(wrong_kernels, name)))
     assert entry["backend"] == "eager"
     assert "times as far from fp64 as the bound allows" in entry["lost"]["contender"]
+
+
+def test_tune_rejects_fp32_products_of_fp64(race):
+    def function(*args):
+        out = wrong_kernels.sound(*(t.float() for t in args[:3]), args[4], f32, args[6])
+        return out, pack_mask(out), args[0].new_empty(0)
+
+    problem = _table.problem("fprop", 24, 40, 1024, Activation.RELU, *[torch.float64] * 3)
+    assert "times as far from fp64 as the bound allows" in race(problem, function)["lost"]["contender"]
 
 
 @pytest.mark.parametrize("name", ["gradient_through_16_bit", "bias_gradient_in_16_bit", "split_rows_16_bit"])
@@ -170,6 +187,26 @@ def test_tune_records_a_model():
     assert tune.record(model, (x,)).keys() == tune.record(model, {"input": x}).keys() == found.keys()
 
 
+def test_tune_leaves_activations_that_it_cannot_check():
+    assert not tune.record(mpk.MPLinear(12, 20, activation="gelu", policy="mixed_float16"), torch.randn(3, 12))
+
+
+def test_tune_asks_no_gpu_that_the_model_is_not_on(monkeypatch):
+    forked, fork = [], torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: (forked.extend(devices), fork(()))[1])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert tune.record(mpk.MPLinear(12, 20, policy="mixed_float16"), torch.randn(3, 12))
+    assert forked == []
+
+
+def test_tune_refuses_no_rounds(capsys):
+    with pytest.raises(ValueError, match="rounds must be 1 or more, got 0"):
+        mpk.tune(nn.Linear(2, 2), torch.ones(1, 2), rounds=0)
+    with pytest.raises(SystemExit):
+        tune.main(["--rounds", "0"])
+    assert "rounds must be 1 or more, got 0" in capsys.readouterr().err
+
+
 def test_tune_a_model_writes_what_auto_reads():
     model = mpk.convert(nn.Sequential(nn.Linear(16, 8), nn.ReLU()), "float16")
     x = torch.randn(5, 16).half()
@@ -177,7 +214,8 @@ def test_tune_a_model_writes_what_auto_reads():
     assert {entry["backend"] for entry in written.values()} <= {"eager", "native"}
     forget()
     weight = model[0].weight
-    assert forward_op.tuned(x, weight, None, None, Activation.RELU, f16, f16, 0) == "eager"
+    fastest = next(entry["backend"] for name, entry in written.items() if name.startswith("fprop"))
+    assert forward_op.tuned(x, weight, None, None, Activation.RELU, f16, f16, 0) == fastest
     assert forward_op.tuned(x, weight, None, None, Activation.RELU, f16, f16, 0, True) is None  # batch_invariant
     assert forward_op.tuned(x, weight, None, None, Activation.RELU, f16, f32, 0) is None
     assert len(written) == len(_table.of(CPU)) == 2
@@ -298,7 +336,7 @@ def test_tune_where_the_cache_cannot_be_written(where, monkeypatch, tmp_path, ca
     (tmp_path / "nowhere").symlink_to(tmp_path / "missing" / "twice")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / where))
     written = tune.tune_problems({(CPU, FPROP): 24}, rounds=1)
-    assert written[_table.written(FPROP)]["backend"] == "eager"
+    assert written[_table.written(FPROP)]["backend"] in ("eager", "native")
     assert f"tune: {_table.own_file(CPU)} cannot be written" in capsys.readouterr().err
     forget()
     assert _table.of(CPU) == {}

@@ -180,7 +180,11 @@ def _save(device, compute_dtype, activation, tuned=None) -> int:
 
 def writes_mask(device, compute_dtype, tuned=None) -> bool:
     """Whether the forward that serves such a call writes the mask, and its dgrad has an epilogue: kernels for GPUs."""
-    backend = forward_op.backend(device, compute_dtype, tuned)
+    return has_mask(forward_op.backend(device, compute_dtype, tuned), device)
+
+
+def has_mask(backend: str, device: torch.device) -> bool:
+    """Whether the layer asks that backend for a mask, and its backward selects by it."""
     return backend != "eager" and (backend, device.type) != ("native", "cpu")
 
 
