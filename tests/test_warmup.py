@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import mpkernels as mpk
-from mpkernels import _dispatch
+from mpkernels import _dispatch, _native
 
 
 class Model(nn.Module):
@@ -75,6 +75,13 @@ def test_warmup_asks_for_every_op(model, monkeypatch):
     monkeypatch.setattr(_dispatch, "_choose", lambda name, *key: (asked.add(name), choose(name, *key))[1])
     mpk.warmup(model, torch.ones(3, 6))
     assert asked == set(_dispatch.ops)
+
+
+@pytest.mark.skipif(_native.why_not() is not None, reason=f"native: {_native.why_not()}")
+def test_warmup_asks_of_a_layer_what_it_computes_in(monkeypatch):
+    """linear_act in C++ on a CPU has no float64, and a float64 parameter that is rounded to float32 needs none."""
+    monkeypatch.setenv("MPKERNELS_BACKEND", "native")
+    mpk.warmup(mpk.MPLinear(6, 4, policy="mixed_float32"), torch.ones(3, 6, dtype=torch.float64))
 
 
 def test_warmup_runs_compiled_models_uncompiled(model):

@@ -34,8 +34,9 @@ def warmup(model: nn.Module, example_inputs) -> None:
         if outputs and params:  # not backward(): that adds to .grad, and steps optimizers that live in hooks
             torch.autograd.grad(outputs, params, [torch.zeros_like(t) for t in outputs], allow_unused=True)
     for device, dtype in {(p.device, p.dtype) for p in params}:
-        for op in _dispatch.ops.values():  # the step's too
-            op.backend(device, dtype)
+        for op in _dispatch.ops.values():
+            if op.mutated is not None:  # the step's: those of the layers have just run, in their compute dtypes
+                op.backend(device, dtype)
 
 
 def _arguments(example_inputs) -> tuple[tuple, dict]:
