@@ -76,7 +76,7 @@ def implementations() -> list[dict[str, str]]:
 
 def state(op: _dispatch.Op, device: torch.device, backend: str) -> tuple[str, str]:
     """State and note of one implementation, after one real run of it."""
-    reason = op.why_not(backend, device, torch.float32)
+    reason = op.why_not(backend, device, op.dtype)
     if reason is not None:
         return "unavailable", reason
     try:
@@ -86,7 +86,7 @@ def state(op: _dispatch.Op, device: torch.device, backend: str) -> tuple[str, st
     if wrong is not None:
         return "wrong", wrong
     try:
-        chosen = op.backend(device, torch.float32)
+        chosen = op.backend(device, op.dtype)
     except RuntimeError as error:
         return "works", str(error)
     gemm = "GEMM by oneDNN or MKL" if op.name.startswith("linear") and device.type == "cpu" and backend == "eager" else ""

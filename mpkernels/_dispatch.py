@@ -54,6 +54,7 @@ class Op:
     key: `(device, dtype)` of a call, which the selector chooses by.
     problem: what a tuned table is asked by, from the same arguments; None where there are none.
     mutated: the tensors that a call writes, whose version counters are moved (raw-pointer writes do not move them).
+    dtype: what its arithmetic is asked for in where no call says so: one that every implementation has.
     """
 
     def __init__(
@@ -67,11 +68,13 @@ class Op:
         key: Callable[..., tuple[torch.device, torch.dtype]],
         problem: Callable[..., _table.Problem] | None = None,
         mutated: Callable[..., list[torch.Tensor]] | None = None,
+        dtype: torch.dtype = torch.float32,
     ):
         self.name = schema.split("(")[0]
         self.package = package
         self.implementations = {i.backend: i for i in implementations}
         self.check, self.fake, self.key, self.problem, self.mutated = check, fake, key, problem, mutated
+        self.dtype = dtype
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mpkernels::{self.name}", self._fake, lib=_library)
@@ -245,7 +248,7 @@ def is_available(backend: str) -> tuple[bool, str]:
     reasons = []
     for op in ops.values():
         for where in {device, torch.device("cpu")}:
-            reason = op.why_not(backend, where, torch.float32)
+            reason = op.why_not(backend, where, op.dtype)
             if reason is None:
                 return True, ""
             reasons.append(reason)

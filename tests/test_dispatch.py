@@ -175,6 +175,25 @@ def test_dispatch_reasons_are_short_sentences():
             assert reason is None or (reason == reason.strip() and "\n" not in reason and 0 < len(reason) < 200)
 
 
+def test_dispatch_reports_hoppers_gemm(monkeypatch):
+    """It has no fp32 arithmetic: the report and is_available ask for what it has."""
+    from mpkernels import __main__ as command
+    from mpkernels import _native
+    from mpkernels.ops.linear_act import backward_op, forward_op
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_native, "cuda_why_not", lambda device: None)
+    for op in (forward_op, backward_op):
+        monkeypatch.setattr(op, "self_check", lambda backend, device: None)
+        assert command.state(op, gpu, "native") == ("works", "")
+    monkeypatch.setattr(_native, "why_not", lambda: "not built")
+    monkeypatch.setattr(_dispatch, "ops", {"linear_act": forward_op})
+    assert mpk.is_available("native") == (True, "")
+    _dispatch._choose.cache_clear()
+
+
 # ----- is_available ---------------------------------------------------------------
 
 

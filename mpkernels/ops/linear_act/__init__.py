@@ -403,6 +403,7 @@ forward_op = Op(
     fake=_fake,
     key=lambda x, weight, bias, weight_copy, activation, compute_dtype, *_: (x.device, compute_dtype),
     problem=_problem,
+    dtype=torch.float16,
 )
 backward_op = Op(
     "linear_act_backward(Tensor grad_out, Tensor? x, Tensor weight, Tensor? weight_copy, Tensor? saved, int activation, "
@@ -415,6 +416,7 @@ backward_op = Op(
     fake=_fake_backward,
     key=lambda grad_out, x, weight, weight_copy, saved, activation, compute_dtype, *_: (grad_out.device, compute_dtype),
     problem=_problem_backward,
+    dtype=torch.float16,
 )
 
 # ----- autograd ---------------------------------------------------------------
