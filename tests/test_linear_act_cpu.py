@@ -39,14 +39,16 @@ def multiply(a, b, bias, compute, out_dtype, activation=NONE, *, batch_invariant
 def is_here(lanes: int) -> bool:
     try:
         multiply(torch.ones(1, 1), torch.ones(1, 1), None, f32, f32, lanes=lanes)
-    except RuntimeError:
+    except RuntimeError as error:
+        if f"no vectors of {lanes} fp32" not in str(error):
+            raise
         return False
     return True
 
 
 @pytest.fixture(params=[4, 8, 16], ids=["any CPU", "AVX2", "AVX-512"])
 def lanes(request) -> int:
-    if not is_here(request.param):
+    if request.param != 4 and not is_here(request.param):
         pytest.skip(f"this CPU has no vectors of {request.param} fp32")
     return request.param
 
