@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures of all tests: one thread per process, seeded data, the devices that are there."""
 
+import re
 import zlib
 
 import pytest
@@ -24,8 +25,15 @@ def _cache_of_its_own(tmp_path_factory):
 
 @pytest.fixture
 def generator(request) -> torch.Generator:
-    """Random numbers of this test: the same at every run, others in every parametrization."""
-    return torch.Generator().manual_seed(zlib.crc32(request.node.name.encode()))
+    """Random numbers of this test: the same at every run and by every backend, others in every other parametrization."""
+    name = re.sub(r"\[(eager|auto)-?", "[", request.node.name)
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+
+@pytest.fixture(params=["linear_act=eager,linear_act_backward=eager", "auto"], ids=["eager", "auto"])
+def by_eager_and_auto(request, monkeypatch):
+    """linear_act by both. auto: on a CPU C++, but for fp64."""
+    monkeypatch.setenv("MPKERNELS_BACKEND", request.param)
 
 
 @pytest.fixture(params=["cpu"] + ["cuda"] * torch.cuda.is_available())

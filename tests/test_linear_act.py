@@ -2,8 +2,6 @@
 """linear_act and linear_act_backward, by eager and by auto, against fp64: rounding, exact cases, mask, non-finite values."""
 
 import os
-import re
-import zlib
 from itertools import product
 
 import numpy as np
@@ -32,21 +30,11 @@ from tests.linear_act_cases import (
     same_bits,
 )
 
+pytestmark = pytest.mark.usefixtures("by_eager_and_auto")
+
 NONE, RELU = Activation.NONE, Activation.RELU
 by_dtypes = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
 sixteen_bits = pytest.mark.parametrize("dtype", [f16, bf16], ids=["fp16", "bf16"])
-
-
-@pytest.fixture(autouse=True, params=["linear_act=eager,linear_act_backward=eager", "auto"], ids=["eager", "auto"])
-def _backend(request, monkeypatch):
-    """auto: on a CPU C++, but for fp64."""
-    monkeypatch.setenv("MPKERNELS_BACKEND", request.param)
-
-
-@pytest.fixture
-def generator(request) -> torch.Generator:
-    """The same data for every backend."""
-    return torch.Generator().manual_seed(zlib.crc32(re.sub(r"\[(eager|auto)-?", "[", request.node.name).encode()))
 
 
 # ----- against fp64 ---------------------------------------------------------------

@@ -24,6 +24,8 @@ from tests.linear_act_cases import (
     same_bits,
 )
 
+pytestmark = pytest.mark.usefixtures("by_eager_and_auto")
+
 NONE = Activation.NONE
 TORCH = {
     Activation.RELU2: lambda z: z.relu().square(),
@@ -33,11 +35,6 @@ TORCH = {
 }
 by_activation = pytest.mark.parametrize("activation", TORCH, ids=lambda a: a.name.lower())
 by_dtype = pytest.mark.parametrize("dtype", [f16, bf16, f32], ids=["fp16", "bf16", "fp32"])
-
-
-@pytest.fixture(autouse=True)
-def _eager(monkeypatch):
-    monkeypatch.setenv("MPKERNELS_BACKEND", "linear_act=eager,linear_act_backward=eager")
 
 
 @by_activation

@@ -8,11 +8,7 @@ import mpkernels as mpk
 from mpkernels.ops.linear_act import Activation
 from tests.linear_act_cases import DTYPES, Case, forward, same_bits
 
-
-@pytest.fixture(autouse=True, params=["linear_act=eager,linear_act_backward=eager", "auto"], ids=["eager", "auto"])
-def _backend(request, monkeypatch):
-    """auto: on a CPU C++, but for fp64."""
-    monkeypatch.setenv("MPKERNELS_BACKEND", request.param)
+pytestmark = pytest.mark.usefixtures("by_eager_and_auto")
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "mixed_float16", "float64"])

@@ -26,13 +26,10 @@ from tests.linear_act_cases import (
     same_bits,
 )
 
+pytestmark = pytest.mark.usefixtures("by_eager_and_auto")
+
 NONE, RELU = Activation.NONE, Activation.RELU
 by_dtypes = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
-
-
-@pytest.fixture(autouse=True)
-def _eager(monkeypatch):
-    monkeypatch.setenv("MPKERNELS_BACKEND", "linear_act=eager,linear_act_backward=eager")
 
 
 def tensors_of(case, generator, device):
@@ -283,7 +280,7 @@ def test_linear_act_joined_layers_save_no_more(generator, device):
 
 
 def test_linear_act_seam_stays_empty_without_kernels(generator, device):
-    """In eager, and without gradients, the lower layer keeps what is its own."""
+    """In eager, and by C++ on a CPU, the lower layer keeps what is its own."""
     x, weight, bias, _ = Case(4, 5, 6).tensors(generator, device)
     seam = Seam()
     linear_act(x, weight.requires_grad_(), bias, activation=RELU, compute_dtype=f16, out_dtype=f16, above=seam)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of MPMLP: its layers one by one, and joined, which eager never does of itself (`joined` makes it)."""
+"""Tests of MPMLP: its layers one by one, and joined, which no backend of a CPU does of itself (`joined` makes it)."""
 
 import copy
 import itertools
@@ -21,7 +21,7 @@ SIZES = (12, 33, 40, 9)
 
 @pytest.fixture(params=[False, True], ids=["one by one", "joined"])
 def joined(request, monkeypatch):
-    """Whether what moves up on a GPU does here: the op in eager has the same two parts, mask and epilogue."""
+    """Whether what moves up on a GPU does here: the op on a CPU has the same two parts, mask and epilogue."""
     if request.param:
         monkeypatch.setattr(ops, "writes_mask", lambda *_: True)
     return request.param
@@ -258,7 +258,7 @@ def test_one_node_per_layer(moved):
     assert moved == [40, 33]
 
 
-def test_nothing_moves_up_in_eager(moved):
+def test_nothing_moves_up_on_a_cpu(moved):
     model = made()
     model(inputs(model)).sum().backward()
     assert moved == []
