@@ -28,6 +28,7 @@ MOST_CALLS = 64
 ROUNDS = (5, 400)  # of every contender, at least and at most
 LONG_US, LONG_ROUNDS = 1e6, 3  # at least so many of one whose every sample is that long: it averages by itself
 DOUBT, PATIENCE = 0.015, 3  # a ratio known less well than this is given up to so many times its share of the time
+WARM_CALLS = 3  # of everyone before the first round on a CPU, in which the heap becomes as large as all of them need it
 WARM_SECONDS = 0.1  # of work of everyone before the first round on a GPU, so that clocks are up
 HIDING_CYCLES = 2_000_000  # about 1 ms of a GPU's time in which the host runs ahead
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
@@ -174,8 +175,10 @@ class _Sampler:
             torch.cuda.synchronize()
         once = (time.perf_counter() - begin) / len(contenders) * 1e6
         several = clock.device.type == "cpu" and self.timed != "by itself"
-        if several:  # the first call was not typical
+        for _ in range(WARM_CALLS if several else 0):  # the first was not typical
             once = clock(next(self.runs), self.timed)
+            if once > LONG_US:
+                break
         self.bundled = contenders[0].calls
         self.calls = (min(MOST_CALLS, math.ceil(SAMPLE_US / once)) if several else 1) * self.bundled
 

@@ -218,15 +218,18 @@ def test_bench_make_leaves_the_committed_rows():
 
 
 def test_bench_compare(tmp_path, monkeypatch, capsys):
-    """Nine of ten ratios within 10 % pass, eight do not; rows of one run alone do not count."""
+    """Nine of ten ratios within 10 % pass, eight do not; rows of one run alone, or in doubt, do not count."""
 
-    def write(name: str, ratios: list[float]) -> str:
-        lines = [json.dumps({"case": "a", "contender": str(i), "ratio": ratio}) + "\n" for i, ratio in enumerate(ratios)]
+    def write(name: str, ratios: list[float], in_doubt: int = -1) -> str:
+        lines = [
+            json.dumps({"case": "a", "contender": str(i), "ratio": ratio, "uncertainty": 0.2 if i == in_doubt else 0.02}) + "\n"
+            for i, ratio in enumerate(ratios)
+        ]
         (tmp_path / name).write_text("".join(lines))
         return str(tmp_path / name)
 
-    first = write("a", [0.5] * 10 + [3])
+    first = write("a", [0.5] * 11 + [3], in_doubt=10)
     for off, status in ((1, 0), (2, 1)):
-        monkeypatch.setattr("sys.argv", ["compare", first, write("b", [0.56] * off + [0.54] * (10 - off))])
+        monkeypatch.setattr("sys.argv", ["compare", first, write("b", [0.56] * off + [0.54] * (10 - off) + [7])])
         assert compare.main() == status
-        assert f"{10 - off} of 10 ratios agree within 10%" in capsys.readouterr().out
+        assert f"{10 - off} of 10 ratios agree within 10%; 1 are in doubt" in capsys.readouterr().out
