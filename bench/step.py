@@ -35,14 +35,24 @@ HYPER = dict(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
 
 @dataclass
 class Recipe:
-    """step: one optimizer step. params: the model's, with gradients; masters: what the step updates, where it is not them."""
+    """step: one optimizer step. params: the model's, with gradients; masters: what the step updates, where it is not them.
+
+    optimizer: of one of ours.
+    """
 
     step: Callable[[], object]
     params: list[torch.Tensor]
     masters: Callable[[], list[torch.Tensor]] | None = None
+    optimizer: mpk.optim.AdamW | None = None
 
     def updated(self) -> list[torch.Tensor]:
         return self.params if self.masters is None else self.masters()
+
+    def move_to(self, other: "Recipe") -> None:
+        """Take the memory of another of ours, but not of its gradients: where that lies decides as much as what is compared."""
+        for mine, its in zip(self.params, other.params, strict=True):
+            mine.data = its.data
+            self.optimizer.state[mine] = dict(other.optimizer.state[its])
 
 
 # ----- tensors ---------------------------------------------------------------
@@ -87,8 +97,8 @@ def ours(case, device) -> Recipe:
         scaler.update()
 
     if case.grads == "float32":
-        return Recipe(step, params)
-    return Recipe(step, params, lambda: [optimizer.state[p]["master"] for p in params])
+        return Recipe(step, params, optimizer=optimizer)
+    return Recipe(step, params, lambda: [optimizer.state[p]["master"] for p in params], optimizer)
 
 
 def plain_read(case, device) -> Recipe:
@@ -339,27 +349,33 @@ def recipes(case: Step, device: torch.device) -> dict[str, tuple[Callable, int]]
 
 
 def contenders(case: Step, device: torch.device) -> dict[str, Contender]:
-    plain = replace(case, kind="plain")
+    """Those that ours is compared with itself by take its memory when they were checked."""
+    plain, made = replace(case, kind="plain"), {}
     found = {
-        name: contender(plain if name == PLAIN_STEP else case, device, *how, name.startswith(OURS))
+        name: contender(plain if name == PLAIN_STEP else case, device, *how, name, made)
         for name, how in recipes(case, device).items()
     }
-    return with_forced(found, lambda: contender(case, device, *recipes(case, device)[OURS], True), "adamw_", device)
+    return with_forced(found, lambda: contender(case, device, *recipes(case, device)[OURS]), "adamw_", device)
 
 
-def contender(case: Step, device: torch.device, make: Callable, bytes_per_parameter: int, ours: bool) -> Contender:
-    recipe = None
+def contender(
+    case: Step, device: torch.device, make: Callable, bytes_per_parameter: int, name: str = OURS, made: dict | None = None
+) -> Contender:
+    """made: the recipes of the case by name, this one to come."""
+    made = {} if made is None else made
 
     def run():
-        recipe.step()
+        made[name].step()
 
     def check() -> dict:
-        nonlocal recipe
         needed, free = NEEDED * case.parameters, free_bytes(device)
         if needed > free:
             raise Missing(f"needs {needed / 1e9:.0f} GB where {free / 1e9:.0f} GB are free")
-        recipe = make(case, device)
-        return {"bytes_per_parameter": bytes_per_parameter, **_check(case, device, recipe, ours)}
+        made[name] = make(case, device)
+        facts = _check(case, device, made[name], name.startswith(OURS))
+        if name in (PLAIN_STEP, PLAIN_READ) and OURS in made:
+            made[name].move_to(made[OURS])
+        return {"bytes_per_parameter": bytes_per_parameter, **facts}
 
     return Contender(run, check, bytes=bytes_per_parameter * case.parameters)
 

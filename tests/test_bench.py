@@ -12,6 +12,7 @@ import torch
 from bench import bars, compare, plots, report, rows, step
 from bench.__main__ import check
 from bench.cases import CASES, LinearAct, Mlp, Step, select
+from bench.contender import OURS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = (
@@ -65,9 +66,14 @@ def test_bench_refuses_what_is_wrong(monkeypatch):
 
 def test_bench_checks_what_statistics_are_compared_with():
     """The read in place of them is there, and the step still right."""
-    contender = step.contender(Step(30_000, 3), torch.device("cpu"), step.plain_read, 30, ours=True)
-    assert contender.check()["error_to_best"] < 2
-    contender.run()
+    case, made = Step(30_000, 3), {}
+    for name, make in ((OURS, step.ours), (step.PLAIN_READ, step.plain_read)):
+        contender = step.contender(case, DEVICE, make, 30, name, made)
+        assert contender.check()["error_to_best"] < 2
+        contender.run()
+    ours, plain = (recipe.optimizer.state[recipe.params[2]] for recipe in made.values())
+    assert all(ours[name].data_ptr() == plain[name].data_ptr() for name in ("master", "exp_avg", "exp_avg_sq"))
+    assert (ours["step"], plain["step"]) == (2, 3), "each counts on by itself"
 
 
 def test_bench_has_the_cases_of_every_promise():
