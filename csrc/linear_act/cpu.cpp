@@ -288,10 +288,15 @@ void multiply_by_tiles(const InstructionSet& set, const Matrix& a, const Matrix&
   });
 }
 
+struct DotPadding {
+  alignas(64) float x[kDotPadding] = {};
+};
+
 void multiply_few_rows(const Matrix& a, const Matrix& b, const Output& out) {
-  const int64_t pitch = (a.columns + kDotPadding - 1) / kDotPadding * kDotPadding;
-  std::vector<float> x(a.rows * pitch);
-  a.widen(0, 0, a.rows, a.columns, x.data(), pitch);
+  const int64_t pitch = (a.columns / kDotPadding + 1) * kDotPadding;
+  std::vector<DotPadding> padded(a.rows * pitch / kDotPadding);
+  float* x = padded.data()->x;
+  a.widen(0, 0, a.rows, a.columns, x, pitch);
   const Dot dot = b.loops.dot[a.rows - 1];
   const int64_t grain = 32768 / (a.columns + 1) + 1;
   torch::stable::parallel_for(0, b.rows, grain, [&](int64_t begin, int64_t end) {
@@ -299,7 +304,7 @@ void multiply_few_rows(const Matrix& a, const Matrix& b, const Output& out) {
     for (int64_t n = begin; n < end; n += kColumnsOfTask) {
       const int64_t columns = std::min(kColumnsOfTask, end - n);
       for (int64_t j = 0; j < columns; ++j) {
-        dot(b.at(n + j, 0), x.data(), pitch, a.columns, mine.acc + j, kColumnsOfTask);
+        dot(b.at(n + j, 0), x, pitch, a.columns, mine.acc + j, kColumnsOfTask);
       }
       out.finish(0, n, a.rows, columns, mine.acc, kColumnsOfTask, mine.bias);
     }
