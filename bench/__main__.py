@@ -20,9 +20,10 @@ from bench.cases import CASES, Case, select
 from bench.contender import OURS, Contender, Missing, served_by
 
 SECONDS = {True: 1.0, False: 6.0}  # of timing per case, quick or not
+TIMES_LONGER = {"step": 2}  # or the rounds of the large ones would be few
 LAST_LEVEL_CACHE = {"cpu": 1 << 25, "cuda": 1 << 26}  # bytes that rotation has to exceed
 INSTANCES = 32
-PROGRESS_WEIGHT = {"training": 8, "step": 3}  # a case of these takes longer
+PROGRESS_WEIGHT = {"training": 8, "step": 5}  # a case of these takes longer
 
 
 def main() -> int:
@@ -47,12 +48,12 @@ def main() -> int:
         return 0
     limit = limits.measure(device, clock)
     stamp = {"clock": clock.name, **rows.environment(device), "limits": limit}
-    found, wrong = [], {}
+    found, wrong, seconds = [], {}, SECONDS[arguments.quick]
     with tqdm(total=sum(weight(case) for case in chosen), disable=arguments.json or None, leave=False, file=sys.stderr) as bar:
         for case in chosen:
             bar.set_postfix_str(case.name)
             try:
-                measured, errors = measure(case, device, clock, limit, SECONDS[arguments.quick])
+                measured, errors = measure(case, device, clock, limit, seconds * TIMES_LONGER.get(case.op, 1))
             except Exception as error:  # the other cases are still worth their time
                 measured, errors = [], {OURS: f"{type(error).__name__}: {error}"}
             timing.release_memory()
