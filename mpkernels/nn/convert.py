@@ -21,7 +21,7 @@ from mpkernels.ops.linear_act import Activation
 from mpkernels.policy import Policy
 
 # Weights from which on a linear is worth converting in a compiled model on a CPU. By bench/results, overhead/forward+backward,
-# our op costs the host 190 us more than torch's: 8 % of the arithmetic of 512 rows with so many weights, more of fewer rows.
+# our op costs the host 74 us more than torch's: 4 % of the arithmetic of 512 rows with so many weights, 15 % of that of 128.
 # training/digits, 64 rows and at most 128 x 128 weights, takes twice as long compiled as fp32 does. No row says so of a GPU.
 MIN_SIZE_COMPILED = 256 * 256
 
