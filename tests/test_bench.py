@@ -218,7 +218,9 @@ def test_bench_make_leaves_the_committed_rows():
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     for given, out in (((), "bench/out"), (("OUT=bench/results",), "bench/results")):
-        done = subprocess.run(["make", "-n", "bench", *given], cwd=report.ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["make", "--no-print-directory", "-n", "bench", *given], cwd=report.ROOT, capture_output=True, text=True, check=True
+        )
         assert done.stdout.rstrip().endswith(f"--out {out}")
     assert "bench/out/" in (report.ROOT / ".gitignore").read_text().splitlines()
 
