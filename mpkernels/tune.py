@@ -18,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpkernels import _cache, _dispatch, _table
+from mpkernels._rng import fork_rng
 from mpkernels._table import Entry, Problem
 from mpkernels.ops._cast import cast
 from mpkernels.ops.linear_act import Activation, backward_op, forward_op, has_mask, tiles
@@ -88,8 +89,7 @@ def record(model: torch.nn.Module, example_inputs) -> dict[tuple[torch.device, P
     """The GEMMs of one forward and backward: (device, problem) -> rows."""
     inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
     recorder = _Recorder()
-    gpus = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
-    with torch.random.fork_rng(gpus), torch.enable_grad(), recorder:
+    with fork_rng(model), torch.enable_grad(), recorder:
         out = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
         outs = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
         wanted = [p for p in model.parameters() if p.requires_grad]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
+from mpkernels._rng import fork_rng
 from mpkernels.nn.linear import MPLinear, has_hooks
 from mpkernels.nn.sources import has_branches, read_elsewhere
 
@@ -56,9 +57,8 @@ def edges_of_linears(model: nn.Module) -> Edges:
     if _may_do_otherwise(model):
         return edges
     attributes = {module: dict(vars(module)) for module in model.modules()}
-    gpus = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     try:
-        with torch.random.fork_rng(gpus):
+        with fork_rng(model):
             graph = _Tracer().trace(model)
     except Exception:  # NOTE: fx raises whatever the model's own code raises on a Proxy; then nothing is proved
         return edges

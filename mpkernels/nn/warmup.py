@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from mpkernels import _dispatch
+from mpkernels._rng import fork_rng
 
 
 @torch._disable_dynamo
@@ -57,9 +58,8 @@ def _is_wrapped(module: nn.Module) -> bool:
 def _untouched(model: nn.Module):
     """Restore buffers, values and objects, and the states of the random number generators."""
     buffers = [(m, name, b, None if b is None else b.clone()) for m in model.modules() for name, b in m._buffers.items()]
-    devices = {t.device for t in (*model.parameters(), *model.buffers())}
     try:
-        with torch.random.fork_rng([d for d in devices if d.type == "cuda"]):
+        with fork_rng(model):
             yield
     finally:
         with torch.no_grad():
