@@ -249,7 +249,7 @@ class Optimizer(torch.optim.Optimizer):
                 if parameter.grad.dtype.itemsize == 2:
                     parameter.grad_dtype = None  # any: float32 would stick, and DDP refuse the next backward
                     parameter.grad = parameter.grad.float()
-            group_rows.grads = Tensors(self._local_grads(group_rows.params))
+            group_rows.give(self._local_grads(group_rows.params))
             _unscale_in_place(group_rows.grads, self._step_options(device, grad_scale, None, None))
         self._read_grads(rows, None, norm=clip is not None)
         self._pending_clip = clip and self._clip_of_these(clip.max_norm)
