@@ -169,7 +169,7 @@ def _is_watched() -> bool:
 
 def _are_plain(args) -> bool:
     """Whether no tensor is of a class that may change what an op does, or has its minus put off."""
-    for a in args:  # noqa: SIM110 - a generator takes twice as long
+    for a in args:  # noqa: SIM110 - a generator takes longer
         if isinstance(a, torch.Tensor) and (type(a) not in _PLAIN or a.is_neg()):
             return False
     return True
