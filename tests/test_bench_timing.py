@@ -84,6 +84,15 @@ def test_bench_a_first_call_is_not_typical(first_call_of_a_second):
     assert timing._Sampler([Contender(lambda: None)], CPU).calls == timing.MOST_CALLS
 
 
+@pytest.mark.parametrize("seconds, calls", [(0.0, 1 + timing.WARM_CALLS), (2.0, 2)])
+def test_bench_warms_up_on_a_cpu(monkeypatch, seconds, calls):
+    """Beside the call that makes it ready, a few; one where a call takes long."""
+    monkeypatch.setattr(timing.Clock, "__call__", lambda _, run, timed: run() or seconds * 1e6 + 1)
+    called = []
+    timing._Sampler([Contender(lambda: called.append(0))], CPU)
+    assert len(called) == calls
+
+
 def test_bench_a_doubtful_ratio_gets_more_rounds():
     generator = torch.Generator().manual_seed(0)
     noisy = (1e-3 * (1 + torch.rand((), generator=generator).item()) for _ in itertools.count())
