@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/clones.h"
+#include "../common/fetch.h"
 #include "../common/runs.h"
 #include "../common/update.h"
 #include "lists.h"
@@ -58,6 +59,10 @@ void adamw_run(const AdamwTensor& tensor, const AdamwOptions& options, double fa
   S* vmax = reinterpret_cast<S*>(tensor.max_exp_avg_sq);
   const auto block = find_block<T, S>(vmax != nullptr, options.adds_decay());
   update_run<T>(tensor.io, w, begin, end, [&](const T* grad, int64_t i, int64_t n) {
+    if (kFetchesAhead) {
+      fetch_ahead<1024>(m + i, n);
+      fetch_ahead<1024>(v + i, n);
+    }
     block(scalars, i, grad, w + i, m + i, v + i, vmax == nullptr ? nullptr : vmax + i, n);
   });
 }

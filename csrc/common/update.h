@@ -7,6 +7,7 @@
 
 #include "cast.h"
 #include "factor.h"
+#include "fetch.h"
 #include "tensor_list.h"
 
 namespace mpk {
@@ -74,9 +75,13 @@ void update_run(const GradAndCopy& io, const T* master, int64_t begin, int64_t e
   alignas(64) double copy[kBlock];
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t n = std::min(kBlock, end - i);
-    const void* grad = io.grad + i * io.grad_itemsize;
+    const char* grad = io.grad + i * io.grad_itemsize;
+    if (kFetchesAhead) {
+      fetch_ahead<1024>(grad, n * io.grad_itemsize);
+      fetch_ahead<1024>(master + i, n);
+    }
     if (io.from_grad != nullptr) io.from_grad(grad, wide, n);
-    update(io.from_grad == nullptr ? static_cast<const T*>(grad) : wide, i, n);
+    update(io.from_grad == nullptr ? reinterpret_cast<const T*>(grad) : wide, i, n);
     if (io.copy != nullptr) {
       io.to_copy(master + i, copy, n);
       store_past_cache(io.copy + i * io.copy_itemsize, copy, n * io.copy_itemsize);

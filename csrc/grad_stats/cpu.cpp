@@ -8,6 +8,7 @@
 
 #include "../common/clones.h"
 #include "../common/factor.h"
+#include "../common/fetch.h"
 #include "../common/runs.h"
 #include "update.h"
 
@@ -25,7 +26,7 @@ struct Stats {
 };
 
 // A piece of a tensor is scanned for its largest magnitude, as bits and with NaN above inf; what is not finite is counted only
-// where that says that there is something to count. No prefetches: software's own slow the CPU's down.
+// where that says that there is something to count.
 
 template <class T>
 typename Bits<T>::type magnitude(T x) {
@@ -35,7 +36,12 @@ typename Bits<T>::type magnitude(T x) {
 template <class T>
 MPK_CLONES typename Bits<T>::type largest_magnitude(const T* grad, int64_t n) {
   typename Bits<T>::type amax = 0;
-  for (int64_t i = 0; i < n; ++i) amax = std::max(amax, magnitude(grad[i]));
+  constexpr int64_t kBlock = 1024 / sizeof(T);
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    if (kFetchesAhead) fetch_ahead<4096>(grad + begin, kBlock);
+    const int64_t end = std::min(begin + kBlock, n);
+    for (int64_t i = begin; i < end; ++i) amax = std::max(amax, magnitude(grad[i]));
+  }
   return amax;
 }
 
@@ -62,6 +68,7 @@ MPK_CLONES typename Bits<T>::type largest_magnitude_and_squares(const T* grad, i
   Lanes<T> lanes;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
+    if (kFetchesAhead) fetch_line_ahead<4096>(grad + i);
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       lanes.amax[lane] = std::max(lanes.amax[lane], magnitude(grad[i + lane]));
     }
@@ -83,6 +90,7 @@ __attribute__((target("avx2,fma,f16c"))) int16_t largest_magnitude_and_squares_o
   __m256d quads[kLanes / 4] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
+    if (kFetchesAhead) fetch_line_ahead<4096>(grad + i);
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(grad + i));
     amax = _mm256_max_epi16(amax, _mm256_and_si256(bits, kept));
     for (int64_t half = 0; half < 2; ++half) {

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/clones.h"
+#include "../common/fetch.h"
 #include "../common/runs.h"
 #include "../common/update.h"
 #include "lists.h"
@@ -33,6 +34,7 @@ void sgd_run(const SgdTensor& tensor, const SgdOptions& options, double factor, 
   S* buffer = reinterpret_cast<S*>(tensor.momentum_buffer);
   update_run<T>(tensor.io, w, begin, end, [&](const T* grad, int64_t i, int64_t n) {
     if (buffer != nullptr) {
+      if (kFetchesAhead) fetch_ahead<1024>(buffer + i, n);
       sgd_block<T, S, true>(scalars, grad, w + i, buffer + i, n);
     } else {
       sgd_block<T, S, false>(scalars, grad, w + i, nullptr, n);
