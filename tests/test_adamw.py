@@ -283,16 +283,18 @@ def test_adamw_many_tensors(device):
 
 
 def test_adamw_large_tensor(device):
-    """Many chunks and a tail: each element as alone."""
+    """Many chunks and a tail: each element as alone, also where the copy begins in the middle of a vector."""
     n = 150_001
     generator = torch.Generator().manual_seed(1)
     master, grad = torch.randn(n, generator=generator).to(device), torch.randn(n, generator=generator).to(device)
     pieces = arguments(split(master, (70_000, n - 70_000)), split(grad, (70_000, n - 70_000)))
-    whole = arguments([master], [grad])
+    whole, around = arguments([master], [grad]), torch.full((n + 2,), -7.0, dtype=torch.float16, device=device)
+    whole["copies"] = [around[1:-1]]
     adamw_(**pieces)
     adamw_(**whole)
     assert np.array_equal(join(pieces["masters"]), join(whole["masters"]))
     steps.check_copies(whole["copies"], whole["masters"])
+    assert around[0] == around[-1] == -7
 
 
 # ----- skipped --------------------------------------------------------------------------------------

@@ -67,10 +67,12 @@ struct GradAndCopy {
         to_copy(find_cast(masters.dtype(i), copies.dtype(i))) {}
 };
 
-// update(grad, begin, n) on blocks of [begin, end) that stay in the first-level cache from the gradient to the copy.
+// update(grad, begin, n) on blocks of [begin, end) that stay in the first-level cache from the gradient to the copy. The copy
+// goes past the cache, except of a piece so short that the fence takes longer than its update.
 template <class T, class F>
 void update_run(const GradAndCopy& io, const T* master, int64_t begin, int64_t end, const F& update) {
-  constexpr int64_t kBlock = 128;
+  constexpr int64_t kBlock = 128, kShort = 2048;
+  const bool past_cache = end - begin >= kShort;
   alignas(64) T wide[kBlock];
   alignas(64) double copy[kBlock];
   for (int64_t i = begin; i < end; i += kBlock) {
@@ -82,12 +84,12 @@ void update_run(const GradAndCopy& io, const T* master, int64_t begin, int64_t e
     }
     if (io.from_grad != nullptr) io.from_grad(grad, wide, n);
     update(io.from_grad == nullptr ? reinterpret_cast<const T*>(grad) : wide, i, n);
-    if (io.copy != nullptr) {
-      io.to_copy(master + i, copy, n);
-      store_past_cache(io.copy + i * io.copy_itemsize, copy, n * io.copy_itemsize);
-    }
+    if (io.copy == nullptr) continue;
+    char* to = io.copy + i * io.copy_itemsize;
+    io.to_copy(master + i, past_cache ? static_cast<void*>(copy) : to, n);
+    if (past_cache) store_past_cache(to, copy, n * io.copy_itemsize);
   }
-  fence_stores();
+  if (past_cache) fence_stores();
 }
 
 }  // namespace mpk
