@@ -40,17 +40,26 @@ def is_here(lanes: int) -> bool:
     try:
         multiply(torch.ones(1, 1), torch.ones(1, 1), None, f32, f32, lanes=lanes)
     except RuntimeError as error:
-        if f"no vectors of {lanes} fp32" not in str(error):
+        if f"no registers of {lanes} numbers" not in str(error):
             raise
         return False
     return True
 
 
-@pytest.fixture(params=[4, 8, 16], ids=["any CPU", "AVX2", "AVX-512"])
-def lanes(request) -> int:
+def lanes_of(request) -> int:
     if request.param != 4 and not is_here(request.param):
-        pytest.skip(f"this CPU has no vectors of {request.param} fp32")
+        pytest.skip(f"this CPU has no registers of {request.param} numbers")
     return request.param
+
+
+@pytest.fixture(params=[4, 8, 16, 32, 512], ids=["any CPU", "AVX2", "AVX-512", "AVX-512 BF16", "AMX"])
+def lanes(request) -> int:
+    return lanes_of(request)
+
+
+@pytest.fixture(params=[32, 512], ids=["AVX-512 BF16", "AMX"])
+def lanes_of_pairs(request) -> int:
+    return lanes_of(request)
 
 
 def matrix(shape, dtype, generator, transposed=False):
@@ -88,17 +97,18 @@ def test_linear_act_cpu_is_no_worse_than_torch(K, lanes, generator):
 
 
 @pytest.mark.parametrize("M", [1, 4, 5, 200])
-def test_linear_act_cpu_threads_do_not_matter(M, lanes, generator):
+@pytest.mark.parametrize("dtype", [f16, bf16])
+def test_linear_act_cpu_threads_do_not_matter(M, dtype, lanes, generator):
     """Nor do neighbours: a column of out alone has the bits that it has among others."""
-    a, b = matrix((M, 700), f16, generator), matrix((600, 700), f16, generator)
-    out, before = multiply(a, b, None, f16, f32, lanes=lanes), torch.get_num_threads()
+    a, b = matrix((M, 700), dtype, generator), matrix((600, 700), dtype, generator)
+    out, before = multiply(a, b, None, dtype, f32, lanes=lanes), torch.get_num_threads()
     try:
         for threads in (2, 3, 5):
             torch.set_num_threads(threads)
-            assert same_bits(multiply(a, b, None, f16, f32, lanes=lanes), out)
+            assert same_bits(multiply(a, b, None, dtype, f32, lanes=lanes), out)
     finally:
         torch.set_num_threads(before)
-    assert same_bits(multiply(a, b[:1], None, f16, f32, lanes=lanes), out[:, :1])
+    assert same_bits(multiply(a, b[:1], None, dtype, f32, lanes=lanes), out[:, :1])
 
 
 def test_linear_act_cpu_instruction_sets_agree_bitwise_where_they_fuse_multiply_and_add(generator):
@@ -109,18 +119,54 @@ def test_linear_act_cpu_instruction_sets_agree_bitwise_where_they_fuse_multiply_
     assert same_bits(*(multiply(a, b, None, f16, f32, lanes=lanes) for lanes in (8, 16)))
 
 
+@pytest.mark.parametrize("exponents", [(-133, 0), (-126, 0), (-100, 0), (0, -126), (-64, -64), (-60, -50), (-50, -50)], ids=str)
+@pytest.mark.parametrize("transposed", itertools.product((False, True), repeat=2), ids=str)
+def test_linear_act_cpu_pairs_lose_nothing_small(transposed, exponents, lanes_of_pairs, generator):
+    """What multiplies pairs takes subnormal operands, products and sums for 0: bound 1 holds all the same.
+
+    Everything in the first block of the depth is small, and a row whose products cancel; after it, single elements are.
+    """
+    a, b = matrix((40, 600), bf16, generator, transposed[0]), matrix((70, 600), bf16, generator, transposed[1])
+    small_a, small_b = (2.0**exponent for exponent in exponents)
+    a[:, :256] *= small_a
+    b[:, :256] *= small_b
+    a[7, :256], b[9, :256] = small_a, torch.tensor([small_b, -small_b], dtype=bf16).repeat(128)
+    a[3, 300], b[65, 520], a[5, 256:] = small_a, small_b, 0
+    for depth in (256, 600):
+        out = multiply(a[:, :depth], b[:, :depth], None, bf16, f32, lanes=lanes_of_pairs)
+        bounds.check_forward(out, a[:, :depth], b[:, :depth], None, NONE, bf16)
+
+
+def test_linear_act_cpu_pairs_are_exact_where_fp32_is(lanes_of_pairs, generator):
+    """Small integers, zeros throughout a block, and an odd depth."""
+    a, b = (torch.randint(-8, 9, (M, 517), generator=generator).to(bf16) for M in (37, 45))
+    a[:, :256] = 0
+    exact = (a.double() @ b.double().t()).float()
+    assert same_bits(multiply(a, b, None, bf16, f32, lanes=lanes_of_pairs) + 0.0, exact + 0.0)
+
+
+def test_linear_act_cpu_pairs_are_not_for_batch_invariance(lanes_of_pairs, generator):
+    """Whether pairs are multiplied depends on other rows; a row's bits then do not."""
+    a, b = matrix((40, 600), bf16, generator), matrix((70, 600), bf16, generator)
+    alone = multiply(a[:1], b, None, bf16, f32, batch_invariant=True, lanes=lanes_of_pairs)
+    a[20] *= 2.0**-130
+    assert same_bits(multiply(a, b, None, bf16, f32, batch_invariant=True, lanes=lanes_of_pairs)[:1], alone)
+
+
 @pytest.mark.parametrize("M", [1, 7])
-def test_linear_act_cpu_nonfinite(M, lanes, generator):
+@pytest.mark.parametrize("dtype", [f16, bf16])
+def test_linear_act_cpu_nonfinite(M, dtype, lanes, generator):
     """NaN and inf reach their own elements and no others, past ReLU too; an overflow is inf where it is rounded."""
-    a, b = matrix((M, 40), f16, generator), matrix((20, 40), f16, generator)
+    a, b = matrix((M, 40), dtype, generator), matrix((20, 40), dtype, generator)
     b[3, 39], b[5, 0], b[6, 1] = torch.nan, torch.inf, -torch.inf
     a[:, :2] = 1
-    out = multiply(a, b, None, f16, f16, RELU, lanes=lanes)
+    out = multiply(a, b, None, dtype, dtype, RELU, lanes=lanes)
     assert out[:, 3].isnan().all()
     assert (out[:, 5] == torch.inf).all()
     assert (out[:, 6] == 0).all()
     assert out.isnan().sum() == M
-    assert (multiply(a * 0 + 60000, b[:1] * 0 + 1, None, f16, f16, lanes=lanes) == torch.inf).all()
+    large, one = torch.full((M, 40), torch.finfo(dtype).max, dtype=dtype), torch.ones(1, 40, dtype=dtype)
+    assert (multiply(large, one, None, dtype, dtype, lanes=lanes) == torch.inf).all()
     nan = torch.tensor([[0x7F800001]], dtype=torch.int32).view(f32)  # whose payload a rounding to bf16 would carry away
     assert multiply(nan.expand(M, 8).contiguous(), torch.ones(1, 8), None, bf16, f32, lanes=lanes).isnan().all()
 
@@ -139,7 +185,7 @@ def test_linear_act_cpu_empty(lanes):
         ({"b": torch.ones(3, 4, dtype=bf16), "compute": f16}, "b must be a matrix in the compute dtype or fp32"),
         ({"b": torch.ones(64).as_strided((3, 4), (16, 2))}, "without gaps"),
         ({"bias": torch.ones(2)}, "bias must be contiguous and as long"),
-        ({"lanes": 5}, "no vectors of 5 fp32"),
+        ({"lanes": 5}, "no registers of 5 numbers"),
     ],
 )
 def test_linear_act_cpu_refuses(change, message):

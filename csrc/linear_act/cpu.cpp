@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // linear_act's products on the CPU: out = round(act(a @ b.T + bias)), operands rounded to the compute dtype as they are read,
-// products and sums in fp32, nothing else written. The same bits with any number of threads.
+// products and sums in fp32, those of bf16 by pairs where the CPU has that; nothing else written. The same bits with any number
+// of threads.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -20,7 +21,14 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MPK_INTEL_LOOPS
 #include <immintrin.h>
+#if defined(__linux__) && __GNUC__ >= 12
+#define MPK_PAIRS
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
+#endif
+
+#include "cpu_pairs.h"
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // of passing vectors: no function that does is called from another file
 
@@ -54,9 +62,13 @@ struct Loops {
 };
 
 struct InstructionSet {
-  int64_t lanes, rows, columns;  // in a vector of fp32; of a tile
-  const Tile* tiles;             // of 1 row, of 2, ...
+  int64_t lanes;          // numbers in a register that is multiplied: of fp32, or of bf16 where there are pairs
+  int64_t rows, columns;  // of a tile
+  const Tile* tiles;      // of 1 row, of 2, ...
   const Loops& (*loops)(ScalarType compute, ScalarType from);
+  const Pairs* pairs = nullptr;  // of bf16
+
+  const Pairs* pairs_in(ScalarType compute) const { return compute == ScalarType::BFloat16 ? pairs : nullptr; }
 };
 
 namespace any {
@@ -106,7 +118,18 @@ MPK_F16C
 #pragma GCC pop_options
 #endif
 
-// The widest first.
+#ifdef MPK_PAIRS
+constexpr InstructionSet with_pairs(InstructionSet set, int64_t lanes, const Pairs* pairs) {
+  set.lanes = lanes;
+  set.pairs = pairs;
+  return set;
+}
+
+constexpr InstructionSet kAvx512Bf16 = with_pairs(avx512::kInstructionSet, 32, &kPairsByVectors);
+constexpr InstructionSet kAmx = with_pairs(avx512::kInstructionSet, 512, &kPairsByAmx);
+#endif
+
+// The fastest first.
 std::vector<const InstructionSet*> instruction_sets() {
   std::vector<const InstructionSet*> found;
 #ifdef MPK_INTEL_LOOPS
@@ -114,6 +137,11 @@ std::vector<const InstructionSet*> instruction_sets() {
   if (has(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"), __builtin_cpu_supports("f16c"))) {
     if (has(__builtin_cpu_supports("avx512bw"), __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vl"))) {
       found.push_back(&avx512::kInstructionSet);
+#ifdef MPK_PAIRS
+      // Intel's multiply pairs by AVX-512 BF16 more slowly than single ones by AVX-512.
+      if (has_avx512_bf16()) found.insert(__builtin_cpu_is("intel") ? found.end() : found.begin(), &kAvx512Bf16);
+      if (has_amx()) found.insert(found.begin(), &kAmx);
+#endif
     }
     found.push_back(&avx2::kInstructionSet);
   }
@@ -122,12 +150,12 @@ std::vector<const InstructionSet*> instruction_sets() {
   return found;
 }
 
-// `lanes`: 0 for the widest that this CPU has.
+// `lanes`: 0 for the fastest that this CPU has.
 const InstructionSet& instruction_set(int64_t lanes) {
   static const std::vector<const InstructionSet*> found = instruction_sets();
   if (lanes == 0) return *found.front();
   const auto at = std::find_if(found.begin(), found.end(), [&](const auto* set) { return set->lanes == lanes; });
-  STD_TORCH_CHECK(at != found.end(), "this CPU has no vectors of ", lanes, " fp32");
+  STD_TORCH_CHECK(at != found.end(), "this CPU has no registers of ", lanes, " numbers to multiply");
   return **at;
 }
 
@@ -141,7 +169,7 @@ struct Matrix {
         columns(tensor.size(1)),
         row_stride(rows <= 1 ? 1 : tensor.stride(0)),
         column_stride(columns <= 1 ? 1 : tensor.stride(1)),
-        loops(set.loops(compute, tensor.scalar_type())),
+        loops(&set.loops(compute, tensor.scalar_type())),
         size(size_of(tensor.scalar_type())) {
     const ScalarType from = tensor.scalar_type();
     const bool widens = from == compute || (compute == ScalarType::Float && size == 2);
@@ -157,27 +185,43 @@ struct Matrix {
     return other;
   }
 
+  // Whether the bf16 of a row lie in pairs that could be read as one fp32.
+  bool has_pairs() const { return size == 2 && column_stride == 1 && row_stride % 2 == 0; }
+
+  // Or one in each of two rows of the transposed matrix.
+  bool has_pairs_across() const { return size == 2 && row_stride == 1; }
+
+  // The matrix of pairs, which `moves` carries as they are.
+  Matrix in_pairs(const Loops& moves) const {
+    Matrix other = *this;
+    other.columns /= 2;
+    other.row_stride /= 2;
+    other.size = 4;
+    other.loops = &moves;
+    return other;
+  }
+
   const char* at(int64_t row, int64_t column) const { return data + (row * row_stride + column * column_stride) * size; }
 
   // to[i * pitch + j] = element (row + i, column + j).
   void widen(int64_t row, int64_t column, int64_t count, int64_t length, float* to, int64_t pitch) const {
     if (column_stride == 1)
-      loops.rows(at(row, column), row_stride, count, length, to, pitch);
+      loops->rows(at(row, column), row_stride, count, length, to, pitch);
     else
-      loops.transposed(at(row, column), column_stride, length, count, to, pitch);
+      loops->transposed(at(row, column), column_stride, length, count, to, pitch);
   }
 
   // to[j * pitch + i] = element (row + i, column + j).
   void widen_transposed(int64_t row, int64_t column, int64_t count, int64_t length, float* to, int64_t pitch) const {
     if (column_stride == 1)
-      loops.transposed(at(row, column), row_stride, count, length, to, pitch);
+      loops->transposed(at(row, column), row_stride, count, length, to, pitch);
     else
-      loops.rows(at(row, column), column_stride, length, count, to, pitch);
+      loops->rows(at(row, column), column_stride, length, count, to, pitch);
   }
 
   const char* data;
   int64_t rows, columns, row_stride, column_stride;
-  const Loops& loops;
+  const Loops* loops;
   int64_t size;
 };
 
@@ -240,6 +284,10 @@ struct Scratch {
   alignas(64) float panel[kDepth * 32];
   alignas(64) float acc[(kRowsOfTask + 16) * kColumnsOfTask];
   alignas(64) float bias[kColumnsOfTask];
+
+  static constexpr int64_t kPairPitch = kDepth / 2 + kPairsAtOnce;
+  alignas(64) float pairs_of_a[(kRowsOfTask + 16) * kPairPitch];
+  alignas(64) float pairs_of_panel[kDepth / 2 * kPairColumns];
 };
 
 Scratch& scratch() {
@@ -257,34 +305,95 @@ struct Pieces {
   int64_t length, count;
 };
 
-void multiply_task(const InstructionSet& set, const Matrix& a, const Matrix& b, const Output& out, int64_t m, int64_t n,
-                   int64_t rows, int64_t columns) {
+struct Task {
+  int64_t row, column, rows, columns;
+};
+
+// Elements [k, k + depth) of some rows of a into `pairs_of_a`, row by row, ending in zeros; returns the least of all.
+uint16_t pair_rows_of(const InstructionSet& set, const Matrix& a, int64_t row, int64_t k, int64_t rows, int64_t depth,
+                      Scratch& mine) {
+  const int64_t pairs = (depth + 1) / 2;
+  const Loops& moves = set.loops(ScalarType::Float, ScalarType::Float);
+  if (a.has_pairs() && depth % 2 == 0) {
+    a.in_pairs(moves).widen(row, k / 2, rows, pairs, mine.pairs_of_a, Scratch::kPairPitch);
+  } else if (a.has_pairs_across() && depth % 2 == 0) {
+    constexpr int64_t kAcross = kRowsOfTask + 16;
+    for (int64_t j = 0; j < pairs; ++j) pair_up(a.at(row, k + 2 * j), a.at(row, k + 2 * j + 1), rows, mine.a + j * kAcross);
+    moves.transposed(mine.a, kAcross, pairs, rows, mine.pairs_of_a, Scratch::kPairPitch);
+  } else {
+    a.widen(row, k, rows, depth, mine.a, Scratch::kPitch);
+    pair_rows(mine.a, Scratch::kPitch, rows, depth, mine.pairs_of_a, Scratch::kPairPitch);
+  }
+  uint16_t least = kNone;
+  for (int64_t i = 0; i < rows; ++i) {
+    float* to = mine.pairs_of_a + i * Scratch::kPairPitch;
+    std::fill(to + pairs, to + whole_pairs(pairs), 0);
+    least = std::min(least, least_of(to, pairs));
+  }
+  return least;
+}
+
+// The same of some rows of b, which become columns of `pairs_of_panel`; those that it has beside them are zeros.
+uint16_t pair_panel_of(const InstructionSet& set, const Matrix& b, int64_t row, int64_t k, int64_t rows, int64_t depth,
+                       Scratch& mine) {
+  const int64_t pairs = (depth + 1) / 2;
+  float* to = mine.pairs_of_panel;
+  if (rows < kPairColumns) std::fill_n(to, pairs * kPairColumns, 0);
+  if (b.has_pairs() && depth % 2 == 0) {
+    b.in_pairs(set.loops(ScalarType::Float, ScalarType::Float)).widen_transposed(row, k / 2, rows, pairs, to, kPairColumns);
+  } else if (b.has_pairs_across() && depth % 2 == 0) {
+    for (int64_t j = 0; j < pairs; ++j) pair_up(b.at(row, k + 2 * j), b.at(row, k + 2 * j + 1), rows, to + j * kPairColumns);
+  } else {
+    b.widen_transposed(row, k, rows, depth, mine.panel, kPairColumns);
+    pair_panel(mine.panel, rows, depth, to);
+  }
+  std::fill(to + pairs * kPairColumns, to + whole_pairs(pairs) * kPairColumns, 0);
+  return least_of(to, pairs * kPairColumns);
+}
+
+// pairs: null for products in fp32.
+void multiply_task(const InstructionSet& set, const Pairs* pairs, const Matrix& a, const Matrix& b, const Output& out,
+                   const Task& task) {
   Scratch& mine = scratch();
   for (int64_t k = 0; k == 0 || k < a.columns; k += kDepth) {
     const int64_t depth = std::min(kDepth, a.columns - k);
-    a.widen(m, k, rows, depth, mine.a, Scratch::kPitch);
-    for (int64_t j = 0; j < columns; j += set.columns) {
-      b.widen_transposed(n + j, k, std::min(set.columns, columns - j), depth, mine.panel, set.columns);
-      for (int64_t i = 0; i < rows; i += set.rows) {
-        const Tile tile = set.tiles[std::min(set.rows, rows - i) - 1];
-        float* acc = mine.acc + i * kColumnsOfTask + j;
-        tile(mine.a + i * Scratch::kPitch, Scratch::kPitch, mine.panel, depth, acc, kColumnsOfTask, k > 0);
+    uint16_t least = kNone;
+    if (pairs != nullptr) least = pair_rows_of(set, a, task.row, k, task.rows, depth, mine);
+    bool has_a = false;
+    for (int64_t j = 0; j < task.columns; j += set.columns) {
+      const int64_t columns = std::min(set.columns, task.columns - j);
+      float* acc = mine.acc + j;
+      if (pairs != nullptr && are_large(least, pair_panel_of(set, b, task.column + j, k, columns, depth, mine))) {
+        for (int64_t i = 0; i < task.rows; i += pairs->rows) {
+          pairs->tile(mine.pairs_of_a + i * Scratch::kPairPitch, Scratch::kPairPitch, mine.pairs_of_panel, (depth + 1) / 2,
+                      std::min(pairs->rows, task.rows - i), acc + i * kColumnsOfTask, kColumnsOfTask, k > 0);
+        }
+        continue;
+      }
+      if (!has_a) a.widen(task.row, k, task.rows, depth, mine.a, Scratch::kPitch);
+      has_a = true;
+      b.widen_transposed(task.column + j, k, columns, depth, mine.panel, set.columns);
+      for (int64_t i = 0; i < task.rows; i += set.rows) {
+        const Tile tile = set.tiles[std::min(set.rows, task.rows - i) - 1];
+        tile(mine.a + i * Scratch::kPitch, Scratch::kPitch, mine.panel, depth, acc + i * kColumnsOfTask, kColumnsOfTask, k > 0);
       }
     }
   }
-  out.finish(m, n, rows, columns, mine.acc, kColumnsOfTask, mine.bias);
+  out.finish(task.row, task.column, task.rows, task.columns, mine.acc, kColumnsOfTask, mine.bias);
 }
 
-void multiply_by_tiles(const InstructionSet& set, const Matrix& a, const Matrix& b, const Output& out) {
-  const Pieces down(a.rows, kRowsOfTask, set.rows, 1);
+void multiply_by_tiles(const InstructionSet& set, const Pairs* pairs, const Matrix& a, const Matrix& b, const Output& out) {
+  const Pieces down(a.rows, kRowsOfTask, pairs == nullptr ? set.rows : pairs->rows, 1);
   const int64_t threads = torch::stable::get_num_threads();
   const Pieces across(b.rows, kColumnsOfTask, set.columns, (threads + down.count - 1) / down.count);
   torch::stable::parallel_for(0, down.count * across.count, /*grain_size=*/1, [&](int64_t begin, int64_t end) {
+    if (pairs != nullptr) pairs->begin();
     for (int64_t task = begin; task < end; ++task) {
       const int64_t m = task / across.count * down.length, n = task % across.count * across.length;
       const int64_t rows = std::min(down.length, a.rows - m), columns = std::min(across.length, b.rows - n);
-      multiply_task(set, a, b, out, m, n, rows, columns);
+      multiply_task(set, pairs, a, b, out, {m, n, rows, columns});
     }
+    if (pairs != nullptr) pairs->end();
   });
 }
 
@@ -297,7 +406,7 @@ void multiply_few_rows(const Matrix& a, const Matrix& b, const Output& out) {
   std::vector<DotPadding> padded(a.rows * pitch / kDotPadding);
   float* x = padded.data()->x;
   a.widen(0, 0, a.rows, a.columns, x, pitch);
-  const Dot dot = b.loops.dot[a.rows - 1];
+  const Dot dot = b.loops->dot[a.rows - 1];
   const int64_t grain = 32768 / (a.columns + 1) + 1;
   torch::stable::parallel_for(0, b.rows, grain, [&](int64_t begin, int64_t end) {
     Scratch& mine = scratch();
@@ -311,16 +420,16 @@ void multiply_few_rows(const Matrix& a, const Matrix& b, const Output& out) {
   });
 }
 
-// batch_invariant: one order of the sums for any number of rows.
-void multiply(const InstructionSet& set, const Matrix& a, const Matrix& b, const Tensor& out, const std::optional<Tensor>& bias,
-              bool relu, bool batch_invariant) {
+// batch_invariant: one order of the sums for any number of rows, and no choice of instructions by what lies in them.
+void multiply(const InstructionSet& set, const Pairs* pairs, const Matrix& a, const Matrix& b, const Tensor& out,
+              const std::optional<Tensor>& bias, bool relu, bool batch_invariant) {
   STD_TORCH_CHECK(a.columns == b.columns && out.dim() == 2 && out.size(0) == a.rows && out.size(1) == b.rows,
                   "a result must be as large as the product");
   if (a.rows == 0 || b.rows == 0) return;
   if (a.rows <= kFewRows && b.column_stride == 1 && !batch_invariant) {
     multiply_few_rows(a, b, Output(out, bias, relu));
   } else {
-    multiply_by_tiles(set, a, b, Output(out, bias, relu));
+    multiply_by_tiles(set, batch_invariant ? nullptr : pairs, a, b, Output(out, bias, relu));
   }
 }
 
@@ -384,7 +493,8 @@ void select_and_sum(const Tensor& grad_out_, const std::optional<Tensor>& out_, 
 void linear_act_multiply(Tensor a, Tensor b, std::optional<Tensor> bias, ScalarType compute_dtype, bool relu,
                          bool batch_invariant, Tensor out, int64_t lanes) {
   const InstructionSet& set = instruction_set(lanes);
-  multiply(set, Matrix("a", a, compute_dtype, set), Matrix("b", b, compute_dtype, set), out, bias, relu, batch_invariant);
+  multiply(set, set.pairs_in(compute_dtype), Matrix("a", a, compute_dtype, set), Matrix("b", b, compute_dtype, set), out, bias,
+           relu, batch_invariant);
 }
 
 // Whether `tensor` is a matrix of this size whose rows have no gaps, or is not there.
@@ -406,13 +516,15 @@ void linear_act_gradients(Tensor grad_out, std::optional<Tensor> out, std::optio
   if (grad_z || grad_bias) select_and_sum(grad_out, out, grad_z, grad_bias);
   if (!grad_x && !grad_weight) return;
   const InstructionSet& set = instruction_set(0);
+  const Pairs* pairs = set.pairs_in(compute_dtype);
   const Matrix a("grad_z", grad_z ? *grad_z : grad_out, compute_dtype, set);
   if (grad_x) {
-    multiply(set, a, Matrix("weight", weight, compute_dtype, set).transposed(), *grad_x, std::nullopt, false, false);
+    multiply(set, pairs, a, Matrix("weight", weight, compute_dtype, set).transposed(), *grad_x, std::nullopt, false, false);
   }
   if (grad_weight) {
     STD_TORCH_CHECK(x, "grad_weight needs x");
-    multiply(set, a.transposed(), Matrix("x", *x, compute_dtype, set).transposed(), *grad_weight, std::nullopt, false, false);
+    multiply(set, pairs, a.transposed(), Matrix("x", *x, compute_dtype, set).transposed(), *grad_weight, std::nullopt, false,
+             false);
   }
 }
 
