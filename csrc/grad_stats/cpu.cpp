@@ -35,14 +35,15 @@ typename Bits<T>::type magnitude(T x) {
 
 template <class T>
 MPK_CLONES typename Bits<T>::type largest_magnitude(const T* grad, int64_t n) {
-  typename Bits<T>::type amax = 0;
-  constexpr int64_t kBlock = 1024 / sizeof(T);
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    if (kFetchesAhead) fetch_ahead<4096>(grad + begin, kBlock);
-    const int64_t end = std::min(begin + kBlock, n);
-    for (int64_t i = begin; i < end; ++i) amax = std::max(amax, magnitude(grad[i]));
+  constexpr int64_t kLine = 64 / sizeof(T);
+  typename Bits<T>::type lanes[kLine] = {};
+  int64_t i = 0;
+  for (; i + kLine <= n; i += kLine) {
+    if (kFetchesAhead) fetch_line_ahead<4096>(grad + i);
+    for (int64_t lane = 0; lane < kLine; ++lane) lanes[lane] = std::max(lanes[lane], magnitude(grad[i + lane]));
   }
-  return amax;
+  for (int64_t lane = 0; i < n; ++i, ++lane) lanes[lane] = std::max(lanes[lane], magnitude(grad[i]));
+  return *std::max_element(lanes, lanes + kLine);
 }
 
 // The sum has an order of its own, of kLanes partial sums, which is also what lets the compiler vectorize it.
