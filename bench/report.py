@@ -6,6 +6,7 @@ fails when a table is not what the rows say, or when a plot was drawn from other
 A ratio known to no better than 10 % is shown with its uncertainty.
 """
 
+import math
 import re
 import sys
 from collections.abc import Iterable
@@ -19,23 +20,29 @@ ROOT = RESULTS.parent.parent
 DOCUMENTS = ("README.md", "docs/performance.md")
 FILES = {  # of a case that several of them have, the last one's rows are shown: bench/device.sh writes one per forced backend
     "cpu": ("cpu",),
+    "intel": ("cpu-intel",),
     "cuda": ("cuda", "cuda-triton", "cuda-step", "cuda-native"),
 }
+PLOTTED = ("cpu", "cuda")
 
-# README's table: what, the case, and whom ours is compared with.
+# README's table: what, the case, whose time, and whom it is compared with.
 KEY_FIGURES = (
-    ("forward with ReLU, fp16, M=512 K=1024 N=4096", "linear_act/forward/float16/512x1024x4096", (
-        "torch float16", "MKL on fp32 copies", "oneDNN on fp32 copies, ReLU fused", "torch bfloat16",
+    ("forward with ReLU, fp16, M=512 K=1024 N=4096", "linear_act/forward/float16/512x1024x4096", OURS, (
+        "torch float16", "MKL on fp32 copies", "oneDNN on fp32 copies, ReLU fused",
     )),
-    ("backward, fp16, M=256 K=1024 N=1024", "linear_act/backward/float16/256x1024x1024", (
-        "torch float16", "MKL on fp32 copies", "oneDNN on fp32 copies", "torch bfloat16",
+    ("forward with ReLU, bf16, M=256 K=1024 N=1024", "linear_act/forward/bfloat16/256x1024x1024", OURS, (
+        "torch bfloat16", "MKL on fp32 copies",
     )),
-    ("AdamW step with scaler, 50e6 fp16 parameters in 300 tensors", "step/float16/plain/5e7in300", (
+    ("backward, fp16, M=256 K=1024 N=1024", "linear_act/backward/float16/256x1024x1024", OURS, (
+        "torch float16", "MKL on fp32 copies", "oneDNN on fp32 copies",
+    )),
+    ("AdamW step with scaler, 50e6 fp16 parameters in 300 tensors", "step/float16/plain/5e7in300", OURS, (
         "classical fp16 recipe", "fp32 parameters", "Apex's passes",
     )),
-    ("training step, 784-1024-1024-1024-10, batch 256", "training/mlp", (
-        "torch autocast fp16", "torch fp16 model, fp32 masters", "torch fp32", "torch autocast bf16",
+    ("training step, 784-1024-1024-1024-10, batch 256, mixed_float16", "training/mlp", OURS, (
+        "torch autocast fp16", "torch fp16 model, fp32 masters", "torch fp32",
     )),
+    ("the same, mixed_bfloat16", "training/mlp", f"{OURS} mixed_bfloat16", ("torch autocast bf16", "torch fp32")),
 )  # fmt: skip
 
 
@@ -43,15 +50,15 @@ def main() -> int:
     rows = current_rows()
     for path, text in documents(rows):
         path.write_text(text)
-    for device, found in rows.items():
-        for path, text in plots.draw(found, ROOT / "docs" / "plots", device):
+    for device in rows.keys() & PLOTTED:
+        for path, text in plots.draw(rows[device], ROOT / "docs" / "plots", device):
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
     return 0
 
 
 def current_rows(folder: Path = RESULTS) -> dict[str, list[dict]]:
-    """{"cpu": rows, "cuda": rows}, of the files that are in bench/results; the rows of a case are of one file."""
+    """{"cpu": rows, ...}, of the files that are in bench/results; the rows of a case are of one file."""
     found = {}
     for device, names in FILES.items():
         cases = {}
@@ -120,10 +127,19 @@ def with_doubt(text: str, row: dict) -> str:
     return f"{text} ± {row['uncertainty']:.0%}" if bars.doubtful(row) else text
 
 
+def between(subject: dict, peer: dict) -> dict:
+    """The subject's time over the peer's, both of which were taken in rounds with the case's first contender."""
+    uncertainty = math.hypot(subject["uncertainty"], peer["uncertainty"])
+    return {"ratio": peer["ratio"] / subject["ratio"], "uncertainty": uncertainty}
+
+
 def key_figures(rows: list[dict]) -> str:
     cases = by_case(rows, "linear_act", "step", "training")
     lines = [
-        [what, peer, ratio_of(cases[case][peer])] for what, case, peers in KEY_FIGURES for peer in peers if peer in cases[case]
+        [what, peer, ratio_of(between(cases[case][subject], cases[case][peer]))]
+        for what, case, subject, peers in KEY_FIGURES
+        for peer in peers
+        if peer in cases[case]
     ]
     return markdown(["mpkernels", "compared with", "time, ratio"], lines) + "\n\n" + conditions(rows)
 
