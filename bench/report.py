@@ -24,6 +24,9 @@ FILES = {  # of a case that several of them have, the last one's rows are shown:
     "cuda": ("cuda", "cuda-triton", "cuda-step", "cuda-native"),
 }
 PLOTTED = ("cpu", "cuda")
+HOW_TO_READ = (
+    "Medians of ratios taken within a round: below 1, mpkernels is faster; ± where they are known less well than to 10 %."
+)
 
 # README's table: what, the case, whose time, and whom it is compared with.
 KEY_FIGURES = (
@@ -83,8 +86,9 @@ def filled(text: str, rows: dict[str, list[dict]]) -> str:
     """The text with every table made anew; KeyError for a marker that names no table."""
 
     def table(match: re.Match) -> str:
-        name, device = match[1].split(" on ")
-        body = TABLES[name](rows[device]) if device in rows else "No rows yet."
+        name, devices = match[1].split(" on ")
+        found = [rows[device] for device in devices.split(" and ") if device in rows]
+        body = TABLES[name](*found) if found else "No rows yet."
         return f"<!-- bench:{match[1]} -->\n\n{body}\n\n<!-- /bench:{match[1]} -->"
 
     return re.sub(r"<!-- bench:([a-z_ +]+) -->.*?<!-- /bench:\1 -->", table, text, flags=re.S)
@@ -133,15 +137,21 @@ def between(subject: dict, peer: dict) -> dict:
     return {"ratio": peer["ratio"] / subject["ratio"], "uncertainty": uncertainty}
 
 
-def key_figures(rows: list[dict]) -> str:
-    cases = by_case(rows, "linear_act", "step", "training")
+def key_figures(*machines: list[dict]) -> str:
+    """A column of ratios per machine."""
+    cases = [by_case(rows, "linear_act", "step", "training") for rows in machines]
+
+    def cell(of: dict[str, dict[str, dict]], case: str, subject: str, peer: str) -> str:
+        return ratio_of(between(of[case][subject], of[case][peer])) if peer in of[case] else ""
+
     lines = [
-        [what, peer, ratio_of(between(cases[case][subject], cases[case][peer]))]
+        [what, peer, *(cell(of, case, subject, peer) for of in cases)]
         for what, case, subject, peers in KEY_FIGURES
         for peer in peers
-        if peer in cases[case]
     ]
-    return markdown(["mpkernels", "compared with", "time, ratio"], lines) + "\n\n" + conditions(rows)
+    header = ["mpkernels", "compared with", *(f"on {rows[-1]['device']}" for rows in machines)]
+    places = [taken(rows) for rows in machines]
+    return "\n\n".join([markdown(header, lines), "\n".join(places) + f" {HOW_TO_READ}"])
 
 
 def everything(rows: list[dict]) -> str:
@@ -159,14 +169,13 @@ def device_of(rows: list[dict]) -> str:
     return "cuda" if rows[-1]["clock"] == "GPU events" else "cpu"
 
 
-def conditions(rows: list[dict]) -> str:
+def taken(rows: list[dict]) -> str:
     """Where and when, in a line."""
     r, loads = rows[-1], [row["load"] for row in rows]
     dates, commits = sorted({row["date"] for row in rows}), sorted({row["commit"] for row in rows})
     return (
         f"{r['device']}, {r['clock']}, torch {r['torch']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
-        f"commit {', '.join(commits)}, load {min(loads):.1f} to {max(loads):.1f}. "
-        "Medians of ratios taken within a round: below 1, mpkernels is faster; ± where they are known less well than to 10 %."
+        f"commit {', '.join(commits)}, load {min(loads):.1f} to {max(loads):.1f}."
     )
 
 
@@ -253,7 +262,7 @@ def limits(rows: list[dict]) -> str:
     found = rows[-1]["limits"]
     lines = [["memory", f"{found['gb_s']:.3g} GB/s (copy: {found['copy_gb_s']:.3g})"]]
     lines += [[f"GEMM, {dtype} operands", f"{rate:.3g} TFLOP/s"] for dtype, rate in found["tflop_s"].items()]
-    return markdown(["limit", "measured"], lines) + "\n\n" + conditions(rows)
+    return markdown(["limit", "measured"], lines) + f"\n\n{taken(rows)} {HOW_TO_READ}"
 
 
 _EVERY_OP = ("linear_act", "mlp", "step", "training", "overhead")
