@@ -273,7 +273,7 @@ class Output {
 
 // ----- the product -----
 
-constexpr int64_t kDepth = 256;       // of a panel, which stays in the first cache
+constexpr int64_t kDepth = 256;       // of a panel at most, which stays in the first cache
 constexpr int64_t kRowsOfTask = 192;  // what a task has of a, and its sums, stay in the second
 constexpr int64_t kColumnsOfTask = 256;
 
@@ -355,8 +355,9 @@ uint16_t pair_panel_of(const InstructionSet& set, const Matrix& b, int64_t row, 
 void multiply_task(const InstructionSet& set, const Pairs* pairs, const Matrix& a, const Matrix& b, const Output& out,
                    const Task& task) {
   Scratch& mine = scratch();
-  for (int64_t k = 0; k == 0 || k < a.columns; k += kDepth) {
-    const int64_t depth = std::min(kDepth, a.columns - k);
+  const Pieces along(std::max<int64_t>(a.columns, 1), kDepth, 2 * kPairsAtOnce, 1);  // even ones: the longest chain rounds most
+  for (int64_t k = 0; k == 0 || k < a.columns; k += along.length) {
+    const int64_t depth = std::min(along.length, a.columns - k);
     uint16_t least = kNone;
     if (pairs != nullptr) least = pair_rows_of(set, a, task.row, k, task.rows, depth, mine);
     bool has_a = false;
