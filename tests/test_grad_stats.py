@@ -174,6 +174,18 @@ def test_grad_stats_norm_is_fp64(device):
         check([torch.full((70,), 10.0**exponent, device=device), fp64], 2.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_grad_stats_norm_of_one_number_is_that_number(device, dtype):
+    """In every place, from the smallest subnormal to the largest: in fp64 the square of 16 bits, and its root, are exact."""
+    finfo = torch.finfo(dtype)
+    for position, length in ((p, n) for n in (16, 35) for p in range(n)):
+        grads = [torch.zeros(length, dtype=dtype) for _ in range(5)]
+        for grad, x in zip(grads, (finfo.smallest_normal * finfo.eps, finfo.tiny, -1.5, finfo.max, 0.0), strict=True):
+            grad[position] = x
+            out = stats([grad.to(device)], None)
+            assert out["grad_norm"].item() == out["amax"].item() == abs(grad[position].item())
+
+
 def test_grad_stats_deterministic(device):
     grads = random_grads(device, sizes=(100_003, 7, 33_000))
     first, second = stats(grads, 3.0), stats(grads, 3.0)

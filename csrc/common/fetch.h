@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Fetch what a loop over long arrays comes to next. Intel's own prefetchers do not keep up with a loop that computes as it
-// reads; AMD's do, and software's only slow them down.
+// reads; AMD's do, but for one that computes much on little, and software's only slow them down.
 
 #pragma once
 
