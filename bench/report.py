@@ -138,7 +138,7 @@ def between(subject: dict, peer: dict) -> dict:
 
 
 def key_figures(*machines: list[dict]) -> str:
-    """A column of ratios per machine."""
+    """A column of ratios per machine; peers that none of them has are left out."""
     cases = [by_case(rows, "linear_act", "step", "training") for rows in machines]
 
     def cell(of: dict[str, dict[str, dict]], case: str, subject: str, peer: str) -> str:
@@ -148,6 +148,7 @@ def key_figures(*machines: list[dict]) -> str:
         [what, peer, *(cell(of, case, subject, peer) for of in cases)]
         for what, case, subject, peers in KEY_FIGURES
         for peer in peers
+        if any(peer in of[case] for of in cases)
     ]
     header = ["mpkernels", "compared with", *(f"on {rows[-1]['device']}" for rows in machines)]
     places = [taken(rows) for rows in machines]
