@@ -174,6 +174,25 @@ def test_adamw_copies_of_fp64_are_rounded_once(device, dtype):
     steps.check_rounds_copies_once(adamw_, arguments, dtype, device)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("offset", [0, 1, 8, 16])
+def test_adamw_copies_are_rounded_alike_in_long_tensors(device, dtype, offset):
+    """All kinds of fp32 numbers, in copies that go past the cache: aligned or not, with a tail, and no farther."""
+    n = 5003
+    bits = torch.randint(-(2**31), 2**31, (n,), generator=torch.Generator().manual_seed(offset), dtype=torch.int64)
+    bits[::7] = (bits[::7] & ~0xFFFF) | 0x8000  # halfway between two bf16
+    bits[1::7] = (bits[1::7] & ~0x7FFFFF) | 0x7F800000  # inf of both signs; NaN is among the random ones
+    master = bits.to(torch.int32).view(torch.float32)
+    master[2::7] = torch.arange(len(master[2::7])) * 2.0**-25  # halfway between two subnormal fp16, and not
+    args = arguments([master.to(device)], [torch.zeros(n, device=device)], lr=0.0)
+    around = torch.full((n + 64,), -7.0, dtype=dtype, device=device)
+    args["copies"] = [around[offset : offset + n]]
+    adamw_(**args)
+    steps.check_copies(args["copies"], args["masters"])
+    assert (around[:offset] == -7).all()
+    assert (around[offset + n :] == -7).all()
+
+
 def test_adamw_scaling_by_a_power_of_two_is_neutral(device):
     results = []
     for scale in (1.0, 2.0**7, 2.0**-3):

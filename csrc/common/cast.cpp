@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Casts of a run of elements: loops that the compiler vectorizes, and F16C where it cannot.
+// Casts of a run of elements: loops that the compiler vectorizes, and AVX2's intrinsics where it cannot.
 
 #include "cast.h"
 
@@ -26,7 +26,7 @@ MPK_CLONES void cast_run(const void* from_bytes, void* to_bytes, int64_t n) {
 
 #ifdef __x86_64__
 // gcc 12 does not vectorize the conversions of fp16, so they are written out.
-__attribute__((target("avx,f16c"))) void half_to_float(const void* from_bytes, void* to_bytes, int64_t n) {
+MPK_AVX2 void half_to_float(const void* from_bytes, void* to_bytes, int64_t n) {
   const Half* from = static_cast<const Half*>(from_bytes);
   float* to = static_cast<float*>(to_bytes);
   int64_t i = 0;
@@ -36,7 +36,7 @@ __attribute__((target("avx,f16c"))) void half_to_float(const void* from_bytes, v
   for (; i < n; ++i) to[i] = _cvtsh_ss(from[i].x);
 }
 
-__attribute__((target("avx,f16c"))) void float_to_half(const void* from_bytes, void* to_bytes, int64_t n) {
+MPK_AVX2 void float_to_half(const void* from_bytes, void* to_bytes, int64_t n) {
   const float* from = static_cast<const float*>(from_bytes);
   Half* to = static_cast<Half*>(to_bytes);
   int64_t i = 0;
@@ -46,40 +46,19 @@ __attribute__((target("avx,f16c"))) void float_to_half(const void* from_bytes, v
   }
   for (; i < n; ++i) to[i].x = _cvtss_sh(from[i], _MM_FROUND_TO_NEAREST_INT);  // round: fp32 -> fp16
 }
-
-const bool has_f16c = __builtin_cpu_supports("avx") && __builtin_cpu_supports("f16c");
 #endif
 
 template <class From, class To>
 Cast cast_between() {
 #ifdef __x86_64__
   if constexpr (std::is_same_v<From, Half> && std::is_same_v<To, float>) {
-    if (has_f16c) return half_to_float;
+    if (has_avx2) return half_to_float;
   }
   if constexpr (std::is_same_v<From, float> && std::is_same_v<To, Half>) {
-    if (has_f16c) return float_to_half;
+    if (has_avx2) return float_to_half;
   }
 #endif
   return cast_run<From, To>;
-}
-
-template <class From>
-Cast cast_from(ScalarType to) {
-  if (to == ScalarType::Half) return cast_between<From, Half>();
-  if (to == ScalarType::BFloat16) return cast_between<From, BFloat16>();
-  if (to == ScalarType::Float) return cast_between<From, float>();
-  STD_TORCH_CHECK(to == ScalarType::Double, "cannot cast to this dtype");
-  return cast_between<From, double>();
-}
-
-}  // namespace
-
-Cast find_cast(ScalarType from, ScalarType to) {
-  if (from == ScalarType::Half) return cast_from<Half>(to);
-  if (from == ScalarType::BFloat16) return cast_from<BFloat16>(to);
-  if (from == ScalarType::Float) return cast_from<float>(to);
-  STD_TORCH_CHECK(from == ScalarType::Double, "cannot cast from this dtype");
-  return cast_from<double>(to);
 }
 
 #ifdef __x86_64__
@@ -95,10 +74,88 @@ void store_past_cache(void* to_bytes, const void* from_bytes, int64_t bytes) {
   std::memcpy(to + i, from + i, bytes - i);
 }
 
+template <class From, class To>
+void cast_past_cache(const void* from_bytes, void* to_bytes, int64_t n) {
+  constexpr int64_t kRun = 128;
+  const From* from = static_cast<const From*>(from_bytes);
+  To* to = static_cast<To*>(to_bytes);
+  alignas(64) char run[kRun * sizeof(To)];
+  for (int64_t i = 0; i < n; i += kRun) {
+    const int64_t some = std::min(kRun, n - i);
+    cast_between<From, To>()(from + i, run, some);
+    store_past_cache(to + i, run, some * sizeof(To));
+  }
+}
+
+MPK_AVX2 inline __m128i rounded_to(Half, __m256 x) {
+  return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);  // round: fp32 -> fp16
+}
+
+// What torch's BFloat16 does, eight at a time.
+MPK_AVX2 inline __m128i rounded_to(BFloat16, __m256 x) {
+  const __m256i bits = _mm256_castps_si256(x), last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7FFF)));  // round: fp32 -> bf16
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(up, _mm256_set1_epi32(0x7FC00000), is_nan), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
+}
+
+// From registers to memory: through a buffer, the step took 10 % longer.
+template <class To>
+MPK_AVX2 void float_past_cache(const void* from_bytes, void* to_bytes, int64_t n) {
+  if (reinterpret_cast<uintptr_t>(to_bytes) % sizeof(__m256i) != 0) return cast_past_cache<float, To>(from_bytes, to_bytes, n);
+  const float* from = static_cast<const float*>(from_bytes);
+  To* to = static_cast<To*>(to_bytes);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __m128i low = rounded_to(To{}, _mm256_loadu_ps(from + i)), high = rounded_to(To{}, _mm256_loadu_ps(from + i + 8));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), _mm256_set_m128i(high, low));
+  }
+  cast_between<float, To>()(from + i, to + i, n - i);
+}
+#endif
+
+template <class From, class To>
+Cast cast_past_cache_between() {
+#ifdef __x86_64__
+  if constexpr (std::is_same_v<From, float> && sizeof(To) == 2) {
+    if (has_avx2) return float_past_cache<To>;
+  }
+  return cast_past_cache<From, To>;
+#else
+  return cast_between<From, To>();
+#endif
+}
+
+// f(T{}) for the type T of dtype.
+template <class F>
+Cast of_dtype(ScalarType dtype, const F& f) {
+  if (dtype == ScalarType::Half) return f(Half{});
+  if (dtype == ScalarType::BFloat16) return f(BFloat16{});
+  if (dtype == ScalarType::Float) return f(float{});
+  STD_TORCH_CHECK(dtype == ScalarType::Double, "cannot cast this dtype");
+  return f(double{});
+}
+
+// f(From{}, To{})
+template <class F>
+Cast of_dtypes(ScalarType from, ScalarType to, const F& f) {
+  return of_dtype(from, [&](auto x) { return of_dtype(to, [&](auto y) { return f(x, y); }); });
+}
+
+}  // namespace
+
+Cast find_cast(ScalarType from, ScalarType to) {
+  return of_dtypes(from, to, [](auto x, auto y) { return cast_between<decltype(x), decltype(y)>(); });
+}
+
+Cast find_cast_past_cache(ScalarType from, ScalarType to) {
+  return of_dtypes(from, to, [](auto x, auto y) { return cast_past_cache_between<decltype(x), decltype(y)>(); });
+}
+
+#ifdef __x86_64__
 void fence_stores() { _mm_sfence(); }
 #else
-void store_past_cache(void* to, const void* from, int64_t bytes) { std::memcpy(to, from, bytes); }
-
 void fence_stores() {}
 #endif
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Cast a run of elements on the CPU, rounding once, and store a run past the cache.
+// Cast a run of elements on the CPU, rounding once.
 
 #pragma once
 
@@ -15,9 +15,9 @@ using Cast = void (*)(const void* from, void* to, int64_t n);
 // Between any two of the four dtypes.
 Cast find_cast(ScalarType from, ScalarType to);
 
-// As memcpy, but what is written does not enter the cache: nobody reads it in this pass, and a line that is not fetched
-// before it is overwritten saves its read. Call fence_stores before another thread reads it.
-void store_past_cache(void* to, const void* from, int64_t bytes);
+// The same, but what is written does not enter the cache: nobody reads it in this pass, and a line that is not fetched before
+// it is overwritten saves its read. Call fence_stores before another thread reads it.
+Cast find_cast_past_cache(ScalarType from, ScalarType to);
 void fence_stores();
 
 }  // namespace mpk

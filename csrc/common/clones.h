@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// MPK_CLONES: compile a loop for AVX-512, for AVX2 and for any x86-64; the loader picks what the CPU has.
+// How a loop on the CPU is compiled. MPK_CLONES: for AVX-512, for AVX2 and for any x86-64; the loader picks what the CPU has.
 
 #pragma once
 
@@ -7,4 +7,13 @@
 #define MPK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define MPK_CLONES
+#endif
+
+#ifdef __x86_64__
+// A loop written in AVX2's intrinsics, to be called where has_avx2.
+#define MPK_AVX2 __attribute__((target("avx2,fma,f16c")))
+
+namespace mpk {
+inline const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 #endif

@@ -56,7 +56,8 @@ struct GradAndCopy {
   const char* grad;
   char* copy;  // null where none is wanted
   int64_t grad_itemsize, copy_itemsize;
-  Cast from_grad, to_copy;  // from_grad is null where the gradient has the master's dtype
+  Cast from_grad;  // null where the gradient has the master's dtype
+  Cast to_copy, to_copy_past_cache;
 
   GradAndCopy(const TensorList& masters, const TensorList& grads, const TensorList& copies, int64_t i)
       : grad(grads.data(i)),
@@ -64,7 +65,8 @@ struct GradAndCopy {
         grad_itemsize(size_of(grads.dtype(i))),
         copy_itemsize(size_of(copies.dtype(i))),
         from_grad(grads.dtype(i) == masters.dtype(i) ? nullptr : find_cast(grads.dtype(i), masters.dtype(i))),
-        to_copy(find_cast(masters.dtype(i), copies.dtype(i))) {}
+        to_copy(find_cast(masters.dtype(i), copies.dtype(i))),
+        to_copy_past_cache(find_cast_past_cache(masters.dtype(i), copies.dtype(i))) {}
 };
 
 // update(grad, begin, n) on blocks of [begin, end) that stay in the first-level cache from the gradient to the copy. The copy
@@ -73,8 +75,8 @@ template <class T, class F>
 void update_run(const GradAndCopy& io, const T* master, int64_t begin, int64_t end, const F& update) {
   constexpr int64_t kBlock = 128, kShort = 2048;
   const bool past_cache = end - begin >= kShort;
+  const Cast to_copy = past_cache ? io.to_copy_past_cache : io.to_copy;
   alignas(64) T wide[kBlock];
-  alignas(64) double copy[kBlock];
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t n = std::min(kBlock, end - i);
     const char* grad = io.grad + i * io.grad_itemsize;
@@ -84,10 +86,7 @@ void update_run(const GradAndCopy& io, const T* master, int64_t begin, int64_t e
     }
     if (io.from_grad != nullptr) io.from_grad(grad, wide, n);
     update(io.from_grad == nullptr ? reinterpret_cast<const T*>(grad) : wide, i, n);
-    if (io.copy == nullptr) continue;
-    char* to = io.copy + i * io.copy_itemsize;
-    io.to_copy(master + i, past_cache ? static_cast<void*>(copy) : to, n);
-    if (past_cache) store_past_cache(to, copy, n * io.copy_itemsize);
+    if (io.copy != nullptr) to_copy(master + i, io.copy + i * io.copy_itemsize, n);
   }
   if (past_cache) fence_stores();
 }

@@ -84,8 +84,6 @@ MPK_CLONES typename Bits<T>::type largest_magnitude_and_squares(const T* grad, i
 #ifdef __x86_64__
 // The same for 16-bit numbers, with the same bits. Conversions to fp64 would take longest: instead the bits of an fp32 (a bf16
 // is the upper half of one) are shifted to where an fp64 has its own, which makes them those of the number times 2^-896.
-#define MPK_AVX2 __attribute__((target("avx2,fma,f16c")))
-
 template <class T>
 struct Squares;  // `add` takes kLanes numbers
 
@@ -143,8 +141,6 @@ MPK_AVX2 int16_t largest_magnitude_and_squares_of_16_bits(const T* grad, int64_t
   for (int64_t lane = 0; lane < kLanes; ++lane) lanes.squares[lane] = sums.lane(lane);
   return finish(lanes, grad + i, n - i, squares);
 }
-
-const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
 
 template <class T>
