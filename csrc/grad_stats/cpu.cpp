@@ -35,9 +35,17 @@ typename Bits<T>::type magnitude(T x) {
 
 template <class T>
 MPK_CLONES typename Bits<T>::type largest_magnitude(const T* grad, int64_t n) {
-  constexpr int64_t kLine = 64 / sizeof(T);
+  constexpr int64_t kLine = 64 / sizeof(T), kPlaces = 4;
   typename Bits<T>::type lanes[kLine] = {};
-  int64_t i = 0;
+  // AMD's prefetchers follow several places at once, and bring more than they do of one.
+  const int64_t apart = kFetchesAhead ? 0 : n / (kPlaces * kLine) * kLine;
+  for (int64_t at = 0; at < apart; at += kLine) {
+    for (int64_t place = 0; place < kPlaces; ++place) {
+      const T* line = grad + place * apart + at;
+      for (int64_t lane = 0; lane < kLine; ++lane) lanes[lane] = std::max(lanes[lane], magnitude(line[lane]));
+    }
+  }
+  int64_t i = kPlaces * apart;
   for (; i + kLine <= n; i += kLine) {
     if (kFetchesAhead) fetch_line_ahead<4096>(grad + i);
     for (int64_t lane = 0; lane < kLine; ++lane) lanes[lane] = std::max(lanes[lane], magnitude(grad[i + lane]));
@@ -95,8 +103,8 @@ struct Squares<Half> {
     const __m256i high = _mm256_set1_epi64x(0xFFFFFFFF00000000);
     for (int64_t j = 0; j < 2; ++j) {
       const __m256 x = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(grad + 8 * j)));
-      const __m256i square = _mm256_castps_si256(_mm256_mul_ps(x, x));  // exact
-      const __m256i even = _mm256_srli_epi64(_mm256_slli_epi64(square, 32), 3);
+      const __m256i square = _mm256_castps_si256(_mm256_mul_ps(x, x));             // exact
+      const __m256i even = _mm256_mul_epu32(square, _mm256_set1_epi64x(1 << 29));  // drops the odd ones and shifts
       const __m256i odd = _mm256_srli_epi64(_mm256_and_si256(square, high), 3);
       sums[2 * j] = _mm256_add_pd(sums[2 * j], _mm256_castsi256_pd(even));
       sums[2 * j + 1] = _mm256_add_pd(sums[2 * j + 1], _mm256_castsi256_pd(odd));
@@ -128,7 +136,7 @@ MPK_AVX2 int16_t largest_magnitude_and_squares_of_16_bits(const T* grad, int64_t
   Squares<T> sums;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    fetch_line_ahead<4096>(grad + i);  // on AMD's CPUs too
+    if (i % (2 * kLanes) == 0) fetch_line_ahead<4096>(grad + i);  // on AMD's CPUs too
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(grad + i));
     amax = _mm256_max_epi16(amax, _mm256_and_si256(bits, kept));
     sums.add(grad + i);
