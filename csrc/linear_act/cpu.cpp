@@ -88,6 +88,12 @@ inline void narrow(const V8& v, Half* to) {
 #include "cpu_loops.h"
 }  // namespace any
 
+namespace any_by_pairs {
+constexpr int kLanes = 16, kRows = 4;
+using any::fma, any::narrow, any::widen;
+#include "cpu_loops.h"
+}  // namespace any_by_pairs
+
 #ifdef MPK_INTEL_LOOPS
 #define MPK_F16C                                                                                                               \
   inline V8 widen(const Half* from) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }       \
@@ -118,13 +124,14 @@ MPK_F16C
 #pragma GCC pop_options
 #endif
 
-#ifdef MPK_PAIRS
 constexpr InstructionSet with_pairs(InstructionSet set, int64_t lanes, const Pairs* pairs) {
   set.lanes = lanes;
   set.pairs = pairs;
   return set;
 }
 
+constexpr InstructionSet kAnyByPairs = with_pairs(any_by_pairs::kInstructionSet, 2, &kPairsByNumbers);
+#ifdef MPK_PAIRS
 constexpr InstructionSet kAvx512Bf16 = with_pairs(avx512::kInstructionSet, 32, &kPairsByVectors);
 constexpr InstructionSet kAmx = with_pairs(avx512::kInstructionSet, 512, &kPairsByAmx);
 #endif
@@ -146,7 +153,7 @@ std::vector<const InstructionSet*> instruction_sets() {
     found.push_back(&avx2::kInstructionSet);
   }
 #endif
-  found.push_back(&any::kInstructionSet);
+  found.insert(found.end(), {&any::kInstructionSet, &kAnyByPairs});
   return found;
 }
 
@@ -188,7 +195,7 @@ struct Matrix {
   // Whether the bf16 of a row lie in pairs that could be read as one fp32.
   bool has_pairs() const { return size == 2 && column_stride == 1 && row_stride % 2 == 0; }
 
-  // Or one in each of two rows of the transposed matrix.
+  // Whether the first and second of pairs lie in columns without gaps.
   bool has_pairs_across() const { return size == 2 && row_stride == 1; }
 
   // The matrix of pairs, which `moves` carries as they are.
@@ -289,6 +296,7 @@ struct Scratch {
   alignas(64) float pairs_of_a[(kRowsOfTask + 16) * kPairPitch];
   alignas(64) float pairs_of_panel[kDepth / 2 * kPairColumns];
 };
+static_assert(kDepth % (2 * kPairsAtOnce) == 0 && kDepth / 2 <= Scratch::kPitch);
 
 Scratch& scratch() {
   static thread_local const std::unique_ptr<Scratch> mine(new Scratch);

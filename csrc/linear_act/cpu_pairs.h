@@ -4,11 +4,15 @@
 //
 // A pair is carried in the 32 bits of an fp32, which it is not. These instructions take everything below 2^-126 for 0,
 // operands, products and sums. Hence a block is multiplied by them only where its least operands say that no product of them is
-// below 2^-100: what is then taken for 0 is less than a rounding.
+// below 2^-100. Products of bf16, of 8 bits each, are then multiples of 2^-114, and so are all sums: nothing is taken for 0.
+//
+// Included by cpu.cpp, which has the headers of the intrinsics and defines MPK_PAIRS where the compiler knows them.
 
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstdint>
 #include <utility>
 
@@ -85,6 +89,35 @@ inline bool are_large(uint16_t least_a, uint16_t least_b) {
   return a != 0 && b != 0 && a + b >= 2 * 127 - 100;
 }
 
+// ----- any CPU, for the tests of what is around the instructions, and what they do to small numbers -----
+
+inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? 0 : x; }
+
+inline void tile_by_numbers(const float* a, int64_t a_pitch, const float* panel, int64_t pairs, int64_t rows, float* acc,
+                            int64_t acc_pitch, bool add) {
+  const auto number = [](float pair, int i) {
+    const uint32_t bits = c10::bit_cast<uint32_t>(pair);
+    return flushed(c10::bit_cast<float>(i == 0 ? bits << 16 : bits & 0xffff0000));
+  };
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < kPairColumns; ++j) {
+      float sum = 0;
+      for (int64_t k = 0; k < whole_pairs(pairs); ++k) {
+        for (int i = 0; i < 2; ++i) {
+          const float product = number(a[r * a_pitch + k], i) * number(panel[k * kPairColumns + j], i);
+          sum = flushed(sum + flushed(product));
+        }
+      }
+      float& to = acc[r * acc_pitch + j];
+      to = add ? to + sum : sum;
+    }
+  }
+}
+
+inline void nothing() {}
+
+constexpr Pairs kPairsByNumbers = {32, tile_by_numbers, nothing, nothing};
+
 // ----- AVX-512 BF16 and AMX -----
 
 #ifdef MPK_PAIRS
@@ -124,8 +157,6 @@ inline void tile_by_vectors(const float* a, int64_t a_pitch, const float* panel,
   kTiles[rows - 1](a, a_pitch, panel, pairs, acc, acc_pitch, add);
 }
 
-inline void nothing() {}
-
 constexpr Pairs kPairsByVectors = {kPairRows, tile_by_vectors, nothing, nothing};
 #pragma GCC pop_options
 
@@ -145,7 +176,7 @@ inline void configure_amx() {
 
 inline void release_amx() { _tile_release(); }
 
-// Multiplies all 32 rows, whatever lies in those beyond `rows`. The sums are added by AVX-512, which loses nothing.
+// Multiplies all 32 rows, whatever lies in those beyond `rows`. The sums are added by AVX-512, which keeps subnormal ones.
 inline void tile_by_amx(const float* a, int64_t a_pitch, const float* panel, int64_t pairs, int64_t rows, float* acc,
                         int64_t acc_pitch, bool add) {
   const int64_t a_bytes = a_pitch * sizeof(float), panel_bytes = kPairColumns * sizeof(float);
