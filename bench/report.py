@@ -25,7 +25,8 @@ FILES = {  # of a case that several of them have, the last one's rows are shown:
 }
 PLOTTED = ("cpu", "cuda")
 HOW_TO_READ = (
-    "Medians of ratios taken within a round: below 1, mpkernels is faster; ± where they are known less well than to 10 %."
+    "Medians of ratios taken within a round, or a quotient of two: below 1, mpkernels is faster; ± where known less well "
+    "than to 10 %."
 )
 
 # README's table: what, the case, whose time, and whom it is compared with.

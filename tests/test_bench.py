@@ -89,6 +89,12 @@ def test_bench_has_the_cases_of_every_promise():
 # ----- what is shown ---------------------------------------------------------------
 
 
+def test_bench_compares_two_contenders_by_their_ratios_to_a_third():
+    """Ours takes 2, the one 4, the other 1: the one takes 4 times as long as the other."""
+    one, other = {"ratio": 2 / 4, "uncertainty": 0.03}, {"ratio": 2 / 1, "uncertainty": 0.04}
+    assert report.between(one, other) == {"ratio": 4.0, "uncertainty": pytest.approx(0.05)}
+
+
 @pytest.mark.parametrize(
     "path, text", list(report.documents(report.current_rows())), ids=lambda value: getattr(value, "name", "")
 )

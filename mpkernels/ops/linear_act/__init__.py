@@ -30,7 +30,7 @@ Numerics
     out, grad_x, grad_weight and grad_bias are rounded once, to their own dtype. grad_z is rounded to compute_dtype for
     the two GEMMs; grad_bias sums it unrounded, grad_bias_below the accumulator. Bounds: tests/bounds.py.
     With `batch_invariant` a row of out has the same bits whatever the other rows are and however many: one order of the
-    sum, by K and N alone. On a CPU M=1 pays for it.
+    sum, by K and N alone. On a CPU M=1 pays for it, and in bf16 every M where pairs of numbers are multiplied (AMX).
 
 Activations, and what they save for backward, besides x
     | activation | act(z)                                                        | saved, bits per element        |
