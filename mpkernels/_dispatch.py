@@ -86,29 +86,29 @@ class Op:
 
     def _run(self, *args, **kwargs):
         self.check(*args, **kwargs)
-        return self._run_checked(*args, **kwargs)
+        result = self._run_checked(*args, **kwargs)
+        if self.mutated is not None:
+            move_versions(self.mutated(*args, **kwargs))
+        return result
 
     def _run_checked(self, *args, **kwargs):
         device, dtype = self.key(*args, **kwargs)
         function = self.select(device, dtype, self.tuned(*args, **kwargs) if self.problem and _table.of(device) else None)
         with torch._C._DisableAutocast():  # dtypes are in the arguments: the torch ops inside are not to be cast again
-            if self.mutated is None:
-                # A result that torch knows as a view could not be changed in place (`+=`, nn.ReLU(inplace=True)).
-                with torch._C._AutoDispatchBelowADInplaceOrView():
-                    return function(*args, **kwargs)
-            result = function(*args, **kwargs)
-        if not torch.is_inference_mode_enabled():
-            torch.autograd.graph.increment_version(self.mutated(*args, **kwargs))
-        return result
+            if self.mutated is not None:
+                return function(*args, **kwargs)
+            # A result that torch knows as a view could not be changed in place (`+=`, nn.ReLU(inplace=True)).
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                return function(*args, **kwargs)
 
     def __call__(self, *args, checked: bool = False, **kwargs):
         """The op, without the dispatcher where nothing but eager execution goes on: it costs as much as a small GEMM.
 
         The dispatcher also carries out the minus of a view such as `z.conj().imag`, which a kernel would not see.
 
-        checked: these tensors have passed `check` before; only their values are new.
+        checked: these tensors have passed `check` before; only their values are new. Versions are then the caller's to move.
         """
-        if _is_watched() or not _are_plain(args):
+        if _is_watched() or not (checked or _are_plain(args)):
             return getattr(torch.ops.mpkernels, self.name)(*args, **kwargs)
         return self._run_checked(*args, **kwargs) if checked else self._run(*args, **kwargs)
 
@@ -150,6 +150,12 @@ class Op:
 
     def _module(self, backend: str):
         return importlib.import_module(f"{self.package}.impl_{backend}")
+
+
+def move_versions(tensors: list[torch.Tensor]) -> None:
+    """Tell torch that these were written: writes through raw pointers move no version counter."""
+    if not torch.is_inference_mode_enabled():
+        torch.autograd.graph.increment_version(tensors)
 
 
 _environment = os.environ._data  # what `os.environ` reads: itself it takes longer than all of `_choose` to say "not there"

@@ -7,6 +7,7 @@ from collections import abc, defaultdict
 import torch
 from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 
+from mpkernels._dispatch import move_versions
 from mpkernels.ops.update_scale import update_scale_
 from mpkernels.optim import _ranks, _stats
 from mpkernels.optim._base import Optimizer
@@ -181,11 +182,13 @@ class GradScaler(torch.amp.GradScaler):
             raise AssertionError("No inf checks were recorded prior to update.")
         found = [found for state in states for found in state["found_inf_per_device"].values()]
         if found:
+            updated.append(self._skipped)
             update_scale_(
-                *updated, self._skipped, _any(found, scale.device),
+                *updated, _any(found, scale.device),
                 self._growth_factor, self._backoff_factor, self._growth_interval,
                 self._hysteresis, self._min_scale, self._max_scale, checked=True,
             )  # fmt: skip
+            move_versions(updated)
         self._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
 
     # ----- what happened --------------------------------------------------------------------------

@@ -471,6 +471,22 @@ def test_our_optimizers_under_torchs_scaler(name):
     assert results[0] == results[1]
 
 
+def test_writes_are_seen_by_autograd():
+    """A weight or a scale that a graph has saved: backward after the step or the update is an error, not another gradient."""
+    for dtype in (torch.float16, torch.float32):
+        params, scaler = parameters(dtype), mpk.GradScaler(init_scale=8.0)
+        optimizer = mpk.optim.AdamW(params, lr=0.1)
+        for _ in range(3):  # the first is prepared anew, the others are not
+            give_grads(params, scaler)
+            of_weight, of_scale = params[0].square().sum(), scaler.scale(params[0].float().sum())
+            scaler.step(optimizer)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                of_weight.backward()
+            scaler.update()
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                of_scale.backward()
+
+
 def test_no_value_is_read_on_the_host(monkeypatch):
     """The op is replaced by one that reads nothing; what is left is ours: no value of a tensor may be asked for."""
     params, scaler = parameters(torch.float16, torch.float32), mpk.GradScaler(init_scale=8.0)

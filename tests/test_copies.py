@@ -288,8 +288,10 @@ def test_copy_goes_when_convert_is_undone():
 
 def test_copy_saved_for_backward_is_not_overwritten_silently():
     layer, optimizer = layer_and_optimizer()
+    version = copy_of(layer)._version
     x = torch.ones(2, 6, requires_grad=True)
     out = layer(x)
     train(layer, optimizer)
+    assert copy_of(layer)._version > version
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()

@@ -19,6 +19,7 @@ from torch import nn
 
 import mpkernels as mpk
 from mpkernels import _native
+from mpkernels.ops import _layout
 from mpkernels.ops._cast import cast
 from tests import bounds
 from tests.steps import BAD_SCALES, raw
@@ -1056,11 +1057,19 @@ def test_step_keeps_the_table_of_gradients_that_stay():
     assert optimizer._rows[0, params[0].device].grads is grads
 
 
+@pytest.fixture(params=["torch.compile's", "in Python"])
+def formats(request, monkeypatch):
+    """What compares formats; without torch.compile's guards it is Python."""
+    if request.param == "in Python":
+        monkeypatch.setitem(sys.modules, "torch._C._dynamo.guards", None)
+    return request.param
+
+
 @pytest.mark.parametrize("change", [
     lambda p: setattr(p, "data", p.data[:1]), lambda p: setattr(p, "data", p.data.view(torch.float16)[:, :2]),
     lambda p: setattr(p.grad, "data", torch.zeros(5)), lambda p: setattr(p.grad, "data", p.grad.data.to(torch.int32)),
 ])  # fmt: skip
-def test_step_sees_what_changed_at_the_same_address(change):
+def test_step_sees_what_changed_at_the_same_address(formats, change):
     params = [torch.nn.Parameter(torch.randn(2, 2)) for _ in range(3)]
     optimizer = mpk.optim.AdamW(params, lr=0.1)
     for _ in range(2):
@@ -1074,6 +1083,19 @@ def test_step_sees_what_changed_at_the_same_address(change):
     with pytest.raises(RuntimeError, match="parameter 1"):
         optimizer.step()
     assert raw(params[:1]) == before
+
+
+@pytest.mark.parametrize("other", [
+    lambda t: t.double(), lambda t: t.to("meta"), lambda t: t[:1], lambda t: t.view(3, 2), lambda t: t.mT.contiguous().mT,
+    lambda t: t.requires_grad_(), lambda t: torch._neg_view(t), lambda t: t.to_sparse(), nn.Parameter, lambda t: None,
+])  # fmt: skip
+def test_formats_that_differ(formats, other):
+    tensor = lambda: torch.arange(6.0).view(2, 3)
+    same = _layout.same_formats([tensor(), tensor()])
+    assert ("TensorGuards" in repr(same)) == (formats == "torch.compile's")
+    assert same(tensor(), tensor() + 1)
+    assert not same(tensor(), other(tensor()))
+    assert not same(other(tensor()), tensor())
 
 
 def test_step_follows_a_transposed_parameter():

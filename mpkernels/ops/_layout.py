@@ -2,15 +2,15 @@
 """What the native step ops share: lists of tensors as tables, and any layout in the one that a raw-pointer loop walks."""
 
 from array import array
-from collections.abc import Iterable
-from operator import attrgetter, itemgetter
+from collections.abc import Callable, Iterable
+from operator import attrgetter
 
 import torch
 
 from mpkernels import _native
 
 _SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}  # of c10
-format_of = attrgetter("dtype", "shape")
+_dtype_of = attrgetter("dtype")
 
 
 def why_not_native(device: torch.device) -> str | None:
@@ -36,16 +36,39 @@ def overlaps(tensor: torch.Tensor) -> bool:
     return False
 
 
+def same_formats(tensors: list[torch.Tensor]) -> Callable[..., bool]:
+    """Whether as many others are as these, one by one: in class, dtype, device, shape, strides, requires_grad and is_neg.
+
+    May also say no where something else differs, such as a mode that is on. torch.compile's guards, which are not public,
+    look at a whole list in the time that one attribute of each tensor takes in Python.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    except (ImportError, TypeError):  # a torch without them, or with others
+        formats = list(map(_format, tensors))
+        return lambda *others: list(map(_format, others)) == formats
+
+
+def _format(tensor: torch.Tensor | None) -> tuple:
+    if tensor is None or tensor.layout != torch.strided:
+        return ()
+    strides, flags = tensor.stride(), (tensor.requires_grad, tensor.is_neg())
+    return type(tensor), tensor.dtype, tensor.device, tensor.shape, strides, flags
+
+
 class Tensors(list):
     """A list of tensors with what the native ops read of it: `table`, int64 (3, n), elements, dtype and address of each.
 
     contiguous: whether a raw-pointer loop sees the values of all of them: no gaps, and no minus that torch has put off.
+    placed: whether all have memory; one without elements has none.
 
     Whoever keeps one from call to call, as an optimizer does, calls `describe` when a tensor is not what it was, or `clear`,
     which lets the tensors go, and `replace`. Handing over a table instead of a list saves unboxing every tensor in every call.
     """
 
-    __slots__ = ("_head", "addresses", "contiguous", "formats", "table")
+    __slots__ = ("_head", "addresses", "contiguous", "placed", "table")
 
     def __init__(self, tensors: Iterable[torch.Tensor]):
         super().__init__(tensors)
@@ -54,20 +77,19 @@ class Tensors(list):
     def describe(self) -> None:
         """Look at every tensor anew."""
         self.contiguous = all(map(torch.Tensor.is_contiguous, self)) and not any(map(torch.Tensor.is_neg, self))
-        self.formats = list(map(format_of, self))
-        dtypes = map(itemgetter(0), self.formats)
-        self._head = array("q", map(torch.Tensor.numel, self)) + array("q", map(_SCALAR_TYPES.__getitem__, dtypes))
+        types = map(_SCALAR_TYPES.__getitem__, map(_dtype_of, self))
+        self._head = array("q", map(torch.Tensor.numel, self)) + array("q", types)
         self._locate(list(map(torch.Tensor.data_ptr, self)))
 
     def _locate(self, addresses: list[int]) -> None:
-        self.addresses = addresses
+        self.addresses, self.placed = addresses, 0 not in addresses
         if self:
             self.table = torch.frombuffer(self._head + array("q", addresses), dtype=torch.int64).view(3, len(self))
         else:
             self.table = torch.empty(3, 0, dtype=torch.int64)
 
     def replace(self, tensors: list[torch.Tensor]) -> None:
-        """Hold these, which the caller has found to have the same `formats` and layouts."""
+        """Hold these, which the caller has found to have the `same_formats`."""
         self[:] = tensors
         addresses = list(map(torch.Tensor.data_ptr, self))
         if addresses != self.addresses:

@@ -8,12 +8,13 @@ import contextlib
 import copy
 import math
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, repeat, zip_longest
 from operator import is_
 
 import torch
 
 from mpkernels import _copies
+from mpkernels._dispatch import move_versions
 from mpkernels.ops._cast import DTYPES, cast
 from mpkernels.ops._layout import Tensors, overlaps
 from mpkernels.ops._multi_tensor import MASTER_DTYPES, MOMENT_DTYPES, inv_scale, skip_flag
@@ -75,7 +76,7 @@ class Optimizer(torch.optim.Optimizer):
         self._entries: list[dict] = []  # the state of every parameter that the rows were made of
         self._ranks = _ranks.Ranks([])
         self._lent = False  # inside master_weights
-        self._disjoint: list[int] = []  # addresses of parameters that were found to share no memory
+        self._disjoint: list[list[int]] = []  # addresses of parameters that were found to share no memory
 
     def __getstate__(self) -> dict:
         self._refuse_while_lent("a copy of the optimizer")
@@ -321,12 +322,10 @@ class Optimizer(torch.optim.Optimizer):
         taken = set()
         for index, group in enumerate(self.param_groups):
             params, grads = group["params"], [p.grad for p in group["params"]]
-            kinds = set(map(type, grads))
-            if type(None) in kinds:
+            if any(map(is_, grads, repeat(None))):
                 params, grads = _with_gradient(params)
-                kinds.discard(type(None))
             rows = self._rows.get((index, params[0].device)) if params else None
-            if rows is not None and not rows.dtensors and rows.take(params, grads, kinds):
+            if rows is not None and rows.take(params, grads):
                 present[index, rows.steps.device] = params
                 taken.add(index)
             else:
@@ -334,7 +333,7 @@ class Optimizer(torch.optim.Optimizer):
         rows = {key: self._rows_of(*key, params, key[0] in taken) for key, params in present.items()}
         if not known or len(self.state) != len(self._entries):
             self._entries = list(self.state.values())
-        if any(0 in tensors.addresses for some in rows.values() for tensors in (some.held, some.grads)):
+        if not all(some.held.placed and some.grads.placed for some in rows.values()):
             for index, group in enumerate(self.param_groups):  # it may be only that a tensor has no elements
                 self._check_formats(index, group, {})
         self._refuse_shared(list(rows.values()))
@@ -371,10 +370,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _refuse_shared(self, rows: list[Rows]) -> None:
         """Raise RuntimeError where two parameters share memory, of which each would update its part of the other."""
-        addresses = [address for some in rows for address in some.held.addresses]
+        addresses = [some.held.addresses for some in rows]
         if addresses == self._disjoint:
             return
-        if shared := first_shared([t for some in rows for t in some.held], addresses):
+        if shared := first_shared([t for some in rows for t in some.held], list(chain.from_iterable(addresses))):
             names, params = self._parameter_names(), [p for some in rows for p in some.params]
             first, second = (names[id(params[i])] for i in sorted(shared))
             raise RuntimeError(f"{second} shares memory with {first}: use one Parameter in both places")
@@ -432,24 +431,23 @@ class Optimizer(torch.optim.Optimizer):
 
     def _follow_foreign_writes(self, rows: Rows) -> None:
         """Take over what somebody else wrote since our last step: a skipped one must not leave a copy behind its weight."""
-        stamps, old = rows.stamp(), rows.stamps
-        if stamps != old:
+        versions, old = rows.versions_now(), rows.versions
+        if versions != old:
             for i in rows.mastered:
-                if old is None or stamps[i] != old[i]:
+                if old is None or versions[i] != old[i]:
                     _take_over(rows.masters[i], rows.held[i])
         if rows.compute_copies:
-            stamps = rows.copy_stamps(stamps)
+            stamps = rows.copy_stamps(versions)
             for i, compute_copy in rows.compute_copies:
                 if compute_copy.stamp != stamps[i]:
                     compute_copy.write(rows.params[i], cast(rows.params[i], compute_copy.dtype))
 
     def _after_update(self, rows: Rows) -> None:
         rows.checked = True
-        if rows.dtensors:  # the op has moved the versions of what they hold
-            torch.autograd.graph.increment_version([p for p in rows.params if _ranks.is_dtensor(p)])
-        rows.stamps = rows.stamp()
+        move_versions(rows.written)
+        rows.versions = rows.versions_now()
         if rows.compute_copies:
-            stamps = rows.copy_stamps(rows.stamps)
+            stamps = rows.copy_stamps(rows.versions)
             for i, compute_copy in rows.compute_copies:
                 compute_copy.stamp = stamps[i]
 

@@ -6,15 +6,15 @@ What a step asks of a tensor is asked of a whole list at once: Python's time per
 
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 
 import torch
 
 from mpkernels import _copies
-from mpkernels.ops._layout import Tensors, format_of
+from mpkernels.ops._layout import Tensors, same_formats
 from mpkernels.optim import _ranks
 
-_address = torch.Tensor.data_ptr
+_address, _version = torch.Tensor.data_ptr, attrgetter("_version")
 
 
 @dataclass(eq=False)
@@ -33,12 +33,16 @@ class Rows:
     requests: int  # _copies.requests when these rows were made
     dtensors: bool
     grads: Tensors = field(default_factory=lambda: Tensors([]))  # inside a step; of DTensors what this rank holds
-    stamps: list[tuple[int, ...]] | None = None  # of the parameters after our last write
+    versions: list | None = None  # of the parameters after our last write
     checked: bool = False  # whether an op has checked these lists: only the scalars and the gradients' values are new
 
     def __post_init__(self):
-        self._formats = list(map(format_of, self.params))
+        self._same_params = self._same_grads = None  # until there are gradients, and while `take` is not for them
+        self._owners = dict.fromkeys(("step", *self.states), self.entries)
+        self._owners["master"] = [self.entries[i] for i in self.mastered]
         self._addresses = self._state_addresses()
+        copies = [compute_copy.tensor for _, compute_copy in self.compute_copies]
+        self.written = [*self.held, *copies, *(filter(_ranks.is_dtensor, self.params) if self.dtensors else ())]
         self._lr: tuple[float, torch.Tensor] | None = None
 
     # ----- whether they are still what they were ---------------------------------------------
@@ -46,30 +50,21 @@ class Rows:
     def are(self, params: list[torch.Tensor]) -> bool:
         return len(params) == len(self.params) and all(map(is_, params, self.params))
 
-    def take(self, params: list[torch.Tensor], grads: list[torch.Tensor], kinds: set[type]) -> bool:
-        """Take these gradients, of these types, if nothing but values and places is new, of parameters and gradients alike."""
-        old = self.grads
-        try:
-            unchanged = (
-                kinds == {torch.Tensor}
-                and old.contiguous
-                and self.are(params)
-                and list(map(format_of, params)) == self._formats
-                and list(map(format_of, grads)) == old.formats
-                and all(map(torch.Tensor.is_contiguous, grads))
-                and not any(map(torch.Tensor.is_neg, grads))
-                and all(map(torch.Tensor.is_contiguous, params)) == self.held.contiguous
-                and set(map(torch.Tensor.get_device, grads)) == {self.steps.get_device()}
-            )
-            if unchanged:
-                old.replace(grads)  # NOTE: raises as is_contiguous does for layouts that are not strided
-        except RuntimeError:
+    def take(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> bool:
+        """Take these gradients if nothing but values and places is new, of parameters and gradients alike."""
+        known = self._same_grads is not None and self.are(params)
+        if not (known and self._same_params(*params) and self._same_grads(*grads)):
             return False
-        return unchanged
+        self.grads.replace(grads)
+        return True
 
     def give(self, grads: list[torch.Tensor]) -> None:
         """Take these gradients, whatever they are, and look at every other list anew: `take` has refused them."""
         self.grads, self.checked = Tensors(grads), False
+        if self.grads.contiguous and not self.dtensors:
+            self._same_params, self._same_grads = same_formats(self.params), same_formats(grads)
+        else:
+            self._same_grads = None
         for tensors in (self.held, self.masters, self.copies, *self.states.values()):
             tensors.describe()
 
@@ -83,20 +78,19 @@ class Rows:
 
     def _state_addresses(self) -> list[int]:
         """NOTE: of what the user can reach and replace, as those do who move an optimizer's state to the host and back."""
-        tensors = chain(*(map(itemgetter(name), self.entries) for name in ("step", *self.states)))
-        tensors = chain(tensors, (self.entries[i]["master"] for i in self.mastered))
+        tensors = chain(*(map(itemgetter(name), entries) for name, entries in self._owners.items()))
         return list(map(_address, map(_ranks.local, tensors) if self.dtensors else tensors))
 
     # ----- what somebody may have written ----------------------------------------------------
 
-    def stamp(self) -> list[tuple[int, ...]]:
-        """What changes when a parameter, or what this rank holds of it, is written visibly or replaced."""
-        stamps = list(zip([t._version for t in self.held], self.held.addresses, strict=True))
-        return [(*stamp, p._version) for stamp, p in zip(stamps, self.params, strict=True)] if self.dtensors else stamps
+    def versions_now(self) -> list:
+        """What changes when a parameter, or what this rank holds of it, is written visibly; a replaced one has `moved`."""
+        versions = list(map(_version, self.held))
+        return list(zip(versions, map(_version, self.params), strict=True)) if self.dtensors else versions
 
-    def copy_stamps(self, stamps: list[tuple[int, ...]]) -> list[tuple[int, int]]:
+    def copy_stamps(self, versions: list) -> list[tuple[int, int]]:
         """The same as the compute copies are stamped."""
-        return [_copies.stamp(p) for p in self.params] if self.dtensors else stamps
+        return list(map(_copies.stamp, self.params) if self.dtensors else zip(versions, self.held.addresses, strict=True))
 
     # ----- the learning rate ---------------------------------------------------------------------
 
