@@ -108,7 +108,7 @@ class Op:
 
         checked: these tensors have passed `check` before; only their values are new. Versions are then the caller's to move.
         """
-        if _is_watched() or not (checked or _are_plain(args)):
+        if _is_watched() or not _are_plain(args):
             return getattr(torch.ops.mpkernels, self.name)(*args, **kwargs)
         return self._run_checked(*args, **kwargs) if checked else self._run(*args, **kwargs)
 

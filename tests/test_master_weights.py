@@ -212,3 +212,20 @@ def test_masters_of_dtensors_are_refused():
         train(placed, optimizer)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("lent", [True, False])
+def test_graph_of_masters_does_not_outlive_a_step(lent):
+    """Its backward would be that of other weights: an error, as with a graph of the parameters."""
+    layer = nn.Linear(3, 2, dtype=torch.float16)
+    optimizer = mpk.optim.AdamW(layer.parameters(), lr=0.5)
+    train(list(layer.parameters()), optimizer)
+    x = torch.ones(1, 3, requires_grad=True)
+    if lent:
+        with optimizer.master_weights():
+            out = layer(x)
+    else:
+        out = torch.func.functional_call(layer, optimizer.master_state_dict(layer), x)
+    train(list(layer.parameters()), optimizer)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()

@@ -1045,6 +1045,35 @@ def test_step_checks_the_lists_once(monkeypatch):
     )
 
 
+def test_step_of_one_gradient_for_all_looks_at_the_lists_once(monkeypatch):
+    """A tensor that stands twice in a list is no reason to look at it anew."""
+    params = [torch.nn.Parameter(torch.randn(8)) for _ in range(5)]
+    optimizer, checks = mpk.optim.SGD(params, lr=0.1), []
+    check = optimizer._op.check
+    monkeypatch.setattr(optimizer._op, "check", lambda *args, **options: checks.append(1) or check(*args, **options))
+    for _ in range(4):
+        grad = torch.ones(8)
+        for p in params:
+            p.grad = grad
+        optimizer.step()
+    assert len(checks) == 1
+
+
+@pairs
+def test_step_moves_the_versions_of_all_that_it_writes(pair):
+    """In a step that is prepared anew and in the next, so that autograd sees that what it has saved is no more."""
+    ours, _, options = PAIRS[pair]
+    params = parameters(*DTYPES)
+    optimizer = ours(params, **options)
+    tensors = lambda: [*params, *(t for p in params for t in optimizer.state[p].values())]
+    train(params, optimizer, 1)
+    for t in range(1, 4):
+        before = [tensor._version for tensor in tensors()]
+        train(params, optimizer, 1, first=t)
+        assert all(tensor._version > version for tensor, version in zip(tensors(), before, strict=True))
+        assert not any(p.grad._version for p in params)
+
+
 def test_step_keeps_the_table_of_gradients_that_stay():
     """Their addresses, that is: the tensors themselves are let go between two steps."""
     params = parameters(torch.float16, torch.float32)

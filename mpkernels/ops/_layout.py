@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the native step ops share: lists of tensors as tables, and any layout in the one that a raw-pointer loop walks."""
 
+import contextlib
 from array import array
 from collections.abc import Callable, Iterable
 from operator import attrgetter
@@ -42,13 +43,14 @@ def same_formats(tensors: list[torch.Tensor]) -> Callable[..., bool]:
     May also say no where something else differs, such as a mode that is on. torch.compile's guards, which are not public,
     look at a whole list in the time that one attribute of each tensor takes in Python.
     """
-    try:
+    with contextlib.suppress(AttributeError, ImportError, TypeError):  # a torch without them, or with others
         from torch._C._dynamo.guards import TensorGuards
 
-        return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-    except (ImportError, TypeError):  # a torch without them, or with others
-        formats = list(map(_format, tensors))
-        return lambda *others: list(map(_format, others)) == formats
+        check = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        if check(*tensors):  # which they deny where one tensor stands twice
+            return check
+    formats = list(map(_format, tensors))
+    return lambda *others: list(map(_format, others)) == formats
 
 
 def _format(tensor: torch.Tensor | None) -> tuple:

@@ -41,8 +41,9 @@ class Rows:
         self._owners = dict.fromkeys(("step", *self.states), self.entries)
         self._owners["master"] = [self.entries[i] for i in self.mastered]
         self._addresses = self._state_addresses()
-        copies = [compute_copy.tensor for _, compute_copy in self.compute_copies]
-        self.written = [*self.held, *copies, *(filter(_ranks.is_dtensor, self.params) if self.dtensors else ())]
+        copies = [copy for copy in self.copies if copy.numel()]
+        dtensors = filter(_ranks.is_dtensor, self.params) if self.dtensors else ()
+        self.written = [*self.masters, *chain(*self.states.values()), *copies, self.steps, *dtensors]
         self._lr: tuple[float, torch.Tensor] | None = None
 
     # ----- whether they are still what they were ---------------------------------------------
