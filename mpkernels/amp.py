@@ -60,7 +60,7 @@ class GradScaler(torch.amp.GradScaler):
         super()._lazy_init_scale_growth_tracker(dev)
         self._device = dev.type
         self._hysteresis_tracker = torch.full((), self._loaded["hysteresis_tracker"], dtype=torch.int32, device=dev)
-        self._skipped = torch.tensor(self._loaded["skipped"], dtype=torch.int64).to(dev)
+        self._skipped = torch.tensor(self._loaded["skipped"], dtype=torch.int64, device=dev)
 
     # ----- scale, unscale, step, update ---------------------------------------------------------
 
@@ -111,7 +111,7 @@ class GradScaler(torch.amp.GradScaler):
             if stage is not OptState.READY:  # only what the user has set is left to divide by
                 grad_scale = getattr(optimizer, "grad_scale", None)
             norm = optimizer._clip_at_next_step(grad_scale, max_norm)
-            return torch.zeros((), dtype=torch.float64) if norm is None else norm
+            return torch.zeros((), dtype=torch.float64, device="cpu") if norm is None else norm
         if stage is OptState.READY:
             self.unscale_(optimizer)
         params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -209,7 +209,9 @@ class GradScaler(torch.amp.GradScaler):
         return self._counters()[1] > 0
 
     def _counters(self) -> torch.Tensor:
-        return torch.tensor(self._loaded["skipped"]) if self._skipped is None else self._skipped
+        if self._skipped is not None:
+            return self._skipped
+        return torch.tensor(self._loaded["skipped"], dtype=torch.int64, device="cpu")
 
     def overflow_report(self, optimizer: torch.optim.Optimizer) -> str:
         """Which gradients of the last step were not finite, a line each; "" if it was taken. Waits for the device.
@@ -264,7 +266,7 @@ class GradScaler(torch.amp.GradScaler):
         self._loaded = {name: state_dict.get(name, default) for name, default in defaults.items()}
         if self._scale is not None:
             self._hysteresis_tracker.fill_(self._loaded["hysteresis_tracker"])
-            self._skipped.copy_(torch.tensor(self._loaded["skipped"]))
+            self._skipped.copy_(torch.tensor(self._loaded["skipped"], dtype=torch.int64, device="cpu"))
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_loaded": self._counts(), "_hysteresis_tracker": None, "_skipped": None}
@@ -302,7 +304,7 @@ def _check_counts(growth_tracker, hysteresis_tracker, skipped) -> None:
 
 def _check_there(device) -> None:
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.float32, device=device)
     except (AssertionError, RuntimeError) as error:  # AssertionError: torch was built without it
         raise RuntimeError(f"GradScaler: device {device} is not there: {error}") from error
 

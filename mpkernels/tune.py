@@ -176,7 +176,8 @@ class Inputs:
         generator = torch.Generator(device).manual_seed(0)
         shapes = ((rows, K), (N, K), (N,), (rows, N))
         dtypes = (compute, weight, torch.float32, compute)
-        return cls(problem, *(torch.randn(s, generator=generator, device=device).to(d) for s, d in zip(shapes, dtypes)))
+        options = {"generator": generator, "dtype": torch.float32, "device": device}
+        return cls(problem, *(torch.randn(shape, **options).to(dtype) for shape, dtype in zip(shapes, dtypes)))
 
     def arguments(self, backend: str, output_mask=(True, True, True)) -> tuple:
         """Of the op, as the layer would call it: kernels for GPUs write and read a mask, the others select by the output."""

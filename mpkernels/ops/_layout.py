@@ -88,7 +88,7 @@ class Tensors(list):
         if self:
             self.table = torch.frombuffer(self._head + array("q", addresses), dtype=torch.int64).view(3, len(self))
         else:
-            self.table = torch.empty(3, 0, dtype=torch.int64)
+            self.table = torch.empty(3, 0, dtype=torch.int64, device="cpu")
 
     def replace(self, tensors: list[torch.Tensor]) -> None:
         """Hold these, which the caller has found to have the `same_formats`."""
@@ -123,7 +123,7 @@ class SameLayout:
         self.tables = [tensors.table for tensors in self.lists]
 
     def _align(self, lists: list[list[torch.Tensor]], i: int, master: torch.Tensor) -> None:
-        strides = master.stride() if is_dense(master) else torch.empty(master.shape, device="meta").stride()
+        strides = master.stride() if is_dense(master) else torch.empty(master.shape, dtype=master.dtype, device="meta").stride()
         for tensors in filter(None, lists):
             tensor = tensors[i]
             if tensor.numel() and (tensor.stride() != strides or tensor.is_neg()):

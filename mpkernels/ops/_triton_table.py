@@ -65,16 +65,16 @@ def _launch(dtypes, lists, places) -> Launch:
 # NOTE: `stream` is a key: on another stream a table could be read before it has arrived.
 @functools.lru_cache(maxsize=64)
 def _layout(sizes, places, device, stream) -> tuple[torch.Tensor, torch.Tensor]:
-    chunks = torch.tensor([-(-n // CHUNK) for n in sizes])
+    chunks = torch.tensor([-(-n // CHUNK) for n in sizes], dtype=torch.int64, device="cpu")
     first = chunks.cumsum(0) - chunks
-    layout = torch.stack([torch.tensor(sizes), first, torch.tensor(places)])
-    tensors = torch.repeat_interleave(torch.arange(len(sizes)), chunks)
+    layout = torch.stack([torch.tensor(n, dtype=torch.int64, device="cpu") for n in (sizes, first.tolist(), places)])
+    tensors = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int64, device="cpu"), chunks)
     return _to_device(layout, device), _to_device(tensors, device)
 
 
 @functools.lru_cache(maxsize=256)
 def _numbers(values, device, stream) -> torch.Tensor:
-    return _to_device(torch.tensor(values, dtype=torch.int64), device)
+    return _to_device(torch.tensor(values, dtype=torch.int64, device="cpu"), device)
 
 
 def numbers(values: Iterable[int], device: torch.device) -> torch.Tensor:

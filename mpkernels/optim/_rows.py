@@ -100,5 +100,5 @@ class Rows:
         if isinstance(value, torch.Tensor):
             return value.reshape(())
         if self._lr is None or self._lr[0] != value:
-            self._lr = value, torch.tensor(value, dtype=torch.float64)
+            self._lr = value, torch.tensor(value, dtype=torch.float64, device="cpu")
         return self._lr[1]

@@ -30,16 +30,17 @@ def self_check(backend: str, device: torch.device) -> str | None:
     from mpkernels.ops.adamw import op
 
     hyper = dict(beta1=0.5, beta2=0.75, eps=8.0, weight_decay=0.5, decoupled=True, maximize=False)
-    generator = torch.Generator().manual_seed(0)
-    g = torch.tensor([1.0, -2.0, 4.0, -5.0, 7.0, 8.0]).repeat(100)
-    w, m = (torch.randint(-64, 65, g.shape, generator=generator).float() for _ in range(2))
+    scalar = {"dtype": torch.float32, "device": device}
+    generator = torch.Generator("cpu").manual_seed(0)
+    g = torch.tensor([1.0, -2.0, 4.0, -5.0, 7.0, 8.0], dtype=torch.float32, device="cpu").repeat(100)
+    w, m = (torch.randint(-64, 65, g.shape, generator=generator, dtype=torch.int64, device="cpu").float() for _ in range(2))
     v = (64 - g * g) / 3
     master, exp_avg, exp_avg_sq, copy = (t.to(device, copy=True) for t in (w, m, v, w.half()))
-    steps, lr = torch.zeros(1, dtype=torch.int64, device=device), torch.tensor(2.0**-6, dtype=torch.float64)
+    steps, lr = torch.zeros(1, dtype=torch.int64, device=device), torch.tensor(2.0**-6, dtype=torch.float64, device="cpu")
     for found in (1.0, 0.0):
         op.function(backend)(
             [master], [(8 * g).to(device, torch.float16)], [exp_avg], [exp_avg_sq], [], [copy], steps, lr, **hyper,
-            grad_scale=torch.full((), 8.0, device=device), found_inf=torch.full((), found, device=device),
+            grad_scale=torch.full((), 8.0, **scalar), found_inf=torch.full((), found, **scalar),
         )  # fmt: skip
         if found and not torch.equal(master.cpu(), w):
             return "a skipped step wrote the master"

@@ -16,7 +16,7 @@ def grad_stats(grads, grad_scale: float):
         largest = torch.float64 if grad.dtype == torch.float64 else torch.float32
         amax.append(work[~work.isnan()].abs().max().item() if (~work.isnan()).any() else 0.0)
         nonfinite.append(int((~work.isfinite()).sum()))
-        unscaled = work[work.isfinite()].to(largest) * torch.tensor(inv, dtype=largest)
+        unscaled = work[work.isfinite()].to(largest) * torch.tensor(inv, dtype=largest, device="cpu")
         found_inf = found_inf or nonfinite[-1] > 0 or not bool(unscaled.isfinite().all())
         squares += math.fsum((work * work).tolist()) if work.isfinite().all() else math.nan
     return found_inf, amax, nonfinite, math.sqrt(squares) * inv
@@ -26,16 +26,24 @@ def self_check(backend: str, device: torch.device) -> str | None:
     """Small integers, whose squares sum exactly: None, or what came out wrong."""
     from mpkernels.ops.grad_stats import op
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    grads = [torch.randint(-9, 10, (n,), generator=generator).to(device, d) for n, d in zip((1000, 33, 7, 0), dtypes)]
+    grads = [
+        torch.randint(-9, 10, (n,), generator=generator, dtype=torch.int64, device="cpu").to(device, d)
+        for n, d in zip((1000, 33, 7, 0), dtypes)
+    ]
     for poison in (None, math.inf, math.nan):
         if poison is not None:
             grads[1][32] = poison
-        found_inf, grad_norm = torch.full((), 7.0, device=device), torch.zeros((), dtype=torch.float64, device=device)
+        found_inf, grad_norm = (
+            torch.full((), 7.0, dtype=torch.float32, device=device),
+            torch.zeros((), dtype=torch.float64, device=device),
+        )
         amax = torch.zeros(len(grads), dtype=torch.float64, device=device)
         nonfinite = torch.zeros(len(grads), dtype=torch.int64, device=device)
-        op.function(backend)(grads, torch.full((), 4.0, device=device), found_inf, amax, nonfinite, grad_norm)
+        op.function(backend)(
+            grads, torch.full((), 4.0, dtype=torch.float32, device=device), found_inf, amax, nonfinite, grad_norm
+        )
         expected = grad_stats(grads, 4.0)
         if (bool(found_inf), amax.tolist(), nonfinite.tolist()) != expected[:3]:
             return f"grad_stats_ says {(bool(found_inf), amax.tolist(), nonfinite.tolist())}, fp64 {expected[:3]}"

@@ -126,7 +126,7 @@ def pack_mask(out: torch.Tensor) -> torch.Tensor:
     M, N = out.shape
     mask = empty_mask(out, M, N)
     bits = F.pad(~(out <= 0), (0, mask.shape[1] * 32 - N)).view(M, mask.shape[1], 32).long()
-    weights = torch.ones((), dtype=torch.int64, device=out.device) << torch.arange(32, device=out.device)
+    weights = torch.ones((), dtype=torch.int64, device=out.device) << torch.arange(32, dtype=torch.int64, device=out.device)
     words = (bits * weights).sum(-1)
     mask.copy_(torch.where(words >= 1 << 31, words - (1 << 32), words))
     return mask

@@ -86,9 +86,9 @@ def _self_check(backend, device, dtype, M, N, K):
     refuses = getattr(forward_op._module(backend), "why_not_call", None)
     if device.type == "cuda" and refuses is not None and refuses(N, K, Activation.RELU, dtype, dtype) is not None:
         return None
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     x, weight, bias, grad_out = (
-        torch.randint(-3, 4, shape, generator=generator, device="cpu").to(device, dtype)
+        torch.randint(-3, 4, shape, generator=generator, dtype=torch.int64, device="cpu").to(device, dtype)
         for shape in ((M, K), (N, K), (N,), (M, N))
     )
     relu, f32 = Activation.RELU, torch.float32

@@ -23,15 +23,16 @@ def self_check(backend: str, device: torch.device) -> str | None:
     from mpkernels.ops.sgd import op
 
     hyper = dict(momentum=0.5, dampening=0.25, weight_decay=0.5, nesterov=False, maximize=False)
-    generator = torch.Generator().manual_seed(0)
-    w, g = (torch.randint(-64, 65, (1000,), generator=generator).float() for _ in range(2))
+    scalar = {"dtype": torch.float32, "device": device}
+    generator = torch.Generator("cpu").manual_seed(0)
+    w, g = (torch.randint(-64, 65, (1000,), generator=generator, dtype=torch.int64, device="cpu").float() for _ in range(2))
     master, buffer, copy = w.to(device, copy=True), torch.zeros_like(w, device=device), w.to(device, torch.float16)
-    steps, lr = torch.zeros(1, dtype=torch.int64, device=device), torch.tensor(2.0**-4, dtype=torch.float64)
+    steps, lr = torch.zeros(1, dtype=torch.int64, device=device), torch.tensor(2.0**-4, dtype=torch.float64, device="cpu")
     exact = (w.double().numpy(), np.zeros(1000))
     for found in (0.0, 1.0, 0.0):
         op.function(backend)(
             [master], [(8 * g).to(device, torch.float16)], [buffer], [copy], steps, lr, **hyper,
-            grad_scale=torch.full((), 8.0, device=device), found_inf=torch.full((), found, device=device),
+            grad_scale=torch.full((), 8.0, **scalar), found_inf=torch.full((), found, **scalar),
         )  # fmt: skip
         if not found:
             exact = sgd(exact[0], g.double().numpy(), exact[1], int(steps), lr=lr.item(), **hyper)
