@@ -169,8 +169,15 @@ def _setting() -> str:
 def _is_watched() -> bool:
     """Whether something else than eager execution goes on: a compiler, a mode, a transform."""
     return bool(
-        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or (_VMAP_MODE is not None and torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE))
     )
+
+
+# Set under the vmap that is older than functorch's, by which is_grads_batched=True runs backward; None: torch has it no more.
+_VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")
 
 
 def _are_plain(args) -> bool:
