@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameter has a compute copy or unrounded values, who owns it, and whether it still holds.
+"""Which parameter has a compute copy, who owns it, and whether it still holds.
 
 A weight stored wide and multiplied narrow (`mixed_*`) has a compute copy once an optimizer of ours steps it: written in
 the optimizer's pass, read by the layer. It holds while the weight's version counter and address are those of the last
@@ -39,7 +39,6 @@ class Copy:
 _copies = WeakIdKeyDictionary()  # weight -> Copy
 _owners = WeakIdKeyDictionary()  # parameter -> weak reference to the optimizer of ours that steps it
 _claimants = weakref.WeakSet()  # the optimizers of ours
-_unrounded = WeakIdKeyDictionary()  # 16-bit parameter -> its values before they were rounded
 _hook = None
 requests = 0  # moves when a layer asks for a copy that is not there, or replaces one: optimizers then look again
 
@@ -102,16 +101,6 @@ def _after_any_step(optimizer, args, kwargs) -> None:
     written = [p for group in optimizer.param_groups for p in group["params"] if p in _owners]
     if written:
         torch.autograd.graph.increment_version(written)
-
-
-def keep_unrounded(parameter: torch.Tensor, values: torch.Tensor) -> None:
-    """Remember what `parameter` was before it was rounded to 16 bits, for an optimizer to adopt as its master."""
-    _unrounded[parameter] = values
-
-
-def take_unrounded(parameter: torch.Tensor) -> torch.Tensor | None:
-    """The unrounded values, once. What somebody has written to `parameter` since is for the caller to find."""
-    return _unrounded.pop(parameter, None)
 
 
 def refresh_(model: torch.nn.Module) -> None:

@@ -596,37 +596,6 @@ def test_cast_rounds_fp64_once():
     assert model.weight.item() == 1 + 2.0**-10
 
 
-@pytest.mark.parametrize("policy, dtype", [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
-def test_optimizer_adopts_the_unrounded_values(policy, dtype):
-    model, original = with_norm(), with_norm().state_dict()
-    mpk.convert(model, policy)
-    optimizer = mpk.optim.SGD(model.parameters(), lr=0.0)
-    changed = model[0].bias
-    with torch.no_grad():
-        changed[0] = 7.0
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    for name, parameter in model.named_parameters():
-        expected = original[name].clone()
-        if parameter is changed:
-            expected[0] = 7.0
-        assert torch.equal(optimizer.state[parameter]["master"], expected), name
-        assert torch.equal(parameter, expected.to(dtype))
-
-
-def test_unrounded_values_survive_a_move():
-    """What `.to(device)` does: another storage, the same values."""
-    model = nn.Linear(6, 6)
-    original = model.weight.detach().clone()
-    mpk.convert(model, "float16")
-    model.weight.data = model.weight.data.clone()
-    optimizer = mpk.optim.SGD([model.weight], lr=0.0)
-    model.weight.grad = torch.ones_like(model.weight)
-    optimizer.step()
-    assert torch.equal(optimizer.state[model.weight]["master"], original)
-
-
 @pytest.mark.parametrize("stepped", [False, True])
 def test_optimizer_made_before_a_cast_raises(stepped):
     model = mlp()

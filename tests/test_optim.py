@@ -470,6 +470,19 @@ def test_masters_are_made_at_the_first_step():
     assert optimizer.state[params[0]]["master"].tolist() == [2.5] * 5
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_masters_start_from_the_parameter(loaded):
+    """From nothing that lies beside it: ranks whose parameters are equal, as DDP makes them, have equal masters."""
+    model = mpk.convert(nn.Linear(3, 3), "float16")
+    if loaded:
+        model.load_state_dict(mpk.convert(nn.Linear(3, 3), "float16").state_dict())
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = mpk.optim.SGD(model.parameters(), lr=0.0)
+    set_grads(list(model.parameters()))
+    optimizer.step()
+    assert all(torch.equal(optimizer.state[p]["master"], b.float()) for p, b in zip(model.parameters(), before, strict=True))
+
+
 def test_master_state_dict():
     model = mpk.convert(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), "float16")
     model.register_parameter("late", nn.Parameter(torch.ones(1).half()))

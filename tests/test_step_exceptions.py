@@ -23,7 +23,7 @@ STEPS, LATE = 5, 2  # one parameter has its first gradient in step 2, before whi
 
 
 class Training:
-    """Parameters of every dtype in two groups, one with a compute copy, two with unrounded values to start from."""
+    """Parameters of every dtype in two groups, one with a compute copy, two rounded by convert."""
 
     def __init__(self, name: str, way: str):
         torch.manual_seed(0)

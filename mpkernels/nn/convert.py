@@ -75,7 +75,7 @@ def convert(
     becomes an MPMLP. What cannot be converted is skipped; `convert_report` has the reason.
     Parameters stay the same objects. Under `mixed_*` their dtype and the state_dict stay too. Under `float16` and
     `bfloat16` all floating-point parameters and buffers are cast as `model.half()` does, but for linears that a glob
-    gives a wider policy, and the optimizer made afterwards starts its masters from the unrounded values.
+    gives a wider policy, and the masters of the optimizer made afterwards start from the rounded parameters.
     Converting again changes the policy. Adapters that wrap a linear are put around it before: afterwards its ReLU is inside.
     A policy with a `grad_dtype` other than the parameters' is for the optimizers here: torch's own and DDP refuse such
     gradients; `grad_dtype=None` is for them.
@@ -300,15 +300,14 @@ def _adopt_mlps(model: nn.Module) -> None:
 @torch.inference_mode(False)  # Parameters made under it could not be trained
 @torch.no_grad()
 def _cast_model(model: nn.Module, dtype: torch.dtype, kept: set[nn.Module]) -> None:
-    """What `model.half()` does, but for the modules in `kept`; Parameters stay, and so do their unrounded values."""
+    """What `model.half()` does, but for the modules in `kept`; Parameters stay."""
     stay = {id(t) for module in kept for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))}
     casts: dict[torch.Tensor, torch.Tensor] = {}  # a buffer may have several names
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in stay and parameter.is_floating_point() and parameter.dtype != dtype:
-                unrounded, parameter.grad = parameter.data, None
-                parameter.data = cast(unrounded, dtype)
-                _copies.keep_unrounded(parameter, unrounded)
+                parameter.grad = None
+                parameter.data = cast(parameter.data, dtype)
         for key, buffer in module._buffers.items():
             if buffer is not None and id(buffer) not in stay and buffer.is_floating_point():
                 casts[buffer] = casts[buffer] if buffer in casts else cast(buffer, dtype)

@@ -469,10 +469,8 @@ class Optimizer(torch.optim.Optimizer):
                 new[name] = torch.zeros_like(
                     parameter, dtype=self._moment_dtype(parameter), memory_format=torch.preserve_format
                 )
-        if "step" in new:
-            unrounded = _copies.take_unrounded(parameter)
-            if "master" in new:
-                new["master"].copy_(parameter if unrounded is None else unrounded)
+        if "master" in new:
+            new["master"].copy_(parameter)
         if new:
             self.state[parameter].update(new)
 
