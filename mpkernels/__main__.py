@@ -47,7 +47,7 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton,
         "native": _native.why_not() or "loaded",
-        "cache": _cache.refusal() or str(_cache.folder()),
+        "cache": _cache.untrusted_reason() or str(_cache.folder()),
         "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
     }
     for index in range(torch.cuda.device_count()):

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from mpkernels import _self_check, _table
+from mpkernels._table import BACKENDS
 
-BACKENDS = ("eager", "triton", "native")
 ENVIRONMENT_VARIABLE = "MPKERNELS_BACKEND"
 
 _library = torch.library.Library("mpkernels", "FRAGMENT")

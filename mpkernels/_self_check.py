@@ -15,6 +15,7 @@ import torch
 from mpkernels import _cache, _native
 
 FILE = "self_checks.json"
+PREFIX, LONGEST = "self-check: ", 500  # of a verdict that is a sentence
 
 _verdicts: dict[tuple[str, str, torch.device], str | None] = {}  # of this process: None, or what was wrong
 
@@ -30,20 +31,34 @@ def verdict(package: str, backend: str, device: torch.device, check: Callable[[]
         return _verdicts[key]
     place, path = _place(*key), _cache.folder() / FILE
     remembered = _cache.read(path)
-    if isinstance(remembered.get(place, 0), str | None):
-        _verdicts[key] = remembered[place]
-        return _verdicts[key]
+    if place in remembered:
+        if _is_verdict(remembered[place]):
+            _verdicts[key] = remembered[place]
+            return _verdicts[key]
+        _cache.warn_ignored(path, "what it says of this machine is no verdict")
     if busy:
         raise NotNow
     try:
         with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
             wrong = check()
     except Exception as error:  # whatever a kernel raises that does not compile; it may the next time: not remembered
-        _verdicts[key] = f"self-check: {type(error).__name__}: {error}".splitlines()[0]
+        _verdicts[key] = _sentence(f"{type(error).__name__}: {error}")
         return _verdicts[key]
-    _verdicts[key] = None if wrong is None else f"self-check: {wrong}"
+    _verdicts[key] = None if wrong is None else _sentence(wrong)
     _cache.update(path, {place: _verdicts[key]})
     return _verdicts[key]
+
+
+def _sentence(wrong: str) -> str:
+    """The first line, as it may stand in a file and in an error."""
+    return "".join(c if c.isprintable() else "?" for c in f"{PREFIX}{wrong}".splitlines()[0][:LONGEST])
+
+
+def _is_verdict(remembered) -> bool:
+    """Whether this is what `verdict` writes: None, or one short sentence."""
+    if not isinstance(remembered, str):
+        return remembered is None
+    return remembered.startswith(PREFIX) and remembered.isprintable() and len(remembered) <= LONGEST
 
 
 def failure(package: str, backend: str, device: torch.device) -> str | None:

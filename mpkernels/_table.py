@@ -6,6 +6,7 @@ a known GPU in mpkernels/tuned/, one of this machine in the user's cache, which 
 """
 
 import contextlib
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,10 @@ from typing import NamedTuple
 import torch
 
 from mpkernels import _cache
+
+BACKENDS = ("eager", "triton", "native")
+ROLES = ("fprop", "dgrad", "wgrad", "backward")
+LARGEST_TILE = 1 << 16  # of the constants of a tile
 
 PACKAGED = Path(__file__).with_name("tuned")
 
@@ -46,12 +51,57 @@ def of(device: torch.device) -> dict[Problem, Entry]:
 
 def entries(device: torch.device) -> dict[str, dict]:
     """What the files say of `device`, as they say it."""
-    return _entries(_cache.read(packaged_file(device))) | _entries(_own(device))
+    packaged, own = packaged_file(device), own_file(device)
+    return _entries(packaged, _cache.read(packaged)) | _entries(own, _own(device))
 
 
-def _entries(found: dict) -> dict:
-    listed = found.get("entries")
-    return listed if isinstance(listed, dict) else {}
+def _entries(path: Path, found: dict) -> dict[str, dict]:
+    """The well-formed entries of a file; the others count as absent, and one warning says so."""
+    listed = found.get("entries", {})
+    if not isinstance(listed, dict):
+        _cache.warn_ignored(path, "its entries are no JSON object")
+        return {}
+    good = {name: entry for name, entry in listed.items() if _is_well_formed(name, entry)}
+    if len(good) < len(listed):
+        example = next(name for name in listed if name not in good)
+        _cache.warn_ignored(
+            path, f"{len(listed) - len(good)} of its entries are not as the tuner writes them ({example!a:.80})"
+        )
+    return good
+
+
+def _is_well_formed(name: str, entry) -> bool:
+    """Whether an entry is one that the tuner writes: what is read of it later cannot fail."""
+    return (
+        _key(name) is not None
+        and isinstance(entry, dict)
+        and entry.get("backend") in BACKENDS
+        and _is_tile(entry.get("tile"))
+        and _is_time(entry.get("us", 0.0))
+        and isinstance(entry.get("lost", {}), dict)
+        and all(isinstance(reason, str) for reason in entry.get("lost", {}).values())
+    )
+
+
+def _is_tile(tile) -> bool:
+    """Whether these are constants of a kernel; that they are a tile of this one the kernel's plan sees to."""
+    return tile is None or (
+        isinstance(tile, dict)
+        and all(name.isidentifier() and isinstance(value, int) and 0 <= value <= LARGEST_TILE for name, value in tile.items())
+    )
+
+
+def _is_time(us) -> bool:
+    return isinstance(us, int | float) and 0 <= us < math.inf
+
+
+def _key(name: str) -> Problem | None:
+    """The problem that stands in a file as `name`, or None."""
+    role, *rest = name.split(" ")
+    sizes, dtypes = rest[:4], rest[4:]
+    if role not in ROLES or len(sizes) < 4 or not all(re.fullmatch("0|[1-9][0-9]{0,18}", size) for size in sizes):
+        return None
+    return (role, *map(int, sizes), *map(_DTYPES.get, dtypes)) if set(dtypes) <= _DTYPES.keys() else None
 
 
 def name(device: torch.device) -> str:
@@ -81,7 +131,7 @@ def save(path: Path, device: torch.device, entries: dict[str, dict]) -> bool:
     """Add entries to the table in `path`, or begin it anew where it is another machine's; whether that worked."""
     found = _cache.read(path)
     machine = _cache.machine(device)
-    kept = _entries(found) if found.get("machine") == machine else {}
+    kept = _entries(path, found) if found.get("machine") == machine else {}
     _tables.pop(device, None)
     return _cache.update(path, {"machine": machine, "entries": kept | entries})
 
@@ -103,14 +153,8 @@ def written(problem: Problem) -> str:
 
 
 def parse(entries: dict[str, dict]) -> dict[Problem, Entry]:
-    """A table from what files say; what is not well formed is left out."""
-    table = {}
-    for name, entry in entries.items():
-        try:
-            role, *sizes = name.split()
-            key = (role, *map(int, sizes[:4]), *(_DTYPES[dtype] for dtype in sizes[4:]))
-            tile = None if entry.get("tile") is None else tuple((str(n), int(v)) for n, v in entry["tile"].items())
-            table[key] = Entry(str(entry["backend"]), tile)
-        except (AttributeError, KeyError, TypeError, ValueError):
-            continue
-    return table
+    """A table from well-formed entries."""
+    return {
+        _key(name): Entry(entry["backend"], None if entry.get("tile") is None else tuple(entry["tile"].items()))
+        for name, entry in entries.items()
+    }

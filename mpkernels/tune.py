@@ -357,7 +357,8 @@ def tune_problems(problems: dict[tuple[torch.device, Problem], int], *, rounds: 
         named = {_table.written(p): entry for p, entry in entries.items()}
         for path in [_table.own_file(device), *([_table.packaged_file(device)] if package else [])]:
             if not _table.save(path, device, named):
-                print(f"tune: {path} cannot be written: {_cache.refusal() or 'no room or no right there'}", file=sys.stderr)
+                reason = _cache.untrusted_reason() or "disk full or permission denied"
+                print(f"tune: {path} cannot be written: {reason}", file=sys.stderr)
         written |= named
     return written
 
@@ -382,11 +383,24 @@ def shown(entries: dict[str, dict]) -> str:
     """A table for people: each problem, its winner, and why the others lost."""
     lines = []
     for name, entry in sorted(entries.items()):
-        tile = entry.get("tile")
-        winner = _name(tuple(tile.items())) if tile and entry["backend"] == "triton" else entry["backend"]
-        lines.append(f"{name}: {winner}, {entry['us']} us")
-        lines += [f"    {other}: {reason}" for other, reason in entry["lost"].items()]
-    return "\n".join(lines)
+        lines.append(f"{name}: {_winner(entry)}, {entry.get('us', '?')} us")
+        lines += [f"    {other}: {reason}" for other, reason in entry.get("lost", {}).items()]
+    return "\n".join(map(_printable, lines))
+
+
+def _winner(entry: dict) -> str:
+    tile = entry.get("tile")
+    if entry["backend"] != "triton" or tile is None:
+        return entry["backend"]
+    try:
+        return _name(tuple(tile.items()))
+    except KeyError:  # of another version of the kernels
+        return f"triton {tile}"
+
+
+def _printable(line: str) -> str:
+    """What stands in a file could hold a terminal's control characters."""
+    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The user's cache is a folder of the user's own, which nobody else can write to; any other is left alone, with a reason."""
+"""The user's cache: folder and files of the user's own, which nobody else can write to; no other decides, and no call fails."""
 
+import json
 import os
+import threading
+import warnings
 
 import pytest
 import torch
@@ -19,16 +22,27 @@ def folder(monkeypatch, tmp_path):
     """Where the cache will be, with a table and a verdict in it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(_table, "PACKAGED", tmp_path / "packaged")
-    assert _cache.refusal() is None, "what is not there yet can be made"
+    assert _cache.untrusted_reason() is None, "what is not there yet can be made"
     assert _table.save(_table.own_file(CPU), CPU, ENTRY)
     assert _cache.update(_cache.folder() / _self_check.FILE, {"place": None})
+    monkeypatch.setattr(_cache, "_warned", set())
     return _cache.folder()
+
+
+def said(read) -> list[str]:
+    """What reading twice warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read()
+        read()
+    return [str(one.message) for one in caught]
 
 
 def check_refused(folder, reason) -> None:
     """Nothing is read or written, and the reason names the folder."""
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    assert _cache.refusal() == reason
+    assert _cache.untrusted_reason() == reason
+    assert said(lambda: _cache.read(folder / _self_check.FILE)) == [f"mpkernels ignores its cache: {reason}"]
     assert _cache.read(folder / _self_check.FILE) == {}
     assert _table.entries(CPU) == {}
     assert not _cache.update(folder / _self_check.FILE, {"place": "wrong"})
@@ -69,9 +83,133 @@ def test_cache_behind_another_users_link_is_refused(folder):
     """As where XDG_CACHE_HOME is /tmp."""
     mine = folder.rename(folder.with_name("mine"))
     folder.symlink_to(mine)
-    assert _cache.refusal() is None
+    assert _cache.untrusted_reason() is None
     os.chown(folder, 1234, -1, follow_symlinks=False)
     check_refused(folder, f"{folder} belongs to another user")
+
+
+@pytest.mark.parametrize("home", ["", "relative"])
+def test_cache_without_a_home_is_none(home, monkeypatch, tmp_path):
+    """Nothing is read from, or made in, the folder that a process happens to run in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert _cache.untrusted_reason() == "there is no home folder; set XDG_CACHE_HOME"
+    assert not _table.save(_table.own_file(CPU), CPU, ENTRY)
+    assert _table.entries(CPU) == {}
+    assert not (tmp_path / "~").exists()
+
+
+# ----- the files ---------------------------------------------------------------
+
+
+def _fifo(path):
+    os.mkfifo(path, 0o600)
+
+
+def _link(path):
+    path.with_name("real").write_text(json.dumps({"place": None}))
+    path.with_name("real").chmod(0o600)
+    path.symlink_to(path.with_name("real"))
+
+
+def _dangling_link(path):
+    path.symlink_to(path.with_name("nowhere"))
+
+
+def _device(path):
+    path.symlink_to("/dev/zero")
+
+
+def _huge(path):
+    with path.open("wb") as file:
+        file.truncate(_cache.LARGEST + 1)
+    path.chmod(0o600)
+
+
+def _written(text, mode=0o600):
+    def write(path):
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        path.chmod(mode)
+
+    return write
+
+
+NO_OBJECTS = ("", "{", "[]", "3", "null", b"\xff\xfe\x00", "[" * 100_000, '{"a":' * 9999, f'{{"a": {"9" * 5000}}}')
+HOSTILE = {
+    "fifo": (_fifo, "it is not a regular file"),
+    "folder": (os.mkdir, "it is not a regular file"),
+    "link": (_link, "it is a symbolic link"),
+    "dangling link": (_dangling_link, "it is a symbolic link"),
+    "device": (_device, "it is a symbolic link"),
+    "huge": (_huge, "it is larger than 4194304 bytes"),
+    **{oct(mode): (_written('{"place": null}', mode), "it can be written by others") for mode in (0o666, 0o620, 0o602)},
+    **{f"text {i}": (_written(text), "it holds no JSON object") for i, text in enumerate(NO_OBJECTS)},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_cache_ignores_a_file_and_says_so_once(name, folder):
+    make, reason = HOSTILE[name]
+    path = folder / _self_check.FILE
+    path.unlink()
+    make(path)
+    assert _cache.read(folder / "absent") == {}
+    reader = threading.Thread(target=lambda: messages.extend(said(lambda: found.append(_cache.read(path)))), daemon=True)
+    found, messages = [], []
+    reader.start()
+    reader.join(10)
+    assert not reader.is_alive(), "reading blocks"
+    assert found == [{}, {}]
+    assert len(messages) == 1
+    assert messages[0].startswith(f"mpkernels ignores {path}: {reason}")
+    if name != "folder":  # it heals itself
+        assert _cache.update(path, {"place": None})
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert not path.is_symlink()
+        assert _cache.read(path) == {"place": None}
+    else:
+        assert not _cache.update(path, {"place": None})
+    assert not [p for p in folder.iterdir() if p.name.startswith(f"{_self_check.FILE}") and p != path], "nothing is left over"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a file away")
+def test_cache_ignores_a_file_of_another_user(folder):
+    path = folder / _self_check.FILE
+    os.chown(path, 1234, -1)
+    assert said(lambda: _cache.read(path)) == [
+        f"mpkernels ignores {path}: it belongs to another user. Remove it: it is made anew where it is needed."
+    ]
+
+
+def test_cache_never_raises_for_a_file(folder):
+    """Not even where warnings are errors."""
+    (folder / _self_check.FILE).write_text("{")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _cache.read(folder / _self_check.FILE) == {}
+
+
+def test_cache_on_a_system_without_owners_and_modes(folder, monkeypatch):
+    monkeypatch.delattr(os, "geteuid")
+    monkeypatch.setattr(_cache, "_OPEN", os.O_RDONLY)
+    folder.chmod(0o777)
+    (folder / _self_check.FILE).chmod(0o666)
+    assert said(lambda: _cache.read(folder / _self_check.FILE)) == []
+    assert _cache.read(folder / _self_check.FILE) == {"place": None}
+    assert _cache.update(folder / _self_check.FILE, {"other": None})
+
+
+def test_cache_reads_what_the_package_has_through_links(tmp_path):
+    """Some installers link every file; that may be another user's, as the code may."""
+    real = tmp_path / "real.json"
+    real.write_text(json.dumps({"machine": {}, "entries": ENTRY}))
+    _table.PACKAGED.mkdir()
+    _table.packaged_file(CPU).symlink_to(real)
+    real.chmod(0o666)
+    _table.own_file(CPU).unlink()
+    assert said(lambda: _table.entries(CPU)) == []
+    assert _table.entries(CPU) == ENTRY
 
 
 def test_packaged_tables_are_trusted_as_the_code_is(monkeypatch):

@@ -6,6 +6,7 @@ There need not be a GPU: the op below has no kernels, and its machine is a made-
 
 import functools
 import itertools
+import math
 
 import pytest
 import torch
@@ -118,6 +119,7 @@ def test_self_check_holds_for_its_machine_and_code(op, changed, monkeypatch):
     assert op.runs == 2
 
 
+@pytest.mark.filterwarnings("ignore:mpkernels ignores")
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"a": ', "\x00\xff", "[" * 100000])
 def test_self_check_survives_a_broken_cache(op, text):
     path = _cache.folder() / _self_check.FILE
@@ -129,13 +131,28 @@ def test_self_check_survives_a_broken_cache(op, text):
     assert op.runs == 1
 
 
-def test_self_check_survives_verdicts_of_another_kind(op):
+@pytest.mark.parametrize(
+    "value",
+    [7, math.inf, True, [], {}, "", "fine", "self-check: two\nlines", "self-check: \x1b[2J", "self-check: " + "x" * 9999],
+)
+def test_self_check_survives_verdicts_of_another_kind(op, value, monkeypatch):
     assert op.backend(GPU, f32) == "triton"
+    monkeypatch.setattr(_cache, "_warned", set())
     path = _cache.folder() / _self_check.FILE
-    _cache.update(path, dict.fromkeys(_cache.read(path), 7))
+    _cache.update(path, dict.fromkeys(_cache.read(path), value))
     forget()
-    assert op.backend(GPU, f32) == "triton"
+    with pytest.warns(UserWarning, match=f"mpkernels ignores {path}: what it says of this machine is no verdict"):
+        assert op.backend(GPU, f32) == "triton"
     assert op.runs == 2
+
+
+def test_self_check_remembers_one_printable_line(op):
+    op.answer = "off\tby " + "9" * 9999 + "\nand more"
+    assert op.backend(GPU, f32) == "eager"
+    forget()
+    assert op.backend(GPU, f32) == "eager"
+    assert op.runs == 1
+    assert op.why_not("triton", GPU, f32).startswith("self-check: off?by 999")
 
 
 def test_self_check_survives_a_cache_that_cannot_be_written(op, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import sys
+import warnings
 
 import pytest
 import torch
@@ -316,17 +317,68 @@ def test_table_of_other_versions_is_left_aside(monkeypatch):
     assert _table.of(CPU)[FPROP].backend == "eager"
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "[]", "{", '{"entries": 3}',
-     '{"entries": {"fprop": 3}}', '{"entries": {"fprop 1 1 1 0 float8": {"backend": "eager"}}}',
-     '{"entries": {"fprop x 1 1 0": {"backend": "eager"}}}', '{"entries": {"fprop 1 1 1 0": {"backend": "e", "tile": 3}}}'],
-)  # fmt: skip
-def test_table_that_is_broken_is_empty(text):
+NAME = _table.written(FPROP)
+TILE = '{"backend": "triton", "tile": {"BLOCK_M": %s}}'
+JUNK = [  # of one entry
+    *((NAME, TILE % value) for value in ("1e999", "-1e999", "Infinity", "NaN", "1.5", '"64"', "null", "{}", "-1", "9" * 400)),
+    *((NAME, f'{{"backend": "triton", "tile": {value}}}') for value in ("3", "[1]", '"x"', '{"": 1}', '{"\\u001b[2J": 1}')),
+    *((NAME, f'{{"backend": {value}}}') for value in ("3", "null", "[]", "{}", "1e999", '"cuda"', '"\\ud800"')),
+    *((NAME, f'{{"backend": "eager", "us": {value}}}') for value in ("Infinity", "NaN", '"fast"', "-1", "[]")),
+    *((NAME, f'{{"backend": "eager", "lost": {value}}}') for value in ("3", '["a"]', '{"native": 3}')),
+    *((NAME, value) for value in ("3", "null", "[]", '"eager"', "{}", "1e999")),
+    *((name, '{"backend": "eager"}') for name in (
+        "", " ", "fprop", "fprop 1 1 1", "fprop 1 1 1 0 float8", "fprop x 1 1 0", "fprop -1 1 1 0",
+        "fprop  1 1 1 0", "fprop \u0661 1 1 0", "fprop 01 1 1 0", f"fprop {'9' * 5000} 1 1 0", "other 1 1 1 0", "\ud800 1 1 0",
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("i", range(len(JUNK)))
+def test_table_leaves_out_what_is_not_well_formed(i, monkeypatch, capsys):
+    """No call fails for it, the other entries serve, one warning names the file."""
+    name, entry = JUNK[i]
+    monkeypatch.setattr(_cache, "_warned", set())
+    path = _table.own_file(CPU)
+    assert _table.save(path, CPU, {_table.written(BACKWARD): {"backend": "eager"}})
+    text = path.read_text().replace('"entries": {', f'"entries": {{{json.dumps(name)}: {entry},', 1)
+    path.write_text(text)
+    for count in (1, 0):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert _table.of(CPU) == {BACKWARD: Entry("eager", None)}
+        assert len(caught) == count
+        assert all(str(one.message).startswith(f"mpkernels ignores {path}: 1 of its entries") for one in caught)
+        forget()
+    layer = mpk.MPLinear(1024, 40, policy="mixed_float16", activation="relu")
+    layer(torch.ones(24, 1024)).sum().backward()
+    assert tune.main(["--show"]) == 0
+    assert name not in capsys.readouterr().out.split(": ") or not name
+    assert _table.save(path, CPU, {NAME: {"backend": "native"}})
+    assert sorted(json.loads(path.read_text())["entries"]) == sorted([NAME, _table.written(BACKWARD)]), "junk does not stay"
+
+
+@pytest.mark.parametrize("entries", ["3", "null", "[]", '"x"', "1e999"])
+def test_table_without_entries_is_empty(entries, monkeypatch):
+    monkeypatch.setattr(_cache, "_warned", set())
     path = _table.packaged_file(CPU)
     path.parent.mkdir()
-    path.write_text(text)
-    assert _table.of(CPU) == {}
+    path.write_text(f'{{"entries": {entries}}}')
+    with pytest.warns(UserWarning, match=f"mpkernels ignores {path}: its entries are no JSON object"):
+        assert _table.of(CPU) == {}
+
+
+def test_table_of_much_junk_is_read_fast():
+    path = _table.own_file(CPU)
+    assert _cache.update(path, {"machine": _cache.machine(CPU), "entries": dict.fromkeys(map(str, range(200_000)), 0)})
+    with pytest.warns(UserWarning, match="200000 of its entries"):
+        assert _table.of(CPU) == {}
+
+
+def test_table_is_shown_without_control_characters(capsys):
+    entry = {"backend": "triton", "tile": {"BLOCK_M": 8}, "lost": {"\x1b[2J": "\ud800\n"}}
+    assert _table.save(_table.own_file(CPU), CPU, {NAME: entry})
+    assert tune.main(["--show"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{NAME}: triton {{'BLOCK_M': 8}}, ? us", "    ?[2J: ??"]
 
 
 @pytest.mark.parametrize("where", ["a file", "nowhere/to/be"])
