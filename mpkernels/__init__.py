@@ -3,7 +3,7 @@
 
 from mpkernels import functional, nn, ops, optim
 from mpkernels._copies import refresh_
-from mpkernels._dispatch import is_available
+from mpkernels._dispatch import is_available, why_not
 from mpkernels.amp import GradScaler
 from mpkernels.nn import MPMLP, MPLinear, cached_weights, convert, convert_report, revert, warmup
 from mpkernels.policy import Policy, default_policy, get_default_policy, set_default_policy
@@ -31,4 +31,5 @@ __all__ = [
     "set_default_policy",
     "tune",
     "warmup",
+    "why_not",
 ]

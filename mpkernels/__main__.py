@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m mpkernels [--json]`: what is here, what works, and why the rest does not; exit 1 if something computes wrongly.
+"""What is here, what works, and why the rest does not: `python -m mpkernels [--json]`.
 
-`python -m mpkernels tune` finds the fastest implementation of each GEMM on this device: see mpkernels/tune.py.
-
-Every implementation of every op is run once on every device type and compared with the fp64 reference.
+Every implementation of every op is run once on every device type and compared with the fp64 reference; exit 1 if something
+computes wrongly. `python -m mpkernels tune` finds the fastest implementation of each GEMM: see mpkernels/tune.py.
 """
 
 import argparse
@@ -22,7 +21,20 @@ from mpkernels import _cache, _dispatch, _native, _table
 def main() -> int:
     if sys.argv[1:2] == ["tune"]:
         return importlib.import_module("mpkernels.tune").main(sys.argv[2:])
-    parser = argparse.ArgumentParser(prog="python -m mpkernels", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m mpkernels",
+        usage="%(prog)s [-h] [--json]\n       %(prog)s tune [-h] [--shapes M,K,N ...] [--rounds N] [--package] [--show]",
+        description=f"""{__doc__.splitlines()[0]}
+
+commands:
+  (none)  a table of versions, devices and implementations; every implementation is run once
+          and compared with fp64; exit 1 if something computes wrongly
+  tune    find the fastest implementation of each GEMM on this device and remember it;
+          `python -m mpkernels tune --show` prints what is remembered
+
+{_dispatch.ENVIRONMENT_VARIABLE}=auto, {", ".join(_dispatch.BACKENDS)} or op=backend,... forces implementations.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     as_json = parser.parse_args().json
     try:

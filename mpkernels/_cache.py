@@ -162,7 +162,9 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def _driver() -> str:
-    """Version of NVIDIA's driver, or of the CUDA that it offers where it does not tell."""
+    """Version of NVIDIA's driver, or of the CUDA that it offers where it does not tell; of ROCm there."""
+    if torch.version.hip is not None:
+        return f"ROCm {torch.version.hip}"
     try:
         return Path("/proc/driver/nvidia/version").read_text().split("Kernel Module")[1].split()[0]
     except (OSError, IndexError):

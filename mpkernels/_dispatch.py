@@ -43,7 +43,9 @@ class Implementation:
         """Whether the code for such a device is there."""
         if device.type not in self.device_types:
             return False
-        return self.sm is None or device.type != "cuda" or torch.cuda.get_device_capability(device) == divmod(self.sm, 10)
+        if self.sm is None or device.type != "cuda":
+            return True
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) == divmod(self.sm, 10)
 
 
 class Op:
@@ -247,14 +249,21 @@ def triton_why_not(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return "needs a CUDA GPU (or TRITON_INTERPRET=1, which is slow)"
+    if torch.version.hip is not None:  # NOTE: ROCm calls its GPUs cuda, and gfx90a reports the capability of Hopper
+        return f"needs an NVIDIA GPU, this torch is built for ROCm {torch.version.hip}"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (8, 0):
         return f"needs sm80, got sm{major}{minor}"
     return None
 
 
-def is_available(backend: str) -> tuple[bool, str]:
-    """Whether any op can run on `backend` on this machine, and if not, the reason."""
+def is_available(backend: str) -> bool:
+    """Whether any op can run on `backend` ("eager", "triton" or "native") on this machine; `why_not` says why it cannot."""
+    return why_not(backend) is None
+
+
+def why_not(backend: str) -> str | None:
+    """One sentence why no op can run on `backend` ("eager", "triton" or "native") on this machine, or None where one can."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -263,6 +272,6 @@ def is_available(backend: str) -> tuple[bool, str]:
         for where in {device, torch.device("cpu")}:
             reason = op.why_not(backend, where, op.dtype)
             if reason is None:
-                return True, ""
+                return None
             reasons.append(reason)
-    return False, max(set(reasons) - {"not implemented"} or {"not implemented"}, key=reasons.count)
+    return max(set(reasons) - {"not implemented"} or {"not implemented"}, key=reasons.count)

@@ -27,6 +27,8 @@ def cuda_why_not(device: torch.device) -> str | None:
     reason = why_not()
     if reason is not None:
         return reason
+    if torch.version.hip is not None:
+        return f"needs an NVIDIA GPU, this torch is built for ROCm {torch.version.hip}"
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     try:

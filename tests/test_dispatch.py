@@ -190,24 +190,53 @@ def test_dispatch_reports_hoppers_gemm(monkeypatch):
         assert command.state(op, gpu, "native") == ("works", "")
     monkeypatch.setattr(_native, "why_not", lambda: "not built")
     monkeypatch.setattr(_dispatch, "ops", {"linear_act": forward_op})
-    assert mpk.is_available("native") == (True, "")
+    assert mpk.is_available("native")
+    assert mpk.why_not("native") is None
     _dispatch._choose.cache_clear()
 
 
-# ----- is_available ---------------------------------------------------------------
+# ----- is_available and why_not ---------------------------------------------------------------
 
 
 def test_dispatch_is_available():
-    assert mpk.is_available("eager") == (True, "")
+    assert mpk.is_available("eager") is True
+    assert mpk.why_not("eager") is None
     for backend in BACKENDS:
-        available, reason = mpk.is_available(backend)
-        assert available == (reason == "")
+        reason = mpk.why_not(backend)
+        assert mpk.is_available(backend) is (reason is None)
+        assert reason is None or (reason and "\n" not in reason)
+
+
+def test_dispatch_says_why_not(monkeypatch):
+    for op in ops.values():
+        monkeypatch.setattr(op, "why_not", lambda backend, device, dtype: "no driver")
+    assert mpk.is_available("native") is False
+    assert mpk.why_not("native") == "no driver"
+
+
+def test_dispatch_does_not_take_a_rocm_gpu_for_hopper(monkeypatch):
+    """gfx90a has the type cuda and the capability (9, 0)."""
+    from mpkernels import _native
+
+    gpu = torch.device("cuda", 0)
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    hopper = Implementation("native", ("cpu", "cuda"), sm=90)
+    for hip in (None, "6.4.1"):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        assert hopper.exists_on(gpu) is (hip is None)
+        assert hopper.exists_on(CPU)
+    assert _dispatch.triton_why_not.__wrapped__(gpu) == "needs an NVIDIA GPU, this torch is built for ROCm 6.4.1"
+    monkeypatch.setattr(_native, "why_not", lambda: None)
+    assert _native.cuda_why_not.__wrapped__(gpu) == "needs an NVIDIA GPU, this torch is built for ROCm 6.4.1"
 
 
 @pytest.mark.parametrize("backend", ["cuda", "auto", "", None])
 def test_dispatch_is_available_refuses_names(backend):
     with pytest.raises(ValueError, match="backend must be one of eager, triton, native, got"):
         mpk.is_available(backend)
+    with pytest.raises(ValueError, match="backend must be one of eager, triton, native, got"):
+        mpk.why_not(backend)
 
 
 def test_dispatch_gives_implementations_no_minus_that_torch_has_put_off(op):

@@ -241,9 +241,10 @@ assert not new, new
 assert not [m for m in sys.modules if m.startswith("mpkernels.") and (".impl_" in m or m.endswith(".reference"))]
 x = torch.ones(2, 3)
 assert mpkernels.functional.linear_act(x, x).shape == (2, 2)
-assert mpkernels.is_available("eager") == (True, "")
+assert mpkernels.is_available("eager")
 if HIDE_TRITON:
-    assert not mpkernels.is_available("triton")[0]
+    assert not mpkernels.is_available("triton")
+    assert mpkernels.why_not("triton").startswith("triton is not installed")
 print("done")
 """
 

@@ -432,3 +432,17 @@ def test_command_says_what_table_there_is(monkeypatch):
     assert command.tuned(CPU, "NVIDIA A100") == "no table for NVIDIA A100: python -m mpkernels tune"
     with _table.using(CPU, {FPROP: Entry("eager", None)}):
         assert command.tuned(CPU, "NVIDIA H200") == "table of 1 problems for NVIDIA H200"
+
+
+def test_command_help_lists_every_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mpkernels", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        command.main()
+    text = capsys.readouterr().out
+    assert "tune    find the fastest implementation" in text
+    assert "--json" in text
+    assert _dispatch.ENVIRONMENT_VARIABLE in text
+    with pytest.raises(SystemExit, match="0"):
+        tune.main(["--help"])
+    options = set(re.findall(r"--[a-z]+", capsys.readouterr().out)) - {"--help"}
+    assert all(option in text for option in options), "the usage of tune has its options"
