@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build mpkernels/_C.abi3.so where torch can be imported; elsewhere install the Python part, which works by itself.
+"""Build mpkernels/_C.abi3.so, or say in a sentence what is missing; in an isolated build, without torch, install the Python
+part, which works by itself.
 
 The library uses the stable ABI of LibTorch and no Python C API: one file serves every Python from 3.11 and every torch from
 2.11. CUDA sources are compiled when nvcc is there; no GPU is asked for.
 """
 
+import importlib.util
 import os
+import shlex
 import shutil
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
+from typing import NoReturn
 
-from setuptools import setup
+import setuptools
 
 ROOT = Path(__file__).parent.resolve()
+PYTHON_ONLY = "Without it, `pip install .` installs the slower version in pure Python."
+BUILD_IT = "For the C++ library: pip install setuptools ninja torch numpy, then pip install --no-build-isolation ."
 STABLE_ABI = "0x020b000000000000"  # torch 2.11
 CUDA_ARCHITECTURES = "7.5;8.0+PTX;9.0a"  # WGMMA needs 9.0a, which runs on no other card
 
@@ -39,12 +48,34 @@ def cuda_home() -> Path | None:
     return None
 
 
+def stop(missing: str, remedy: str) -> NoReturn:
+    sys.exit(f"mpkernels: {missing}. {remedy}")
+
+
+def check_python() -> None:
+    """Before what an old Python or setuptools cannot read; pip asks for `requires-python` only afterwards."""
+    if sys.version_info < (3, 11):  # noqa: UP036
+        version = ".".join(map(str, sys.version_info[:3]))
+        stop(f"needs Python 3.11 or later, this is {version}", "Make the environment with a newer one: python3.11 -m venv")
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        stop(f"needs setuptools 77 or later, this is {setuptools.__version__}", 'Run: pip install "setuptools>=77"')
+
+
 def extension() -> dict:
-    """Arguments of setup() that build the library; none where torch cannot be imported (pip's isolated build)."""
+    """Arguments of setup() that build the library; none in an isolated build, whose environment has neither torch nor pip."""
     try:
+        import torch
         from torch.utils import cpp_extension
-    except ImportError:
-        return {}
+    except ImportError as error:
+        if importlib.util.find_spec("pip") is None:
+            print(
+                f"mpkernels: without torch at build time, only the slower Python version is built. {BUILD_IT}", file=sys.stderr
+            )
+            return {}
+        stop(f"torch cannot be imported ({error})", f'Run: pip install "torch>=2.11" numpy. {PYTHON_ONLY}')
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        stop(f"needs torch 2.11 or later, this is {torch.__version__}", 'Run: pip install "torch>=2.11"')
+    check_compilers()
     sources = ["csrc/ops.cpp", *_glob("csrc/*/*.cpp")]
     cuda_sources, home = _glob("csrc/*/*.cu"), cuda_home()
     options = {}
@@ -72,8 +103,24 @@ def extension() -> dict:
     }
 
 
+def check_compilers() -> None:
+    """Those that torch compiles and setuptools links with, on a few lines that need C++17 and the standard library."""
+    source = "#include <optional>\nint main() { return std::optional<int>(0).value(); }"
+    for command in {os.environ.get("CXX", "c++"), os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"}:
+        check = [*shlex.split(command), "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+        try:
+            subprocess.run(check, input=source, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error.strerror
+            stop(
+                f"no C++17 compiler ({command}: {reason})",
+                f"Install g++ (apt install g++, dnf install gcc-c++), or name a compiler in CXX. {PYTHON_ONLY}",
+            )
+
+
 def _glob(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
 
 
-setup(**extension())
+check_python()
+setuptools.setup(**extension())
