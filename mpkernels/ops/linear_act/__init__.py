@@ -64,6 +64,7 @@ import torch
 from mpkernels._dispatch import Implementation, Op
 from mpkernels._table import problem
 from mpkernels.ops._cast import DTYPES
+from mpkernels.ops.linear_act import flops
 
 
 class Activation(enum.IntEnum):
@@ -418,6 +419,7 @@ backward_op = Op(
     problem=_problem_backward,
     dtype=torch.float16,
 )
+flops.register()
 
 # ----- autograd ---------------------------------------------------------------
 
