@@ -2,23 +2,26 @@
 """linear_act for people: dtypes from a policy, from autocast, or from the tensors themselves."""
 
 import torch
+from torch.overrides import _get_current_function_mode_stack, handle_torch_function, has_torch_function_variadic
+from torch.utils._device import DeviceContext
 
 from mpkernels.ops.linear_act import Activation, Seam, activation_of, check_are_tensors
 from mpkernels.ops.linear_act import linear_act as _linear_act
 from mpkernels.policy import Policy
 
 
-def linear_act(x, weight, bias=None, activation=None, policy=None):
+def linear_act(x, weight, bias=None, activation=None, policy=None, *, weight_copy=None):
     """`act(x @ weight.T + bias)`, rounded once.
 
     x: (*, K); weight: (N, K); bias: (N,) or None; returns (*, N). activation: as MPLinear. policy: a Policy, its name,
     or None: as `F.linear`, under `torch.autocast` too. With a policy its compute_dtype wins over autocast, and gradients
-    of weight and bias have its grad_dtype, else their own dtype.
+    of weight and bias have its grad_dtype, else their own dtype. weight_copy: the weight in the compute dtype, read in its
+    place. Tensor subclasses, modes and torch.fx see this one call, by `__torch_function__`.
     Raises RuntimeError for shapes, dtypes, devices or layouts that do not fit, TypeError for what is not a tensor,
     ValueError for an unknown activation or policy. Source: torch.nn.functional.linear.
     """
     policy = None if policy is None else Policy.parse(policy)
-    return forward(x, weight, bias, None, activation_of(activation), policy)
+    return forward(x, weight, bias, weight_copy, activation_of(activation), policy)
 
 
 def decompositions() -> dict:
@@ -40,6 +43,12 @@ def forward(
 
     weight_copy: the weight in the compute dtype, or None. below, above: what lies between layers of one MPMLP.
     """
+    moved_here = isinstance(below, Seam) and below.moved  # then the pass of the layer below is this very call's to do
+    if has_torch_function_variadic(x, weight, bias) and not moved_here and _is_overridden(x, weight, bias):
+        name = None if activation == Activation.NONE else activation.name.lower()
+        policy = None if policy is None else str(policy)
+        copy = {} if weight_copy is None else {"weight_copy": weight_copy}
+        return handle_torch_function(linear_act, (x, weight, bias), x, weight, bias, name, policy, **copy)
     check_are_tensors(x, weight, bias)
     if policy is None:
         compute_dtype = out_dtype = _common_dtype(x, weight, bias)
@@ -53,6 +62,19 @@ def forward(
         activation=activation, compute_dtype=compute_dtype, out_dtype=out_dtype, grad_dtype=grad_dtype,
         batch_invariant=batch_invariant, below=below, above=above,
     )  # fmt: skip
+
+
+def _is_overridden(*tensors) -> bool:
+    """Whether a class or a mode takes the call. A compiler asks them itself; a default device is about new tensors only."""
+    if torch.compiler.is_compiling():
+        return False
+    if any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()):
+        return True
+    classes = {type(tensor) for tensor in tensors} - {torch.Tensor, type(None)}
+    return any(getattr(c, "__torch_function__", _DISABLED) is not _DISABLED for c in classes)
+
+
+_DISABLED = torch._C._disabled_torch_function_impl  # what Parameter has, and DTensor
 
 
 def _output_dtype(x, weight, policy: Policy) -> torch.dtype:

@@ -89,7 +89,9 @@ class MPLinear(nn.Linear):
     def _weight_copy(self) -> torch.Tensor | None:
         """The weight in the compute dtype where one is kept. Only eager training reads the optimizer's."""
         policy, weight = self.policy, self.weight
-        if policy is None or torch.compiler.is_compiling() or weight.dtype == policy.compute_dtype:
+        if policy is None or torch.compiler.is_compiling() or not isinstance(weight, torch.Tensor):
+            return None  # no Tensor: what torch.fx traces by
+        if weight.dtype == policy.compute_dtype:
             return None
         if self._cached is not None:
             if self._cached[1] != _copies.stamp(weight):
