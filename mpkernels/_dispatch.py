@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from mpkernels import _self_check, _table
-from mpkernels._table import BACKENDS
+from mpkernels._table import BACKENDS, BackendName
 
 ENVIRONMENT_VARIABLE = "MPKERNELS_BACKEND"
 
@@ -257,12 +257,12 @@ def triton_why_not(device: torch.device) -> str | None:
     return None
 
 
-def is_available(backend: str) -> bool:
+def is_available(backend: BackendName) -> bool:
     """Whether any op can run on `backend` ("eager", "triton" or "native") on this machine; `why_not` says why it cannot."""
     return why_not(backend) is None
 
 
-def why_not(backend: str) -> str | None:
+def why_not(backend: BackendName) -> str | None:
     """One sentence why no op can run on `backend` ("eager", "triton" or "native") on this machine, or None where one can."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")

@@ -9,13 +9,14 @@ import contextlib
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
 from mpkernels import _cache
 
-BACKENDS = ("eager", "triton", "native")
+BackendName = Literal["eager", "triton", "native"]
+BACKENDS: tuple[str, ...] = get_args(BackendName)
 ROLES = ("fprop", "dgrad", "wgrad", "backward")
 LARGEST_TILE = 1 << 16  # of the constants of a tile
 

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_act for people: dtypes from a policy, from autocast, or from the tensors themselves."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.overrides import _get_current_function_mode_stack, handle_torch_function, has_torch_function_variadic
 from torch.utils._device import DeviceContext
 
-from mpkernels.ops.linear_act import Activation, Seam, activation_of, check_are_tensors
+from mpkernels.ops.linear_act import Activation, ActivationName, Seam, activation_of, check_are_tensors
 from mpkernels.ops.linear_act import linear_act as _linear_act
-from mpkernels.policy import Policy
+from mpkernels.policy import Policy, PolicyName
 
 
-def linear_act(x, weight, bias=None, activation=None, policy=None, *, weight_copy=None):
+def linear_act(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: ActivationName | None = None,
+    policy: PolicyName | Policy | None = None, *, weight_copy: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """`act(x @ weight.T + bias)`, rounded once.
 
     x: (*, K); weight: (N, K); bias: (N,) or None; returns (*, N). activation: as MPLinear. policy: a Policy, its name,
@@ -24,7 +30,7 @@ def linear_act(x, weight, bias=None, activation=None, policy=None, *, weight_cop
     return forward(x, weight, bias, weight_copy, activation_of(activation), policy)
 
 
-def decompositions() -> dict:
+def decompositions() -> dict[Any, Callable[..., torch.Tensor]]:
     """`linear_act` in ATen ops, for `ExportedProgram.run_decompositions`: what ONNX and processes without mpkernels can run.
 
     The numerics are the op's: operands rounded to the compute dtype, fp32 products and sums (fp64 for fp64), one rounding.

@@ -3,9 +3,14 @@
 
 import contextlib
 import contextvars
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
 _DTYPES = {
     "float64": torch.float64,
@@ -22,6 +27,13 @@ _NAMED = {  # name: (param, compute)
     "float16": ("float16", "float16"),
     "bfloat16": ("bfloat16", "bfloat16"),
 }
+# For type checkers: the names, and what mostly follows them. Other texts are for Policy.parse.
+PolicyName = Literal[
+    "float64", "float32", "mixed_float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16",
+    "float64,batch_invariant", "float32,batch_invariant", "mixed_float32,batch_invariant", "mixed_float16,batch_invariant",
+    "mixed_bfloat16,batch_invariant", "float16,batch_invariant", "bfloat16,batch_invariant",
+    "mixed_float32,grad=float32", "mixed_float16,grad=float16", "mixed_bfloat16,grad=bfloat16",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class Policy:
     grad_dtype: torch.dtype | None = None
     batch_invariant: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.batch_invariant, bool):
             raise ValueError(f"batch_invariant must be True or False, got {self.batch_invariant!r}")
         for field in _dtype_fields(self):
@@ -72,7 +84,7 @@ class Policy:
             return text
         if not isinstance(text, str):
             raise TypeError(f"policy must be a Policy or a string, got {type(text).__name__}")
-        values: dict[str, torch.dtype | bool] = {}
+        values: dict[str, Any] = {}
         for part in text.split(","):
             key, equals, value = part.strip().partition("=")
             if not equals and key in _NAMED and not values:
@@ -99,7 +111,7 @@ class Policy:
         head += [f"{k.removesuffix('_dtype')}={v}" for k, v in short.items() if v != "None"]
         return ",".join(head + ["batch_invariant"] * self.batch_invariant)
 
-    def to_fsdp(self):
+    def to_fsdp(self) -> "MixedPrecisionPolicy":
         """The same for `torch.distributed.fsdp.fully_shard(mp_policy=...)`; gradients are reduced in `grad_dtype`, else fp32.
 
         Raises ValueError for a `grad_dtype` narrower than the parameter's: FSDP2 refuses that mixture.
@@ -115,7 +127,7 @@ class Policy:
         )
 
 
-def _dtype_fields(policy):
+def _dtype_fields(policy: Policy) -> list[Field[Any]]:
     return [field for field in fields(policy) if field.name.endswith("_dtype")]
 
 
@@ -131,13 +143,13 @@ def get_default_policy() -> Policy | None:
     return _default.get()
 
 
-def set_default_policy(policy: "str | Policy | None") -> None:
+def set_default_policy(policy: PolicyName | Policy | None) -> None:
     """Set the policy of layers made from now on without one, in this thread (its `contextvars` context): a new one has none."""
     _default.set(None if policy is None else Policy.parse(policy))
 
 
 @contextlib.contextmanager
-def default_policy(policy: "str | Policy | None"):
+def default_policy(policy: PolicyName | Policy | None) -> Iterator[None]:
     """The same inside a `with` block."""
     token = _default.set(None if policy is None else Policy.parse(policy))
     try:

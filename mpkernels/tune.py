@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,7 +45,7 @@ class Candidate:
     us: float | None = None
 
 
-def tune(model: torch.nn.Module, example_inputs, *, rounds: int = ROUNDS) -> dict[str, dict]:
+def tune(model: torch.nn.Module, example_inputs: object, *, rounds: int = ROUNDS) -> dict[str, dict[str, Any]]:
     """Tune the GEMMs of one forward and backward of `model`, and return the entries written, by problem.
 
     Those of layers without an activation or with a ReLU: the others are served as without a table.

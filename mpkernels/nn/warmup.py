@@ -14,7 +14,7 @@ from mpkernels._rng import fork_rng
 
 
 @torch._disable_dynamo
-def warmup(model: nn.Module, example_inputs) -> None:
+def warmup(model: nn.Module, example_inputs: object) -> None:
     """One forward and backward of `model`, so that its kernels are chosen and checked before a capture or a compile.
 
     example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, of the shapes that will come.

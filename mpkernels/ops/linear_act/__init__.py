@@ -58,6 +58,7 @@ import enum
 import inspect
 import math
 import sys
+from typing import Literal
 
 import torch
 
@@ -82,6 +83,7 @@ _ACTIVATIONS = frozenset(map(int, Activation))
 _DTYPES = frozenset(DTYPES)
 
 
+ActivationName = Literal["relu", "relu2", "gelu", "gelu_tanh", "silu"]
 _NAMES = {None: Activation.NONE} | {a.name.lower(): a for a in Activation if a != Activation.NONE}
 
 
