@@ -7,7 +7,7 @@ with the same bytes, rebuilt from torch ops; it is not X, whose own kernels comp
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,13 +37,14 @@ HYPER = dict(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
 class Recipe:
     """step: one optimizer step. params: the model's, with gradients; masters: what the step updates, where it is not them.
 
-    optimizer: of one of ours.
+    optimizer: of one of ours. layers: those that read its compute copies.
     """
 
     step: Callable[[], object]
     params: list[torch.Tensor]
     masters: Callable[[], list[torch.Tensor]] | None = None
     optimizer: mpk.optim.AdamW | None = None
+    layers: Sequence[nn.Module] = ()
 
     def updated(self) -> list[torch.Tensor]:
         return self.params if self.masters is None else self.masters()
@@ -83,12 +84,18 @@ def scaler_of(kind, device: torch.device):
 # ----- recipes ---------------------------------------------------------------
 
 
+def reader_of(parameter: nn.Parameter) -> nn.Module:
+    """A layer that has asked for the fp16 copy of its weight."""
+    layer = nn.Module()
+    layer.weight = parameter
+    _copies.for_layer(layer, torch.float16)
+    return layer
+
+
 def ours(case, device) -> Recipe:
     """One read, one pass. fp32 parameters: as under mixed_float16, where a layer reads the 16-bit copy."""
     params = parameters(case, device, getattr(torch, case.grads))
-    if case.grads == "float32":
-        for p in params:
-            _copies.for_layer(p, torch.float16)
+    layers = [reader_of(p) for p in params] if case.grads == "float32" else []
     optimizer = mpk.optim.AdamW(params, **HYPER, max_norm=MAX_NORM if case.kind == "clip" else None)
     scaler = scaler_of(mpk.GradScaler, device)
 
@@ -97,7 +104,7 @@ def ours(case, device) -> Recipe:
         scaler.update()
 
     if case.grads == "float32":
-        return Recipe(step, params, optimizer=optimizer)
+        return Recipe(step, params, optimizer=optimizer, layers=layers)
     return Recipe(step, params, lambda: [optimizer.state[p]["master"] for p in params], optimizer)
 
 

@@ -24,6 +24,11 @@ BAD_SCALES = (0.0, -1024.0, math.nan, math.inf, -math.inf)
 STEPS = 1000
 
 
+def compute_copies(optimizer) -> list[torch.Tensor]:
+    """Those that `optimizer` writes."""
+    return [c.tensor for rows in optimizer._rows.values() for c in rows.compute_copies.values()]
+
+
 def targets(op: Op) -> list:
     """`(backend, device)` for every implementation on the devices here; one that cannot run is a skip with its reason."""
     result = []

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpkernels as mpk
 from tests import bounds
-from tests.steps import BAD_VALUES, raw
+from tests.steps import BAD_VALUES, compute_copies, raw
 
 OURS = {"AdamW": mpk.optim.AdamW, "Adam": mpk.optim.Adam, "SGD": lambda p, **o: mpk.optim.SGD(p, momentum=0.9, **o)}
 
@@ -44,8 +44,7 @@ def everything(optimizer) -> list[bytes]:
     """Bytes of parameters, masters, moments, step counts and compute copies."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     states = [t for p in params for _, t in sorted(optimizer.state[p].items())]
-    copies = [c.tensor for rows in optimizer._rows.values() for _, c in rows.compute_copies]
-    return raw([*params, *states, *copies])
+    return raw([*params, *states, *compute_copies(optimizer)])
 
 
 # ----- the scale ----------------------------------------------------------------------

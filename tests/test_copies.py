@@ -3,9 +3,11 @@
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
+from steps import compute_copies
 from torch import nn
 
 import mpkernels as mpk
@@ -48,10 +50,11 @@ def test_copy_is_the_weight_rounded_once(policy):
     layer, optimizer = layer_and_optimizer(policy)
     for _ in range(3):
         train(layer, optimizer)
-        copied = _copies.for_layer(layer.weight, layer.policy.compute_dtype)
-        assert copied.holds(layer.weight)
+        copied = _copies.for_layer(layer, layer.policy.compute_dtype)
+        assert copied.is_fresh()
         assert copied.tensor.dtype == layer.policy.compute_dtype
-        expected = layer.weight.detach().numpy().astype(_numpy(copied.dtype)) if copied.dtype != torch.bfloat16 else None
+        dtype = copied.tensor.dtype
+        expected = layer.weight.detach().numpy().astype(_numpy(dtype)) if dtype != torch.bfloat16 else None
         assert torch.equal(copied.tensor, layer.weight.bfloat16() if expected is None else torch.from_numpy(expected))
         check_fresh(layer)
 
@@ -87,7 +90,7 @@ def test_no_copy_where_storage_and_arithmetic_agree(policy):
     layer(torch.ones(3, 6, dtype=layer.weight.dtype)).sum().backward()
     optimizer.step()
     assert copy_of(layer) is None
-    assert layer.weight not in _copies._copies
+    assert layer not in _copies._requests
 
 
 def test_no_copy_in_evaluation_and_for_a_frozen_weight():
@@ -98,7 +101,7 @@ def test_no_copy_in_evaluation_and_for_a_frozen_weight():
     assert copy_of(layer.train()) is not None
     frozen = mpk.MPLinear(6, 5, policy="mixed_float16").requires_grad_(False)
     frozen(torch.ones(3, 6))
-    assert frozen.weight not in _copies._copies
+    assert frozen not in _copies._requests
     assert optimizer.state
 
 
@@ -132,8 +135,8 @@ def test_copy_follows_visible_writes(write):
 
 def test_copy_is_made_anew_once_per_write(monkeypatch):
     layer, optimizer = layer_and_optimizer()
-    write, written = _copies.Copy.write, []
-    monkeypatch.setattr(_copies.Copy, "write", lambda *args: written.append(1) or write(*args))
+    write, written = _copies.ComputeCopy.write, []
+    monkeypatch.setattr(_copies.ComputeCopy, "write", lambda *args: written.append(1) or write(*args))
     clamp(layer)
     for _ in range(3):
         layer(torch.ones(2, 6))
@@ -205,20 +208,80 @@ def test_copy_after_hidden_writes_and_sync_masters():
 
 
 def test_copy_dies_with_its_optimizer():
+    """Its memory too, and without the garbage collector."""
     layer, optimizer = layer_and_optimizer()
-    assert copy_of(layer) is not None
-    del optimizer
-    gc.collect()
+    tensor = weakref.ref(copy_of(layer))
+    assert tensor() is not None
+    gc.disable()
+    try:
+        del optimizer
+        assert tensor() is None
+    finally:
+        gc.enable()
     assert copy_of(layer) is None
     check_fresh(layer)
+    train(layer, again := mpk.optim.SGD(layer.parameters(), lr=0.1))
+    assert copy_of(layer) is not None
+    assert again.state
 
 
-def test_copy_dies_with_its_weight():
+def test_copy_dies_with_its_layer():
     layer, optimizer = layer_and_optimizer()
-    count = len(_copies._copies)
-    del layer, optimizer
+    count, weight = len(_copies._requests), layer.weight
+    del layer
     gc.collect()
-    assert len(_copies._copies) < count
+    assert len(_copies._requests) < count
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+
+
+def to_double(layer):
+    return layer.double()
+
+
+def to_half(layer):
+    return layer.half()
+
+
+@pytest.mark.parametrize("convert", [to_double, to_half])
+@pytest.mark.parametrize("after", ["forward", "backward", "step", "clip"])
+def test_no_weak_reference_keeps_a_parameter_from_being_swapped(convert, after):
+    """torch refuses to swap a tensor that somebody refers to weakly; so do parameters, their gradients too."""
+    layer = mpk.MPLinear(6, 5, policy="mixed_float16")
+    optimizer, scaler = mpk.optim.AdamW(layer.parameters(), lr=0.1), mpk.GradScaler(init_scale=8.0)
+    for _ in range(2 if after == "step" else 1):
+        out = layer(torch.ones(3, 6)).sum()
+        if after != "forward":
+            scaler.scale(out).backward()
+        if after == "step":
+            scaler.step(optimizer)
+            scaler.update()
+        if after == "clip":
+            scaler.clip_grad_norm_(optimizer, 1.0)
+        del out  # its graph keeps the parameters, which torch refuses as well
+    weight, before = layer.weight, layer.weight.detach().clone()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        convert(layer)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert layer.weight is weight
+    assert torch.equal(weight, before.to(weight.dtype))
+    assert layer(torch.ones(3, 6, dtype=weight.dtype)).isfinite().all()
+
+
+def test_copy_is_not_kept_of_memory_that_processes_share():
+    """What another process writes moves no version here."""
+    layer, optimizer = layer_and_optimizer()
+    shared = mpk.MPLinear(6, 5, policy="mixed_float16").share_memory()
+    other = mpk.optim.SGD(shared.parameters(), lr=0.1)
+    layer.share_memory()
+    for one, its in ((layer, optimizer), (shared, other)):
+        for _ in range(2):
+            train(one, its)
+            assert copy_of(one) is None
+        one.weight.detach().numpy().fill(0.5)  # as from another process
+        check_fresh(one)
 
 
 def test_copy_of_a_deepcopied_model():
@@ -276,14 +339,14 @@ def test_copy_goes_when_convert_is_undone():
     model = mpk.convert(nn.Sequential(nn.Linear(6, 6)), "mixed_float16")
     optimizer = mpk.optim.AdamW(model.parameters(), lr=0.1)
     train(model, optimizer)
-    weight = model[0].weight
     mpk.convert(model, "mixed_bfloat16")
     for _ in range(2):
         train(model, optimizer)
     assert copy_of(model[0]).dtype == torch.bfloat16
     mpk.revert(model)
     train(model, optimizer)
-    assert weight not in _copies._copies
+    assert model[0] not in _copies._requests
+    assert not compute_copies(optimizer)
 
 
 def test_copy_saved_for_backward_is_not_overwritten_silently():

@@ -162,11 +162,11 @@ def test_compute_copies_hold():
     for _ in range(2):
         layer(torch.ones(3, 6)).sum().backward()
         optimizer.step()
-    copied = _copies.for_layer(layer.weight, torch.float16)
+    copied = _copies.for_layer(layer, torch.float16)
     with optimizer.master_weights():
-        assert copied.holds(layer.weight)
+        assert copied.is_fresh()
         assert layer._weight_copy() is copied.tensor
-    assert copied.holds(layer.weight)
+    assert copied.is_fresh()
 
 
 def test_before_the_first_step_there_is_nothing_to_lend():

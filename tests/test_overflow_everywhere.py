@@ -7,7 +7,7 @@ State and scale are compared once per 1,000 positions: damage would persist.
 import numpy as np
 import pytest
 import torch
-from steps import BAD_VALUES, raw
+from steps import BAD_VALUES, compute_copies, raw
 from torch import nn
 
 import mpkernels as mpk
@@ -48,7 +48,7 @@ class Training:
 
     def everything(self) -> list[bytes]:
         states = [t for p in self.params for _, t in sorted(self.optimizer.state[p].items())]
-        copies = [c.tensor for rows in self.optimizer._rows.values() for _, c in rows.compute_copies]
+        copies = compute_copies(self.optimizer)
         assert copies, "the layer's compute copy must be watched"
         return raw([*self.params, *(p.grad for p in self.params), *states, *copies])
 

@@ -6,7 +6,7 @@ Afterwards the step can be taken again, or left out, and training has the bits o
 
 import pytest
 import torch
-from steps import raw
+from steps import compute_copies, raw
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -70,7 +70,7 @@ class Training:
 
     def everything(self) -> list:
         states = [t for p in self.params for _, t in sorted(self.optimizer.state[p].items())]
-        copies = [c.tensor for rows in self.optimizer._rows.values() for _, c in rows.compute_copies]
+        copies = compute_copies(self.optimizer)
         assert copies
         return [*raw([*self.params, *states, *copies]), self.scaler.get_scale(), self.scaler.skipped_steps.item()]
 

@@ -131,7 +131,7 @@ def revert(model: nn.Module) -> nn.Module:
         before = vars(module).pop("_before", None)
         if isinstance(before, _Linear):
             module.adopt(before.activation, before.policy)
-            _copies.forget(module.weight)
+            _copies.forget(module)
             if not issubclass(before.cls, MPLinear):
                 for name in ("_activation", "policy", "_cached"):
                     module.__dict__.pop(name, None)

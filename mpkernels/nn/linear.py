@@ -25,7 +25,7 @@ class MPLinear(nn.Linear):
 
     # What a module that was an nn.Linear becomes without running __init__ (mpk.convert).
     _activation: Activation = Activation.NONE
-    _cached: tuple[torch.Tensor, tuple[int, int]] | None = None
+    _cached: _copies.ComputeCopy | None = None  # inside cached_weights
     policy: Policy | None = None
 
     def __init__(
@@ -72,6 +72,9 @@ class MPLinear(nn.Linear):
                 parameter.grad = None  # torch refuses a gradient that has another dtype already
                 parameter.grad_dtype = wanted or parameter.dtype
 
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "_cached"}
+
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self.adopt(self._activation, self.policy)  # copying and pickling drop Tensor.grad_dtype
@@ -94,15 +97,15 @@ class MPLinear(nn.Linear):
         if weight.dtype == policy.compute_dtype:
             return None
         if self._cached is not None:
-            if self._cached[1] != _copies.stamp(weight):
-                self._cached = _cast_and_stamp(weight, policy.compute_dtype)
-            return self._cached[0]
+            if self._cached.weight is not weight or not self._cached.is_fresh():
+                self._cached = _cast(weight, policy.compute_dtype)
+            return self._cached.tensor
         if torch.is_grad_enabled() and self.training and type(weight) is nn.Parameter:
-            copy = _copies.for_layer(weight, policy.compute_dtype)
+            copy = _copies.for_layer(self, policy.compute_dtype)
             if copy is None:
                 return None
-            if not copy.holds(weight):
-                copy.write(weight, cast(weight.detach(), copy.dtype))
+            if not copy.is_fresh():
+                copy.write(cast(weight.detach(), copy.tensor.dtype))
             return copy.tensor
         return None
 
@@ -119,8 +122,8 @@ def _grad_dtype(policy: Policy | None) -> torch.dtype | None:
     return None if policy is None else policy.grad_dtype
 
 
-def _cast_and_stamp(weight, dtype):
-    return cast(weight.detach(), dtype), _copies.stamp(weight)
+def _cast(weight: torch.Tensor, dtype: torch.dtype) -> _copies.ComputeCopy:
+    return _copies.ComputeCopy(weight, cast(weight.detach(), dtype), _copies.stamp(weight))
 
 
 @contextlib.contextmanager
@@ -134,7 +137,7 @@ def cached_weights(model: nn.Module):
     try:
         for layer in layers:
             if layer.weight.dtype != layer.policy.compute_dtype and not layer.weight.is_inference():
-                layer._cached = _cast_and_stamp(layer.weight, layer.policy.compute_dtype)
+                layer._cached = _cast(layer.weight, layer.policy.compute_dtype)
         yield model
     finally:
         for layer in layers:

@@ -27,6 +27,8 @@ class MPConv1D(Conv1D):
         copy = None if copy is None else copy.t()
         return functional.forward(x, self.weight.t(), self.bias, copy, self._activation, self.policy)
 
+    __getstate__ = MPLinear.__getstate__
+
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self.adopt(self._activation, self.policy)  # copying and pickling drop Tensor.grad_dtype

@@ -387,7 +387,7 @@ class Optimizer(torch.optim.Optimizer):
         group, rows = self.param_groups[index], self._rows.get((index, device))
         if (
             rows is None
-            or rows.requests != _copies.requests
+            or rows.generation != _copies.generation
             or tuple(rows.states) != self._group_state_names(group)
             or not (taken or rows.are(params))
             or rows.moved()
@@ -402,19 +402,18 @@ class Optimizer(torch.optim.Optimizer):
         params = list(params)  # the group's own list may grow
         for parameter in params:
             self._init_state(group, parameter)
-        names, requests = self._group_state_names(group), _copies.requests
+        names, generation = self._group_state_names(group), _copies.generation
         held = Tensors([_ranks.local(p) for p in params] if self._ranks.dtensors else params)
-        masters, copies, compute_copies, mastered = [], [], [], []
+        masters, copies, mastered = [], [], []
+        compute_copies = _copies.claim(self, params)
         for i, parameter in enumerate(params):
             state = self.state[parameter]
-            compute_copy = _copies.claim(parameter, self)
             masters.append(_ranks.local(state["master"]) if "master" in state else held[i])
             if "master" in state:
                 mastered.append(i)
                 copies.append(held[i])
-            elif compute_copy is not None:
-                compute_copies.append((i, compute_copy))
-                copies.append(compute_copy.tensor)
+            elif i in compute_copies:
+                copies.append(compute_copies[i].tensor)
             else:
                 copies.append(torch.empty(0, dtype=torch.float16, device=parameter.device))
         entries = [self.state[p] for p in params]
@@ -425,7 +424,7 @@ class Optimizer(torch.optim.Optimizer):
             params, held, masters=held if not mastered else Tensors(masters),
             copies=held if len(mastered) == len(params) else Tensors(copies),
             states={name: Tensors(_ranks.local(entry[name]) for entry in entries) for name in names},
-            steps=steps, entries=entries, compute_copies=compute_copies, mastered=mastered, requests=requests,
+            steps=steps, entries=entries, compute_copies=compute_copies, mastered=mastered, generation=generation,
             dtensors=self._ranks.dtensors,
         )  # fmt: skip
 
@@ -438,9 +437,9 @@ class Optimizer(torch.optim.Optimizer):
                     _take_over(rows.masters[i], rows.held[i])
         if rows.compute_copies:
             stamps = rows.copy_stamps(versions)
-            for i, compute_copy in rows.compute_copies:
+            for i, compute_copy in rows.compute_copies.items():
                 if compute_copy.stamp != stamps[i]:
-                    compute_copy.write(rows.params[i], cast(rows.params[i], compute_copy.dtype))
+                    compute_copy.write(cast(rows.params[i], compute_copy.tensor.dtype))
 
     def _after_update(self, rows: Rows) -> None:
         rows.checked = True
@@ -448,7 +447,7 @@ class Optimizer(torch.optim.Optimizer):
         rows.versions = rows.versions_now()
         if rows.compute_copies:
             stamps = rows.copy_stamps(rows.versions)
-            for i, compute_copy in rows.compute_copies:
+            for i, compute_copy in rows.compute_copies.items():
                 compute_copy.stamp = stamps[i]
 
     def _master_dtype(self, parameter: torch.Tensor) -> torch.dtype:
@@ -488,7 +487,7 @@ class Optimizer(torch.optim.Optimizer):
             if "master" in state:
                 _take_over(_ranks.local(state["master"]), _ranks.local(parameter))
         for rows in self._rows.values():
-            for _, compute_copy in rows.compute_copies:
+            for compute_copy in rows.compute_copies.values():
                 compute_copy.stamp = None
 
     @contextlib.contextmanager

@@ -28,9 +28,9 @@ class Rows:
     states: dict[str, Tensors]
     steps: torch.Tensor
     entries: list[dict]  # the optimizer's state of each parameter
-    compute_copies: list[tuple[int, _copies.Copy]]  # by row
+    compute_copies: dict[int, _copies.ComputeCopy]  # by row
     mastered: list[int]  # rows whose master is not the parameter itself
-    requests: int  # _copies.requests when these rows were made
+    generation: int  # _copies.generation when these rows were made
     dtensors: bool
     grads: Tensors = field(default_factory=lambda: Tensors([]))  # inside a step; of DTensors what this rank holds
     versions: list | None = None  # of the parameters after our last write

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one read of the gradients found, how several reads become one, and the clip that a read is for."""
 
-import weakref
 from dataclasses import dataclass
-from operator import is_
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mpkernels.ops.grad_stats import grad_stats_
+from mpkernels.optim import _ranks
 
 
 @dataclass(eq=False)
@@ -23,20 +23,33 @@ class GradStats:
 
 
 class Clip:
-    """A clip that was asked for when these gradients were read, and is left to the step. It does not keep them."""
+    """A clip that was asked for when these gradients were read, and is left to the step.
+
+    It holds for as long as one of them is still there as it was read; then all that are there are clipped by their norm.
+    Where all were replaced, or written since, it is dropped: torch, which clips at once, does not clip what comes after.
+
+    It does not keep the gradients, and no weak reference to one, which would keep torch from swapping it: it knows them by
+    their memory, a weak reference to which keeps its name from being given to another's.
+    """
 
     def __init__(self, max_norm: float, grads: list[torch.Tensor]):
         self.max_norm = max_norm
-        self._grads, self._versions = list(map(weakref.ref, grads)), [grad._version for grad in grads]
+        self._storages = [StorageWeakRef(_ranks.local(grad).untyped_storage()) for grad in grads]
+        self._read = list(map(_what_was_read, grads))
 
     def is_gone(self, grads: list[torch.Tensor]) -> bool:
-        """Whether none of those is among these any more: then it is for no gradient."""
-        return bool(self._grads) and {id(grad()) for grad in self._grads}.isdisjoint(map(id, grads))
+        """Whether none of those is among these as it was read; one of no gradients stays."""
+        return bool(self._read) and set(self._read).isdisjoint(map(_what_was_read, grads))
 
     def is_stale(self, grads: list[torch.Tensor]) -> bool:
-        """Whether these are others, or were written since."""
-        same = len(grads) == len(self._grads) and all(map(is_, grads, [grad() for grad in self._grads]))
-        return not same or [grad._version for grad in grads] != self._versions
+        """Whether one is another, or was written since."""
+        return list(map(_what_was_read, grads)) != self._read
+
+
+def _what_was_read(grad: torch.Tensor) -> tuple:
+    """Where a gradient lies, and what changes when it is written, through what this rank holds of a DTensor too."""
+    local = _ranks.local(grad)
+    return local.untyped_storage()._cdata, local.storage_offset(), local._version, grad._version
 
 
 def read(
