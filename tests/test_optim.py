@@ -735,6 +735,7 @@ def test_copies_of_the_optimizer(name, renew):
 # ----- bad input ----------------------------------------------------------------------
 
 GOOD = nn.Parameter(torch.ones(3))
+COMPLEX = torch.ones(3, dtype=torch.complex64)
 
 
 @pytest.mark.parametrize(
@@ -744,12 +745,10 @@ GOOD = nn.Parameter(torch.ones(3))
         ([torch.ones(3, requires_grad=True) * 2], ValueError, "can't optimize a non-leaf Tensor"),
         ([1.0], TypeError, "optimizer can only optimize Tensors"),
         (torch.ones(3), TypeError, "params argument given to the optimizer should be an iterable"),
-        ([GOOD, torch.ones(3, dtype=torch.int64)], ValueError, "parameter 1 must be .*got torch.int64"),
-        ([("a", GOOD), ("b", torch.ones(3, dtype=torch.bool))], ValueError, r"parameter 1 \(b\) must be .*got torch.bool"),
-        ([torch.ones(3, dtype=torch.complex64)], ValueError, "parameter 0 must be .*got torch.complex64"),
-        ([torch.ones(3).to_sparse()], ValueError, "parameter 0 must be a dense .*torch.sparse_coo"),
-        ([torch.ones(1).expand(3)], ValueError, "parameter 0 overlaps itself"),
-        ([torch.ones(5).as_strided((3, 3), (1, 1))], ValueError, "parameter 0 overlaps itself"),
+        ([("a", GOOD), ("b", nn.Parameter(COMPLEX))], ValueError, r"parameter 1 \(b\) must be .*got torch.complex64"),
+        ([nn.Parameter(torch.ones(3).to_sparse())], ValueError, "parameter 0 must be a dense .*torch.sparse_coo"),
+        ([nn.Parameter(torch.ones(1).expand(3))], ValueError, "parameter 0 overlaps itself"),
+        ([nn.Parameter(torch.ones(5).as_strided((3, 3), (1, 1)))], ValueError, "parameter 0 overlaps itself"),
         ([{"params": [GOOD]}, {"params": [GOOD]}], ValueError, "some parameters appear in more than one parameter group"),
     ],
 )
@@ -799,7 +798,7 @@ def test_master_narrower_than_a_parameter():
 
 def test_bad_group_is_not_added():
     optimizer = mpk.optim.AdamW([GOOD])
-    for group in ({"params": [torch.ones(1).int()]}, {"params": [nn.Parameter(torch.ones(1))], "lr": -1.0}):
+    for group in ({"params": [nn.Parameter(COMPLEX)]}, {"params": [nn.Parameter(torch.ones(1))], "lr": -1.0}):
         with pytest.raises(ValueError, match=r"must be a dense|Invalid learning rate"):
             optimizer.add_param_group(group)
         assert len(optimizer.param_groups) == 1
@@ -887,7 +886,7 @@ def _freed_gradient(params, optimizer):
         (_resized, r"parameter 1 \(b\) changed shape since construction"),
         (_shared, r"^c shares memory with b"),
         (_shared_in_part, r"^c shares memory with b"),
-        (_bad_lr, "lr must be a 0-d float32 or float64 tensor, got .*int64"),
+        (_bad_lr, "Invalid learning rate: 1 .torch.int64 tensor .*: lr must be a finite number or a 1-element floating"),
         (_float_grad_scale, "grad_scale must be .* got 2.0"),
         (_bad_grad_scale, "grad_scale must be"),
         (_wrong_grad_scale, "grad_scale must be .*float32.*got .*float64"),
@@ -909,7 +908,7 @@ def test_bad_steps_write_nothing(name, spoil, message):
     spoil(params, optimizer)
     before = state_bytes(optimizer)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises((RuntimeError, ValueError), match=message):
             optimizer.step()
         assert state_bytes(optimizer) == before
 

@@ -6,7 +6,6 @@ An optimizer here is one read of all gradients (only where a verdict or a norm i
 
 import contextlib
 import copy
-import math
 from dataclasses import dataclass
 from itertools import chain, repeat, zip_longest
 from operator import is_
@@ -18,8 +17,8 @@ from mpkernels._dispatch import move_versions
 from mpkernels.ops._cast import DTYPES, cast
 from mpkernels.ops._layout import Tensors, overlaps
 from mpkernels.ops._multi_tensor import MASTER_DTYPES, MOMENT_DTYPES, inv_scale, skip_flag
-from mpkernels.optim import _checkpoints, _ranks, _stats
-from mpkernels.optim._parameters import first_shared, has_memory, name_of
+from mpkernels.optim import _checkpoints, _hyperparameters, _ranks, _stats
+from mpkernels.optim._parameters import first_shared, has_memory, is_lazy, name_of, shape_of
 from mpkernels.optim._rows import Rows
 from mpkernels.optim._stats import Clip, GradStats
 
@@ -55,14 +54,16 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(f"master_dtype must be torch.float32 or torch.float64, got {master_dtype}")
         if state_dtype not in (None, *MOMENT_DTYPES):
             raise ValueError(f"state_dtype must be None, the master's dtype or torch.bfloat16, got {state_dtype}")
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"Invalid max_norm: {max_norm}")
+        if max_norm is not None and not _hyperparameters.as_float(max_norm) > 0:
+            raise ValueError(f"Invalid max_norm: {max_norm!r}: it must be a number greater than 0, or None")
         if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
             raise TypeError(f"process_group must be a ProcessGroup that this rank is in, got {process_group!r}")
         self.process_group = process_group
         self.master_dtype, self.state_dtype, self.max_norm = master_dtype, state_dtype, max_norm
         self.write_grads, self.skip_nonfinite = write_grads, skip_nonfinite
         self._forget()
+        _hyperparameters.check_as_torch(defaults)
+        self._check_hyperparameters(defaults)
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
@@ -75,6 +76,7 @@ class Optimizer(torch.optim.Optimizer):
         self._rows: dict[tuple[int, torch.device], Rows] = {}
         self._entries: list[dict] = []  # the state of every parameter that the rows were made of
         self._ranks = _ranks.Ranks([])
+        self._checked_values: dict[int, list] = {}  # of hyperparameters, by group, as of the last step
         self._lent = False  # inside master_weights
         self._disjoint: list[list[int]] = []  # addresses of parameters that were found to share no memory
 
@@ -86,7 +88,7 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict) -> None:
         self._forget()
         super().__setstate__(state)
-        self._formats = {id(p): (p.dtype, p.shape) for group in self.param_groups for p in group["params"]}
+        self._formats = {id(p): (p.dtype, p.shape) for p in self._parameters() if not is_lazy(p)}
         self._ranks = _ranks.Ranks(self._parameters(), self.process_group)
 
     # ----- construction -----------------------------------------------------------------------
@@ -99,51 +101,48 @@ class Optimizer(torch.optim.Optimizer):
             self._check_hyperparameters(group)
             seen = set()
             for i, parameter in enumerate(group["params"]):
-                self._check_parameter(parameter, name_of(group, i))
+                # What is frozen may be anything: quantized, complex. What is lazy has no shape before the first forward.
+                trained = parameter.requires_grad and not is_lazy(parameter)
+                if trained and (problem := self._parameter_problem(parameter, name_of(group, i))):
+                    raise ValueError(problem)
                 if id(parameter) in seen:
                     raise ValueError(f"{name_of(group, i)} stands twice in one group")
                 seen.add(id(parameter))
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        self._formats.update((id(p), (p.dtype, p.shape)) for p in group["params"])
+        self._formats.update((id(p), (p.dtype, p.shape)) for p in group["params"] if not is_lazy(p))
         self._ranks = _ranks.Ranks(self._parameters(), self.process_group)
 
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _check_parameter(self, parameter, name: str) -> None:
+    def _parameter_problem(self, parameter: torch.Tensor, name: str) -> str | None:
+        """Why this parameter cannot be stepped, or None."""
         if parameter.layout != torch.strided or parameter.dtype not in DTYPES:
-            raise ValueError(
+            return (
                 f"{name} must be a dense float16, bfloat16, float32 or float64 tensor, "
                 f"got {parameter.dtype}, {parameter.layout}"
             )
         if overlaps(parameter):
-            raise ValueError(f"{name} overlaps itself (strides {parameter.stride()}): its elements are not updated one by one")
+            return f"{name} overlaps itself (strides {parameter.stride()}): its elements are not updated one by one"
         if any(where.is_partial() for where in _ranks.placement(parameter)[1]):
-            raise ValueError(f"{name} has placements {parameter.placements}: no rank has its values")
+            return f"{name} has placements {parameter.placements}: no rank has its values"
         if self.master_dtype is not None and self.master_dtype.itemsize < parameter.dtype.itemsize:
-            raise ValueError(f"master_dtype {self.master_dtype} is narrower than {parameter.dtype} of {name}")
+            return f"master_dtype {self.master_dtype} is narrower than {parameter.dtype} of {name}"
         if self.state_dtype not in (None, master := self._master_dtype(parameter), torch.bfloat16):
-            raise ValueError(
-                f"state_dtype must be None, {master} as the master of {name}, or torch.bfloat16, got {self.state_dtype}"
-            )
+            return f"state_dtype must be None, {master} as the master of {name}, or torch.bfloat16, got {self.state_dtype}"
+        return None
+
+    _rules: dict[str, _hyperparameters.Rule]  # what each hyperparameter must be
 
     def _check_hyperparameters(self, group: dict) -> None:
-        lr = group["lr"]
-        if isinstance(lr, torch.Tensor):
-            if lr.numel() != 1:
-                raise ValueError("Tensor lr must be 1-element")
-            lr = lr.item() if lr.device.type == "cpu" else 0.0  # a check on the device would wait for it
-        if not 0 <= lr < math.inf:
-            raise ValueError(f"Invalid learning rate: {lr}")
-        if not 0 <= group["weight_decay"] < math.inf:
-            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+        _hyperparameters.check(self._rules, group)
 
     def _parameter_names(self) -> dict[int, str]:
         """id -> name if the optimizer was made from named parameters, else index over all groups and shape."""
         named = [(p, name) for g in self.param_groups for p, name in zip_longest(g["params"], g.get("param_names", ()))]
-        return {id(p): name or f"parameter {i} {tuple(p.shape)}" for i, (p, name) in enumerate(named)}
+        return {id(p): name or f"parameter {i} {shape_of(p)}" for i, (p, name) in enumerate(named)}
 
     # ----- the step ---------------------------------------------------------------------------
 
@@ -170,6 +169,7 @@ class Optimizer(torch.optim.Optimizer):
                 raise RuntimeError("a closure cannot be used with loss scaling")
             with torch.enable_grad():
                 loss = closure()
+        _hyperparameters.check_replaced(self, self._checked_values)
         try:
             calls = self._prepare(grad_scale, found_inf)
             for call in calls:  # all of them before the first write
@@ -344,10 +344,13 @@ class Optimizer(torch.optim.Optimizer):
     def _check_formats(self, index: int, group: dict, present: dict) -> None:
         """Raise RuntimeError for a parameter or gradient that is not what it should be; enter the others in `present`."""
         for i, parameter in enumerate(group["params"]):
-            grad, shape = parameter.grad, parameter.shape
-            if grad is None:
+            grad = parameter.grad
+            if grad is None:  # a lazy one has no shape then
                 continue
-            if self._formats[id(parameter)] != (parameter.dtype, shape):
+            shape = parameter.shape
+            if problem := self._parameter_problem(parameter, name_of(group, i)):
+                raise RuntimeError(problem)
+            if self._formats.setdefault(id(parameter), (parameter.dtype, shape)) != (parameter.dtype, shape):
                 _refuse_changed(name_of(group, i), self._formats[id(parameter)], (parameter.dtype, shape))
             if self._ranks.dtensors or type(grad) is not torch.Tensor:
                 _ranks.check_placements(name_of(group, i), parameter, grad)
@@ -583,7 +586,9 @@ def _check_scalars(**scalars: torch.Tensor | None) -> None:
 def _refuse_changed(name: str, before: tuple, now: tuple) -> None:
     index = int(before[0] == now[0])
     what = ("dtype", "shape")[index]
-    raise RuntimeError(f"{name} changed {what} since construction: {before[index]} then, {now[index]} now")
+    raise RuntimeError(
+        f"{name} changed {what} since construction: {before[index]} then, {now[index]} now; make the optimizer after convert"
+    )
 
 
 def _take_over(master: torch.Tensor, parameter: torch.Tensor) -> None:

@@ -32,6 +32,12 @@ def checked_state(optimizer, state_dict: dict) -> dict[torch.Tensor, dict]:
         raise ValueError(f"state_dict has state for {sorted(unknown)}, which no group names")
     for new, group in zip(saved, ours, strict=True):
         optimizer._check_hyperparameters({**group, **new})
+        decoupled = group.get("decoupled_weight_decay")
+        if new.get("decoupled_weight_decay", decoupled) != decoupled:
+            raise ValueError(
+                f"state_dict: decoupled_weight_decay is {not decoupled}, {type(optimizer).__name__} was made with {decoupled}: "
+                "load Adam into Adam, AdamW into AdamW"
+            )
     result = {}
     for key, state in state_dict["state"].items():
         group, i, parameter = by_id[key]

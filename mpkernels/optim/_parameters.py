@@ -4,12 +4,19 @@
 from itertools import pairwise
 
 import torch
+from torch.nn.parameter import is_lazy
+
+__all__ = ["first_shared", "has_memory", "is_lazy", "name_of", "shape_of"]
 
 
 def name_of(group: dict, index: int) -> str:
     """As messages call it: by its index in the group, and by name if the optimizer was made from named parameters."""
     names = group.get("param_names")
     return f"parameter {index} ({names[index]})" if names else f"parameter {index}"
+
+
+def shape_of(parameter: torch.Tensor) -> str:
+    return "without a shape yet" if is_lazy(parameter) else str(tuple(parameter.shape))
 
 
 def has_memory(tensor: torch.Tensor) -> bool:

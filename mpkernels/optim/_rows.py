@@ -98,7 +98,7 @@ class Rows:
     def lr(self, value) -> torch.Tensor:
         """The learning rate as the ops take it: 0-d, on the CPU for a float."""
         if isinstance(value, torch.Tensor):
-            return value.reshape(())
+            return value.reshape(()).to(torch.promote_types(value.dtype, torch.float32))
         if self._lr is None or self._lr[0] != value:
             self._lr = value, torch.tensor(value, dtype=torch.float64, device="cpu")
         return self._lr[1]

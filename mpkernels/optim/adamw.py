@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdamW and Adam: one pass over memory per step."""
 
-import math
+from typing import ClassVar
+
+import torch
 
 from mpkernels.ops._layout import NO_TENSORS
 from mpkernels.ops.adamw import adamw_
+from mpkernels.optim import _hyperparameters as hyper
 from mpkernels.optim._base import Optimizer
 
 
@@ -13,55 +16,63 @@ class AdamW(Optimizer):
 
     params: parameters, named parameters (their names then stand in errors and reports) or groups. lr: float, or a
     1-element tensor on any device. betas, eps, weight_decay, amsgrad, maximize: as torch.
+    foreach, capturable, fused: kept in the groups for whoever reads them there, without effect: the step always is fused and
+    capturable. differentiable: False, the step has no gradient.
     master_dtype, state_dtype, max_norm, process_group, write_grads, skip_nonfinite: see Optimizer.
     `grad_norm`: 0-d fp64 on the device, unscaled, before clipping; None before the first step with `max_norm`.
     Raises ValueError for values torch refuses, and for inf and NaN too. Source: torch.optim.AdamW.
     """
 
-    _decoupled = True
     _optional_states = ("max_exp_avg_sq",)
     _op = adamw_
+    _rules: ClassVar = {
+        **hyper.COMMON,
+        "betas": hyper.BETAS,
+        "eps": hyper.at_least_0("epsilon value"),
+        "amsgrad": hyper.flag("amsgrad value"),
+        "decoupled_weight_decay": hyper.ALWAYS_DECOUPLED,
+    }
 
     def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, *, maximize=False,
-        master_dtype=None, state_dtype=None, max_norm=None, process_group=None, write_grads=False,
-        skip_nonfinite=False,
+        self, params, lr: float | torch.Tensor = 1e-3, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-2,
+        amsgrad: bool = False, *, maximize: bool = False, foreach: bool | None = None, capturable: bool = False,
+        differentiable: bool = False, fused: bool | None = None, decoupled_weight_decay: bool = True,
+        master_dtype: torch.dtype | None = None, state_dtype: torch.dtype | None = None, max_norm: float | None = None,
+        process_group=None, write_grads: bool = False, skip_nonfinite: bool = False,
     ):  # fmt: skip
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
+        defaults = dict(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize, foreach=foreach,
+            capturable=capturable, differentiable=differentiable, fused=fused, decoupled_weight_decay=decoupled_weight_decay,
+        )  # fmt: skip
         super().__init__(
             params, defaults,
             master_dtype=master_dtype, state_dtype=state_dtype, max_norm=max_norm, process_group=process_group,
             write_grads=write_grads, skip_nonfinite=skip_nonfinite,
         )  # fmt: skip
 
-    def _check_hyperparameters(self, group):
-        super()._check_hyperparameters(group)
-        if not 0 <= group["eps"] < math.inf:
-            raise ValueError(f"Invalid epsilon value: {group['eps']}")
-        if len(group["betas"]) != 2:
-            raise ValueError(f"betas must be two numbers, got {group['betas']}")
-        for index, beta in enumerate(group["betas"]):
-            if not 0 <= beta < 1:
-                raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-        if group.get("decoupled_weight_decay", self._decoupled) != self._decoupled:  # in a state_dict of torch's
-            raise ValueError(f"decoupled_weight_decay is {not self._decoupled}: {type(self).__name__} has the other")
-
     def _group_state_names(self, group):
         return ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
 
     def _arguments(self, group, rows, grads):
         states = rows.states
+        numbers = map(hyper.as_float, (*group["betas"], group["eps"], group["weight_decay"]))
         return (
             rows.masters, grads, states["exp_avg"], states["exp_avg_sq"], states.get("max_exp_avg_sq", NO_TENSORS), rows.copies,
-            rows.steps, rows.lr(group["lr"]), *group["betas"], group["eps"], group["weight_decay"],
-            self._decoupled, group["maximize"],
+            rows.steps, rows.lr(group["lr"]), *numbers, bool(group["decoupled_weight_decay"]), bool(group["maximize"]),
         )  # fmt: skip
 
 
 class Adam(AdamW):
     """`torch.optim.Adam` in the same pass: weight_decay is added to the gradient and is 0 by default."""
 
-    _decoupled = False
+    _rules: ClassVar = {**AdamW._rules, "decoupled_weight_decay": hyper.flag("decoupled_weight_decay value")}
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, **options):
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
+    def __init__(
+        self, params, lr: float | torch.Tensor = 1e-3, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
+        amsgrad: bool = False, *, decoupled_weight_decay: bool = False, foreach: bool | None = None,
+        capturable: bool = False, fused: bool | None = None, **options,
+    ):  # fmt: skip
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=decoupled_weight_decay,
+            foreach=foreach, capturable=capturable, fused=fused, **options,
+        )  # fmt: skip

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """SGD: one pass over memory per step."""
 
-import math
+from typing import ClassVar
 
 import torch
 
 from mpkernels.ops._layout import NO_TENSORS
 from mpkernels.ops.sgd import sgd_
+from mpkernels.optim import _hyperparameters as hyper
 from mpkernels.optim._base import Optimizer
 
 
@@ -14,6 +15,7 @@ class SGD(Optimizer):
     """`torch.optim.SGD` with masters, 16-bit copies, unscaling, the overflow check and clipping in the step.
 
     params, lr: as AdamW here. momentum, dampening, weight_decay, nesterov, maximize: as torch.
+    foreach, differentiable, fused: as AdamW here.
     master_dtype, state_dtype, max_norm, process_group, write_grads, skip_nonfinite: see Optimizer.
     Raises ValueError for values torch refuses, and for inf and NaN too. Source: torch.optim.SGD.
     """
@@ -22,15 +24,24 @@ class SGD(Optimizer):
     _default_step = 1
     _optional_states = ("momentum_buffer",)
     _op = sgd_
+    _rules: ClassVar = {
+        **hyper.COMMON,
+        "momentum": hyper.at_least_0("momentum value"),
+        "dampening": hyper.finite("dampening value"),
+        "nesterov": hyper.flag("nesterov value"),
+    }
 
     def __init__(
-        self, params, lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, *, maximize=False,
-        master_dtype=None, state_dtype=None, max_norm=None, process_group=None, write_grads=False,
-        skip_nonfinite=False,
+        self, params, lr: float | torch.Tensor = 1e-3, momentum: float = 0.0, dampening: float = 0.0,
+        weight_decay: float = 0.0, nesterov: bool = False, *, maximize: bool = False, foreach: bool | None = None,
+        differentiable: bool = False, fused: bool | None = None,
+        master_dtype: torch.dtype | None = None, state_dtype: torch.dtype | None = None, max_norm: float | None = None,
+        process_group=None, write_grads: bool = False, skip_nonfinite: bool = False,
     ):  # fmt: skip
         defaults = dict(
-            lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize
-        )
+            lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize,
+            foreach=foreach, differentiable=differentiable, fused=fused,
+        )  # fmt: skip
         super().__init__(
             params, defaults,
             master_dtype=master_dtype, state_dtype=state_dtype, max_norm=max_norm, process_group=process_group,
@@ -39,10 +50,6 @@ class SGD(Optimizer):
 
     def _check_hyperparameters(self, group):
         super()._check_hyperparameters(group)
-        if not 0 <= group["momentum"] < math.inf:
-            raise ValueError(f"Invalid momentum value: {group['momentum']}")
-        if not math.isfinite(group["dampening"]):
-            raise ValueError(f"Invalid dampening value: {group['dampening']}")
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
@@ -58,5 +65,6 @@ class SGD(Optimizer):
     def _arguments(self, group, rows, grads):
         return (
             rows.masters, grads, rows.states.get("momentum_buffer", NO_TENSORS), rows.copies, rows.steps, rows.lr(group["lr"]),
-            group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"], group["maximize"],
+            *map(hyper.as_float, (group["momentum"], group["dampening"], group["weight_decay"])),
+            bool(group["nesterov"]), bool(group["maximize"]),
         )  # fmt: skip
