@@ -14,7 +14,7 @@ LIBRARY := mpkernels/_C.abi3.so
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export MAX_JOBS ?= 2
 
-.PHONY: help demo test sweep bench report lint wheel build clean
+.PHONY: help demo test sweep bench report lint mutants wheel build clean
 
 help:
 	@echo "make demo    train digits under every policy (demo/results.json, demo/loss.png)"
@@ -24,6 +24,7 @@ help:
 	@echo "make report  tables of README.md and docs/performance.md, and plots, from the rows in bench/results"
 	@echo "make wheel   one wheel for every supported torch and Python, in dist/"
 	@echo "make lint    ruff and clang-format"
+	@echo "make mutants change the sources in small ways and see that tests notice; hours (FILES='csrc/sgd/*' for some)"
 
 demo: build
 	$(PY) examples/digits_mlp.py
@@ -45,6 +46,9 @@ lint: $(STAMPS)/test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc tests/host tests/device -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+mutants: build $(STAMPS)/test
+	$(PY) tools/mutants.py $(FILES)
 
 wheel: build $(STAMPS)/test
 	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
