@@ -16,11 +16,12 @@ from mpkernels import _copies
 from mpkernels._dispatch import move_versions
 from mpkernels.ops._cast import DTYPES, cast
 from mpkernels.ops._layout import Tensors, overlaps
-from mpkernels.ops._multi_tensor import MASTER_DTYPES, MOMENT_DTYPES, inv_scale, skip_flag
+from mpkernels.ops._multi_tensor import MASTER_DTYPES, MOMENT_DTYPES, skip_flag
 from mpkernels.optim import _checkpoints, _hyperparameters, _ranks, _stats
 from mpkernels.optim._parameters import first_shared, has_memory, is_lazy, name_of, shape_of
 from mpkernels.optim._rows import Rows
 from mpkernels.optim._stats import Clip, GradStats
+from mpkernels.optim._unscale import Unscaling
 
 
 @dataclass(eq=False)
@@ -175,6 +176,7 @@ class Optimizer(torch.optim.Optimizer):
             for call in calls:  # all of them before the first write
                 if foreign or not call.rows.checked:
                     self._op.check(*call.arguments, **call.options)
+            unscalings = [_unscaling(call) for call in calls] if self.write_grads and grad_scale is not None else []
         except BaseException:
             self._stats = {}  # what was read of these gradients: the next step may be of others
             self._let_grads_go()
@@ -184,9 +186,8 @@ class Optimizer(torch.optim.Optimizer):
             self._after_update(call.rows)
         self.steps_called += 1
         self._pending_clip = None
-        if self.write_grads and grad_scale is not None:
-            for call in calls:
-                _unscale_in_place(call.rows.grads, call.options)
+        for unscaling in unscalings:
+            unscaling.write()
         self._let_grads_go()
         return loss
 
@@ -251,7 +252,7 @@ class Optimizer(torch.optim.Optimizer):
                     parameter.grad_dtype = None  # any: float32 would stick, and DDP refuse the next backward
                     parameter.grad = parameter.grad.float()
             group_rows.give(self._local_grads(group_rows.params))
-            _unscale_in_place(group_rows.grads, self._step_options(device, grad_scale, None, None))
+            Unscaling(group_rows.grads, _stats.scalar(grad_scale, device), None).write()
         self._read_grads(rows, None, norm=clip is not None)
         self._pending_clip = clip and self._clip_of_these(clip.max_norm)
         for device, stats in self._stats.items():
@@ -615,11 +616,5 @@ def _lent(parameter: torch.Tensor, master: torch.Tensor):
                 parameter.copy_(cast(master, parameter.dtype))
 
 
-def _unscale_in_place(grads: list[torch.Tensor], options: dict) -> None:
-    """grads /= grad_scale, unless the step was skipped: what torch's fused optimizers leave behind."""
-    inv = inv_scale(options["grad_scale"], grads[0].device)
-    if options["found_inf"] is not None:
-        inv = torch.where(options["found_inf"] == 0, inv, 1.0)
-    for grad in grads:
-        wide = torch.promote_types(grad.dtype, torch.float32)  # NOTE: 16 bits times a 0-d factor rounds the factor on CUDA
-        grad.copy_(grad.to(wide).mul_(inv.to(wide)))
+def _unscaling(call: _Call) -> Unscaling:
+    return Unscaling(call.rows.grads, call.options["grad_scale"], call.options["found_inf"])
