@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The private schemas: mpkernels/ops/<op>/__init__.py defines and checks the public op of the same name. A list of tensors
-// (masters, grads, ...) is a table: common/tensor_list.h. The bool of an update says whether the step was taken.
+// (masters, grads, ..., steps) is a table: common/tensor_list.h; `on` is any tensor that lies where they do. The bool of an
+// update says whether the step was taken.
 
 #include <torch/csrc/stable/library.h>
 
@@ -8,8 +9,8 @@
 STABLE_TORCH_LIBRARY(mpkernels_C, m) {
   m.def("cuda_versions() -> (int, int)");
   m.def("grad_stats_(Tensor grads, Tensor? grad_scale, Tensor(a!) found_inf, Tensor(b!) amax, Tensor(c!) nonfinite, Tensor(d!)? grad_norm) -> ()");
-  m.def("adamw_(Tensor masters, Tensor grads, Tensor exp_avgs, Tensor exp_avg_sqs, Tensor max_exp_avg_sqs, Tensor copies, Tensor(f!) steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? grad_norm, float? max_norm) -> bool");
-  m.def("sgd_(Tensor masters, Tensor grads, Tensor momentum_buffers, Tensor copies, Tensor(d!) steps, Tensor lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? grad_norm, float? max_norm) -> bool");
+  m.def("adamw_(Tensor masters, Tensor grads, Tensor exp_avgs, Tensor exp_avg_sqs, Tensor max_exp_avg_sqs, Tensor copies, Tensor steps, Tensor on, Tensor lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? grad_norm, float? max_norm) -> bool");
+  m.def("sgd_(Tensor masters, Tensor grads, Tensor momentum_buffers, Tensor copies, Tensor steps, Tensor on, Tensor lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? grad_norm, float? max_norm) -> bool");
   m.def("update_scale_(Tensor(a!) grad_scale, Tensor(b!) growth_tracker, Tensor(c!) hysteresis_tracker, Tensor(d!) skipped, Tensor found_inf, float growth_factor, float backoff_factor, int growth_interval, int hysteresis, float min_scale, float max_scale) -> ()");
   m.def("linear_act_multiply(Tensor a, Tensor b, Tensor? bias, ScalarType compute_dtype, bool relu, bool batch_invariant, Tensor(a!) out, int lanes=0) -> ()");
   m.def("linear_act_gradients(Tensor grad_out, Tensor? out, Tensor? x, Tensor weight, ScalarType compute_dtype, Tensor(a!)? grad_z, Tensor(b!)? grad_x, Tensor(c!)? grad_weight, Tensor(d!)? grad_bias) -> ()");

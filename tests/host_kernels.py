@@ -35,7 +35,7 @@ HOPPER = (
 SOURCES = {"mpkernels_host": STEP + STAND_IN, "mpkernels_hopper": HOPPER + STAND_IN}
 # -ffp-contract=off as nvcc's -fmad=false.
 FLAGS = "-std=c++17 -O2 -g0 -fPIC -fvisibility=default -ffp-contract=off -U_FORTIFY_SOURCE"
-TABLES = {"adamw_": (6, 1), "sgd_": (4, 1), "grad_stats_": (1, 0)}  # how many lists a call begins with, and which is grads
+TABLES = {"adamw_": (7, 1), "sgd_": (5, 1), "grad_stats_": (1, 0)}  # how many lists a call begins with, and which is grads
 ITEMSIZES = {5: 2, 6: 4, 7: 8, 15: 2}  # by c10::ScalarType
 
 
@@ -100,11 +100,12 @@ def set_memory(
     tensors: list[torch.Tensor], read_only: list[torch.Tensor], name: str = "mpkernels_host", listed: dict | None = None
 ) -> None:
     """Make the elements of these tensors, from the first to the last, the device's memory, and what is `listed`."""
-    memory = dict(listed or {})
+    memory = {}
     for written, some in ((False, read_only), (True, tensors)):
         for tensor in filter(torch.Tensor.numel, some):
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
             memory[tensor.data_ptr()] = ((last + 1) * tensor.element_size(), written)
+    memory |= listed or {}
     begins = (ctypes.c_size_t * len(memory))(*memory)
     sizes = (ctypes.c_int64 * len(memory))(*(size for size, _ in memory.values()))
     writable = (ctypes.c_bool * len(memory))(*(written for _, written in memory.values()))

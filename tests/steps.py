@@ -58,6 +58,14 @@ def counts(n: int, device="cpu") -> torch.Tensor:
     return torch.zeros(n, dtype=torch.int64, device=device)
 
 
+def step_counts(n: int, device="cpu", taken: float = 0) -> list[torch.Tensor]:
+    return [scalar(taken, device) for _ in range(n)]
+
+
+def taken(steps: list[torch.Tensor]) -> list[float]:
+    return [step.item() for step in steps]
+
+
 def split(flat: torch.Tensor, sizes: Iterable[int]) -> list[torch.Tensor]:
     """Copies of consecutive pieces."""
     return [piece.clone() for piece in flat.split(list(sizes))]
@@ -193,7 +201,7 @@ def trajectory(call: Callable, arguments: Callable, options: dict, dtype, device
         result.append(join(masters))
         if t % 100 == 0:
             check_copies(args["copies"], masters)
-    assert args["steps"].tolist() == [len(grads)] * len(masters)
+    assert taken(args["steps"]) == [len(grads)] * len(masters)
     return np.stack(result)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import steps
 import torch
-from steps import BAD_SCALES, BAD_VALUES, DTYPES, SIZES, counts, force, join, raw, scalar, split
+from steps import BAD_SCALES, BAD_VALUES, DTYPES, SIZES, counts, force, join, raw, scalar, split, step_counts
 
 from mpkernels.ops.adamw import op, reference
 
@@ -55,7 +55,7 @@ def arguments(masters, grads, copy_dtypes=(torch.float16,), amsgrad=False, lr=LR
         exp_avg_sqs=zeros(),
         max_exp_avg_sqs=zeros() if amsgrad else [],
         copies=copies,
-        steps=counts(len(masters), device),
+        steps=step_counts(len(masters), device),
         lr=scalar(lr, dtype=torch.float64),
         **DEFAULTS | options,
     )
@@ -64,7 +64,7 @@ def arguments(masters, grads, copy_dtypes=(torch.float16,), amsgrad=False, lr=LR
 def state(args) -> list[torch.Tensor]:
     """Every tensor that a step may write."""
     lists = ("masters", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "copies")
-    return [t for name in lists for t in args[name]] + [args["steps"]]
+    return [t for name in lists for t in args[name]] + args["steps"]
 
 
 @functools.cache
@@ -160,13 +160,34 @@ def test_adamw_mixed_dtypes(device, amsgrad):
 
 def test_adamw_steps_differ_between_tensors(device):
     args, alone = mixed(device), mixed(device)
-    args["steps"].copy_(torch.arange(len(SIZES)))
+    args["steps"] = [scalar(i, device) for i in range(len(SIZES))]
     adamw_(**args)
-    assert args["steps"].tolist() == list(range(1, len(SIZES) + 1))
+    assert steps.taken(args["steps"]) == list(range(1, len(SIZES) + 1))
     for i in (0, 6):
         lists = {n: alone[n][i : i + 1] for n in ("masters", "grads", "exp_avgs", "exp_avg_sqs", "copies")}
-        adamw_(**alone | lists | dict(steps=torch.full((1,), i, device=device)))
+        adamw_(**alone | lists | dict(steps=step_counts(1, device, i)))
         assert raw([alone["masters"][i]]) == raw([args["masters"][i]])
+
+
+def test_adamw_steps_saturate(device):
+    """At 2^24, as torch's fp32 counts do: the update goes on as that of the last step."""
+    args = mixed(device, weight_decay=0.1)
+    args["steps"] = step_counts(len(SIZES), device, 2.0**24 - 1)
+    for _ in range(2):
+        adamw_(**args)
+        assert steps.taken(args["steps"]) == [2.0**24] * len(SIZES)
+
+
+def test_adamw_steps_anywhere_in_memory(device):
+    """Counts in the middle of an array, at no multiple of 16 bytes, in any order; a skipped step and their neighbours stay."""
+    args, plain = mixed(device), mixed(device)
+    around = torch.full((2 * len(SIZES) + 1,), 3.0, device=device)
+    args["steps"], plain["steps"] = list(around[1::2].unbind())[::-1], step_counts(len(SIZES), device, 3.0)
+    for found in (0.0, 1.0):
+        adamw_(**args, found_inf=scalar(found, device))
+        adamw_(**plain, found_inf=scalar(found, device))
+    assert raw(state(args)) == raw(state(plain))
+    assert around.tolist() == [3.0, 4.0] * len(SIZES) + [3.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -247,7 +268,7 @@ def test_adamw_strided(device):
             args |= dict(exp_avgs=[m], exp_avg_sqs=[v.square_()], copies=[copy.half()])
             lists = ("masters", "grads", "exp_avgs", "exp_avg_sqs", "copies")
             plain = args | {n: [t.clone(memory_format=torch.contiguous_format) for t in args[n]] for n in lists}
-            plain["steps"] = args["steps"].clone()
+            plain["steps"] = [step.clone() for step in args["steps"]]
             adamw_(**args)
             adamw_(**plain)
             assert raw(state(args)) == raw(state(plain)), (list(masters)[k], j)
@@ -277,12 +298,12 @@ def test_adamw_writes_only_its_elements(device):
 def test_adamw_empty(device):
     empty = torch.empty(0, device=device)
     adamw_(**(args := arguments([empty], [empty.half()])))
-    assert args["steps"].tolist() == [1]
+    assert steps.taken(args["steps"]) == [1]
     shapes = [(0,), (), (1,), (2, 0, 3), (1, 1, 1), (0,)]
     masters = [torch.ones(s, device=device) for s in shapes]
     args = arguments(masters, [torch.ones(s, device=device).half() for s in shapes])
     adamw_(**args)
-    assert args["steps"].tolist() == [1] * len(shapes)
+    assert steps.taken(args["steps"]) == [1] * len(shapes)
     one = arguments([torch.ones(1, device=device)], [torch.ones(1, device=device)])
     adamw_(**one)
     assert masters[1].item() == masters[2].item() == masters[4].item() == one["masters"][0].item() != 1
@@ -341,7 +362,7 @@ def test_adamw_inf_leaves_state_bitwise(device, amsgrad):
     assert raw(state(args)) == before
     grad_stats_(args["grads"], grad_scale, found_inf, amax, nonfinite)
     adamw_(**args, grad_scale=grad_scale, found_inf=found_inf)
-    assert args["steps"].tolist() == [2] * len(SIZES)
+    assert steps.taken(args["steps"]) == [2] * len(SIZES)
 
 
 @pytest.mark.parametrize("grad_scale", BAD_SCALES)
@@ -370,7 +391,7 @@ def test_adamw_found_inf_is_skipped(device, found_inf, grad_scale):
 def test_adamw_found_inf_of_minus_zero_is_taken(device):
     args = mixed(device)
     adamw_(**args, found_inf=scalar(-0.0, device))
-    assert args["steps"].tolist() == [1] * len(SIZES)
+    assert steps.taken(args["steps"]) == [1] * len(SIZES)
 
 
 def test_adamw_nonfinite_without_a_check_is_applied(device):
@@ -452,9 +473,9 @@ def gradient_rounded_to_fp16(**args):
 
 
 def bias_correction_one_late(**args):
-    args["steps"] += 1
+    torch._foreach_add_(args["steps"], 1)
     adamw_(**args)
-    args["steps"] -= 1
+    torch._foreach_sub_(args["steps"], 1)
 
 
 def test_adamw_rejects_fp32_inside_of_fp64(device):
@@ -525,11 +546,12 @@ def test_adamw_makes_stale_saved_tensors_an_error(device):
         (dict(masters=[torch.ones(3), torch.ones(1).expand(2)]), r"masters\[1\] overlaps itself \(strides \(0,\)\)"),
         (dict(exp_avgs=[torch.ones(1).expand(3), torch.ones(2)]), r"exp_avgs\[0\] overlaps itself"),
         (dict(copies=[torch.ones(3).half(), torch.ones(1).half().expand(2)]), r"copies\[1\] overlaps itself"),
-        (dict(steps=counts(1).expand(2)), r"steps overlaps itself"),
         (dict(copies=[torch.ones(3).half(), torch.ones(1).half()]), r"copies\[1\] has shape"),
         (dict(copies=[torch.ones(3).half(), torch.ones(2).int()]), r"copies\[1\] must be"),
-        (dict(steps=counts(1)), "steps must be"),
-        (dict(steps=torch.zeros(2)), "steps must be"),
+        (dict(steps=step_counts(1)), "steps has 1 tensors, expected 2"),
+        (dict(steps=[scalar(0.0), counts(1)[0]]), r"steps\[1\] must be \(\) torch.float32 on cpu, got \(\) torch.int64"),
+        (dict(steps=[torch.zeros(1), scalar(0.0)]), r"steps\[0\] must be \(\) torch.float32 on cpu, got \(1,\)"),
+        (dict(steps=[scalar(0.0), torch.zeros((), device="meta")]), r"steps\[1\] must be .* on cpu, got .* on meta"),
         (dict(lr=torch.ones(1)), "lr must be a 0-d float32 or float64 tensor"),
         (dict(lr=torch.ones((), dtype=torch.int64)), "lr must be"),
         (dict(lr=torch.ones((), device="meta")), "lr must be on the CPU"),

@@ -90,7 +90,7 @@ def arguments(
         masters=[make(i, 0, master(i), n) for i, n in enumerate(sizes)],
         grads=[make(i, 1, grads[i // len(masters) % len(grads)], n) for i, n in enumerate(sizes)],
         copies=[make(i, 2, copy(i) or torch.float32, n if copy(i) else 0) for i, n in enumerate(sizes)],
-        steps=torch.arange(len(sizes)) % 3,
+        steps=[scalar(i % 3) for i in range(len(sizes))],
         lr=scalar(0.01),
         grad_scale=scalar(4.0),
         found_inf=scalar(0.0),
@@ -106,7 +106,7 @@ LISTS = ("masters", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "momentum_buff
 
 
 def written(args):
-    return [t for name in LISTS for t in args.get(name, [])] + [args["steps"]]
+    return [t for name in LISTS for t in args.get(name, [])] + args["steps"]
 
 
 def clone(args):
@@ -194,7 +194,7 @@ def test_cuda_update_ten_thousand_tensors(variant, generator):
     args = arguments(kind, [i % 5 for i in range(10_000)], generator, **options)
     take_counts()
     check_as_on_cpu(kind, args)
-    tables = math.ceil(10_000 / 480)  # a table holds at least as many
+    tables = math.ceil(10_000 / 430)  # a table holds at least as many
     assert 2 * 2 < take_counts().launches <= 2 * (tables + 1)
 
 

@@ -79,7 +79,7 @@ def update(draw: Draw, *moments: str) -> dict:
     return dict(
         masters=masters, grads=[draw.tensor(m.shape, draw.choice((f16, bf16, f32, m.dtype))) for m in masters], copies=copies,
         **{name: [draw.tensor(m.shape, state_dtype or m.dtype).abs() for m in masters] for name in moments},
-        steps=torch.tensor([draw.randint(0, 9) for _ in shapes]), lr=torch.tensor(0.1, dtype=draw.choice((f32, f64))),
+        steps=[torch.tensor(float(draw.randint(0, 9))) for _ in shapes], lr=torch.tensor(0.1, dtype=draw.choice((f32, f64))),
         weight_decay=0.1, maximize=draw.random() < 0.5, grad_scale=draw.maybe(torch.tensor(8.0)),
         found_inf=draw.maybe(torch.tensor(float(draw.randint(0, 1)))), grad_norm=norm, max_norm=None if norm is None else 1.0,
     )  # fmt: skip

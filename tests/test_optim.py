@@ -630,6 +630,20 @@ def test_adam_and_adamw_of_torch_are_told_apart():
             here(params).load_state_dict(theirs.state_dict())
 
 
+@pytest.mark.parametrize("make", [mpk.optim.AdamW, mpk.optim.SGD])
+def test_state_dict_is_live(make):
+    """As torch's: its step counts are those of `state`, which the step advances, beside moments that move too."""
+    params = parameters(torch.float16, torch.float32)
+    optimizer = make(params, lr=0.1, **(dict(momentum=0.9) if make is mpk.optim.SGD else {}))
+    train(params, optimizer, 1)
+    kept = optimizer.state_dict()["state"]
+    train(params, optimizer, 2, 1)
+    for i, parameter in enumerate(params):
+        assert kept[i].keys() == optimizer.state[parameter].keys()
+        assert all(kept[i][name] is tensor for name, tensor in optimizer.state[parameter].items())
+        assert (kept[i]["step"].shape, kept[i]["step"].dtype, kept[i]["step"].item()) == ((), torch.float32, 3)
+
+
 class _Payload:
     """What a pickle can say: call this, with that."""
 
@@ -645,7 +659,7 @@ def test_bad_checkpoint_file(spoil, capsys):
     train(params, optimizer)
     before, file, state = state_bytes(optimizer), io.BytesIO(), optimizer.state_dict()
     if spoil == "payload":
-        state["state"][0]["exp_avg"] = _Payload()
+        state = _changed(state, exp_avg=_Payload())
     torch.save(state, file)
     data = bytearray(file.getvalue())
     if spoil in ("truncated", "empty"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import steps
 import torch
-from steps import BAD_SCALES, BAD_VALUES, DTYPES, SIZES, counts, force, join, raw, scalar, split
+from steps import BAD_SCALES, BAD_VALUES, DTYPES, SIZES, counts, force, join, raw, scalar, split, step_counts
 
 from mpkernels.ops._multi_tensor import grad_factor
 from mpkernels.ops.sgd import op, reference
@@ -51,7 +51,7 @@ def arguments(masters, grads, copy_dtypes=(torch.float16,), lr=LR, **options):
         grads=grads,
         momentum_buffers=[torch.full_like(m, math.nan) for m in masters] if options["momentum"] else [],
         copies=copies,
-        steps=counts(len(masters), device),
+        steps=step_counts(len(masters), device),
         lr=scalar(lr, dtype=torch.float64),
         **options,
     )
@@ -59,7 +59,7 @@ def arguments(masters, grads, copy_dtypes=(torch.float16,), lr=LR, **options):
 
 def state(args) -> list[torch.Tensor]:
     """Every tensor that a step may write."""
-    return [t for name in ("masters", "momentum_buffers", "copies") for t in args[name]] + [args["steps"]]
+    return [t for name in ("masters", "momentum_buffers", "copies") for t in args[name]] + args["steps"]
 
 
 @functools.cache
@@ -142,12 +142,12 @@ def test_sgd_first_step_ignores_the_buffer(device):
         [torch.zeros(3, device=device) for _ in range(2)], [torch.ones(3, device=device)] * 2, momentum=0.5, lr=1.0
     )
     args |= dict(dampening=0.75)
-    args["steps"][1] = 4
+    args["steps"][1].fill_(4)
     args["momentum_buffers"][1].fill_(8.0)
     sgd_(**args)
     assert args["momentum_buffers"][0].tolist() == [1.0] * 3
     assert args["momentum_buffers"][1].tolist() == [4.25] * 3
-    assert args["steps"].tolist() == [1, 5]
+    assert steps.taken(args["steps"]) == [1, 5]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -205,10 +205,10 @@ def test_sgd_strided(device):
         for j, grad in enumerate(grads):
             args = arguments([master], [grad], weight_decay=0.1, momentum=0.9)
             buffer, copy = states[(k + j) % 6].clone(memory_format=torch.preserve_format), states[(k + j + 1) % 6].half()
-            args |= dict(momentum_buffers=[buffer], copies=[copy], steps=torch.ones_like(args["steps"]))
+            args |= dict(momentum_buffers=[buffer], copies=[copy], steps=step_counts(1, device, 1))
             lists = ("masters", "grads", "momentum_buffers", "copies")
             plain = args | {n: [t.clone(memory_format=torch.contiguous_format) for t in args[n]] for n in lists}
-            plain["steps"] = args["steps"].clone()
+            plain["steps"] = [step.clone() for step in args["steps"]]
             sgd_(**args)
             sgd_(**plain)
             assert raw(state(args)) == raw(state(plain)), (list(masters)[k], j)
@@ -217,12 +217,12 @@ def test_sgd_strided(device):
 def test_sgd_empty(device):
     empty = torch.empty(0, device=device)
     sgd_(**(args := arguments([empty], [empty.half()])))
-    assert args["steps"].tolist() == [1]
+    assert steps.taken(args["steps"]) == [1]
     shapes = [(0,), (), (1,), (2, 0, 3), (1, 1, 1), (0,)]
     masters = [torch.ones(s, device=device) for s in shapes]
     args = arguments(masters, [torch.ones(s, device=device).half() for s in shapes], lr=0.5, momentum=0.9)
     sgd_(**args)
-    assert args["steps"].tolist() == [1] * len(shapes)
+    assert steps.taken(args["steps"]) == [1] * len(shapes)
     assert join(masters).tolist() == [0.5] * 3
 
 
@@ -263,7 +263,7 @@ def test_sgd_inf_leaves_state_bitwise(device, momentum):
     assert raw(state(args)) == before
     grad_stats_(args["grads"], grad_scale, found_inf, amax, nonfinite)
     sgd_(**args, grad_scale=grad_scale, found_inf=found_inf)
-    assert args["steps"].tolist() == [1] * len(SIZES)
+    assert steps.taken(args["steps"]) == [1] * len(SIZES)
     assert np.isfinite(join([m.double() for m in args["masters"]])).all()
 
 
@@ -358,7 +358,7 @@ def fp32_inside(**args):
 
 def gradient_rounded_to_fp16(**args):
     """Unscale and clip, and round the gradient to fp16 again."""
-    factor = grad_factor(args.pop("grad_scale"), args.pop("grad_norm"), args.pop("max_norm"), args["steps"].device)
+    factor = grad_factor(args.pop("grad_scale"), args.pop("grad_norm"), args.pop("max_norm"), args["masters"][0].device)
     sgd_(**args | dict(grads=[(g * factor).half() for g in args["grads"]]))
 
 
@@ -367,9 +367,9 @@ def first_step_damped(**args):
     if args["steps"][0] == 0:
         for buffer in args["momentum_buffers"]:
             buffer.zero_()
-    args["steps"] += 1
+    torch._foreach_add_(args["steps"], 1)
     sgd_(**args)
-    args["steps"] -= 1
+    torch._foreach_sub_(args["steps"], 1)
 
 
 def test_sgd_rejects_fp32_inside_of_fp64(device):
@@ -429,11 +429,12 @@ def test_sgd_makes_stale_saved_tensors_an_error(device):
         (dict(masters=[torch.ones(3), torch.ones(1).expand(2)]), r"masters\[1\] overlaps itself \(strides \(0,\)\)"),
         (dict(momentum_buffers=[torch.ones(1).expand(3), torch.ones(2)]), r"momentum_buffers\[0\] overlaps itself"),
         (dict(copies=[torch.ones(3).half(), torch.ones(1).half().expand(2)]), r"copies\[1\] overlaps itself"),
-        (dict(steps=counts(1).expand(2)), r"steps overlaps itself"),
         (dict(copies=[torch.ones(3).half(), torch.ones(1).half()]), r"copies\[1\] has shape"),
         (dict(copies=[torch.ones(3).half(), torch.ones(2).int()]), r"copies\[1\] must be"),
-        (dict(steps=counts(1)), "steps must be"),
-        (dict(steps=torch.zeros(2)), "steps must be"),
+        (dict(steps=step_counts(1)), "steps has 1 tensors, expected 2"),
+        (dict(steps=[scalar(0.0), counts(1)[0]]), r"steps\[1\] must be \(\) torch.float32 on cpu, got \(\) torch.int64"),
+        (dict(steps=[torch.zeros(1), scalar(0.0)]), r"steps\[0\] must be \(\) torch.float32 on cpu, got \(1,\)"),
+        (dict(steps=[scalar(0.0), torch.zeros((), device="meta")]), r"steps\[1\] must be .* on cpu, got .* on meta"),
         (dict(lr=torch.ones(1)), "lr must be a 0-d float32 or float64 tensor"),
         (dict(lr=torch.ones((), dtype=torch.int64)), "lr must be"),
         (dict(lr=torch.ones((), device="meta")), "lr must be on the CPU"),

@@ -11,7 +11,7 @@ import steps
 import test_adamw
 import test_sgd
 import torch
-from steps import SIZES, check_raises_unchanged, counts, raw, scalar, split
+from steps import SIZES, check_raises_unchanged, raw, scalar, split, step_counts
 
 import mpkernels as mpk
 from mpkernels.ops import adamw, sgd
@@ -47,7 +47,7 @@ def problem(dtype, device, names, seed=0):
         values = (size * randn()) ** 2 if name.endswith("sqs") else size * randn()
         lists[name] = split(values.to(device, torch.bfloat16), SIZES)
     lists["copies"] = [torch.zeros_like(m, dtype=torch.bfloat16) for m in lists["masters"]]
-    return lists | dict(steps=counts(len(SIZES), device) + 3, lr=scalar(LR, dtype=torch.float64))
+    return lists | dict(steps=step_counts(len(SIZES), device, 3), lr=scalar(LR, dtype=torch.float64))
 
 
 def wide(tensors) -> np.ndarray:
@@ -149,7 +149,7 @@ def test_state_dtype_follows_fp64(device):
     one = torch.ones(SIZES[-1], device=device)
     zeros = lambda: [torch.zeros_like(one, dtype=torch.bfloat16)]
     args = dict(masters=[one], exp_avgs=zeros(), exp_avg_sqs=zeros(), max_exp_avg_sqs=[], copies=[one[:0].half()])
-    args |= dict(steps=counts(1, device), lr=scalar(LR, dtype=torch.float64))
+    args |= dict(steps=step_counts(1, device), lr=scalar(LR, dtype=torch.float64))
     weights, squares = [], []
     for grad in gradients().to(device):
         adamw.op(**args, grads=[grad], **test_adamw.DEFAULTS)

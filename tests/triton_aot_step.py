@@ -18,7 +18,7 @@ DTYPES = f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, tor
 TABLE = dict(addresses_ptr="*i64:16", layout_ptr="*i64:16", tensors_ptr="*i64:16", count="i32")
 TILE = dict(CHUNK=table.CHUNK, BLOCK=table.BLOCK)
 OPTIONS = {"num_warps": table.NUM_WARPS}
-STEP = dict(steps_ptr="*i64:16", steps_stride="i32:1", lr="fp64", max_norm="fp64")
+STEP = dict(steps_ptr="*i64:16", lr="fp64", max_norm="fp64")
 SCALED = dict(grad_scale_ptr="*fp32:16", found_inf_ptr="*fp32:16", grad_norm_ptr="*fp64:16")
 
 
@@ -32,7 +32,7 @@ def cases(sm: int, every: bool):
         signature, constexprs = _optional(pointers, ("found_inf_ptr", "grad_scale_ptr"))
         yield (
             advance_kernel,
-            dict(steps_ptr="*i64:16", stride="i32:1", n="i32") | signature,
+            dict(steps_ptr="*i64:16", n="i32") | signature,
             dict(BLOCK=ADVANCE_BLOCK) | constexprs,
             {},
         )

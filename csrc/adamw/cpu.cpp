@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <limits>
+
 #include "../common/clones.h"
 #include "../common/fetch.h"
 #include "../common/runs.h"
@@ -31,17 +33,17 @@ auto find_block(bool has_max, bool adds_decay) {
 struct AdamwTensor {
   GradAndCopy io;
   char *master, *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
-  void (*run)(const AdamwTensor&, const AdamwOptions&, double factor, int64_t t, int64_t begin, int64_t end);
+  void (*run)(const AdamwTensor&, const AdamwOptions&, double factor, float t, int64_t begin, int64_t end);
 };
 
 // The scalars of the last piece serve the next: tensors of a call have mostly taken as many steps, and powers cost more than
 // the update of a short tensor.
 template <class T>
-const AdamwScalars<T>& scalars_of(const AdamwOptions& options, double factor, int64_t t) {
+const AdamwScalars<T>& scalars_of(const AdamwOptions& options, double factor, float t) {
   struct Last {
     AdamwOptions options{};
     double factor = 0;
-    int64_t t = 0;  // from 1
+    float t = std::numeric_limits<float>::quiet_NaN();  // equals none
     AdamwScalars<T> scalars;
   };
   thread_local Last last;
@@ -52,7 +54,7 @@ const AdamwScalars<T>& scalars_of(const AdamwOptions& options, double factor, in
 }
 
 template <class T, class S>
-void adamw_run(const AdamwTensor& tensor, const AdamwOptions& options, double factor, int64_t t, int64_t begin, int64_t end) {
+void adamw_run(const AdamwTensor& tensor, const AdamwOptions& options, double factor, float t, int64_t begin, int64_t end) {
   const AdamwScalars<T>& scalars = scalars_of<T>(options, factor, t);
   T* w = reinterpret_cast<T*>(tensor.master);
   S *m = reinterpret_cast<S*>(tensor.exp_avg), *v = reinterpret_cast<S*>(tensor.exp_avg_sq);
@@ -69,10 +71,10 @@ void adamw_run(const AdamwTensor& tensor, const AdamwOptions& options, double fa
 
 // Whether the step was taken.
 bool adamw_(Tensor masters_, Tensor grads_, Tensor exp_avgs_, Tensor exp_avg_sqs_, Tensor max_exp_avg_sqs_, Tensor copies_,
-            Tensor steps, Tensor lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
-            std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> grad_norm,
-            std::optional<double> max_norm) {
-  const AdamwLists lists(masters_, grads_, exp_avgs_, exp_avg_sqs_, max_exp_avg_sqs_, copies_);
+            Tensor steps_, Tensor /*on*/, Tensor lr, double beta1, double beta2, double eps, double weight_decay,
+            bool decoupled, bool maximize, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+            std::optional<Tensor> grad_norm, std::optional<double> max_norm) {
+  const AdamwLists lists(masters_, grads_, exp_avgs_, exp_avg_sqs_, max_exp_avg_sqs_, copies_, steps_);
   const Step step = read_step(grad_scale, found_inf, grad_norm, max_norm, maximize);
   if (!step.taken) return false;
 
@@ -85,11 +87,10 @@ bool adamw_(Tensor masters_, Tensor grads_, Tensor exp_avgs_, Tensor exp_avg_sqs
          lists.exp_avg_sqs.data(i), lists.max_exp_avg_sqs.empty() ? nullptr : lists.max_exp_avg_sqs.data(i),
          find_update(lists.masters, lists.exp_avgs, i, [](auto t, auto s) { return adamw_run<decltype(t), decltype(s)>; })});
   }
-  StepCounts counts(steps);
   Runs(lists.masters).parallel_for_each([&](int64_t i, int64_t begin, int64_t end, int64_t) {
-    tensors[i].run(tensors[i], options, step.factor, counts[i] + 1, begin, end);
+    tensors[i].run(tensors[i], options, step.factor, steps_taken(lists.steps, i) + 1, begin, end);
   });
-  counts.advance();
+  advance_steps(lists.steps);
   return true;
 }
 

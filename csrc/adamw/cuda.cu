@@ -16,7 +16,7 @@ template <bool kMax>
 struct AdamwArguments {
   StepInputs step;
   AdamwOptions options;  // lr is read on the device
-  TensorTable<kMax ? 6 : 5, sizeof(StepInputs) + sizeof(AdamwOptions) + 32> tensors;
+  TensorTable<kMax ? 7 : 6, sizeof(StepInputs) + sizeof(AdamwOptions) + 32> tensors;
 };
 static_assert(sizeof(AdamwArguments<false>) <= kArgumentBytes && sizeof(AdamwArguments<true>) <= kArgumentBytes);
 
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) adamw_kernel(MPK_GRID_
   if (threadIdx.x == 0) {
     AdamwOptions options = a.options;
     options.lr = a.step.lr();
-    scalars = AdamwScalars<T>(options, a.step.factor(), a.step.steps_taken(tensors.row[i]) + 1);
+    scalars = AdamwScalars<T>(options, a.step.factor(), steps_taken(tensors, i) + 1);
   }
   __syncthreads();
 
@@ -118,19 +118,18 @@ auto find_launch(bool has_max, bool adds_decay) {
 
 // Always true: whether the step is taken is known on the device, and a skipped one has changed nothing.
 bool adamw_(Tensor masters_, Tensor grads_, Tensor exp_avgs_, Tensor exp_avg_sqs_, Tensor max_exp_avg_sqs_, Tensor copies_,
-            Tensor steps, Tensor lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
-            std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> grad_norm,
+            Tensor steps_, Tensor on, Tensor lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled,
+            bool maximize, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> grad_norm,
             std::optional<double> max_norm) {
-  const AdamwLists lists(masters_, grads_, exp_avgs_, exp_avg_sqs_, max_exp_avg_sqs_, copies_);
-  const OnDevice device(steps);
-  const StepInputs step =
-      step_inputs("adamw_", device.stream(), steps, lr, maximize, grad_scale, found_inf, grad_norm, max_norm);
+  const AdamwLists lists(masters_, grads_, exp_avgs_, exp_avg_sqs_, max_exp_avg_sqs_, copies_, steps_);
+  const OnDevice device(on);
+  const StepInputs step = step_inputs("adamw_", device.stream(), lr, maximize, grad_scale, found_inf, grad_norm, max_norm);
   const AdamwOptions options{/*lr=*/0, beta1, beta2, eps, weight_decay, decoupled};
   std::vector<const TensorList*> states{&lists.exp_avgs, &lists.exp_avg_sqs};
   if (!lists.max_exp_avg_sqs.empty()) states.push_back(&lists.max_exp_avg_sqs);
   const auto launch_all = find_launch(!lists.max_exp_avg_sqs.empty(), options.adds_decay());
-  launch_all({lists.masters, lists.grads, lists.copies}, states, step, options, device.stream());
-  advance_steps(steps, step, device.stream());
+  launch_all({lists.masters, lists.grads, lists.copies, lists.steps}, states, step, options, device.stream());
+  advance_steps(lists.steps, step, device.stream());
   return true;
 }
 

@@ -31,17 +31,17 @@ struct AdamwScalars {
 
   // w - lr / (1 - beta1^t) * m / (sqrt(v) / root + eps), root = sqrt(1 - beta2^t), with root multiplied out in fp64: one
   // division an element instead of two.
-  MPK_HOST_DEVICE AdamwScalars(const AdamwOptions& o, double factor, int64_t t) {
-    const double root = std::sqrt(1 - std::pow(o.beta2, static_cast<double>(t)));
+  MPK_HOST_DEVICE AdamwScalars(const AdamwOptions& o, double factor, float t) {
+    const double root = std::sqrt(1 - std::pow(o.beta2, double{t}));
     this->factor = static_cast<T>(factor);
     decay = static_cast<T>(o.decoupled ? 1 - o.lr * o.weight_decay : 1);
     weight_decay = static_cast<T>(o.weight_decay);
     keep1 = static_cast<T>(1 - o.beta1);
     beta2 = static_cast<T>(o.beta2);
     keep2 = static_cast<T>(1 - o.beta2);
-    step_size = static_cast<T>(o.lr / (1 - std::pow(o.beta1, static_cast<double>(t))) * root);
+    step_size = static_cast<T>(o.lr / (1 - std::pow(o.beta1, double{t})) * root);
     eps = static_cast<T>(o.eps * root);
-    seed = scrambled(static_cast<uint32_t>(t));
+    seed = scrambled(c10::bit_cast<uint32_t>(t));
   }
 };
 

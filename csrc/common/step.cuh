@@ -27,8 +27,6 @@ struct StepInputs {
   double lr_value;  // read at the call, where lr is on the CPU
   const float* lr_float;
   const double* lr_double;
-  const int64_t* steps;
-  int64_t steps_stride;
 
   __device__ float scale() const { return grad_scale == nullptr ? 1 : *grad_scale; }
 
@@ -42,9 +40,13 @@ struct StepInputs {
   }
 
   __device__ double lr() const { return lr_double != nullptr ? *lr_double : lr_float != nullptr ? *lr_float : lr_value; }
-
-  __device__ int64_t steps_taken(int row) const { return steps[row * steps_stride]; }
 };
+
+// The lists that every update has, in the order of its table.
+struct UpdateLists {
+  const TensorList &masters, &grads, &copies, &steps;
+};
+enum UpdateList { kMaster, kGrad, kCopy, kStep, kFirstState };
 
 template <class T>
 const T* address_of(const std::optional<Tensor>& tensor) {
@@ -58,7 +60,7 @@ inline void refuse_frozen_lr(const char* op, cudaStream_t stream) {
                   ": lr is on the CPU and would be frozen in the CUDA graph; pass it as a tensor on the device");
 }
 
-inline StepInputs step_inputs(const char* op, cudaStream_t stream, const Tensor& steps, const Tensor& lr, bool maximize,
+inline StepInputs step_inputs(const char* op, cudaStream_t stream, const Tensor& lr, bool maximize,
                               const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
                               const std::optional<Tensor>& grad_norm, std::optional<double> max_norm) {
   StepInputs in{};
@@ -75,8 +77,6 @@ inline StepInputs step_inputs(const char* op, cudaStream_t stream, const Tensor&
   } else {
     in.lr_float = lr.const_data_ptr<float>();
   }
-  in.steps = steps.const_data_ptr<int64_t>();
-  in.steps_stride = steps.stride(0);
   return in;
 }
 
@@ -205,17 +205,36 @@ __device__ inline void update_chunk(const Update& update, const Chunk& chunk) {
   for (int part = 0; part < 2; ++part) update_span<1, 2>(update, part ? tail : chunk.begin, part ? chunk.end : body);
 }
 
+// How many steps tensor i of a table has taken: the optimizer's own count, fp32, which stays at 2^24 as torch's does.
+template <class Table>
+__device__ inline float steps_taken(const Table& table, int i) {
+  return *reinterpret_cast<const float*>(table.data[kStep][i]);
+}
+
+struct AdvanceArguments {
+  static constexpr int kCapacity = (kArgumentBytes - sizeof(StepInputs) - sizeof(int64_t)) / sizeof(float*);
+
+  StepInputs step;
+  int64_t count;
+  float* steps[kCapacity];
+};
+
 // One block, after the last launch of the update: no other block reads the counts any more.
-static __global__ void __launch_bounds__(kThreads)
-    advance_kernel(MPK_GRID_CONSTANT(StepInputs) in, int64_t* steps, int64_t count) {
-  if (!in.taken()) return;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) steps[i * in.steps_stride] += 1;
+static __global__ void __launch_bounds__(kThreads) advance_kernel(MPK_GRID_CONSTANT(AdvanceArguments) a) {
+  if (!a.step.taken()) return;
+  for (int64_t i = threadIdx.x; i < a.count; i += kThreads) *a.steps[i] += 1;
 }
 
 // ----- on the host -----
 
-inline void advance_steps(const Tensor& steps, const StepInputs& in, cudaStream_t stream) {
-  launch(advance_kernel, 1, kThreads, 0, stream, in, steps.mutable_data_ptr<int64_t>(), steps.numel());
+inline void advance_steps(const TensorList& steps, const StepInputs& in, cudaStream_t stream) {
+  AdvanceArguments a;
+  a.step = in;
+  for (int64_t begin = 0; begin < steps.size(); begin += a.count) {
+    a.count = std::min<int64_t>(steps.size() - begin, a.kCapacity);
+    for (int64_t i = 0; i < a.count; ++i) a.steps[i] = reinterpret_cast<float*>(steps.data(begin + i));
+    launch(advance_kernel, 1, kThreads, 0, stream, a);
+  }
 }
 
 // launch_as(T{}, S{}, rows) for each dtype T of a master and S of its moments that occur together.
@@ -232,12 +251,6 @@ void for_each_dtypes(const TensorList& masters, const TensorList& states, const 
   if (!rows[2].empty()) launch_as(float{}, BFloat16{}, rows[2]);
   if (!rows[3].empty()) launch_as(double{}, BFloat16{}, rows[3]);
 }
-
-// The lists that every update has, in the order of its table.
-struct UpdateLists {
-  const TensorList &masters, &grads, &copies;
-};
-enum UpdateList { kMaster, kGrad, kCopy, kFirstState };
 
 // Fills the table with the tensors of `rows`, `states` behind the lists that every update has, and calls go() whenever it
 // is full and at the end.
@@ -256,6 +269,7 @@ void for_each_table(Table& table, const std::vector<int64_t>& rows, const Update
     table.data[kMaster][i] = lists.masters.data(row);
     table.data[kGrad][i] = lists.grads.data(row);  // never written
     table.data[kCopy][i] = lists.copies.numel(row) ? lists.copies.data(row) : nullptr;
+    table.data[kStep][i] = lists.steps.data(row);
     for (size_t k = 0; k < states.size(); ++k) table.data[kFirstState + k][i] = states[k]->data(row);
     if (table.is_full()) flush();
   }

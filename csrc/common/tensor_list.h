@@ -41,6 +41,14 @@ inline void check_list(const char* name, const TensorList& tensors, const Tensor
   }
 }
 
+// One fp32 number for each master.
+inline void check_steps(const TensorList& steps, const TensorList& masters) {
+  STD_TORCH_CHECK(steps.size() == masters.size(), "steps has ", steps.size(), " tensors, expected ", masters.size());
+  for (int64_t i = 0; i < steps.size(); ++i) {
+    STD_TORCH_CHECK(steps.numel(i) == 1 && steps.dtype(i) == ScalarType::Float, "steps[", i, "] is no fp32 number");
+  }
+}
+
 // A list of the masters' dtypes or of bf16, as `first` is; empty where the update does without it.
 inline void check_state(const char* name, const TensorList& tensors, const TensorList& masters, const TensorList& first) {
   if (tensors.empty()) return;

@@ -34,22 +34,12 @@ auto find_update(const TensorList& masters, const TensorList& moments, int64_t i
   return narrow ? find(float{}, BFloat16{}) : find(float{}, float{});
 }
 
-// How many steps each tensor has taken.
-class StepCounts {
- public:
-  explicit StepCounts(const Tensor& steps)
-      : steps_(steps.mutable_data_ptr<int64_t>()), stride_(steps.stride(0)), count_(steps.numel()) {}
+// How many steps tensor i has taken: the optimizer's own count, fp32, which stays at 2^24 as torch's does.
+inline float& steps_taken(const TensorList& steps, int64_t i) { return *reinterpret_cast<float*>(steps.data(i)); }
 
-  int64_t operator[](int64_t tensor) const { return steps_[tensor * stride_]; }
-
-  void advance() const {
-    for (int64_t i = 0; i < count_; ++i) ++steps_[i * stride_];
-  }
-
- private:
-  int64_t* steps_;
-  int64_t stride_, count_;
-};
+inline void advance_steps(const TensorList& steps) {
+  for (int64_t i = 0; i < steps.size(); ++i) steps_taken(steps, i) += 1;
+}
 
 // One tensor's gradient and copy, and how they become and come of the master's dtype.
 struct GradAndCopy {

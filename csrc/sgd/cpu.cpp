@@ -23,12 +23,11 @@ MPK_CLONES void sgd_block(const SgdScalars<T>& scalars, const T* __restrict__ gr
 struct SgdTensor {
   GradAndCopy io;
   char *master, *momentum_buffer;
-  void (*run)(const SgdTensor&, const SgdOptions&, double factor, int64_t steps_taken, int64_t begin, int64_t end);
+  void (*run)(const SgdTensor&, const SgdOptions&, double factor, float steps_taken, int64_t begin, int64_t end);
 };
 
 template <class T, class S>
-void sgd_run(const SgdTensor& tensor, const SgdOptions& options, double factor, int64_t steps_taken, int64_t begin,
-             int64_t end) {
+void sgd_run(const SgdTensor& tensor, const SgdOptions& options, double factor, float steps_taken, int64_t begin, int64_t end) {
   const SgdScalars<T> scalars(options, factor, steps_taken);
   T* w = reinterpret_cast<T*>(tensor.master);
   S* buffer = reinterpret_cast<S*>(tensor.momentum_buffer);
@@ -43,10 +42,11 @@ void sgd_run(const SgdTensor& tensor, const SgdOptions& options, double factor, 
 }
 
 // Whether the step was taken.
-bool sgd_(Tensor masters_, Tensor grads_, Tensor momentum_buffers_, Tensor copies_, Tensor steps, Tensor lr, double momentum,
-          double dampening, double weight_decay, bool nesterov, bool maximize, std::optional<Tensor> grad_scale,
-          std::optional<Tensor> found_inf, std::optional<Tensor> grad_norm, std::optional<double> max_norm) {
-  const SgdLists lists(masters_, grads_, momentum_buffers_, copies_);
+bool sgd_(Tensor masters_, Tensor grads_, Tensor momentum_buffers_, Tensor copies_, Tensor steps_, Tensor /*on*/, Tensor lr,
+          double momentum, double dampening, double weight_decay, bool nesterov, bool maximize,
+          std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> grad_norm,
+          std::optional<double> max_norm) {
+  const SgdLists lists(masters_, grads_, momentum_buffers_, copies_, steps_);
   const Step step = read_step(grad_scale, found_inf, grad_norm, max_norm, maximize);
   if (!step.taken) return false;
 
@@ -59,11 +59,10 @@ bool sgd_(Tensor masters_, Tensor grads_, Tensor momentum_buffers_, Tensor copie
                        find_update(lists.masters, lists.momentum_buffers, i,
                                    [](auto t, auto s) { return sgd_run<decltype(t), decltype(s)>; })});
   }
-  StepCounts counts(steps);
   Runs(lists.masters).parallel_for_each([&](int64_t i, int64_t begin, int64_t end, int64_t) {
-    tensors[i].run(tensors[i], options, step.factor, counts[i], begin, end);
+    tensors[i].run(tensors[i], options, step.factor, steps_taken(lists.steps, i), begin, end);
   });
-  counts.advance();
+  advance_steps(lists.steps);
   return true;
 }
 

@@ -16,7 +16,7 @@ template <bool kMomentum>
 struct SgdArguments {
   StepInputs step;
   SgdOptions options;  // lr is read on the device
-  TensorTable<kMomentum ? 4 : 3, sizeof(StepInputs) + sizeof(SgdOptions) + 32> tensors;
+  TensorTable<kMomentum ? 5 : 4, sizeof(StepInputs) + sizeof(SgdOptions) + 32> tensors;
 };
 static_assert(sizeof(SgdArguments<false>) <= kArgumentBytes && sizeof(SgdArguments<true>) <= kArgumentBytes);
 
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) sgd_kernel(MPK_GRID_CO
   if (threadIdx.x == 0) {
     SgdOptions options = a.options;
     options.lr = a.step.lr();
-    scalars = SgdScalars<T>(options, a.step.factor(), a.step.steps_taken(tensors.row[i]));
+    scalars = SgdScalars<T>(options, a.step.factor(), steps_taken(tensors, i));
   }
   __syncthreads();
 
@@ -100,21 +100,22 @@ void launch_sgd(const SgdLists& lists, const StepInputs& step, const SgdOptions&
   for_each_dtypes(lists.masters, lists.momentum_buffers, [&](auto t, auto s, const std::vector<int64_t>& rows) {
     using T = decltype(t);
     const auto kernel = sgd_kernel<T, std::conditional_t<kMomentum, decltype(s), T>, kMomentum>;
-    for_each_table(a.tensors, rows, {lists.masters, lists.grads, lists.copies}, states,
+    for_each_table(a.tensors, rows, {lists.masters, lists.grads, lists.copies, lists.steps}, states,
                    [&] { launch(kernel, a.tensors.chunks, kThreads, 0, stream, a); });
   });
 }
 
 // Always true: whether the step is taken is known on the device, and a skipped one has changed nothing.
-bool sgd_(Tensor masters_, Tensor grads_, Tensor momentum_buffers_, Tensor copies_, Tensor steps, Tensor lr, double momentum,
-          double dampening, double weight_decay, bool nesterov, bool maximize, std::optional<Tensor> grad_scale,
-          std::optional<Tensor> found_inf, std::optional<Tensor> grad_norm, std::optional<double> max_norm) {
-  const SgdLists lists(masters_, grads_, momentum_buffers_, copies_);
-  const OnDevice device(steps);
-  const StepInputs step = step_inputs("sgd_", device.stream(), steps, lr, maximize, grad_scale, found_inf, grad_norm, max_norm);
+bool sgd_(Tensor masters_, Tensor grads_, Tensor momentum_buffers_, Tensor copies_, Tensor steps_, Tensor on, Tensor lr,
+          double momentum, double dampening, double weight_decay, bool nesterov, bool maximize,
+          std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> grad_norm,
+          std::optional<double> max_norm) {
+  const SgdLists lists(masters_, grads_, momentum_buffers_, copies_, steps_);
+  const OnDevice device(on);
+  const StepInputs step = step_inputs("sgd_", device.stream(), lr, maximize, grad_scale, found_inf, grad_norm, max_norm);
   const SgdOptions options{/*lr=*/0, momentum, dampening, weight_decay, nesterov};
   (lists.momentum_buffers.empty() ? launch_sgd<false> : launch_sgd<true>)(lists, step, options, device.stream());
-  advance_steps(steps, step, device.stream());
+  advance_steps(lists.steps, step, device.stream());
   return true;
 }
 

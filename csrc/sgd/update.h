@@ -21,7 +21,7 @@ struct SgdScalars {
 
   SgdScalars() = default;
 
-  MPK_HOST_DEVICE SgdScalars(const SgdOptions& o, double factor, int64_t steps_taken)
+  MPK_HOST_DEVICE SgdScalars(const SgdOptions& o, double factor, float steps_taken)
       : factor(static_cast<T>(factor)),
         lr(static_cast<T>(o.lr)),
         momentum(static_cast<T>(o.momentum)),

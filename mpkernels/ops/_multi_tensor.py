@@ -68,10 +68,13 @@ def check_update(op, masters, grads, states, copies, steps, lr, grad_scale, foun
             raise RuntimeError(f"{op}: grads[{i}] is {grad.dtype}, wider than {master.dtype} of its master")
     _check_moments(op, {name: tensors for name, tensors in states.items() if tensors}, masters)
     check_list(op, "copies", copies, masters, may_be_empty=True)
-    check_tensor(op, "steps", steps, (len(masters),), torch.int64, device)
+    if len(steps) != len(masters):
+        raise RuntimeError(f"{op}: steps has {len(steps)} tensors, expected {len(masters)}")
+    for i, step in enumerate(steps):
+        check_tensor(op, f"steps[{i}]", step, (), torch.float32, device)
     written = {"masters": masters, **states, "copies": copies}
     named = [(f"{name}[{i}]", tensor) for name, tensors in written.items() for i, tensor in enumerate(tensors)]
-    for name, tensor in (*named, ("steps", steps)):
+    for name, tensor in named:
         if not tensor.is_contiguous() and overlaps(tensor):
             raise RuntimeError(f"{op}: {name} overlaps itself (strides {tensor.stride()})")
     if lr.numel() != 1 or lr.dim() != 0 or lr.dtype not in MASTER_DTYPES:

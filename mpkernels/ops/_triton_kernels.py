@@ -142,15 +142,24 @@ def square_root(x):
     return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
 
 
+@triton.jit
+def steps_taken(steps_ptr, place):
+    """The count of the tensor at this place of the call's lists; `steps_ptr` is where the addresses of all counts are."""
+    return tl.load(tl.load(steps_ptr + place).to(tl.pointer_type(tl.float32)))
+
+
 def advance(steps: torch.Tensor, found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None) -> None:
-    """steps += 1 if the step was taken. After the update, in a launch of its own: the programs of the update read them."""
+    """Each of the counts that lie at the addresses `steps` += 1 if the step was taken.
+
+    After the update, in a launch of its own: the programs of the update read them.
+    """
     grid = (-(-steps.numel() // ADVANCE_BLOCK),)
-    advance_kernel[grid](steps, steps.stride(0), steps.numel(), found_inf, grad_scale, BLOCK=ADVANCE_BLOCK)
+    advance_kernel[grid](steps, steps.numel(), found_inf, grad_scale, BLOCK=ADVANCE_BLOCK)
 
 
 @triton.jit
-def advance_kernel(steps_ptr, stride, n, found_inf_ptr, grad_scale_ptr, BLOCK: tl.constexpr):
+def advance_kernel(steps_ptr, n, found_inf_ptr, grad_scale_ptr, BLOCK: tl.constexpr):
     if takes_step(found_inf_ptr, grad_scale_ptr):
         index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        ptrs = steps_ptr + index * stride
+        ptrs = tl.load(steps_ptr + index, mask=index < n).to(tl.pointer_type(tl.float32))
         tl.store(ptrs, tl.load(ptrs, mask=index < n) + 1, mask=index < n)

@@ -327,7 +327,7 @@ class Optimizer(torch.optim.Optimizer):
                 params, grads = _with_gradient(params)
             rows = self._rows.get((index, params[0].device)) if params else None
             if rows is not None and rows.take(params, grads):
-                present[index, rows.steps.device] = params
+                present[index, params[0].device] = params
                 taken.add(index)
             else:
                 self._check_formats(index, group, present)
@@ -384,7 +384,7 @@ class Optimizer(torch.optim.Optimizer):
         self._disjoint = addresses
 
     def _rows_of(self, index: int, device: torch.device, params: list[torch.Tensor], taken: bool) -> Rows:
-        """The rows of the last step if they are still those; one set at a time, because a step count lives in one array.
+        """The rows of the last step if they are still those; one set at a time.
 
         taken: whether these, should they be still those, have the gradients already.
         """
@@ -421,14 +421,12 @@ class Optimizer(torch.optim.Optimizer):
             else:
                 copies.append(torch.empty(0, dtype=torch.float16, device=parameter.device))
         entries = [self.state[p] for p in params]
-        steps = torch.stack([entry["step"] for entry in entries])
-        for entry, count in zip(entries, steps.unbind(), strict=True):
-            entry["step"] = count  # a view: one array per call is what the op advances
         return Rows(
             params, held, masters=held if not mastered else Tensors(masters),
             copies=held if len(mastered) == len(params) else Tensors(copies),
             states={name: Tensors(_ranks.local(entry[name]) for entry in entries) for name in names},
-            steps=steps, entries=entries, compute_copies=compute_copies, mastered=mastered, generation=generation,
+            steps=Tensors(entry["step"] for entry in entries), entries=entries,
+            compute_copies=compute_copies, mastered=mastered, generation=generation,
             dtensors=self._ranks.dtensors,
         )  # fmt: skip
 
@@ -464,7 +462,7 @@ class Optimizer(torch.optim.Optimizer):
         """Make what is missing of the state: all of it at first, later what a changed hyperparameter asks for; or nothing."""
         dtype, state, new = self._master_dtype(parameter), self.state.get(parameter, {}), {}
         if "step" not in state:
-            new["step"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
+            new["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             if dtype != parameter.dtype:
                 new["master"] = torch.empty_like(parameter, dtype=dtype)
         for name in self._group_state_names(group):
@@ -531,15 +529,6 @@ class Optimizer(torch.optim.Optimizer):
         return result
 
     # ----- checkpoints --------------------------------------------------------------------------
-
-    def state_dict(self) -> dict:
-        """As torch's, the steps as fp32 scalars; 16-bit parameters have a `master` besides."""
-        result = super().state_dict()
-        result["state"] = {
-            key: {n: (v.to(torch.float32) if n == "step" else v) for n, v in state.items()}
-            for key, state in result["state"].items()
-        }
-        return result
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:

@@ -80,7 +80,7 @@ def _converted_step(state: dict, name: str, default: int | None, device) -> torc
     value = step.item() if isinstance(step, torch.Tensor) and step.numel() == 1 else step
     if not isinstance(value, int | float) or not 0 <= value < math.inf or value != int(value):
         raise ValueError(f"state_dict: step of {name} must be a count, got {step}")
-    return torch.full((), int(value), dtype=torch.int64, device=device)
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def identity(group: dict) -> dict:

@@ -26,7 +26,7 @@ class Rows:
     masters: Tensors
     copies: Tensors  # the 16-bit parameter, its compute copy, or an empty tensor
     states: dict[str, Tensors]
-    steps: torch.Tensor
+    steps: Tensors  # the counts that stand in the optimizer's state
     entries: list[dict]  # the optimizer's state of each parameter
     compute_copies: dict[int, _copies.ComputeCopy]  # by row
     mastered: list[int]  # rows whose master is not the parameter itself
@@ -43,7 +43,7 @@ class Rows:
         self._addresses = self._state_addresses()
         copies = [copy for copy in self.copies if copy.numel()]
         dtensors = filter(_ranks.is_dtensor, self.params) if self.dtensors else ()
-        self.written = [*self.masters, *chain(*self.states.values()), *copies, self.steps, *dtensors]
+        self.written = [*self.masters, *chain(*self.states.values()), *copies, *self.steps, *dtensors]
         self._lr: tuple[float, torch.Tensor] | None = None
 
     # ----- whether they are still what they were ---------------------------------------------
@@ -66,7 +66,7 @@ class Rows:
             self._same_params, self._same_grads = same_formats(self.params), same_formats(grads)
         else:
             self._same_grads = None
-        for tensors in (self.held, self.masters, self.copies, *self.states.values()):
+        for tensors in (self.held, self.masters, self.copies, self.steps, *self.states.values()):
             tensors.describe()
 
     def moved(self) -> bool:

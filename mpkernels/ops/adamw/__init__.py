@@ -14,7 +14,7 @@ Shapes and dtypes: lists of equal length, i for i of the same shape, on one devi
     | grads            | fp16, bf16, fp32, fp64, not wider than the master; read, never written                   |
     | exp_avgs, exp_avg_sqs, max_exp_avg_sqs | the master's or bf16; the last list is empty without amsgrad        |
     | copies           | fp16, bf16, fp32: the master rounded once; a tensor of size 0 where none is wanted         |
-    | steps            | int64 (len(masters),): steps taken so far, advanced by the op                             |
+    | steps            | 0-d fp32, as torch's: steps taken so far, advanced by the op, up to 2^24                             |
     | lr               | 0-d fp32 or fp64, on the CPU (read at the call) or on the device (read by the kernel)      |
     | grad_scale, found_inf, grad_norm | 0-d fp32, fp32, fp64 on the device, or None                               |
     Any layout, any size, 0 included; what is written does not overlap itself.
@@ -52,7 +52,7 @@ def _check(
 
 op = Op(
     "adamw_(Tensor(a!)[] masters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] copies, Tensor(f!) steps, Tensor lr, float beta1, float beta2, float eps, "
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] copies, Tensor(f!)[] steps, Tensor lr, float beta1, float beta2, float eps, "
     "float weight_decay, bool decoupled, bool maximize, Tensor? grad_scale=None, Tensor? found_inf=None, "
     "Tensor? grad_norm=None, float? max_norm=None) -> ()",
     __name__,
@@ -65,7 +65,7 @@ op = Op(
     fake=lambda *_, **__: None,
     key=lambda masters, *_, **__: (masters[0].device, masters[0].dtype),
     mutated=lambda masters, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies, steps, *_, **__: (
-        [*masters, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs, *copies, steps]
+        [*masters, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs, *copies, *steps]
     ),
 )
 

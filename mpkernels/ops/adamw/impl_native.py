@@ -3,7 +3,7 @@
 
 import torch
 
-from mpkernels.ops._layout import SameLayout, why_not_native
+from mpkernels.ops._layout import SameLayout, described, why_not_native
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -17,7 +17,8 @@ def adamw_(
     layout = SameLayout(masters, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies)
     taken = torch.ops.mpkernels_C.adamw_(
         *layout.tables,
-        steps,
+        described(steps).table,
+        masters[0],
         lr,
         beta1,
         beta2,

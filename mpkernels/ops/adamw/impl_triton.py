@@ -28,20 +28,21 @@ def adamw_(
 ):  # fmt: skip
     lists = [masters, grads, exp_avgs, exp_avg_sqs, copies, *([max_exp_avg_sqs] if max_exp_avg_sqs else [])]
     lists, back = table.dense(lists, [tensors is not grads for tensors in lists])
-    arguments = table.lr_arguments("adamw_", lr, steps.device) | dict(
-        steps_ptr=steps, steps_stride=steps.stride(0), beta1=beta1, beta2=beta2, log2_beta1=_log2(beta1),
+    counts = table.numbers(map(torch.Tensor.data_ptr, steps), masters[0].device)
+    arguments = table.lr_arguments("adamw_", lr, masters[0].device) | dict(
+        steps_ptr=counts, beta1=beta1, beta2=beta2, log2_beta1=_log2(beta1),
         log2_beta2=_log2(beta2), eps=eps, weight_decay=weight_decay if decoupled else 0.0,
         added_decay=0.0 if decoupled else weight_decay, max_norm=0.0 if max_norm is None else max_norm,
         grad_scale_ptr=grad_scale, found_inf_ptr=found_inf, grad_norm_ptr=grad_norm, AMSGRAD=bool(max_exp_avg_sqs),
         ADDS_DECAY=not decoupled and weight_decay != 0, MAXIMIZE=maximize,
     )  # fmt: skip
-    with torch.cuda.device_of(steps):
+    with torch.cuda.device_of(masters[0]):
         for launch in table.launches(lists):
             master, grad, state, _, copy = (TYPES[dtype] for dtype in launch.dtypes[:5])
             adamw_kernel[launch.grid](
                 **launch.arguments, **arguments, master_type=master, grad_type=grad, state_type=state, copy_type=copy
             )
-        advance(steps, found_inf, grad_scale)
+        advance(counts, found_inf, grad_scale)
     table.copy_back(back)
 
 

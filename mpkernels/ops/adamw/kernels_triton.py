@@ -14,6 +14,7 @@ from mpkernels.ops._triton_kernels import (
     round_once,
     scrambled,
     square_root,
+    steps_taken,
     takes_step,
     to_either_side,
 )
@@ -21,7 +22,7 @@ from mpkernels.ops._triton_kernels import (
 
 @triton.jit
 def adamw_kernel(
-    addresses_ptr, layout_ptr, tensors_ptr, count, steps_ptr, steps_stride, lr_ptr, lr: tl.float64,
+    addresses_ptr, layout_ptr, tensors_ptr, count, steps_ptr, lr_ptr, lr: tl.float64,
     beta1: tl.float64, beta2: tl.float64, log2_beta1: tl.float64, log2_beta2: tl.float64, eps: tl.float64,
     weight_decay: tl.float64, added_decay: tl.float64, max_norm: tl.float64, grad_scale_ptr, found_inf_ptr, grad_norm_ptr,
     master_type: tl.constexpr, grad_type: tl.constexpr, state_type: tl.constexpr, copy_type: tl.constexpr,
@@ -43,8 +44,8 @@ def adamw_kernel(
         copy_ptr = pointer(addresses_ptr, 4 * count + tensor, copy_type, ALIGNED)
         vmax_ptr = pointer(addresses_ptr, 5 * count + tensor, state_type if AMSGRAD else None, ALIGNED)
         # ----- scalars, in fp64; the root of the second correction is multiplied out: one division an element
-        step = tl.load(steps_ptr + place * steps_stride) + 1
-        t, seed = step.to(tl.float64), scrambled(step.to(tl.uint32))
+        step = steps_taken(steps_ptr, place) + 1
+        t, seed = step.to(tl.float64), scrambled(step.to(tl.uint32, bitcast=True))
         lr = load_lr(lr_ptr, lr)
         root = tl.sqrt(1 - tl.exp2(t * log2_beta2))
         factor = grad_factor(grad_scale_ptr, grad_norm_ptr, max_norm, MAXIMIZE).to(master_type)

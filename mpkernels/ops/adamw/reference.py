@@ -36,10 +36,10 @@ def self_check(backend: str, device: torch.device) -> str | None:
     w, m = (torch.randint(-64, 65, g.shape, generator=generator, dtype=torch.int64, device="cpu").float() for _ in range(2))
     v = (64 - g * g) / 3
     master, exp_avg, exp_avg_sq, copy = (t.to(device, copy=True) for t in (w, m, v, w.half()))
-    steps, lr = torch.zeros(1, dtype=torch.int64, device=device), torch.tensor(2.0**-6, dtype=torch.float64, device="cpu")
+    step, lr = torch.zeros((), **scalar), torch.tensor(2.0**-6, dtype=torch.float64, device="cpu")
     for found in (1.0, 0.0):
         op.function(backend)(
-            [master], [(8 * g).to(device, torch.float16)], [exp_avg], [exp_avg_sq], [], [copy], steps, lr, **hyper,
+            [master], [(8 * g).to(device, torch.float16)], [exp_avg], [exp_avg_sq], [], [copy], [step], lr, **hyper,
             grad_scale=torch.full((), 8.0, **scalar), found_inf=torch.full((), found, **scalar),
         )  # fmt: skip
         if found and not torch.equal(master.cpu(), w):
@@ -49,4 +49,4 @@ def self_check(backend: str, device: torch.device) -> str | None:
         return "adamw_ differs from fp64 where fp32 is exact"
     if not torch.equal(copy, master.half()):
         return "the copy is not the master rounded"
-    return None if int(steps) == 1 else f"{int(steps)} steps counted, 1 taken"
+    return None if int(step) == 1 else f"{int(step)} steps counted, 1 taken"

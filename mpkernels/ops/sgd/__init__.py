@@ -13,7 +13,7 @@ Shapes and dtypes: lists of equal length, i for i of the same shape, on one devi
     | grads            | fp16, bf16, fp32, fp64, not wider than the master; read, never written                   |
     | momentum_buffers | the master's or bf16; the list is empty without momentum                                 |
     | copies           | fp16, bf16, fp32: the master rounded once; a tensor of size 0 where none is wanted         |
-    | steps            | int64 (len(masters),): steps taken so far, advanced by the op; 0 means "first step"        |
+    | steps            | 0-d fp32, as torch's: steps taken so far, advanced by the op, up to 2^24; 0 means "first step"        |
     | lr               | 0-d fp32 or fp64, on the CPU (read at the call) or on the device (read by the kernel)      |
     | grad_scale, found_inf, grad_norm | 0-d fp32, fp32, fp64 on the device, or None                               |
     Any layout, any size, 0 included; what is written does not overlap itself.
@@ -45,7 +45,7 @@ def _check(
 
 
 op = Op(
-    "sgd_(Tensor(a!)[] masters, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] copies, Tensor(d!) steps, "
+    "sgd_(Tensor(a!)[] masters, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] copies, Tensor(d!)[] steps, "
     "Tensor lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, "
     "Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? grad_norm=None, float? max_norm=None) -> ()",
     __name__,
@@ -57,7 +57,7 @@ op = Op(
     check=_check,
     fake=lambda *_, **__: None,
     key=lambda masters, *_, **__: (masters[0].device, masters[0].dtype),
-    mutated=lambda masters, grads, momentum_buffers, copies, steps, *_, **__: ([*masters, *momentum_buffers, *copies, steps]),
+    mutated=lambda masters, grads, momentum_buffers, copies, steps, *_, **__: ([*masters, *momentum_buffers, *copies, *steps]),
 )
 
 sgd_ = op

@@ -15,11 +15,12 @@ def sgd_(
     masters, grads, momentum_buffers, copies, steps, lr, momentum, dampening, weight_decay, nesterov, maximize,
     grad_scale=None, found_inf=None, grad_norm=None, max_norm=None,
 ):  # fmt: skip
-    device = steps.device
+    device = masters[0].device
     skip, factor, lr = step_scalars(device, lr, maximize, grad_scale, found_inf, grad_norm, max_norm)
     if skip is not None and device.type == "cpu" and skip:
         return
-    first = steps == 0
+    taken = torch.stack(list(steps))
+    first, later = taken == 0, taken + 1  # in fp32, as torch's: it stays at 2^24
     for i, master in enumerate(masters):
         dtype = master.dtype
         g = grads[i].to(dtype) * factor.to(dtype)
@@ -34,4 +35,4 @@ def sgd_(
         if copies[i].numel():
             copies[i].copy_(where_taken(skip, cast(w, copies[i].dtype), copies[i]))  # round: master -> copy
         master.copy_(where_taken(skip, w, master))
-    steps.add_(1 if skip is None else (~skip).long())
+    torch._foreach_copy_(list(steps), where_taken(skip, later, taken).unbind())

@@ -3,7 +3,7 @@
 
 import torch
 
-from mpkernels.ops._layout import SameLayout, why_not_native
+from mpkernels.ops._layout import SameLayout, described, why_not_native
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -16,7 +16,7 @@ def sgd_(
 ):  # fmt: skip
     layout = SameLayout(masters, grads, momentum_buffers, copies)
     taken = torch.ops.mpkernels_C.sgd_(
-        *layout.tables, steps, lr, momentum, dampening, weight_decay, nesterov, maximize,
+        *layout.tables, described(steps).table, masters[0], lr, momentum, dampening, weight_decay, nesterov, maximize,
         grad_scale, found_inf, grad_norm, max_norm,
     )  # fmt: skip
     if taken:  # always on a GPU, which does not tell; a skipped step has left the stand-ins as they were

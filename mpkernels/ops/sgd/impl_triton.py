@@ -26,17 +26,18 @@ def sgd_(
 ):  # fmt: skip
     lists = [masters, grads, copies, *([momentum_buffers] if momentum_buffers else [])]
     lists, back = table.dense(lists, [tensors is not grads for tensors in lists])
-    arguments = table.lr_arguments("sgd_", lr, steps.device) | dict(
-        steps_ptr=steps, steps_stride=steps.stride(0), momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+    counts = table.numbers(map(torch.Tensor.data_ptr, steps), masters[0].device)
+    arguments = table.lr_arguments("sgd_", lr, masters[0].device) | dict(
+        steps_ptr=counts, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
         max_norm=0.0 if max_norm is None else max_norm, grad_scale_ptr=grad_scale, found_inf_ptr=found_inf,
         grad_norm_ptr=grad_norm, DECAY=weight_decay != 0, NESTEROV=nesterov, MAXIMIZE=maximize,
     )  # fmt: skip
-    with torch.cuda.device_of(steps):
+    with torch.cuda.device_of(masters[0]):
         for launch in table.launches(lists):
             master, grad, copy = (TYPES[dtype] for dtype in launch.dtypes[:3])
             sgd_kernel[launch.grid](
                 **launch.arguments, **arguments, master_type=master, grad_type=grad, copy_type=copy,
                 state_type=TYPES[launch.dtypes[3]] if momentum_buffers else None,
             )  # fmt: skip
-        advance(steps, found_inf, grad_scale)
+        advance(counts, found_inf, grad_scale)
     table.copy_back(back)

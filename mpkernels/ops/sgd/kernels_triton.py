@@ -4,12 +4,12 @@
 import triton
 import triton.language as tl
 
-from mpkernels.ops._triton_kernels import chunk_of, double, grad_factor, load_lr, pointer, round_once, takes_step
+from mpkernels.ops._triton_kernels import chunk_of, double, grad_factor, load_lr, pointer, round_once, steps_taken, takes_step
 
 
 @triton.jit
 def sgd_kernel(
-    addresses_ptr, layout_ptr, tensors_ptr, count, steps_ptr, steps_stride, lr_ptr, lr: tl.float64,
+    addresses_ptr, layout_ptr, tensors_ptr, count, steps_ptr, lr_ptr, lr: tl.float64,
     momentum: tl.float64, dampening: tl.float64, weight_decay: tl.float64, max_norm: tl.float64,
     grad_scale_ptr, found_inf_ptr, grad_norm_ptr,
     master_type: tl.constexpr, grad_type: tl.constexpr, state_type: tl.constexpr, copy_type: tl.constexpr,
@@ -26,7 +26,7 @@ def sgd_kernel(
         copy_ptr = pointer(addresses_ptr, 2 * count + tensor, copy_type, ALIGNED)
         b_ptr = pointer(addresses_ptr, 3 * count + tensor, state_type, ALIGNED)
         # ----- scalars, in fp64
-        is_first = tl.load(steps_ptr + place * steps_stride) == 0
+        is_first = steps_taken(steps_ptr, place) == 0
         factor = grad_factor(grad_scale_ptr, grad_norm_ptr, max_norm, MAXIMIZE).to(master_type)
         rate = load_lr(lr_ptr, lr).to(master_type)
         decay, fade = double(weight_decay).to(master_type), double(momentum).to(master_type)

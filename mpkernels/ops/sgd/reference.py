@@ -27,17 +27,17 @@ def self_check(backend: str, device: torch.device) -> str | None:
     generator = torch.Generator("cpu").manual_seed(0)
     w, g = (torch.randint(-64, 65, (1000,), generator=generator, dtype=torch.int64, device="cpu").float() for _ in range(2))
     master, buffer, copy = w.to(device, copy=True), torch.zeros_like(w, device=device), w.to(device, torch.float16)
-    steps, lr = torch.zeros(1, dtype=torch.int64, device=device), torch.tensor(2.0**-4, dtype=torch.float64, device="cpu")
+    step, lr = torch.zeros((), **scalar), torch.tensor(2.0**-4, dtype=torch.float64, device="cpu")
     exact = (w.double().numpy(), np.zeros(1000))
     for found in (0.0, 1.0, 0.0):
         op.function(backend)(
-            [master], [(8 * g).to(device, torch.float16)], [buffer], [copy], steps, lr, **hyper,
+            [master], [(8 * g).to(device, torch.float16)], [buffer], [copy], [step], lr, **hyper,
             grad_scale=torch.full((), 8.0, **scalar), found_inf=torch.full((), found, **scalar),
         )  # fmt: skip
         if not found:
-            exact = sgd(exact[0], g.double().numpy(), exact[1], int(steps), lr=lr.item(), **hyper)
+            exact = sgd(exact[0], g.double().numpy(), exact[1], int(step), lr=lr.item(), **hyper)
         if not all(np.array_equal(t.cpu().double().numpy(), e) for t, e in zip((master, buffer), exact, strict=True)):
             return "sgd_ differs from fp64 where fp32 is exact"
         if not torch.equal(copy, master.half()):
             return "the copy is not the master rounded"
-    return None if int(steps) == 2 else f"{int(steps)} steps counted, 2 taken"
+    return None if int(step) == 2 else f"{int(step)} steps counted, 2 taken"
