@@ -56,6 +56,8 @@ def forward(
         copy = {} if weight_copy is None else {"weight_copy": weight_copy}
         return handle_torch_function(linear_act, (x, weight, bias), x, weight, bias, name, policy, **copy)
     check_are_tensors(x, weight, bias)
+    if x.is_nested and x.layout == torch.jagged:
+        return _over_values(x, lambda values: forward(values, weight, bias, weight_copy, activation, policy))
     if policy is None:
         compute_dtype = out_dtype = _common_dtype(x, weight, bias)
         grad_dtype, batch_invariant = None, False
@@ -68,6 +70,14 @@ def forward(
         activation=activation, compute_dtype=compute_dtype, out_dtype=out_dtype, grad_dtype=grad_dtype,
         batch_invariant=batch_invariant, below=below, above=above,
     )  # fmt: skip
+
+
+def _over_values(x, function):
+    """`function` of the rows of a jagged nested tensor, which lie in one matrix; nested as it was."""
+    if x._ragged_idx != 1:
+        raise RuntimeError(f"linear_act: a jagged x must be ragged in dimension 1, got {x._ragged_idx}: transpose it back")
+    lengths = {"min_seqlen": x._maybe_min_seqlen, "max_seqlen": x._maybe_max_seqlen}  # what is known of them
+    return torch.nested.nested_tensor_from_jagged(function(x.values()), x.offsets(), x.lengths(), **lengths)
 
 
 def _is_overridden(*tensors) -> bool:

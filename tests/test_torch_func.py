@@ -130,3 +130,32 @@ def test_batched_gradients_of_the_op_itself(generator):
     together = torch.autograd.grad(out, (x, weight), directions, is_grads_batched=True, retain_graph=True)
     alone = [torch.autograd.grad(out, (x, weight), d, retain_graph=True) for d in directions]
     assert all(same_bits(t, torch.stack(a)) for t, a in zip(together, zip(*alone, strict=True), strict=True))
+
+
+# ----- under torch.compile ---------------------------------------------------------------
+
+COMPILED = {
+    "grad": lambda m: grad(lambda x: m(x).square().sum()),
+    "grad of parameters": lambda m: lambda x: grad(loss(m))(dict(m.named_parameters()), x),
+    "vmap": lambda m: vmap(m),
+    "vmap of grad": lambda m: lambda x: vmap(grad(loss(m)), (None, 0))(dict(m.named_parameters()), x),
+    "jacrev": lambda m: jacrev(m),
+}
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("way", COMPILED)
+def test_transforms_compile_as_torchs(way, activation, layers):
+    """In one graph; the op in ATen takes their place."""
+    ours, plain, x = layers
+    torch.compiler.reset()
+    got = tensors_of(torch.compile(COMPILED[way](ours), backend="aot_eager", fullgraph=True)(x.detach()))
+    for g, e in zip(got, tensors_of(COMPILED[way](plain)(x.detach())), strict=True):
+        bounds.check_rearranged(g.detach(), e.detach())
+
+
+def test_transforms_that_compile_break_no_promise():
+    layer = MPLinear(K, N, policy="float32,batch_invariant")
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError, match=r"batch_invariant does not hold where torch\.compile traces"):
+        torch.compile(vmap(layer), backend="eager", fullgraph=True)(torch.ones(M, K))

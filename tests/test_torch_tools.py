@@ -255,3 +255,67 @@ def test_flops_are_registered_in_either_order(order):
     script = "\n".join(["import torch", *lines, "print(torch.ops.mpkernels.linear_act in flop_registry)"])
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.stdout == "True\n", result.stderr
+
+
+# ----- torch.jit ---------------------------------------------------------------
+
+
+@by_policy
+def test_jit_trace_has_the_op_and_its_gradients(policy, generator):
+    model = MPMLP([5, 8, 4], policy=policy)
+    x, other = (torch.randn(n, 5, generator=generator).to(model[0].weight.dtype) for n in (3, 7))
+    optimizer = mpk.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(x).sum().backward()
+        optimizer.step()
+    traced = torch.jit.trace(model, (x,))
+    with torch.no_grad():  # which a copy of the weight kept in the graph would not see
+        for p in model.parameters():
+            p.mul_(2)
+    assert str(traced.inlined_graph).count("mpkernels::linear_act(") == 2
+    assert all(map(same_bits, results(traced, other), results(model, other)))
+    with torch.no_grad():
+        assert same_bits(torch.jit.trace(model, (x,))(other), model(other))
+
+
+def test_jit_script_says_what_to_do():
+    model = mpk.convert(nn.Sequential(nn.Linear(5, 4)), "mixed_float16")
+    with pytest.raises(RuntimeError, match=r"mpk\.revert\(model\) first, or use torch\.jit\.trace"):
+        torch.jit.script(model)
+    assert torch.jit.script(mpk.revert(model))(torch.ones(3, 5)).shape == (3, 4)
+
+
+# ----- jagged nested tensors ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("policy", "compiled"), [*((policy, False) for policy in POLICIES), ("float32", True), ("mixed_float16", True)]
+)
+@pytest.mark.filterwarnings("ignore")  # torch calls nested tensors a prototype
+def test_jagged_tensors_are_those_of_their_rows(policy, compiled, generator):
+    layer = MPLinear(5, 4, activation="relu", policy=policy)
+    parts = [torch.randn(n, 5, generator=generator).to(layer.weight.dtype) for n in (2, 3, 1)]
+    torch.compiler.reset()
+    function = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    nested, dense = (f(parts).requires_grad_() for f in (nested_of, torch.cat))
+    out, expected = function(nested), layer(dense)
+    assert out.layout == torch.jagged
+    assert out.shape == (*nested.shape[:2], 4)  # the same ragged size: what follows can add the two
+    assert same_bits(out.values().detach(), expected.detach())
+    parameters = list(layer.parameters())
+    grads = torch.autograd.grad((out + out).values().sum(), [nested, *parameters])
+    wanted = torch.autograd.grad((expected + expected).sum(), [dense, *parameters])
+    assert all(map(same_bits, [grads[0].values(), *grads[1:]], wanted))
+
+
+def nested_of(parts):
+    return torch.nested.nested_tensor(parts, layout=torch.jagged)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_nested_tensors_are_refused():
+    layer, parts = MPLinear(5, 4, policy="float32"), [torch.ones(2, 5), torch.ones(3, 5)]
+    with pytest.raises(RuntimeError, match=r"got nested; a nested x may have layout=torch\.jagged"):
+        layer(torch.nested.nested_tensor(parts))
+    with pytest.raises(RuntimeError, match="must be ragged in dimension 1, got 2: transpose it back"):
+        layer(nested_of(parts).transpose(1, 2))

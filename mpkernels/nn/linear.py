@@ -94,6 +94,8 @@ class MPLinear(nn.Linear):
         policy, weight = self.policy, self.weight
         if policy is None or torch.compiler.is_compiling() or not isinstance(weight, torch.Tensor):
             return None  # no Tensor: what torch.fx traces by
+        if torch._C._get_tracing_state() is not None:
+            return None  # torch.jit.trace would keep it as a constant
         if weight.dtype == policy.compute_dtype:
             return None
         if self._cached is not None:
@@ -109,7 +111,12 @@ class MPLinear(nn.Linear):
             return copy.tensor
         return None
 
+    def __prepare_scriptable__(self):
+        raise RuntimeError("torch.jit.script cannot read MPLinear: mpk.revert(model) first, or use torch.jit.trace")
+
     def extra_repr(self) -> str:
+        if torch.compiler.is_compiling():
+            return super().extra_repr()  # torch.func asks for it as a name, and dynamo cannot follow a Policy's
         return f"{super().extra_repr()}, activation={self.activation}, policy={self.policy}"
 
 

@@ -21,6 +21,7 @@ class MPConv1D(Conv1D):
     adopt = MPLinear.adopt
     activation = MPLinear.activation
     _weight_copy = MPLinear._weight_copy
+    __prepare_scriptable__ = MPLinear.__prepare_scriptable__
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         copy = self._weight_copy()

@@ -139,7 +139,9 @@ def linear_act(
     if seam:
         below = below or Seam()
         args += (moves, below.saved, int(below.activation), below.bias)
-    if compiling:
+    if compiling and torch._C._are_functorch_transforms_active():
+        op = _in_aten(batch_invariant)
+    elif compiling or torch._C._get_tracing_state() is not None:  # by torch.jit.trace
         op = torch.ops.mpkernels.linear_act
     elif seam or torch._C._are_functorch_transforms_active():
         op = _LinearAct.apply
@@ -151,6 +153,15 @@ def linear_act(
     if moves:
         above.moved, above.saved, above.activation, above.bias = True, saved if save else None, activation, bias
     return out
+
+
+def _in_aten(batch_invariant: bool):
+    """What torch.compile traces below a transform of torch.func, where it can take neither the op nor a Function."""
+    from mpkernels.ops.linear_act import decomposition
+
+    if batch_invariant:
+        raise RuntimeError("linear_act: batch_invariant does not hold where torch.compile traces a torch.func transform")
+    return decomposition.linear_act
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -238,7 +249,8 @@ def _check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
             continue
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
             kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else f"layout {tensor.layout}"
-            raise RuntimeError(f"{op}: {name} must be a dense strided tensor, got {kind}")
+            advice = "; a nested x may have layout=torch.jagged" if tensor.is_nested else ""
+            raise RuntimeError(f"{op}: {name} must be a dense strided tensor, got {kind}{advice}")
         if tensor.dtype not in DTYPES:
             raise RuntimeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         first = first or (name, tensor.device)
