@@ -6,9 +6,11 @@ An optimizer here is one read of all gradients (only where a verdict or a norm i
 
 import contextlib
 import copy
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, repeat, zip_longest
 from operator import is_
+from typing import Any, TypeVar, overload
 
 import torch
 
@@ -22,6 +24,9 @@ from mpkernels.optim._parameters import first_shared, has_memory, is_lazy, name_
 from mpkernels.optim._rows import Rows
 from mpkernels.optim._stats import Clip, GradStats
 from mpkernels.optim._unscale import Unscaling
+
+Loss = TypeVar("Loss")
+Params = Iterable[torch.Tensor | tuple[str, torch.Tensor] | dict[str, Any]]  # of a union of Iterables mypy infers nothing
 
 
 @dataclass(eq=False)
@@ -49,8 +54,9 @@ class Optimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then passes grad_scale and found_inf as attributes
 
     def __init__(
-        self, params, defaults, *, master_dtype, state_dtype, max_norm, write_grads, skip_nonfinite, process_group
-    ):  # fmt: skip
+        self, params: Params, defaults: dict[str, Any], *, master_dtype: torch.dtype | None, state_dtype: torch.dtype | None,
+        max_norm: float | None, write_grads: bool, skip_nonfinite: bool, process_group: "torch.distributed.ProcessGroup | None",
+    ) -> None:  # fmt: skip
         if master_dtype not in (None, *MASTER_DTYPES):
             raise ValueError(f"master_dtype must be torch.float32 or torch.float64, got {master_dtype}")
         if state_dtype not in (None, *MOMENT_DTYPES):
@@ -94,7 +100,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # ----- construction -----------------------------------------------------------------------
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._refuse_while_lent("add_param_group")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -146,6 +152,12 @@ class Optimizer(torch.optim.Optimizer):
         return {id(p): name or f"parameter {i} {shape_of(p)}" for i, (p, name) in enumerate(named)}
 
     # ----- the step ---------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
     # NOTE: under torch.compile the step is a graph break: it is one or two kernels already, and dynamo would trace our
     # bookkeeping in nine pieces. torch.compiler.disable does the same, but imports dynamo when this file is imported.
@@ -493,7 +505,7 @@ class Optimizer(torch.optim.Optimizer):
                 compute_copy.stamp = None
 
     @contextlib.contextmanager
-    def master_weights(self):
+    def master_weights(self) -> Iterator[None]:
         """Lend the masters: inside, each parameter that has one holds it, in its dtype; afterwards its own 16 bits again.
 
         For evaluation, an EMA and saving; nothing is copied. Gradients, hooks and versions of the parameters are put aside
@@ -531,7 +543,7 @@ class Optimizer(torch.optim.Optimizer):
     # ----- checkpoints --------------------------------------------------------------------------
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load ours or torch's. A 16-bit parameter without a saved master gets one of its own value.
 
         Where a 16-bit parameter is not its loaded master rounded, the next step starts from the parameter.

@@ -8,7 +8,7 @@ import torch
 from mpkernels.ops._layout import NO_TENSORS
 from mpkernels.ops.adamw import adamw_
 from mpkernels.optim import _hyperparameters as hyper
-from mpkernels.optim._base import Optimizer
+from mpkernels.optim._base import Optimizer, Params
 
 
 class AdamW(Optimizer):
@@ -34,12 +34,13 @@ class AdamW(Optimizer):
     }
 
     def __init__(
-        self, params, lr: float | torch.Tensor = 1e-3, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-2,
+        self, params: Params, lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-2,
         amsgrad: bool = False, *, maximize: bool = False, foreach: bool | None = None, capturable: bool = False,
         differentiable: bool = False, fused: bool | None = None, decoupled_weight_decay: bool = True,
         master_dtype: torch.dtype | None = None, state_dtype: torch.dtype | None = None, max_norm: float | None = None,
-        process_group=None, write_grads: bool = False, skip_nonfinite: bool = False,
-    ):  # fmt: skip
+        process_group: "torch.distributed.ProcessGroup | None" = None, write_grads: bool = False, skip_nonfinite: bool = False,
+    ) -> None:  # fmt: skip
         defaults = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize, foreach=foreach,
             capturable=capturable, differentiable=differentiable, fused=fused, decoupled_weight_decay=decoupled_weight_decay,
@@ -68,11 +69,16 @@ class Adam(AdamW):
     _rules: ClassVar = {**AdamW._rules, "decoupled_weight_decay": hyper.flag("decoupled_weight_decay value")}
 
     def __init__(
-        self, params, lr: float | torch.Tensor = 1e-3, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
-        amsgrad: bool = False, *, decoupled_weight_decay: bool = False, foreach: bool | None = None,
-        capturable: bool = False, fused: bool | None = None, **options,
-    ):  # fmt: skip
+        self, params: Params, lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
+        amsgrad: bool = False, *, maximize: bool = False, foreach: bool | None = None, capturable: bool = False,
+        differentiable: bool = False, fused: bool | None = None, decoupled_weight_decay: bool = False,
+        master_dtype: torch.dtype | None = None, state_dtype: torch.dtype | None = None, max_norm: float | None = None,
+        process_group: "torch.distributed.ProcessGroup | None" = None, write_grads: bool = False, skip_nonfinite: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(
-            params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=decoupled_weight_decay,
-            foreach=foreach, capturable=capturable, fused=fused, **options,
+            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,
+            differentiable=differentiable, fused=fused, decoupled_weight_decay=decoupled_weight_decay,
+            master_dtype=master_dtype, state_dtype=state_dtype, max_norm=max_norm, process_group=process_group,
+            write_grads=write_grads, skip_nonfinite=skip_nonfinite,
         )  # fmt: skip

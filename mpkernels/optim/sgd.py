@@ -8,7 +8,7 @@ import torch
 from mpkernels.ops._layout import NO_TENSORS
 from mpkernels.ops.sgd import sgd_
 from mpkernels.optim import _hyperparameters as hyper
-from mpkernels.optim._base import Optimizer
+from mpkernels.optim._base import Optimizer, Params
 
 
 class SGD(Optimizer):
@@ -32,12 +32,12 @@ class SGD(Optimizer):
     }
 
     def __init__(
-        self, params, lr: float | torch.Tensor = 1e-3, momentum: float = 0.0, dampening: float = 0.0,
+        self, params: Params, lr: float | torch.Tensor = 1e-3, momentum: float = 0.0, dampening: float = 0.0,
         weight_decay: float = 0.0, nesterov: bool = False, *, maximize: bool = False, foreach: bool | None = None,
         differentiable: bool = False, fused: bool | None = None,
         master_dtype: torch.dtype | None = None, state_dtype: torch.dtype | None = None, max_norm: float | None = None,
-        process_group=None, write_grads: bool = False, skip_nonfinite: bool = False,
-    ):  # fmt: skip
+        process_group: "torch.distributed.ProcessGroup | None" = None, write_grads: bool = False, skip_nonfinite: bool = False,
+    ) -> None:  # fmt: skip
         defaults = dict(
             lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize,
             foreach=foreach, differentiable=differentiable, fused=fused,
