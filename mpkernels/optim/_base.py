@@ -550,9 +550,10 @@ class Optimizer(torch.optim.Optimizer):
         Raises ValueError for groups, keys, shapes or values that do not fit; nothing is loaded then.
         """
         self._refuse_while_lent("load_state_dict")
-        state_dict = dict(state_dict)
+        state_dict = copy.copy(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
+            returned = hook(self, state_dict)
+            state_dict = state_dict if returned is None else returned
         loaded = _checkpoints.checked_state(self, state_dict)
         groups = copy.deepcopy(state_dict["param_groups"])
         for group, new in zip(self.param_groups, groups, strict=True):

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A state_dict, ours or torch's, checked against an optimizer and converted to what it keeps, before anything is loaded."""
+"""A state_dict, ours or torch's, checked against an optimizer and converted to what it keeps, before anything is loaded.
+
+What the optimizer knows nothing of is kept as torch keeps it: keys of `state` that name no parameter, and further entries of
+a parameter, whose tensors take its dtype and device.
+"""
 
 import math
 
@@ -7,7 +11,7 @@ import torch
 
 from mpkernels.ops._cast import DTYPES, cast
 from mpkernels.optim import _ranks
-from mpkernels.optim._parameters import name_of
+from mpkernels.optim._parameters import is_lazy, name_of
 
 
 def checked_state(optimizer, state_dict: dict) -> dict[torch.Tensor, dict]:
@@ -15,11 +19,14 @@ def checked_state(optimizer, state_dict: dict) -> dict[torch.Tensor, dict]:
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError("state_dict must have the keys state and param_groups")
     saved, ours = state_dict["param_groups"], optimizer.param_groups
-    if not isinstance(saved, list) or not all(isinstance(g, dict) and "params" in g for g in saved):
+    if not isinstance(saved, list) or not all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in saved):
         raise ValueError("state_dict: param_groups must be a list of groups with params")
+    keys = [key for group in saved for key in group["params"]]
+    if not all(isinstance(key, int | str) for key in keys) or len(set(keys)) < len(keys):
+        raise ValueError("state_dict: params of param_groups must be different numbers or names, one for each parameter")
     states = state_dict["state"]
-    if not isinstance(states, dict) or not all(isinstance(state, dict) for state in states.values()):
-        raise ValueError("state_dict: state must be a dict of dicts")
+    if not isinstance(states, dict):
+        raise ValueError(f"state_dict: state must be a dict, got {type(states).__name__}")
     sizes = [len(g["params"]) for g in saved], [len(g["params"]) for g in ours]
     if sizes[0] != sizes[1]:
         raise ValueError(f"state_dict has groups of {sizes[0]} parameters, the optimizer of {sizes[1]}")
@@ -28,8 +35,10 @@ def checked_state(optimizer, state_dict: dict) -> dict[torch.Tensor, dict]:
         for new, group in zip(saved, ours, strict=True)
         for i, (key, parameter) in enumerate(zip(new["params"], group["params"], strict=True))
     }
-    if unknown := state_dict["state"].keys() - by_id.keys():
-        raise ValueError(f"state_dict has state for {sorted(unknown)}, which no group names")
+    known = {"step", "master", *optimizer._optional_states, *(n for g in ours for n in optimizer._group_state_names(g))}
+    foreign = {key: state for key, state in states.items() if key not in by_id}
+    if unknown := [key for key, state in foreign.items() if isinstance(key, int) or known & _keys(state)]:
+        raise ValueError(f"state_dict has state for {unknown}, which no group names")
     for new, group in zip(saved, ours, strict=True):
         optimizer._check_hyperparameters({**group, **new})
         decoupled = group.get("decoupled_weight_decay")
@@ -39,24 +48,52 @@ def checked_state(optimizer, state_dict: dict) -> dict[torch.Tensor, dict]:
                 "load Adam into Adam, AdamW into AdamW"
             )
     result = {}
-    for key, state in state_dict["state"].items():
+    for key, state in states.items():
+        if key in foreign:
+            result[key] = state
+            continue
         group, i, parameter = by_id[key]
-        result[parameter] = _converted(optimizer, state, parameter, group, name_of(group, i))
+        if not isinstance(state, dict):
+            raise ValueError(f"state_dict: the state of {name_of(group, i)} must be a dict, got {type(state).__name__}")
+        result[parameter] = _extras(state, known, parameter)
+        if known & state.keys():
+            result[parameter].update(_converted(optimizer, state, parameter, group, name_of(group, i)))
     return result
 
 
+def _keys(state) -> set:
+    return set(state) if isinstance(state, dict) else set()
+
+
+def _extras(state: dict, known: set[str], parameter: torch.Tensor) -> dict:
+    return {key: _like(value, parameter) for key, value in state.items() if key not in known}
+
+
+def _like(value, parameter: torch.Tensor):
+    """As torch's load_state_dict converts what it finds in the state of a parameter."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device=parameter.device, dtype=parameter.dtype if parameter.is_floating_point() else None)
+    if isinstance(value, dict):
+        return {key: _like(member, parameter) for key, member in value.items()}
+    if isinstance(value, list | tuple | set) and type(value) in (list, tuple, set):
+        return type(value)(_like(member, parameter) for member in value)
+    return value
+
+
 def _converted(optimizer, state: dict, parameter: torch.Tensor, group: dict, name: str) -> dict:
+    if is_lazy(parameter):
+        raise ValueError(f"state_dict: {name} has state, but no shape yet: load it after a first forward of the model")
+    # torch's reader of flattened distributed checkpoints puts {} where one lacks an entry
+    state = {key: value for key, value in state.items() if not (isinstance(value, dict) and not value)}
     dtype, optional = optimizer._master_dtype(parameter), optimizer._optional_states
     wanted = tuple(dict.fromkeys((*optimizer._group_state_names(group), *optional)))
-    if extra := {key for key, value in state.items() if value is not None} - {"step", "master", *wanted}:
-        raise ValueError(f"state_dict: {name} has {', '.join(sorted(extra))}, expected {', '.join(wanted)}")
     result = {"step": _converted_step(state, name, optimizer._default_step, parameter.device)}
     for key in wanted:
         if key in optional and state.get(key) is None:
             continue
         result[key] = _converted_tensor(state.get(key), parameter, optimizer._moment_dtype(parameter), f"{key} of {name}")
     if dtype != parameter.dtype:
-        master = state.get("master", parameter)
+        master = parameter if state.get("master") is None else state["master"]
         result["master"] = _converted_tensor(master, parameter, dtype, f"master of {name}")
         if master.dtype.itemsize < dtype.itemsize and master is not parameter:
             raise ValueError(f"state_dict: master of {name} is {master.dtype}, the optimizer keeps {dtype}")
@@ -77,7 +114,7 @@ def _converted_tensor(value, parameter: torch.Tensor, dtype: torch.dtype, name: 
 
 def _converted_step(state: dict, name: str, default: int | None, device) -> torch.Tensor:
     step = state.get("step", default)
-    value = step.item() if isinstance(step, torch.Tensor) and step.numel() == 1 else step
+    value = step.item() if isinstance(step, torch.Tensor) and step.numel() == 1 and not step.is_meta else step
     if not isinstance(value, int | float) or not 0 <= value < math.inf or value != int(value):
         raise ValueError(f"state_dict: step of {name} must be a count, got {step}")
     return torch.full((), value, dtype=torch.float32, device=device)
