@@ -328,6 +328,8 @@ class Optimizer(torch.optim.Optimizer):
     def _all_rows(self) -> dict[tuple[int, torch.device], Rows]:
         """Rows by (group, device) of the parameters that have a gradient; state is made where it is missing."""
         self._refuse_while_lent("a scaler's unscale_ or clip_grad_norm_")
+        if self._ranks.dtensors:
+            _ranks.redistribute_grads(self._parameters())
         known = len(self.state) == len(self._entries) and all(map(is_, self.state.values(), self._entries))
         if not known:  # at first, or somebody has taken the state away, or put in another
             self._rows.clear()

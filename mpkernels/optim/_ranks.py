@@ -112,12 +112,30 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return result if wait is None else wait()
 
 
+def redistribute_grads(params: list[torch.Tensor]) -> None:
+    """Lay each DTensor's gradient out as the parameter lies, as torch's optimizers do.
+
+    Sequence parallelism leaves Partial sums for replicated parameters. Every rank of the mesh has the gradient then, as of
+    any DTensor, and enters the collective here, in the order of the parameters.
+    """
+    for parameter in params:
+        grad = parameter.grad
+        if grad is None or not (is_dtensor(parameter) and is_dtensor(grad)):
+            continue
+        (mesh, wanted), (grad_mesh, got) = placement(parameter), placement(grad)
+        if mesh == grad_mesh and wanted != got:
+            parameter.grad = grad.redistribute(mesh, wanted)
+
+
 def check_placements(name: str, parameter: torch.Tensor, grad: torch.Tensor) -> None:
-    """Raise RuntimeError unless the gradient lies as the parameter does: a Partial one is not the gradient yet."""
+    """Raise RuntimeError unless the gradient lies as the parameter does: on another mesh nothing brings it there."""
     mesh, wanted = placement(parameter)
     grad_mesh, got = placement(grad)
     if mesh != grad_mesh or wanted != got:
-        raise RuntimeError(f"the gradient of {name} has placements {got}, expected {wanted}: redistribute it before the step")
+        raise RuntimeError(
+            f"the gradient of {name} has placements {got} on {grad_mesh}, expected {wanted} on {mesh}: "
+            "redistribute it before the step"
+        )
 
 
 def placement(tensor: torch.Tensor) -> tuple:
