@@ -53,13 +53,17 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        return f"{self.file}: {self.old}  ->  {self.new}"
+        return named(self.file, self.old, self.new)
 
     @property
     def key(self) -> str:
         """Of the change and of all that decides whether it is noticed."""
         texts = [self.name, (ROOT / self.file).read_text(), *((ROOT / test).read_text() for test in self.tests)]
         return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def named(file: str, old: str, new: str) -> str:
+    return f"{file}: {' '.join(old.split())}  ->  {' '.join(new.split())}"
 
 
 # ----- Python -----------------------------------------------------------------
@@ -115,14 +119,14 @@ def python_mutants(file: str, tests: tuple[str, ...]) -> Iterator[Mutant]:
             place = node.test if isinstance(node, ast.If) else node
             start, end = offset(place.lineno, place.col_offset), offset(place.end_lineno, place.end_col_offset)
             text = f"({ast.unparse(new)})" if isinstance(new, ast.expr) else ast.unparse(new)
-            old = f"{function}: {lines[place.lineno - 1].decode().strip()}  [{' '.join(data[start:end].decode().split())}]"
+            old = f"{function}: {lines[place.lineno - 1].decode().strip()}  [{data[start:end].decode()}]"
             seen[old, text] += 1
             old += f" {seen[old, text]}" if seen[old, text] > 1 else ""
             yield Mutant(file, old, text, (data[:start] + text.encode() + data[end:]).decode(), tests)
 
 
-def sample(mutants: list[Mutant], count: int, seed: int) -> list[Mutant]:
-    order = sorted(mutants, key=lambda m: hashlib.sha256(f"{seed} {m.name}".encode()).digest())
+def sample(mutants: list[Mutant], count: int) -> list[Mutant]:
+    order = sorted(mutants, key=lambda m: hashlib.sha256(m.name.encode()).digest())
     return sorted(order[:count], key=lambda m: m.file)
 
 
@@ -195,18 +199,18 @@ def outcome(mutant: Mutant, compiled: bool) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", default=["*"], help="globs of source files; all in mutants.toml by default")
+    parser.add_argument("files", nargs="*", default=["*"], help="sources, folders or globs; all in mutants.toml by default")
     parser.add_argument("--python", type=int, default=150, metavar="N", help="how many mutations of Python")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hours", type=float, default=3)
     parser.add_argument("--list", action="store_true", help="show the mutations and run none")
     arguments = parser.parse_args()
 
     table = tomllib.loads((ROOT / "tools" / "mutants.toml").read_text())
-    wanted = lambda file: any(fnmatch(file, glob) for glob in arguments.files)
-    python = [m for file, tests in table["tests"].items() if wanted(file) for m in python_mutants(file, tuple(tests))]
-    equivalent = {f"{e['file']}: {e['old']}  ->  {e['new']}" for e in table.get("equivalent", [])}
-    python = [m for m in sample(python, arguments.python, arguments.seed) if m.name not in equivalent]
+    wanted = lambda file: any(fnmatch(file, glob) or file.startswith(f"{glob}/") for glob in arguments.files)
+    tests_of = {str(p.relative_to(ROOT)): tests for glob, tests in table["tests"].items() for p in sorted(ROOT.glob(glob))}
+    python = [m for file, tests in tests_of.items() if wanted(file) for m in python_mutants(file, tuple(tests))]
+    equivalent = {named(e["file"], e["old"], e["new"]) for e in table["equivalent"]}
+    python = [m for m in sample(python, arguments.python) if m.name not in equivalent]
     cpp = [m for m in cpp_mutants(table["cpp"]) if wanted(m.file)]
     if arguments.list:
         print(*(m.name for m in [*python, *cpp]), sep="\n")
@@ -217,7 +221,7 @@ def main() -> None:
     before = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     known = {row["key"]: row["outcome"] for row in before if row["outcome"] != "survived"}
     end = time.monotonic() + arguments.hours * 3600
-    sound, counts, survivors = {}, Counter(), []
+    sound, counts, survivors = set(), Counter(), []
     for language, mutants in (("Python", python), ("C++", cpp)):
         todo = [m for m in mutants if m.key not in known]
         if language == "C++" and todo and (failed := build())[0]:
@@ -225,10 +229,9 @@ def main() -> None:
         for mutant in mutants:
             result = known.get(mutant.key)
             if result is None and time.monotonic() < end:
-                if mutant.tests not in sound:
-                    sound[mutant.tests] = run_tests(mutant.tests)
-                if sound[mutant.tests][0]:
-                    sys.exit(f"fails without a mutation: {mutant.tests}\n{sound[mutant.tests][1]}")
+                if mutant.tests not in sound and (failed := run_tests(mutant.tests))[0]:
+                    sys.exit(f"fails without a mutation: {mutant.tests}\n{failed[1]}")
+                sound.add(mutant.tests)
                 result = outcome(mutant, language == "C++")
                 with RESULTS.open("a") as file:
                     file.write(json.dumps({"key": mutant.key, "name": mutant.name, "outcome": result}) + "\n")
