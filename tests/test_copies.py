@@ -331,7 +331,7 @@ def test_copy_survives_a_change_of_shape():
     layer.bias = None
     check_fresh(layer)
     layer.weight.grad = torch.ones(7, 6)
-    with pytest.raises(RuntimeError, match="changed shape since construction"):
+    with pytest.raises(RuntimeError, match="changed shape since its state was made"):
         optimizer.step()
 
 

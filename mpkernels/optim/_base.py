@@ -7,9 +7,7 @@ An optimizer here is one read of all gradients (only where a verdict or a norm i
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import chain, repeat, zip_longest
-from operator import is_
+from itertools import zip_longest
 from typing import Any, TypeVar, overload
 
 import torch
@@ -17,25 +15,18 @@ import torch
 from mpkernels import _copies
 from mpkernels._dispatch import move_versions
 from mpkernels.ops._cast import DTYPES, cast
-from mpkernels.ops._layout import Tensors, overlaps
+from mpkernels.ops._layout import overlaps
 from mpkernels.ops._multi_tensor import MASTER_DTYPES, MOMENT_DTYPES, skip_flag
-from mpkernels.optim import _checkpoints, _hyperparameters, _ranks, _stats
+from mpkernels.optim import _checkpoints, _hyperparameters, _ranks, _stats, master_weights
 from mpkernels.optim._parameters import first_shared, has_memory, is_lazy, name_of, shape_of
-from mpkernels.optim._rows import Rows
 from mpkernels.optim._stats import Clip, GradStats
 from mpkernels.optim._unscale import Unscaling
+from mpkernels.optim.step_plan import Call, Signature, StepPlan
 
 Loss = TypeVar("Loss")
 Params = Iterable[torch.Tensor | tuple[str, torch.Tensor] | dict[str, Any]]  # of a union of Iterables mypy infers nothing
 
-
-@dataclass(eq=False)
-class _Call:
-    """One call of the update op."""
-
-    rows: Rows
-    arguments: tuple
-    options: dict
+PLANS = 8  # kept at most: steps that find other parameters with a gradient, as of experts and dropped layers, take turns
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -79,29 +70,27 @@ class Optimizer(torch.optim.Optimizer):
         self.steps_called = 0
         self._stats: dict[torch.device, GradStats] = {}
         self._pending_clip: Clip | None = None  # of scaler.clip_grad_norm_, until the next step
-        self._formats: dict[int, tuple[torch.dtype, torch.Size]] = {}
-        self._rows: dict[tuple[int, torch.device], Rows] = {}
-        self._entries: list[dict] = []  # the state of every parameter that the rows were made of
+        self._plans: list[StepPlan] = []  # the last used first
+        self._versions: dict[int, object] = {}  # by id, of the parameters of these plans after our last write
+        self._made_for: dict[int, tuple[dict, torch.dtype]] = {}  # by id, the state of a parameter and the dtype it was for
         self._ranks = _ranks.Ranks([])
         self._checked_values: dict[int, list] = {}  # of hyperparameters, by group, as of the last step
-        self._lent = False  # inside master_weights
-        self._disjoint: list[list[int]] = []  # addresses of parameters that were found to share no memory
+        self._swapped = False  # inside master_weights
 
     def __getstate__(self) -> dict:
-        self._refuse_while_lent("a copy of the optimizer")
+        self._refuse_while_swapped("a copy of the optimizer")
         ours = ("master_dtype", "state_dtype", "max_norm", "write_grads", "skip_nonfinite", "process_group")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
 
     def __setstate__(self, state: dict) -> None:
         self._forget()
         super().__setstate__(state)
-        self._formats = {id(p): (p.dtype, p.shape) for p in self._parameters() if not is_lazy(p)}
-        self._ranks = _ranks.Ranks(self._parameters(), self.process_group)
+        self._remember_dtypes()
 
     # ----- construction -----------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self._refuse_while_lent("add_param_group")
+        self._refuse_while_swapped("add_param_group")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -118,8 +107,6 @@ class Optimizer(torch.optim.Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        self._formats.update((id(p), (p.dtype, p.shape)) for p in group["params"] if not is_lazy(p))
-        self._ranks = _ranks.Ranks(self._parameters(), self.process_group)
 
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -172,9 +159,8 @@ class Optimizer(torch.optim.Optimizer):
         After an exception, out of a hook too, the step can be taken again or left out: what can fail, or allocates, comes
         before the first write. (Not so where the op itself fails to allocate: `eager`, and layouts that differ.)
         """
-        self._refuse_while_lent("step")
+        self._refuse_while_swapped("step")
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        foreign = found_inf is not None  # somebody else's scalars: the op checks them
         _check_scalars(grad_scale=grad_scale, found_inf=found_inf)
         loss = None
         if closure is not None:
@@ -184,47 +170,53 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         _hyperparameters.check_replaced(self, self._checked_values)
         try:
-            calls = self._prepare(grad_scale, found_inf)
-            for call in calls:  # all of them before the first write
-                if foreign or not call.rows.checked:
-                    self._op.check(*call.arguments, **call.options)
-            unscalings = [_unscaling(call) for call in calls] if self.write_grads and grad_scale is not None else []
+            plan = self._current_plan()
+            calls = self._prepare(plan, grad_scale, found_inf)
+            unscalings = [
+                Unscaling(call.grads, options["grad_scale"], options["found_inf"])
+                for call, _, options in (calls if self.write_grads and grad_scale is not None else ())
+            ]
         except BaseException:
             self._stats = {}  # what was read of these gradients: the next step may be of others
-            self._let_grads_go()
+            self._release_grads()
             raise
-        for call in calls:
-            self._op(*call.arguments, **call.options, checked=True)
-            self._after_update(call.rows)
+        for call, arguments, options in calls:
+            self._op(*arguments, **options, checked=True)
+            move_versions(call.written)
+        self._after_update(plan)
         self.steps_called += 1
         self._pending_clip = None
         for unscaling in unscalings:
             unscaling.write()
-        self._let_grads_go()
+        self._release_grads()
         return loss
 
-    def _let_grads_go(self) -> None:
-        """Or those of this step would live on while the next backward allocates its own."""
-        for rows in self._rows.values():
-            rows.grads.clear()
+    def _release_grads(self) -> None:
+        for plan in self._plans[:1]:
+            plan.release_grads()
 
-    def _prepare(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> list[_Call]:
-        """Read the gradients if need be and make all that a step needs: what fails here, or allocates, has written nothing."""
-        clip, rows = self._clip_in_force(), self._all_rows()
+    def _prepare(self, plan: StepPlan, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> list[tuple]:
+        """Read the gradients if need be; the calls of the op with their arguments and options, checked.
+
+        What fails here, or allocates, has written nothing.
+        """
+        clip = self._clip_in_force()
         max_norm = self.max_norm if clip is None else clip.max_norm
         check = found_inf is None and (grad_scale is not None or self.skip_nonfinite)
+        foreign = found_inf is not None  # somebody else's scalars: the op checks them
         if clip is None or not self._stats:
             self._stats = {}
             if check or max_norm is not None:
-                self._read_grads(rows, grad_scale, norm=max_norm is not None)
+                self._read_grads(plan, grad_scale, norm=max_norm is not None)
         if check and self._stats:
             found_inf = next(iter(self._stats.values())).found_inf
         calls = []
-        for (index, device), group_rows in rows.items():
-            group = self.param_groups[index]
-            group_rows.checked &= not isinstance(group["lr"], torch.Tensor)
-            options = self._step_options(device, grad_scale, found_inf, max_norm)
-            calls.append(_Call(group_rows, self._arguments(group, group_rows, group_rows.grads), options))
+        for call in plan.calls:
+            group = self.param_groups[call.group]
+            options = self._step_options(call.device, grad_scale, found_inf, max_norm)
+            calls.append((call, self._arguments(group, call, call.grads), options))
+            if foreign or not plan.checked or isinstance(group["lr"], torch.Tensor):
+                self._op.check(*calls[-1][1], **options)
         return calls
 
     def _step_options(self, device, grad_scale, found_inf, max_norm) -> dict:
@@ -234,7 +226,7 @@ class Optimizer(torch.optim.Optimizer):
 
     _op = None  # the op of the update
 
-    def _arguments(self, group: dict, rows: Rows, grads: list[torch.Tensor]) -> tuple:
+    def _arguments(self, group: dict, rows: Call, grads: list[torch.Tensor]) -> tuple:
         """What `_op` is given, up to the options that all of them share."""
         raise NotImplementedError
 
@@ -257,27 +249,27 @@ class Optimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _unscale_grads(self, grad_scale: torch.Tensor) -> dict[torch.device, torch.Tensor]:
         """Divide the gradients by `grad_scale`; found_inf by device. 16-bit ones become fp32: nothing is rounded or lost."""
-        clip, rows = self._clip_in_force(), self._all_rows()
-        for (_, device), group_rows in rows.items():
-            for parameter in group_rows.params:
-                if parameter.grad.dtype.itemsize == 2:
-                    parameter.grad_dtype = None  # any: float32 would stick, and DDP refuse the next backward
-                    parameter.grad = parameter.grad.float()
-            group_rows.give(self._local_grads(group_rows.params))
-            Unscaling(group_rows.grads, _stats.scalar(grad_scale, device), None).write()
-        self._read_grads(rows, None, norm=clip is not None)
+        plan, clip = self._current_plan(), self._clip_in_force()
+        for parameter in plan.params:
+            if parameter.grad.dtype.itemsize == 2:
+                parameter.grad_dtype = None  # any: float32 would stick, and DDP refuse the next backward
+                parameter.grad = parameter.grad.float()
+        plan.give([plan.local(p.grad) for p in plan.params])
+        for call in plan.calls:
+            Unscaling(call.grads, _stats.scalar(grad_scale, call.device), None).write()
+        self._read_grads(plan, None, norm=clip is not None)
         self._pending_clip = clip and self._clip_of_these(clip.max_norm)
         for device, stats in self._stats.items():
             stats.grad_scale = grad_scale.to(device, copy=True)
             stats.found_inf = skip_flag(stats.found_inf, stats.grad_scale).float()
-        self._let_grads_go()
+        self._release_grads()
         return {device: stats.found_inf for device, stats in self._stats.items()}
 
     @torch.no_grad()
     def _clip_at_next_step(self, grad_scale: torch.Tensor | None, max_norm: float) -> torch.Tensor | None:
         """Read the gradients now and clip them to max_norm in the next step; the norm, or None without gradients."""
-        self._read_grads(self._all_rows(), grad_scale, norm=True)
-        self._let_grads_go()
+        self._read_grads(self._current_plan(), grad_scale, norm=True)
+        self._release_grads()
         if not self._stats:
             return None
         self._pending_clip = self._clip_of_these(max_norm)
@@ -286,28 +278,27 @@ class Optimizer(torch.optim.Optimizer):
     def _clip_of_these(self, max_norm: float) -> Clip:
         return Clip(max_norm, _with_gradient(self._parameters())[1])
 
-    def _read_grads(self, rows: dict, grad_scale: torch.Tensor | None, *, norm: bool) -> None:
+    def _read_grads(self, plan: StepPlan, grad_scale: torch.Tensor | None, *, norm: bool) -> None:
         """Read all gradients once: per-tensor statistics, the verdict and (norm) `grad_norm`, over all devices."""
-        by_device: dict[torch.device, list[Rows]] = {}
-        for (_, device), group_rows in rows.items():
-            by_device.setdefault(device, []).append(group_rows)
-        if self._ranks.many:
-            params = {device: [p for rows in members for p in rows.params] for device, members in by_device.items()}
-            self._read_on_ranks(params, grad_scale, norm)
+        if plan.ranks.many:
+            self._read_on_ranks(plan, grad_scale, norm)
         else:
-            self._stats = {d: _stats.read_rows(d, members, grad_scale, norm) for d, members in by_device.items()}
+            self._stats = {r.device: _stats.read(r.device, r.params, r.grads, grad_scale, norm) for r in plan.readings}
             if len(self._stats) > 1:
                 _stats.combine_devices(list(self._stats.values()))
         if norm and self._stats:
             self.grad_norm = next(iter(self._stats.values())).grad_norm
 
-    def _read_on_ranks(self, by_device: dict, grad_scale: torch.Tensor | None, norm: bool) -> None:
+    def _read_on_ranks(self, plan: StepPlan, grad_scale: torch.Tensor | None, norm: bool) -> None:
         """The same with the verdict and the norm of all ranks; a rank without gradients joins in with none."""
-        by_device = by_device or {self._parameters()[0].device: []}
+        by_device = {r.device: r.params for r in plan.readings} or {self._parameters()[0].device: []}
         self._stats, squares = {}, {}
         for device, params in by_device.items():
-            parts = self._ranks.parts(params) if norm and params else {_ranks.HERE: params}
-            reads = {part: self._read(device, members, grad_scale, norm) for part, members in parts.items()}
+            parts = plan.ranks.parts(params) if norm and params else {_ranks.HERE: params}
+            reads = {
+                part: _stats.read(device, members, [plan.local(p.grad) for p in members], grad_scale, norm)
+                for part, members in parts.items()
+            }
             self._stats[device] = _stats.joined(list(reads.values()))
             for part, stats in reads.items() if norm else ():
                 square = stats.grad_norm.square().to(next(iter(by_device)), non_blocking=True)
@@ -315,156 +306,141 @@ class Optimizer(torch.optim.Optimizer):
         if len(self._stats) > 1:
             _stats.combine_devices(list(self._stats.values()))
         first = next(iter(self._stats.values()))
-        first.found_inf, first.grad_norm = self._ranks.agree(first.found_inf, squares if norm else None)
+        first.found_inf, first.grad_norm = plan.ranks.agree(first.found_inf, squares if norm else None)
 
-    def _local_grads(self, params: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [_ranks.local(p.grad) for p in params] if self._ranks.dtensors else [p.grad for p in params]
+    # ----- the plan of a step ---------------------------------------------------------------------
 
-    def _read(self, device, params: list[torch.Tensor], grad_scale: torch.Tensor | None, norm: bool) -> GradStats:
-        return _stats.read(device, params, self._local_grads(params), grad_scale, norm)
+    def _current_plan(self) -> StepPlan:
+        """The plan of a step that finds these gradients; state is made where it is missing, foreign writes are taken over."""
+        self._refuse_while_swapped("a scaler's unscale_ or clip_grad_norm_")
+        signature = Signature(self.param_groups, self._partition())
+        names = [self._group_state_names(group) for group in self.param_groups]
+        plan = next((plan for plan in self._plans if plan.signature.matches(signature)), None)
+        if plan is None or not plan.is_current(self.state, names):
+            plan = self._make_plan(signature, names)
+        else:
+            self._use(plan)
+            if plan.dtensors:
+                signature.redistribute_grads()
+                self._check_formats(plan.ranks)
+            grads = list(map(plan.local, signature.with_gradient()[1]))
+            if not plan.rebind(grads):
+                self._check_formats(plan.ranks)
+                plan.give(grads)
+            elif not plan.has_memory():  # it may be only that a tensor has no elements
+                self._check_formats(plan.ranks)
+        self._sync_external_writes(plan)
+        return plan
 
-    # ----- rows: the parameters of a step and their state --------------------------------------------
+    def _partition(self) -> list[int]:
+        """Per group, the first with the same hyperparameters: one call of the op serves both."""
+        if len(self.param_groups) == 1:
+            return [0]
+        first: dict[tuple, int] = {}
+        result = []
+        for i, group in enumerate(self.param_groups):
+            result.append(first.setdefault(tuple(_by_value(group.get(name)) for name in self._rules), i))
+        return result
 
-    def _all_rows(self) -> dict[tuple[int, torch.device], Rows]:
-        """Rows by (group, device) of the parameters that have a gradient; state is made where it is missing."""
-        self._refuse_while_lent("a scaler's unscale_ or clip_grad_norm_")
-        if self._ranks.dtensors:
-            _ranks.redistribute_grads(self._parameters())
-        known = len(self.state) == len(self._entries) and all(map(is_, self.state.values(), self._entries))
-        if not known:  # at first, or somebody has taken the state away, or put in another
-            self._rows.clear()
-        present: dict[tuple[int, torch.device], list[torch.Tensor]] = {}
-        taken = set()
-        for index, group in enumerate(self.param_groups):
-            params, grads = group["params"], [p.grad for p in group["params"]]
-            if any(map(is_, grads, repeat(None))):
-                params, grads = _with_gradient(params)
-            rows = self._rows.get((index, params[0].device)) if params else None
-            if rows is not None and rows.take(params, grads):
-                present[index, params[0].device] = params
-                taken.add(index)
-            else:
-                self._check_formats(index, group, present)
-        rows = {key: self._rows_of(*key, params, key[0] in taken) for key, params in present.items()}
-        if not known or len(self.state) != len(self._entries):
-            self._entries = list(self.state.values())
-        if not all(some.held.placed and some.grads.placed for some in rows.values()):
-            for index, group in enumerate(self.param_groups):  # it may be only that a tensor has no elements
-                self._check_formats(index, group, {})
-        self._refuse_shared(list(rows.values()))
-        for group_rows in rows.values():
-            self._follow_foreign_writes(group_rows)
-        return rows
+    def _make_plan(self, signature: Signature, names: list[tuple[str, ...]]) -> StepPlan:
+        ranks = _ranks.Ranks(signature.params, self.process_group)
+        if ranks.dtensors:
+            signature.redistribute_grads()
+        self._check_formats(ranks)
+        params, _ = signature.with_gradient()
+        self._refuse_shared([_ranks.local(p) for p in params], params)
+        for group in self.param_groups:
+            for i, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:
+                    self._init_state(group, parameter, name_of(group, i))
+        self._remember_dtypes()
+        self._save_versions()
+        plan = StepPlan(signature, self.state, names, ranks, self)
+        kept = (p for p in self._plans if not p.signature.matches(signature) and p.signature.has_params_of(signature))
+        self._plans = [plan, *kept][:PLANS]
+        known = {id(p) for some in self._plans for p in some.params}
+        self._versions = {key: version for key, version in self._versions.items() if key in known}
+        self._ranks = ranks
+        return plan
 
-    def _check_formats(self, index: int, group: dict, present: dict) -> None:
-        """Raise RuntimeError for a parameter or gradient that is not what it should be; enter the others in `present`."""
-        for i, parameter in enumerate(group["params"]):
-            grad = parameter.grad
-            if grad is None:  # a lazy one has no shape then
-                continue
-            shape = parameter.shape
-            if problem := self._parameter_problem(parameter, name_of(group, i)):
-                raise RuntimeError(problem)
-            if self._formats.setdefault(id(parameter), (parameter.dtype, shape)) != (parameter.dtype, shape):
-                _refuse_changed(name_of(group, i), self._formats[id(parameter)], (parameter.dtype, shape))
-            if self._ranks.dtensors or type(grad) is not torch.Tensor:
-                _ranks.check_placements(name_of(group, i), parameter, grad)
-            if grad.layout != torch.strided or grad.dtype not in DTYPES or grad.shape != shape:
-                raise RuntimeError(
-                    f"the gradient of {name_of(group, i)} must be a dense floating-point tensor of shape {tuple(shape)}, "
-                    f"got {tuple(grad.shape)} {grad.dtype}, {grad.layout}"
-                )
-            if grad.device != parameter.device:
-                raise RuntimeError(f"the gradient of {name_of(group, i)} is on {grad.device}, expected {parameter.device}")
-            if grad.dtype.itemsize > (master := self._master_dtype(parameter)).itemsize:
-                raise RuntimeError(
-                    f"the gradient of {name_of(group, i)} is {grad.dtype}, wider than its master, {master}: "
-                    f"make the optimizer with master_dtype={grad.dtype}"
-                )
-            for what, tensor in (("", parameter), ("the gradient of ", grad)):
-                if not has_memory(_ranks.local(tensor)):
-                    raise RuntimeError(f"{what}{name_of(group, i)} has no memory: its storage was freed, or it is a ZeroTensor")
-            present.setdefault((index, parameter.device), []).append(parameter)
+    def _use(self, plan: StepPlan) -> None:
+        """Put `plan` first. What was written meanwhile under other plans is not foreign to it."""
+        if plan is not self._plans[0]:
+            self._save_versions()
+            plan.versions = [self._versions.get(id(p)) for p in plan.params]
+            self._plans.remove(plan)
+            self._plans.insert(0, plan)
+            self._ranks = plan.ranks
 
-    def _refuse_shared(self, rows: list[Rows]) -> None:
+    def _save_versions(self) -> None:
+        for plan in self._plans[:1]:
+            if plan.versions is not None:
+                self._versions.update(zip(map(id, plan.params), plan.versions, strict=True))
+
+    def _remember_dtypes(self) -> None:
+        """Of which dtype a parameter was when its state was made."""
+        old, self._made_for = self._made_for, {}
+        for parameter, entry in self.state.items():
+            if isinstance(entry, dict) and isinstance(parameter, torch.Tensor):
+                before = old.get(id(parameter))
+                known = before is not None and before[0] is entry
+                self._made_for[id(parameter)] = before if known else (entry, parameter.dtype)
+
+    def _check_formats(self, ranks: _ranks.Ranks) -> None:
+        """Raise RuntimeError for a parameter or gradient that is not what it should be."""
+        for group in self.param_groups:
+            for i, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:  # a lazy one has no shape then
+                    self._check_format(parameter, parameter.grad, name_of(group, i), ranks)
+
+    def _check_format(self, parameter: torch.Tensor, grad: torch.Tensor, name: str, ranks: _ranks.Ranks) -> None:
+        shape, (entry, dtype) = parameter.shape, self._made_for.get(id(parameter), (None, None))
+        if problem := self._parameter_problem(parameter, name):
+            raise RuntimeError(problem)
+        if entry is not None and entry is self.state.get(parameter) and dtype != parameter.dtype:
+            raise RuntimeError(
+                f"{name} changed dtype since its state was made: {dtype} then, {parameter.dtype} now: "
+                "make the optimizer after convert"
+            )
+        if ranks.dtensors or type(grad) is not torch.Tensor:
+            _ranks.check_placements(name, parameter, grad)
+        if grad.layout != torch.strided or grad.dtype not in DTYPES or grad.shape != shape:
+            raise RuntimeError(
+                f"the gradient of {name} must be a dense floating-point tensor of shape {tuple(shape)}, "
+                f"got {tuple(grad.shape)} {grad.dtype}, {grad.layout}"
+            )
+        if grad.device != parameter.device:
+            raise RuntimeError(f"the gradient of {name} is on {grad.device}, expected {parameter.device}")
+        if grad.dtype.itemsize > (master := self._master_dtype(parameter)).itemsize:
+            raise RuntimeError(
+                f"the gradient of {name} is {grad.dtype}, wider than its master, {master}: "
+                f"make the optimizer with master_dtype={grad.dtype}"
+            )
+        for what, tensor in (("", parameter), ("the gradient of ", grad)):
+            if not has_memory(_ranks.local(tensor)):
+                raise RuntimeError(f"{what}{name} has no memory: its storage was freed, or it is a ZeroTensor")
+
+    def _refuse_shared(self, tensors: list[torch.Tensor], params: list[torch.Tensor]) -> None:
         """Raise RuntimeError where two parameters share memory, of which each would update its part of the other."""
-        addresses = [some.held.addresses for some in rows]
-        if addresses == self._disjoint:
-            return
-        if shared := first_shared([t for some in rows for t in some.held], list(chain.from_iterable(addresses))):
-            names, params = self._parameter_names(), [p for some in rows for p in some.params]
+        if shared := first_shared(tensors, [t.data_ptr() for t in tensors]):
+            names = self._parameter_names()
             first, second = (names[id(params[i])] for i in sorted(shared))
             raise RuntimeError(f"{second} shares memory with {first}: use one Parameter in both places")
-        self._disjoint = addresses
 
-    def _rows_of(self, index: int, device: torch.device, params: list[torch.Tensor], taken: bool) -> Rows:
-        """The rows of the last step if they are still those; one set at a time.
+    def _sync_external_writes(self, plan: StepPlan) -> None:
+        """Take over what others wrote since our last step: a skipped one must not leave a copy behind its weight."""
+        versions = plan.versions_now()
+        for i in plan.written_by_others(versions):
+            master_weights.take_over(plan.masters[i], plan.local_params[i])
+        plan.versions = versions
+        for compute_copy in plan.compute_copies.values():
+            if not compute_copy.is_fresh():
+                compute_copy.write(cast(compute_copy.weight, compute_copy.tensor.dtype))
 
-        taken: whether these, should they be still those, have the gradients already.
-        """
-        group, rows = self.param_groups[index], self._rows.get((index, device))
-        if (
-            rows is None
-            or rows.generation != _copies.generation
-            or tuple(rows.states) != self._group_state_names(group)
-            or not (taken or rows.are(params))
-            or rows.moved()
-        ):
-            rows = self._rows[index, device] = self._make_rows(group, params)
-            taken = False
-        if not taken:
-            rows.give(self._local_grads(params))
-        return rows
-
-    def _make_rows(self, group: dict, params: list[torch.Tensor]) -> Rows:
-        params = list(params)  # the group's own list may grow
-        for parameter in params:
-            self._init_state(group, parameter)
-        names, generation = self._group_state_names(group), _copies.generation
-        held = Tensors([_ranks.local(p) for p in params] if self._ranks.dtensors else params)
-        masters, copies, mastered = [], [], []
-        compute_copies = _copies.claim(self, params)
-        for i, parameter in enumerate(params):
-            state = self.state[parameter]
-            masters.append(_ranks.local(state["master"]) if "master" in state else held[i])
-            if "master" in state:
-                mastered.append(i)
-                copies.append(held[i])
-            elif i in compute_copies:
-                copies.append(compute_copies[i].tensor)
-            else:
-                copies.append(torch.empty(0, dtype=torch.float16, device=parameter.device))
-        entries = [self.state[p] for p in params]
-        return Rows(
-            params, held, masters=held if not mastered else Tensors(masters),
-            copies=held if len(mastered) == len(params) else Tensors(copies),
-            states={name: Tensors(_ranks.local(entry[name]) for entry in entries) for name in names},
-            steps=Tensors(entry["step"] for entry in entries), entries=entries,
-            compute_copies=compute_copies, mastered=mastered, generation=generation,
-            dtensors=self._ranks.dtensors,
-        )  # fmt: skip
-
-    def _follow_foreign_writes(self, rows: Rows) -> None:
-        """Take over what somebody else wrote since our last step: a skipped one must not leave a copy behind its weight."""
-        versions, old = rows.versions_now(), rows.versions
-        if versions != old:
-            for i in rows.mastered:
-                if old is None or versions[i] != old[i]:
-                    _take_over(rows.masters[i], rows.held[i])
-        if rows.compute_copies:
-            stamps = rows.copy_stamps(versions)
-            for i, compute_copy in rows.compute_copies.items():
-                if compute_copy.stamp != stamps[i]:
-                    compute_copy.write(cast(rows.params[i], compute_copy.tensor.dtype))
-
-    def _after_update(self, rows: Rows) -> None:
-        rows.checked = True
-        move_versions(rows.written)
-        rows.versions = rows.versions_now()
-        if rows.compute_copies:
-            stamps = rows.copy_stamps(rows.versions)
-            for i, compute_copy in rows.compute_copies.items():
-                compute_copy.stamp = stamps[i]
+    def _after_update(self, plan: StepPlan) -> None:
+        plan.checked, plan.versions = True, plan.versions_now()
+        for compute_copy in plan.compute_copies.values():
+            compute_copy.stamp = _copies.stamp(compute_copy.weight)
 
     def _master_dtype(self, parameter: torch.Tensor) -> torch.dtype:
         return self.master_dtype or torch.promote_types(parameter.dtype, torch.float32)
@@ -472,20 +448,32 @@ class Optimizer(torch.optim.Optimizer):
     def _moment_dtype(self, parameter: torch.Tensor) -> torch.dtype:
         return self.state_dtype or self._master_dtype(parameter)
 
-    def _init_state(self, group: dict, parameter: torch.Tensor) -> None:
-        """Make what is missing of the state: all of it at first, later what a changed hyperparameter asks for; or nothing."""
+    def _init_state(self, group: dict, parameter: torch.Tensor, name: str) -> None:
+        """Make what is missing of the state: all of it at first, later what a changed hyperparameter asks for; or nothing.
+
+        What the user has put in counts; raises RuntimeError where it is not of this parameter's shape.
+        """
         dtype, state, new = self._master_dtype(parameter), self.state.get(parameter, {}), {}
-        if "step" not in state:
-            new["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            if dtype != parameter.dtype:
-                new["master"] = torch.empty_like(parameter, dtype=dtype)
-        for name in self._group_state_names(group):
-            if name not in state:
-                new[name] = torch.zeros_like(
-                    parameter, dtype=self._moment_dtype(parameter), memory_format=torch.preserve_format
+        for key in self._group_state_names(group):
+            value = state.get(key)
+            if value is None:
+                new[key] = torch.zeros_like(parameter, dtype=self._moment_dtype(parameter), memory_format=torch.preserve_format)
+            elif not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+                got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+                raise RuntimeError(
+                    f"{name} changed shape since its state was made: {key} has {got}, the parameter {tuple(parameter.shape)}: "
+                    "resize the state with it, or take it away with optimizer.state.pop(parameter)"
                 )
-        if "master" in new:
-            new["master"].copy_(parameter)
+            elif _ranks.placement(value) != _ranks.placement(parameter):
+                new[key] = _ranks.laid_out_as(value, parameter)
+        if not _is_count(parameter, step := state.get("step")):
+            new["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            if step is not None:
+                new["step"].copy_(step) if isinstance(step, torch.Tensor) else new["step"].fill_(step)
+        if dtype == parameter.dtype:
+            state.pop("master", None)
+        elif not _is_master_of(parameter, state.get("master"), dtype):
+            new["master"] = torch.empty_like(parameter, dtype=dtype).copy_(parameter)
         if new:
             self.state[parameter].update(new)
 
@@ -498,51 +486,90 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def sync_masters_(self) -> None:
-        """Take over into masters and compute copies what was written to the parameters through `.data`."""
-        for parameter, state in self.state.items():
-            if "master" in state:
-                _take_over(_ranks.local(state["master"]), _ranks.local(parameter))
-        for rows in self._rows.values():
-            for compute_copy in rows.compute_copies.values():
+        """Take over into masters and compute copies what was written to the parameters without moving their versions.
+
+        So do writes through `.data`, numpy and DLPack views, and collectives (`dist.broadcast(p, 0)`, all_reduce, scatter).
+        """
+        for parameter, master in master_weights.pairs(self.state):
+            master_weights.take_over(master, parameter)
+        for plan in self._plans:
+            for compute_copy in plan.compute_copies.values():
                 compute_copy.stamp = None
+
+    @torch.no_grad()
+    def check_masters(self) -> list[str]:
+        """The names of the parameters that are not their masters rounded, or whose compute copy is not them, rounded.
+
+        They were written without moving their versions, and the next step would undo that: `sync_masters_`. Waits for the
+        device. Of DTensors each rank looks at what it holds.
+        """
+        self._take_over_visible_writes()
+        named = [(p, master_weights.pairs({p: self.state.get(p)})) for p in self._parameters()]
+        looked_at = [(p, p, masters[0][1]) for p, masters in named if masters]
+        copies = {id(c): c for plan in self._plans for c in plan.compute_copies.values() if c.is_fresh()}
+        looked_at += [(c.weight, c.tensor, c.weight) for c in copies.values()]
+        strayed = master_weights.strays((narrow, wide) for _, narrow, wide in looked_at)
+        found = {id(p) for (p, _, _), stray in zip(looked_at, strayed, strict=True) if stray}
+        return [name for key, name in self._parameter_names().items() if key in found]
+
+    def _take_over_visible_writes(self) -> None:
+        """Every reader of masters does so first: what moved a version since our last write."""
+        self._save_versions()
+        for parameter, master in master_weights.pairs(self.state):
+            version = _version(parameter)
+            if _ranks.is_dtensor(parameter) or self._versions.get(id(parameter)) != version:
+                master_weights.take_over(master, parameter)
 
     @contextlib.contextmanager
     def master_weights(self) -> Iterator[None]:
-        """Lend the masters: inside, each parameter that has one holds it, in its dtype; afterwards its own 16 bits again.
+        """Put the masters in the parameters' place: inside, each parameter that has one holds it, in its dtype.
 
-        For evaluation, an EMA and saving; nothing is copied. Gradients, hooks and versions of the parameters are put aside
-        and come back. A write to a parameter inside that torch can see is one to its master, rounded to 16 bits at the end.
+        Afterwards it holds its own 16 bits again. For evaluation, an EMA and saving; nothing is copied. Gradients, hooks and
+        versions of the parameters are put aside and come back. A write to a parameter inside that torch can see is one to
+        its master, rounded to 16 bits at the end.
         Raises RuntimeError for a DTensor that has a master (use `master_state_dict`) and, inside, for what would step,
         load or copy the optimizer.
         """
-        self._refuse_while_lent("master_weights")
-        masters = [(p, state["master"]) for p, state in self.state.items() if "master" in state]
+        self._refuse_while_swapped("master_weights")
+        masters = master_weights.pairs(self.state)
         if any(_ranks.is_dtensor(p) for p, _ in masters):
             raise RuntimeError("master_weights cannot lend the masters of DTensors: use master_state_dict")
         with torch.no_grad():
             for parameter, master in masters:
-                _take_over(master, parameter)
-        with contextlib.ExitStack() as loans:
-            self._lent = True
-            loans.callback(setattr, self, "_lent", False)
+                master_weights.take_over(master, parameter)
+        with contextlib.ExitStack() as swaps:
+            self._swapped = True
+            swaps.callback(setattr, self, "_swapped", False)
             for parameter, master in masters:
-                loans.enter_context(_lent(parameter, master))
+                swaps.enter_context(master_weights.swapped_in(parameter, master))
             yield
 
-    def _refuse_while_lent(self, what: str) -> None:
-        if self._lent:
+    def _refuse_while_swapped(self, what: str) -> None:
+        if self._swapped:
             raise RuntimeError(f"{what} is not possible inside master_weights(): the parameters are the masters there")
 
+    @torch.no_grad()
     def master_state_dict(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """`model.state_dict()` with the master in place of every parameter that has one."""
-        masters = {p: state["master"] for p, state in self.state.items() if "master" in state}
+        """`model.state_dict()` with the master in place of every parameter that has one.
+
+        What was written to a parameter so that torch sees it, as `model.load_state_dict` does, is taken over first. Whoever
+        reads `state[p]["master"]` itself gets it as of the last step.
+        """
+        self._take_over_visible_writes()
+        masters = {id(p): master for p, master in master_weights.pairs(self.state)}
         result = model.state_dict()
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            if parameter in masters and name in result:
-                result[name] = masters[parameter].detach()
+            if id(parameter) in masters and name in result:
+                result[name] = masters[id(parameter)].detach()
         return result
 
     # ----- checkpoints --------------------------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        """As torch's, all live; 16-bit parameters have a `master` besides, up to date with what torch sees written to them."""
+        with torch.no_grad():
+            self._take_over_visible_writes()
+        return super().state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -551,8 +578,8 @@ class Optimizer(torch.optim.Optimizer):
         Where a 16-bit parameter is not its loaded master rounded, the next step starts from the parameter.
         Raises ValueError for groups, keys, shapes or values that do not fit; nothing is loaded then.
         """
-        self._refuse_while_lent("load_state_dict")
-        state_dict = copy.copy(state_dict)
+        self._refuse_while_swapped("load_state_dict")
+        state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             returned = hook(self, state_dict)
             state_dict = state_dict if returned is None else returned
@@ -562,7 +589,9 @@ class Optimizer(torch.optim.Optimizer):
             group.update({**new, **_checkpoints.identity(group)})
         self.state.clear()
         self.state.update(loaded)
-        self._rows.clear()
+        self._plans.clear()
+        self._versions.clear()
+        self._remember_dtypes()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -588,37 +617,24 @@ def _check_scalars(**scalars: torch.Tensor | None) -> None:
             )
 
 
-def _refuse_changed(name: str, before: tuple, now: tuple) -> None:
-    index = int(before[0] == now[0])
-    what = ("dtype", "shape")[index]
-    raise RuntimeError(
-        f"{name} changed {what} since construction: {before[index]} then, {now[index]} now; make the optimizer after convert"
-    )
+def _by_value(hyperparameter):
+    """What groups are compared by; tensors by being the same one, which needs no look at the device."""
+    if isinstance(hyperparameter, torch.Tensor):
+        return torch.Tensor, id(hyperparameter)
+    return tuple(hyperparameter) if isinstance(hyperparameter, list) else hyperparameter
 
 
-def _take_over(master: torch.Tensor, parameter: torch.Tensor) -> None:
-    """What somebody wrote to the parameter becomes the master's; where the parameter is the master rounded, it stays."""
-    master.copy_(torch.where(cast(master, parameter.dtype) == parameter, master, parameter))
+def _is_count(parameter: torch.Tensor, step) -> bool:
+    """Whether it is what the op advances; a number, or a tensor on another device as torch keeps it, is made one."""
+    return isinstance(step, torch.Tensor) and (step.shape, step.dtype, step.device) == ((), torch.float32, parameter.device)
 
 
-@contextlib.contextmanager
-def _lent(parameter: torch.Tensor, master: torch.Tensor):
-    """Inside, `parameter` is `master`.
-
-    NOTE: `parameter.data = master` would change its dtype, for which torch drops the node that accumulates its gradient,
-    and with it, silently, the hooks by which DDP averages gradients. Here the whole parameter steps aside.
-    """
-    loan = master.detach().requires_grad_(parameter.requires_grad)
-    version = master._version
-    torch._C._swap_tensor_impl(parameter, loan)  # what torch.utils.swap_tensors does, which refuses weak references
-    try:
-        yield
-    finally:
-        torch._C._swap_tensor_impl(parameter, loan)
-        if master._version != version:
-            with torch.no_grad():
-                parameter.copy_(cast(master, parameter.dtype))
+def _is_master_of(parameter: torch.Tensor, master, dtype: torch.dtype) -> bool:
+    if not isinstance(master, torch.Tensor) or master.dtype != dtype or master.device != parameter.device:
+        return False
+    return master.shape == parameter.shape and _ranks.placement(master) == _ranks.placement(parameter)
 
 
-def _unscaling(call: _Call) -> Unscaling:
-    return Unscaling(call.rows.grads, call.options["grad_scale"], call.options["found_inf"])
+def _version(parameter: torch.Tensor):
+    """As StepPlan.versions_now has it."""
+    return (_ranks.local(parameter)._version, parameter._version) if _ranks.is_dtensor(parameter) else parameter._version

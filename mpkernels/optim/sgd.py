@@ -53,11 +53,11 @@ class SGD(Optimizer):
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
-    def _init_state(self, group, parameter):
+    def _init_state(self, group, parameter, name):
         state = self.state.get(parameter, {})
         if group["momentum"] and "step" in state and "momentum_buffer" not in state:
             state["step"] = torch.zeros_like(state["step"])  # a buffer that comes late begins with the gradient too
-        super()._init_state(group, parameter)
+        super()._init_state(group, parameter, name)
 
     def _group_state_names(self, group):
         return ("momentum_buffer",) if group["momentum"] else ()

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masters of 16-bit parameters: taking over what others wrote, finding what strayed, swapping them in."""
+
+import contextlib
+from collections.abc import Iterable
+
+import torch
+
+from mpkernels.ops._cast import cast
+from mpkernels.optim import _ranks
+
+
+def pairs(state: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(parameter, master) for each parameter that has one."""
+    return [(p, s["master"]) for p, s in state.items() if isinstance(s, dict) and isinstance(s.get("master"), torch.Tensor)]
+
+
+def take_over(master: torch.Tensor, parameter: torch.Tensor) -> None:
+    """What somebody wrote to the parameter becomes the master's; where the parameter is the master rounded, it stays."""
+    master, parameter = _ranks.local(master), _ranks.local(parameter)
+    master.copy_(torch.where(cast(master, parameter.dtype) == parameter, master, parameter))
+
+
+def strays(rounded: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[bool]:
+    """Whether the first of two tensors is not the second, rounded; waits for the device, once for each there is."""
+    flags: dict[torch.device, list[torch.Tensor]] = {}
+    places = []
+    for narrow, wide in rounded:
+        narrow, expected = _ranks.local(narrow), cast(_ranks.local(wide), narrow.dtype)
+        on_device = flags.setdefault(narrow.device, [])
+        places.append((narrow.device, len(on_device)))
+        on_device.append(~((narrow == expected) | (narrow.isnan() & expected.isnan())).all())
+    values = {device: torch.stack(on_device).tolist() for device, on_device in flags.items()}
+    return [values[device][i] for device, i in places]
+
+
+@contextlib.contextmanager
+def swapped_in(parameter: torch.Tensor, master: torch.Tensor):
+    """Inside, `parameter` is `master`.
+
+    NOTE: `parameter.data = master` would change its dtype, for which torch drops the node that accumulates its gradient,
+    and with it, silently, the hooks by which DDP averages gradients. Here the whole parameter steps aside.
+    """
+    stand_in = master.detach().requires_grad_(parameter.requires_grad)
+    version = master._version
+    torch._C._swap_tensor_impl(parameter, stand_in)  # what torch.utils.swap_tensors does, which refuses weak references
+    try:
+        yield
+    finally:
+        torch._C._swap_tensor_impl(parameter, stand_in)
+        if master._version != version:
+            with torch.no_grad():
+                parameter.copy_(cast(master, parameter.dtype))
