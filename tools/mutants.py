@@ -221,17 +221,17 @@ def main() -> None:
     before = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     known = {row["key"]: row["outcome"] for row in before if row["outcome"] != "survived"}
     end = time.monotonic() + arguments.hours * 3600
-    sound, counts, survivors = set(), Counter(), []
+    counts, survivors = Counter(), []
     for language, mutants in (("Python", python), ("C++", cpp)):
         todo = [m for m in mutants if m.key not in known]
         if language == "C++" and todo and (failed := build())[0]:
             sys.exit(failed[1])
+        for tests in {m.tests for m in todo}:
+            if (failed := run_tests(tests))[0]:
+                sys.exit(f"fails without a mutation: {tests}\n{failed[1]}")
         for mutant in mutants:
             result = known.get(mutant.key)
             if result is None and time.monotonic() < end:
-                if mutant.tests not in sound and (failed := run_tests(mutant.tests))[0]:
-                    sys.exit(f"fails without a mutation: {mutant.tests}\n{failed[1]}")
-                sound.add(mutant.tests)
                 result = outcome(mutant, language == "C++")
                 with RESULTS.open("a") as file:
                     file.write(json.dumps({"key": mutant.key, "name": mutant.name, "outcome": result}) + "\n")
