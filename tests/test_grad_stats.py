@@ -109,7 +109,7 @@ def test_grad_stats_counts_nonfinite(device, dtype):
     grads[3][:] = math.nan
     out = check(grads, 2.0)
     assert out["nonfinite"].tolist() == [0, 101, 1, 40]
-    assert out["amax"].tolist()[1:] == [math.inf, math.inf, 0.0]
+    assert out["amax"].tolist()[1:] == [grads[1][grads[1].isfinite()].abs().max().item(), 0.0, 0.0]
 
 
 @pytest.mark.parametrize("grad_scale", BAD_SCALES)

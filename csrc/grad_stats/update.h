@@ -35,15 +35,16 @@ struct Bits<double> {
   static constexpr type kInf = 0x7ff0000000000000, kMagnitude = 0x7fffffffffffffff;
 };
 
-// amax is the magnitude's bits; NaN does not enter it. count is a lane's share and of the element's width: up to 2^15 - 1.
+// amax is the magnitude's bits, of what is finite. count is a lane's share and of the element's width: up to 2^15 - 1.
 template <class T>
 MPK_HOST_DEVICE inline void grad_stats_element(typename Bits<T>::type bits, typename Bits<T>::type& amax,
                                                typename Bits<T>::type& count) {
   using I = typename Bits<T>::type;
   const I size = bits & Bits<T>::kMagnitude;
-  count += size >= Bits<T>::kInf;
-  const I ordered = size > Bits<T>::kInf ? I(0) : size;
-  amax = ordered > amax ? ordered : amax;
+  const bool nonfinite = size >= Bits<T>::kInf;
+  count += nonfinite;
+  const I finite = nonfinite ? I(0) : size;
+  amax = finite > amax ? finite : amax;
 }
 
 // Whether the largest gradient of a tensor of dtype T is beyond T's arithmetic (fp32, fp64 for fp64) once unscaled.

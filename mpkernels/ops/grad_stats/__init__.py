@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """grad_stats_: read all gradients once and say whether the step can be taken, which tensor is bad, how long they are.
 
-    amax[i] = max |grads[i]| over what is not NaN              nonfinite[i] = count of inf, -inf and NaN in grads[i]
+    amax[i] = max |grads[i]| over what is finite, else 0       nonfinite[i] = count of inf, -inf and NaN in grads[i]
     found_inf = 1 if any nonfinite[i], or amax[i] / grad_scale is not finite, or grad_scale is not positive and finite
     grad_norm = sqrt(sum of squares of all gradients) / grad_scale
 

@@ -19,8 +19,8 @@ def grad_stats_(grads, grad_scale, found_inf, amax, nonfinite, grad_norm=None):
         finite = work.isfinite()
         size = work.abs()
         nonfinite[i] = (~finite).sum()
-        amax[i] = torch.where(size.isnan(), 0, size).max() if grad.numel() else 0
         largest = torch.where(finite, size, 0).max() if grad.numel() else work.new_zeros(())
+        amax[i] = largest
         bad |= (nonfinite[i] > 0) | ~(largest * inv.to(work.dtype)).isfinite()
         if grad_norm is not None:
             squares += work.double().square().sum()

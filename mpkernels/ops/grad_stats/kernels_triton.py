@@ -15,7 +15,7 @@ def chunk_kernel(
     addresses_ptr, layout_ptr, tensors_ptr, count, starts_ptr, amax_ptr, nonfinite_ptr, squares_ptr,
     grad_type: tl.constexpr, NORM: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Largest |grad| that is no NaN, count of non-finite and (NORM) sum of squares, fp64, int64, fp64, of every chunk.
+    """Largest finite |grad|, count of non-finite and (NORM) sum of squares, fp64, int64, fp64, of every chunk.
 
     starts: int64, where the chunks of each place of the call's list begin in the three outputs.
     """
@@ -48,8 +48,9 @@ def chunk_kernel(
 def stats_formula(grad, largest, bad, squares, NORM: tl.constexpr):
     """(largest, bad, squares) with `grad` among them."""
     size = tl.abs(grad)
-    largest = tl.maximum(largest, tl.where(grad == grad, size, 0.0))
-    bad += tl.where(size < float("inf"), 0, 1)  # NaN is not below inf
+    finite = size < float("inf")  # NaN is not below inf
+    largest = tl.maximum(largest, tl.where(finite, size, 0.0))
+    bad += tl.where(finite, 0, 1)
     if NORM:
         wide = grad.to(tl.float64)
         squares += wide * wide

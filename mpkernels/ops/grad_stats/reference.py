@@ -14,7 +14,7 @@ def grad_stats(grads, grad_scale: float):
     for grad in grads:
         work = grad.double().flatten()
         largest = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        amax.append(work[~work.isnan()].abs().max().item() if (~work.isnan()).any() else 0.0)
+        amax.append(work[work.isfinite()].abs().max().item() if work.isfinite().any() else 0.0)
         nonfinite.append(int((~work.isfinite()).sum()))
         unscaled = work[work.isfinite()].to(largest) * torch.tensor(inv, dtype=largest, device="cpu")
         found_inf = found_inf or nonfinite[-1] > 0 or not bool(unscaled.isfinite().all())
