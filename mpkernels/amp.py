@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """GradScaler: torch's, whose step on our optimizers is one read of the gradients and one pass, without a host sync."""
 
-import math
+import inspect
 from collections import abc, defaultdict
 
 import torch
 from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 
+from mpkernels import _overflow, _scaler_values
 from mpkernels._dispatch import move_versions
+from mpkernels._overflow import SkipWatch
 from mpkernels.ops.update_scale import update_scale_
-from mpkernels.optim import _ranks, _stats
+from mpkernels.optim import _stats
 from mpkernels.optim._base import Optimizer
 
-_FLOAT32 = torch.finfo(torch.float32)
+_FUSED = "_step_supports_amp_scaling"  # torch's sign of an optimizer that takes the scale as an attribute
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -22,11 +24,14 @@ class GradScaler(torch.amp.GradScaler):
     growth_interval, enabled: as torch. min_scale, max_scale: the scale never leaves them. hysteresis: back off at the
     k-th overflow since the scale last grew, and at each one after it; 1 is what torch does.
 
+    NOTE: `.grad` stays scaled after `step` of one of our optimizers, which read it and do not write it: a norm taken of it
+    then is that of the scaled gradients. See `step` for what to log instead (`write_grads=True` unscales it, as torch does).
+
     `last_step_skipped`, `skipped_steps`, `skipped_in_a_row`: 0-d tensors on the device, as of the last `update()`.
     Only `get_scale`, `state_dict` (and with it a copy of the scaler), `overflow_report` and the step of an optimizer that is
-    not ours wait for the device. Under this scaler `.grad` stays scaled after `step` of one of our optimizers
-    (`write_grads=True` unscales it, as torch does). Under torch.compile what steps, unscales, clips or updates is a graph
-    break: dynamo loses what is recorded between these calls.
+    not ours wait for the device. After 20 skipped steps in a row one warning says so, without waiting.
+    Under torch.compile what steps, unscales, clips or updates is a graph break: dynamo loses what is recorded between these
+    calls.
     On many ranks each has a scaler, and our optimizers agree on the overflow, so that all scales stay the same.
     Raises ValueError for values that make no scale, RuntimeError for a device that is not there.
     """
@@ -36,24 +41,37 @@ class GradScaler(torch.amp.GradScaler):
         *, min_scale=2.0**-126, max_scale=2.0**127, hysteresis=1,
     ):  # fmt: skip
         if enabled and device is not None:
-            _check_there(device)
-        self._min_scale, self._max_scale, self._hysteresis = min_scale, max_scale, hysteresis
-        for name, value in (("min_scale", min_scale), ("max_scale", max_scale)):
-            if not _FLOAT32.tiny <= value <= _FLOAT32.max:
-                raise ValueError(f"{name} must be a normal positive float32, got {value}")
-        if isinstance(hysteresis, bool) or not isinstance(hysteresis, int) or hysteresis < 1:
-            raise ValueError(f"hysteresis must be an int of 1 or more, got {hysteresis}")
-        self._check_scale("init_scale", init_scale)
-        _check_factors(growth_factor, backoff_factor, growth_interval)
-        super().__init__("cpu", init_scale, growth_factor, backoff_factor, growth_interval, enabled)
+            _scaler_values.check_device(device)
+        self._min_scale, self._max_scale = (
+            _scaler_values.bound("min_scale", min_scale),
+            _scaler_values.bound("max_scale", max_scale),
+        )
+        self._hysteresis = _scaler_values.hysteresis(hysteresis)
+        super().__init__(
+            "cpu",
+            _scaler_values.scale("init_scale", init_scale, self._min_scale, self._max_scale),
+            _scaler_values.growth_factor(growth_factor),
+            _scaler_values.backoff_factor(backoff_factor),
+            _scaler_values.growth_interval(growth_interval),
+            enabled,
+        )
         self._placed = None if device is None else torch.device(device)
         self._hysteresis_tracker: torch.Tensor | None = None
         self._skipped: torch.Tensor | None = None
-        self._loaded = {"hysteresis_tracker": hysteresis, "skipped": [0, 0]}  # what the two start from
+        self._loaded = {"hysteresis_tracker": self._hysteresis, "skipped": [0, 0]}  # what the two start from
+        self._watch = SkipWatch()
 
-    def _check_scale(self, name: str, scale: float) -> None:
-        if not self._min_scale <= scale <= self._max_scale:
-            raise ValueError(f"{name} must be between min_scale {self._min_scale} and max_scale {self._max_scale}, got {scale}")
+    def set_growth_factor(self, new_factor: float) -> None:
+        """Set what the scale grows by."""
+        super().set_growth_factor(_scaler_values.growth_factor(new_factor))
+
+    def set_backoff_factor(self, new_factor: float) -> None:
+        """Set what the scale backs off by."""
+        super().set_backoff_factor(_scaler_values.backoff_factor(new_factor))
+
+    def set_growth_interval(self, new_interval: int) -> None:
+        """Set after how many steps without an overflow the scale grows."""
+        super().set_growth_interval(_scaler_values.growth_interval(new_interval))
 
     def _lazy_init_scale_growth_tracker(self, dev: torch.device) -> None:
         dev = self._placed or dev
@@ -67,45 +85,67 @@ class GradScaler(torch.amp.GradScaler):
     def scale(self, outputs):
         """`outputs` times the scale: a tensor or nested iterables of tensors.
 
-        Raises ValueError for a float16 tensor, whose gradient (the scale) would not fit; bfloat16 passes.
+        Raises ValueError for a float16 tensor: it and its gradient, the scale itself, would be rounded; bfloat16 passes.
         """
         if not self._enabled:
             return outputs
-        _refuse_float16(outputs, self._init_scale)
+        _scaler_values.refuse_float16(outputs, self._init_scale)
         if isinstance(outputs, torch.Tensor):
             return super().scale(outputs)
         if isinstance(outputs, abc.Iterable):
             scaled = map(self.scale, outputs)
             return type(outputs)(scaled) if isinstance(outputs, list | tuple) else scaled
-        raise ValueError("outputs must be a Tensor or an iterable of Tensors")
+        raise ValueError(f"outputs must be a Tensor or an iterable of Tensors, got {type(outputs).__name__}: pass the loss")
 
     def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
         """As torch's; our optimizers unscale by themselves, in fp32."""
         if isinstance(optimizer, Optimizer):
             return optimizer._unscale_grads(self._scale)
+        params = (p for group in optimizer.param_groups for p in group["params"])
+        if not allow_fp16 and any(p.grad is not None and p.grad.dtype == torch.float16 for p in params):
+            raise ValueError(
+                "Attempting to unscale FP16 gradients. They would be rounded: keep the parameters in float32 (policy "
+                '"mixed_float16"), or step an optimizer of mpkernels.optim itself, no wrapper of one'
+            )
         return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+
+    def _stage(self, optimizer) -> OptState:
+        state = self._per_optimizer_states.get(id(optimizer)) if self._enabled else None
+        return OptState.READY if state is None else state["stage"]
 
     @torch._disable_dynamo
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the scale; those of our optimizers become fp32 where they have 16 bits."""
+        stage = self._stage(optimizer)
+        if stage is OptState.UNSCALED:
+            raise RuntimeError(
+                "unscale_() has already been called on this optimizer since the last update(): its gradients are unscaled, "
+                "call step() and update() next"
+            )
+        if stage is OptState.STEPPED:
+            raise RuntimeError("unscale_() is being called after step(): call it between backward and step()")
         super().unscale_(optimizer)
 
     @torch._disable_dynamo
     def clip_grad_norm_(self, optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
         """Clip the global norm of the unscaled gradients to `max_norm`; returns the norm, on the device.
 
+        That is the norm to log (`optimizer.grad_norm` has it too): `.grad` is scaled. `math.inf` clips nothing.
         For one of our optimizers the gradients are read once and the factor is left to `step`, which reads them again where
         they were written since (on many ranks then on all) and does not clip where all of them are gone. For another, or
         after `unscale_`, it is torch's (not with a `process_group`, of which that knows nothing).
         Raises ValueError for an optimizer with its own `max_norm`.
         """
         if getattr(optimizer, "max_norm", None) is not None:
-            raise ValueError(f"the optimizer clips by itself: it was made with max_norm={optimizer.max_norm}")
+            raise ValueError(
+                f"the optimizer clips by itself: it was made with max_norm={optimizer.max_norm}; leave one of the two out"
+            )
+        max_norm = _scaler_values.number("max_norm", max_norm)
         if not max_norm > 0:
-            raise ValueError(f"Invalid max_norm: {max_norm}")
-        stage = self._per_optimizer_states[id(optimizer)]["stage"] if self._enabled else OptState.READY
+            raise ValueError(f"Invalid max_norm: {max_norm}; it must be greater than 0")
+        stage = self._stage(optimizer)
         if stage is OptState.STEPPED:
-            raise RuntimeError("clip_grad_norm_() is being called after step().")
+            raise RuntimeError("clip_grad_norm_() is being called after step(): call it between backward and step()")
         if isinstance(optimizer, Optimizer) and (stage is OptState.READY or optimizer.process_group is not None):
             grad_scale = self._grad_scale(optimizer, "clip_grad_norm_")
             if stage is not OptState.READY:  # only what the user has set is left to divide by
@@ -129,19 +169,31 @@ class GradScaler(torch.amp.GradScaler):
     def step(self, optimizer: torch.optim.Optimizer, *args, **kwargs):
         """Step the optimizer unless a gradient is inf or NaN, before or after unscaling; decided on the device.
 
+        NOTE: one of our optimizers unscales what it reads and writes no gradient: `.grad` is as scaled afterwards as before.
+        To look at gradients or log norms, `unscale_` before, make the optimizer with `write_grads=True`, or read
+        `optimizer.grad_norm`, which is unscaled (there with `max_norm`, or after `clip_grad_norm_`).
         Raises RuntimeError for a second step before `update()` and for a closure, as torch, and inside a backward, whose
-        gradients are not all there yet.
+        gradients are not all there yet. After an exception in the optimizer's step it can be taken again or left out.
         """
-        if not self._enabled or not isinstance(optimizer, Optimizer):
+        if not self._enabled:
             return super().step(optimizer, *args, **kwargs)
-        if any(argument is not None for argument in (*args, *kwargs.values())):  # accelerate passes a closure of None
-            raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
+        ours = isinstance(optimizer, Optimizer)
+        if any(argument is not None if ours else callable(argument) for argument in (*args, *kwargs.values())):
+            raise RuntimeError(
+                "Closure use is not currently supported if GradScaler is enabled: call scaler.scale(loss).backward() and then "
+                "scaler.step(optimizer) without a closure; an optimizer that needs one (LBFGS) works in float32 or bfloat16, "
+                "by optimizer.step(closure) without a scaler"
+            )
+        if self._stage(optimizer) is OptState.STEPPED:
+            raise RuntimeError("step() has already been called since the last update(): call update() after each step")
+        if not ours:
+            return self._step_other(optimizer, *args, **kwargs)
         if torch._C._current_graph_task_id() != -1:
-            raise RuntimeError("step() is being called inside backward: its gradients are not all there yet.")
+            raise RuntimeError(
+                "step() is being called inside backward: its gradients are not all there yet; call it after backward()"
+            )
         scale, _ = self._check_scale_growth_tracker("step")
         state = self._per_optimizer_states[id(optimizer)]
-        if state["stage"] is OptState.STEPPED:
-            raise RuntimeError("step() has already been called since the last update().")
         unscaled = None if state["stage"] is OptState.READY else optimizer._stats
         preset, calls = getattr(optimizer, "grad_scale", None), optimizer.steps_called
         if unscaled is None:
@@ -159,8 +211,32 @@ class GradScaler(torch.amp.GradScaler):
                 if unscaled is None:
                     state["found_inf_per_device"] = {s.found_inf.device: s.found_inf for s in optimizer._stats.values()}
                 state["stage"] = OptState.STEPPED
-            elif preset is not None:  # nothing was written: the step can be taken again
-                optimizer.grad_scale = preset
+            else:  # nothing was written: the step can be taken again
+                if preset is not None:
+                    optimizer.grad_scale = preset
+                if state["stage"] is OptState.READY:
+                    self._per_optimizer_states.pop(id(optimizer), None)  # as if it had not been called
+
+    def _step_other(self, optimizer, *args, **kwargs):
+        """As torch's, of an optimizer that is not ours; after an exception its attributes are what they were."""
+        names = ("grad_scale", "found_inf")
+        if getattr(optimizer, _FUSED, False) and not inspect.getattr_static(optimizer, _FUSED, False):
+            # NOTE: a wrapper that hands attributes out of an optimizer, not into it: what the scaler sets would be lost.
+            self._check_scale_growth_tracker("step")
+            if self._stage(optimizer) is OptState.READY:
+                self.unscale_(optimizer)
+            state = self._per_optimizer_states[id(optimizer)]
+            loss = self._maybe_opt_step(optimizer, state, *args, **kwargs)
+            state["stage"] = OptState.STEPPED
+            return loss
+        before = {name: vars(optimizer)[name] for name in names if name in vars(optimizer)}
+        try:
+            return super().step(optimizer, *args, **kwargs)
+        except BaseException:
+            for name in names:
+                vars(optimizer).pop(name, None)
+            vars(optimizer).update(before)
+            raise
 
     @torch._disable_dynamo
     def update(self, new_scale=None) -> None:
@@ -174,12 +250,13 @@ class GradScaler(torch.amp.GradScaler):
         states, updated = self._per_optimizer_states.values(), [scale, growth_tracker, self._hysteresis_tracker]
         if new_scale is not None:
             if not isinstance(new_scale, torch.Tensor):
-                new_scale = float(new_scale)
-                self._check_scale("new_scale", new_scale)
+                new_scale = _scaler_values.scale("new_scale", new_scale, self._min_scale, self._max_scale)
             super().update(new_scale)
             updated = [tensor.clone() for tensor in updated]  # nobody's: the op is to count
         elif not any(state["stage"] is not OptState.READY for state in states):
-            raise AssertionError("No inf checks were recorded prior to update.")
+            raise AssertionError(
+                "No inf checks were recorded prior to update: call step() of an optimizer first, and update() once after it"
+            )
         found = [found for state in states for found in state["found_inf_per_device"].values()]
         if found:
             updated.append(self._skipped)
@@ -190,6 +267,8 @@ class GradScaler(torch.amp.GradScaler):
             )  # fmt: skip
             move_versions(updated)
         self._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
+        if found:
+            self._watch.after_update(self._skipped, scale)
 
     # ----- what happened --------------------------------------------------------------------------
 
@@ -214,30 +293,14 @@ class GradScaler(torch.amp.GradScaler):
         return torch.tensor(self._loaded["skipped"], dtype=torch.int64, device="cpu")
 
     def overflow_report(self, optimizer: torch.optim.Optimizer) -> str:
-        """Which gradients of the last step were not finite, a line each; "" if it was taken. Waits for the device.
+        """Which gradients of the last step were not finite; "" if it was taken. Waits for the device.
 
-        Of DTensors and other shards each rank names and counts its own.
-        `step 1204 skipped at scale 65536: blocks.7.fc2.weight has 3 non-finite of 4194304, amax inf`
+        A line each, in order of backward, with the largest of the (scaled) elements that are finite:
+        `step 1204 skipped at scale 65536: blocks.7.fc2.weight has 3 non-finite of 4194304, amax 65472 of the finite ones`
+        Where all of them are, or nearly all, it began before backward: one line says so. Of DTensors and other shards each
+        rank names and counts its own. Raises TypeError for an optimizer that is not of mpkernels.optim.
         """
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"overflow_report needs an optimizer of mpkernels.optim, got {type(optimizer).__name__}")
-        all_stats = list(optimizer._stats.values())
-        if not any(stats.found_inf.item() for stats in all_stats):
-            return ""
-        names = optimizer._parameter_names()
-        grad_scale = all_stats[0].grad_scale
-        scale = "none" if grad_scale is None else f"{grad_scale.item():.9g}"
-        lines = [
-            f"{names[id(parameter)]} has {count} non-finite of {_ranks.local(parameter).numel()}, amax {amax:g}"
-            for stats in all_stats
-            for parameter, count, amax in zip(stats.params, stats.nonfinite.tolist(), stats.amax.tolist(), strict=True)
-            if count
-        ] or [
-            "every gradient of this rank is finite: another rank's is not, or it is not once it is unscaled"
-            if optimizer._ranks.many
-            else "every gradient is finite, but not once it is unscaled"
-        ]
-        return "\n".join(f"step {optimizer.steps_called} skipped at scale {scale}: {line}" for line in lines)
+        return _overflow.report(optimizer)
 
     # ----- checkpoints ------------------------------------------------------------------------------
 
@@ -247,72 +310,29 @@ class GradScaler(torch.amp.GradScaler):
 
     def _counts(self) -> dict:
         if self._skipped is None:
-            return self._loaded
+            return {**self._loaded, "skipped": list(self._loaded["skipped"])}
         return {"hysteresis_tracker": self._hysteresis_tracker.item(), "skipped": self._skipped.tolist()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load ours or torch's. Raises ValueError for values that make no scaler; nothing is loaded then."""
+        """Load ours or torch's. Raises ValueError for values that make no scaler, or not this one; nothing is loaded then."""
         if not self._enabled:
             return
-        if state_dict:
-            names = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
-            if missing := [name for name in names if name not in state_dict]:
-                raise ValueError(f"state_dict lacks {', '.join(missing)}")
-            self._check_scale("scale", _number("scale", state_dict["scale"]))
-            _check_factors(*(_number(name, state_dict[name]) for name in names[1:3]), state_dict["growth_interval"])
-            _check_counts(*map(state_dict.get, ("_growth_tracker", "hysteresis_tracker", "skipped"), (0, 0, [0, 0])))
-        super().load_state_dict(state_dict)
-        defaults = {"hysteresis_tracker": self._hysteresis, "skipped": [0, 0]}
-        self._loaded = {name: state_dict.get(name, default) for name, default in defaults.items()}
+        if not state_dict:
+            super().load_state_dict(state_dict)  # which says why it may be empty
+        loaded = _scaler_values.state(state_dict, self._hysteresis, self._min_scale, self._max_scale)
+        super().load_state_dict(loaded)
+        self._loaded = {name: loaded[name] for name in ("hysteresis_tracker", "skipped")}
+        self._watch = SkipWatch()
         if self._scale is not None:
             self._hysteresis_tracker.fill_(self._loaded["hysteresis_tracker"])
             self._skipped.copy_(torch.tensor(self._loaded["skipped"], dtype=torch.int64, device="cpu"))
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_loaded": self._counts(), "_hysteresis_tracker": None, "_skipped": None}
+        fresh = {"_hysteresis_tracker": None, "_skipped": None, "_watch": SkipWatch()}
+        return {**super().__getstate__(), "_loaded": self._counts(), **fresh}
 
 
 def _any(found: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     """Whether one of these flags, of whatever devices, is set."""
     found = [_stats.scalar(flag, device) for flag in found]
     return found[0] if len(found) == 1 else torch.stack(found).amax()
-
-
-def _check_factors(growth_factor, backoff_factor, growth_interval) -> None:
-    if not 1 < growth_factor < math.inf:
-        raise ValueError(f"growth_factor must be greater than 1, got {growth_factor}")
-    if not 0 < backoff_factor < 1:
-        raise ValueError(f"backoff_factor must be between 0 and 1, got {backoff_factor}")
-    if isinstance(growth_interval, bool) or not isinstance(growth_interval, int) or growth_interval < 1:
-        raise ValueError(f"growth_interval must be an int of 1 or more, got {growth_interval}")
-
-
-def _number(name: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    return value
-
-
-def _check_counts(growth_tracker, hysteresis_tracker, skipped) -> None:
-    if not isinstance(skipped, list) or len(skipped) != 2:
-        raise ValueError(f"skipped must be two counts, got {skipped!r}")
-    counts = ("_growth_tracker", growth_tracker), ("hysteresis_tracker", hysteresis_tracker), *(("skipped", n) for n in skipped)
-    for name, count in counts:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ValueError(f"{name} must be a count, got {count!r}")
-
-
-def _check_there(device) -> None:
-    try:
-        torch.empty(0, dtype=torch.float32, device=device)
-    except (AssertionError, RuntimeError) as error:  # AssertionError: torch was built without it
-        raise RuntimeError(f"GradScaler: device {device} is not there: {error}") from error
-
-
-def _refuse_float16(outputs, scale: float) -> None:
-    """Deciding by the value would wait for the device: a float16 loss is refused whatever the scale is by then."""
-    if isinstance(outputs, list | tuple):
-        for output in outputs:
-            _refuse_float16(output, scale)
-    elif isinstance(outputs, torch.Tensor) and outputs.dtype == torch.float16:
-        raise ValueError(f"loss is float16 and a scale of {scale:.9g} does not fit: compute the loss in float32")

@@ -8,6 +8,7 @@ import pickle
 import warnings
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -52,6 +53,7 @@ def everything(optimizer) -> list[bytes]:
 PATTERNS = ("." * 30, "x" * 30, "..x" * 10, "x....." * 5, "xx..x." * 5)
 
 
+@pytest.mark.filterwarnings("ignore:the last 20 steps")
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(
     "options", [{}, {"growth_interval": 3}, {"init_scale": 8.0, "growth_factor": 1.5, "backoff_factor": 0.375}]
@@ -80,6 +82,7 @@ def test_scaler_default_sequence_grows_after_2000_steps():
     assert scaler.get_scale() == 2.0**17
 
 
+@pytest.mark.filterwarnings("ignore:the last 20 steps")
 def test_scaler_bounds_hold_in_a_storm_and_after_it():
     scaler, params = mpk.GradScaler(growth_interval=1, min_scale=2.0**-3, max_scale=2.0**20), parameters(torch.float32)
     optimizer = mpk.optim.SGD(params, lr=0.1)
@@ -173,12 +176,14 @@ def test_scaler_update_with_a_new_scale_counts(new_scale):
 # ----- scale() ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scale", [2.0**20, 8.0, 2.0**-10])
 @pytest.mark.parametrize(
     "wrap", [lambda t: t, lambda t: [t], lambda t: (torch.zeros(()), t), lambda t: [[torch.zeros(())], (t,)]]
 )
-def test_scale_refuses_float16(wrap):
-    scaler = mpk.GradScaler(init_scale=2.0**20)
-    message = "^loss is float16 and a scale of 1048576 does not fit: compute the loss in float32$"
+def test_scale_refuses_float16(wrap, scale):
+    """Whatever the scale is, for the same reason: it is the gradient of the loss, and changes."""
+    scaler = mpk.GradScaler(init_scale=scale)
+    message = rf"^loss is float16: .* the scale itself \({scale:.9g} at first\), .* compute the loss in float32"
     with pytest.raises(ValueError, match=message):
         scaler.scale(wrap(torch.ones((), dtype=torch.float16)))
     assert scaler._scale is None, "nothing may have happened"
@@ -223,8 +228,12 @@ def test_scale_is_placed_where_the_first_loss_is():
         *(({"max_scale": v}, f"max_scale .*got {v}") for v in (0.0, -1.0, math.nan, math.inf)),
         *(({"growth_factor": v}, f"growth_factor .*got {v}") for v in (1.0, 0.5, math.nan, math.inf)),
         *(({"backoff_factor": v}, f"backoff_factor .*got {v}") for v in (0.0, 1.0, -0.5, math.nan)),
-        *(({"growth_interval": v}, f"growth_interval .*got {v}") for v in (0, -1, 2.5, True)),
-        *(({"hysteresis": v}, f"hysteresis .*got {v}") for v in (0, -1, 1.5, True)),
+        *(({"growth_interval": v}, f"growth_interval .*got {v}") for v in (0, -1, 2.5, True, 2**63)),
+        *(({"hysteresis": v}, f"hysteresis .*got {v}") for v in (0, -1, 1.5, True, 2**31)),
+        *(
+            ({name: "8"}, f"{name} must be")
+            for name in ("init_scale", "min_scale", "max_scale", "growth_factor", "growth_interval")
+        ),
         ({"init_scale": 1.0, "min_scale": 2.0}, "init_scale must be between min_scale 2.0"),
         ({"init_scale": 8.0, "max_scale": 4.0}, "max_scale 4.0, got 8.0"),
     ],
@@ -232,6 +241,35 @@ def test_scale_is_placed_where_the_first_loss_is():
 def test_scaler_construction_errors(options, message):
     with pytest.raises(ValueError, match=message):
         mpk.GradScaler(**options)
+
+
+def test_scaler_takes_numpy_numbers():
+    scaler = mpk.GradScaler(
+        init_scale=np.float32(8), growth_factor=np.float64(4), backoff_factor=np.float32(0.25), growth_interval=np.int64(2),
+        min_scale=np.float64(0.5), max_scale=np.int64(512), hysteresis=np.int32(1),
+    )  # fmt: skip
+    params = parameters(torch.float32)
+    optimizer, scales = mpk.optim.SGD(params, lr=0.0), []
+    for event in "..x....":
+        iteration(params, optimizer, scaler, math.inf if event == "x" else None)
+        scales.append(scaler.get_scale())
+    assert scales == [8, 32, 8, 8, 32, 32, 128]
+    scaler.update(np.float32(16))
+    assert scaler.get_scale() == 16
+    scaler.set_growth_interval(np.int64(3))
+    scaler.set_growth_factor(np.float32(2))
+    scaler.set_backoff_factor(np.float32(0.5))
+    assert (scaler.get_growth_interval(), scaler.get_growth_factor(), scaler.get_backoff_factor()) == (3, 2.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    "name, bad", [("growth_interval", 0), ("growth_interval", 2**63), ("growth_factor", 1.0), ("backoff_factor", 1)]
+)
+def test_scaler_setters_refuse_what_construction_refuses(name, bad):
+    scaler = mpk.GradScaler()
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        getattr(scaler, f"set_{name}")(bad)
+    assert getattr(scaler, f"get_{name}")() == getattr(mpk.GradScaler(), f"get_{name}")()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -486,6 +524,238 @@ def test_writes_are_seen_by_autograd():
                 of_scale.backward()
 
 
+def test_an_optimizer_of_ours_beside_one_of_torchs():
+    """One scale for both, one backoff, and each is stepped or skipped as if it were alone."""
+    for poisoned in (None, 0, 1):
+        first, second, scaler = parameters(torch.float16), parameters(torch.float32), mpk.GradScaler(init_scale=64.0)
+        optimizers = mpk.optim.AdamW(first, lr=0.1), torch.optim.AdamW(second, lr=0.1)
+        before = [raw(first), raw(second)]
+        for i, params in enumerate((first, second)):
+            give_grads(params, scaler, poison=math.inf if poisoned == i else None)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        assert [raw(first) == before[0], raw(second) == before[1]] == [poisoned == 0, poisoned == 1]
+        assert (scaler.get_scale(), scaler.skipped_steps.item()) == ((64, 0) if poisoned is None else (32, 1))
+
+
+class _Delegate:
+    """A wrapper that hands out the attributes of the optimizer in it."""
+
+    def __init__(self, optimizer):
+        self.inner = optimizer
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def step(self):
+        self.inner.step()
+
+
+@pytest.mark.parametrize(
+    "make", [mpk.optim.AdamW, lambda p, **o: torch.optim.AdamW(p, fused=True, **o)], ids=["ours", "torchs"]
+)
+def test_wrapped_optimizers_step_on_unscaled_gradients(make):
+    """Attributes that the scaler sets on a wrapper do not reach the optimizer in it."""
+    results = []
+    for wrap in (lambda o: o, _Delegate):
+        params, scaler = parameters(torch.float32), mpk.GradScaler(init_scale=2.0**10)
+        optimizer = wrap(make(params, lr=0.1, eps=1.0))
+        for poison in (None, math.inf, None):
+            iteration(params, optimizer, scaler, poison, size=0.5)
+        results.append((raw(params), scaler.get_scale()))
+    assert results[0] == results[1]
+
+
+def test_wrapped_optimizer_of_float16_says_what_to_do():
+    params, scaler = parameters(torch.float16), mpk.GradScaler()
+    give_grads(params, scaler, size=2.0**-16)
+    with pytest.raises(ValueError, match=r"Attempting to unscale FP16 gradients.*step an optimizer of mpkernels.optim itself"):
+        scaler.step(_Delegate(mpk.optim.AdamW(params)))
+
+
+def test_accelerates_optimizer_steps_as_ours():
+    optimizers = pytest.importorskip("accelerate.optimizer")
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.Accelerator(cpu=True)
+    results = []
+    for way in ("ours", "inside", "outside"):
+        params, scaler = parameters(torch.float32), mpk.GradScaler(init_scale=2.0**10)
+        optimizer = mpk.optim.AdamW(params, lr=0.1, eps=1.0)
+        wrapped = optimizers.AcceleratedOptimizer(optimizer, scaler=scaler if way == "inside" else None)
+        for poison in (None, math.inf, None):
+            give_grads(params, scaler, 0.5, poison)
+            if way == "inside":
+                wrapped.step()
+            else:
+                scaler.step(optimizer if way == "ours" else wrapped)
+                scaler.update()
+        results.append((raw(params), scaler.get_scale(), scaler.skipped_steps.item()))
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.AdamW(p, fused=True), torch.optim.SGD, mpk.optim.AdamW], ids=["fused", "sgd", "ours"]
+)
+@pytest.mark.parametrize("unscale", [False, True])
+def test_step_after_an_exception_is_that_step(make, unscale):
+    """The scale is taken once, whoever's optimizer it was; and without the step, the scaler can be copied and goes on."""
+    results = []
+    for fails in (False, True):
+        params, scaler = parameters(torch.float32), mpk.GradScaler(init_scale=2.0**10)
+        optimizer = make(params)
+        give_grads(params, scaler, 0.5)
+        if unscale:
+            scaler.unscale_(optimizer)
+        if fails:
+            handle = optimizer.register_step_pre_hook(lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                scaler.step(optimizer)
+            handle.remove()
+            assert not hasattr(optimizer, "found_inf")
+            if not unscale and make is mpk.optim.AdamW:
+                copy.deepcopy(scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        results.append((raw(params), scaler.state_dict()))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("make", [torch.optim.LBFGS, torch.optim.SGD, mpk.optim.SGD])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_closures_are_refused_with_what_to_do(make, by_name):
+    params, scaler = parameters(torch.float32), mpk.GradScaler()
+    optimizer, closure = make(params, lr=0.1), lambda: pytest.fail("nothing may happen")
+    give_grads(params, scaler)
+    before = raw(params)
+    with pytest.raises(
+        RuntimeError, match=r"Closure use is not currently supported.*by optimizer.step.closure. without a scaler"
+    ):
+        scaler.step(optimizer, **{"closure": closure}) if by_name else scaler.step(optimizer, closure)
+    assert raw(params) == before
+    scaler.step(mpk.optim.SGD(params, lr=0.1), None)  # accelerate passes it
+
+
+def test_update_twice_says_what_to_do():
+    params, scaler = parameters(torch.float32), mpk.GradScaler()
+    iteration(params, mpk.optim.AdamW(params), scaler)
+    with pytest.raises(AssertionError, match=r"No inf checks .* prior to update: call step\(\) of an optimizer first"):
+        scaler.update()
+
+
+def test_norm_of_unscaled_gradients_without_clipping():
+    """What to log while `.grad` is scaled."""
+    results = []
+    for norm in (False, True):
+        params, scaler = parameters(torch.float32, torch.float16), mpk.GradScaler()
+        optimizer = mpk.optim.AdamW(params, lr=0.1)
+        give_grads(params, scaler, size=2.0**-4)
+        if norm:
+            got = scaler.clip_grad_norm_(optimizer, math.inf)
+            assert got.item() == optimizer.grad_norm.item() == math.sqrt(10) / 16
+        scaler.step(optimizer)
+        results.append(raw(params))
+    assert results[0] == results[1]
+
+
+# ----- many skipped steps in a row ----------------------------------------------------------------------
+
+
+def warned(events: str, scaler=None, after_each=lambda i: None) -> list[int]:
+    """At which of these updates ("x" is an overflow) the scaler warned of many skips."""
+    scaler, params, found = scaler or mpk.GradScaler(), parameters(torch.float32), []
+    optimizer = mpk.optim.SGD(params, lr=0.0)
+    for i, event in enumerate(events, 1):
+        give_grads(params, scaler, poison=math.inf if event == "x" else None)
+        scaler.step(optimizer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            scaler.update()
+        assert all("steps were skipped" in str(one.message) and one.filename == __file__ for one in caught)
+        found += [i] * len(caught)
+        after_each(i)
+    return found
+
+
+@pytest.mark.parametrize(
+    "events, expected",
+    [
+        ("x" * 19 + ".", []), ("x" * 20, [20]), ("x" * 100, [20]), ("x" * 19 + "." + "x" * 19, []), ("." * 7 + "x" * 30, [27]),
+        ("x" * 25 + "." + "x" * 25, [20, 46]), ("x" * 20 + "." + "x" * 20 + "." + "x" * 20, [20, 41, 62]), ("x." * 50, []),
+        ("." * 19 + "x" * 45, [39]), ("x" * 45 + "." * 3 + "x" * 20, [20, 68]),
+    ],
+)  # fmt: skip
+def test_many_skips_in_a_row_are_told_once_per_run(events, expected):
+    assert warned(events) == expected
+
+
+def test_many_skips_name_the_scale_and_what_to_look_at():
+    params, scaler = parameters(torch.float32), mpk.GradScaler()
+    optimizer = mpk.optim.SGD(params, lr=0.0)
+    for _ in range(19):
+        iteration(params, optimizer, scaler, math.nan)
+    give_grads(params, scaler, poison=math.nan)
+    scaler.step(optimizer)
+    with pytest.warns(UserWarning, match=r"last 20 steps were skipped.*loss scale is 0\.0625 now.*the data has.*overflow_rep"):
+        scaler.update()
+
+
+def test_many_skips_after_a_checkpoint_or_a_copy():
+    scaler = mpk.GradScaler()
+    assert warned("x" * 25, scaler) == [20]
+    assert warned("x" * 15, copy.deepcopy(scaler)) == []
+    fresh = mpk.GradScaler()
+    fresh.load_state_dict(scaler.state_dict())
+    assert warned("x" * 25, fresh) == [20], "the run goes on"
+
+
+def test_many_skips_where_warnings_are_errors():
+    params, scaler = parameters(torch.float32), mpk.GradScaler()
+    optimizer = mpk.optim.SGD(params, lr=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(19):
+            iteration(params, optimizer, scaler, math.inf)
+        with pytest.raises(UserWarning, match="were skipped"):
+            iteration(params, optimizer, scaler, math.inf)
+        iteration(params, optimizer, scaler)
+    assert scaler.skipped_in_a_row == 0
+
+
+@pytest.mark.parametrize("late", [1, 3, 50])
+def test_many_skips_are_read_when_the_copy_is_there(monkeypatch, late):
+    """As on a GPU: nothing waits, and what is read is of the update at which it was copied."""
+    from mpkernels import _overflow
+
+    now, copies = [0], []
+
+    class Event:
+        def __init__(self, values):
+            self.ready = now[0] + late
+
+        def query(self):
+            return now[0] >= self.ready
+
+    class Skipped(torch.Tensor):
+        is_cuda, is_cpu = True, False
+
+    def copy_to_host(values):
+        copies.append(now[0])
+        return values.as_subclass(torch.Tensor).clone(), Event(values)
+
+    monkeypatch.setattr(_overflow, "_copy_to_host", copy_to_host)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    watch, found = _overflow.SkipWatch(), []
+    for i in range(1, 121):
+        now[0] = i
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            watch.after_update(torch.tensor([i, i]).as_subclass(Skipped), torch.ones(()))
+        found += [i] * len(caught)
+    assert found == [20 + late]
+    assert len(copies) <= 120 / 20
+
+
 def test_no_value_is_read_on_the_host(monkeypatch):
     """The op is replaced by one that reads nothing; what is left is ours: no value of a tensor may be asked for."""
     params, scaler = parameters(torch.float16, torch.float32), mpk.GradScaler(init_scale=8.0)
@@ -603,7 +873,9 @@ def test_unscale_then_skip_is_reported(max_norm):
     scaler.unscale_(optimizer)
     scaler.step(optimizer)
     scaler.update()
-    assert scaler.overflow_report(optimizer) == "step 1 skipped at scale 65536: bias has 1 non-finite of 2, amax inf"
+    assert scaler.overflow_report(optimizer) == (
+        "step 1 skipped at scale 65536: bias has 1 non-finite of 2, amax 1 of the finite ones"
+    ), "unscaled, as unscale_ left them"
 
 
 def test_clip_grad_norm_reads_a_preset_grad_scale():
@@ -822,8 +1094,8 @@ def test_overflow_report_with_names():
     scaler.step(optimizer)
     scaler.update()
     assert scaler.overflow_report(optimizer) == (
-        "step 2 skipped at scale 65536: 0.weight has 3 non-finite of 12, amax inf\n"
-        "step 2 skipped at scale 65536: 1.bias has 1 non-finite of 2, amax 131072"
+        "step 2 skipped at scale 65536: 1.bias has 1 non-finite of 2, amax 131072 of the finite ones\n"
+        "step 2 skipped at scale 65536: 0.weight has 3 non-finite of 12, amax 131072 of the finite ones"
     )
     iteration(list(model.parameters()), optimizer, scaler)
     assert scaler.overflow_report(optimizer) == ""
@@ -834,12 +1106,80 @@ def test_overflow_report_without_names():
     optimizer = mpk.optim.SGD([{"params": params[:1]}, {"params": params[1:], "lr": 0.1}])
     scaler.scale(torch.zeros(()))
     params[1].grad = torch.full((5,), -math.inf, dtype=torch.float16)
+    params[1].grad[3] = -2.0
     scaler.step(optimizer)
     assert scaler.overflow_report(optimizer) == (
-        "step 1 skipped at scale 2097152: parameter 1 (5,) has 5 non-finite of 5, amax inf"
+        "step 1 skipped at scale 2097152: parameter 1 (5,) has 4 non-finite of 5, amax 2 of the finite ones"
     )
-    with pytest.raises(TypeError, match="overflow_report needs an optimizer of mpkernels"):
-        scaler.overflow_report(torch.optim.SGD(params))
+
+
+SEARCH = (
+    ": this began in the forward, the loss or the data, unless the scale is far too large: check that the inputs and the loss "
+    "are finite; torch.autograd.set_detect_anomaly(True), or forward hooks that look at isfinite(), find the operation"
+)
+
+
+def overflown(model, scaler, poison=None) -> str:
+    """The report after one step of a model of 4 classes; `poison` gets the input and the output, and returns the output."""
+    generator = torch.Generator().manual_seed(0)
+    optimizer = mpk.optim.AdamW(model.named_parameters())
+    x, y = torch.randn(16, 8, generator=generator), torch.arange(16) % 4
+    if poison == "data":
+        x[3, 5] = math.nan
+    loss = nn.functional.cross_entropy(model(x).float(), y)
+    scaler.scale(loss * math.inf if poison == "loss" else loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.overflow_report(optimizer)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.GELU, nn.Tanh])
+@pytest.mark.parametrize("poison", ["data", "loss", "middle"])
+def test_overflow_report_of_what_began_in_forward_is_one_line(act, poison):
+    torch.manual_seed(0)
+    middle = (nn.Linear(16, 16), nn.LayerNorm(16), act(), nn.Linear(16, 16), act())
+    model = nn.Sequential(nn.Linear(8, 16), act(), *middle, nn.Linear(16, 4))
+    mpk.convert(model, "mixed_float16")
+    if poison == "middle":
+        model[3].register_forward_hook(lambda module, args, out: torch.where(torch.arange(16) == 5, math.nan, out))
+    report = overflown(model, mpk.GradScaler(), poison)
+    assert report.startswith("step 1 skipped at scale 65536: 7.bias has 4 non-finite of 4, no finite element, and ")
+    assert report.endswith(f" other gradients have inf or NaN too{SEARCH}")
+    assert "\n" not in report
+
+
+def test_overflow_report_of_what_began_in_backward_goes_backward():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    model[2].weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([1]), math.nan))
+    model[0].weight.register_hook(lambda grad: torch.full_like(grad, math.inf))
+    lines = overflown(model, mpk.GradScaler()).split("\n")
+    assert [line.split(": ")[1].split(" ")[0] for line in lines] == ["2.weight", "0.weight"]
+    assert "has 16 non-finite of 256, amax " in lines[0]
+    assert lines[1].endswith("0.weight has 128 non-finite of 128, no finite element")
+
+
+def test_overflow_report_of_a_model_with_one_gradient():
+    params, scaler = parameters(torch.float32), mpk.GradScaler()
+    optimizer = mpk.optim.AdamW(params)
+    give_grads(params, scaler, size=math.nan)
+    scaler.step(optimizer)
+    scaler.update()
+    found = "step 1 skipped at scale 65536: parameter 0 (5,) has 5 non-finite of 5, no finite element"
+    assert scaler.overflow_report(optimizer) == found + SEARCH
+
+
+def test_overflow_report_of_another_optimizer_says_what_to_do():
+    params, scaler = parameters(torch.float32), mpk.GradScaler()
+    for make, name in ((torch.optim.AdamW, "AdamW"), (torch.optim.SGD, "SGD"), (torch.optim.RAdam, "RAdam")):
+        instead = "AdamW" if name == "RAdam" else name
+        message = f"needs an optimizer of mpkernels.optim, .* got torch.optim.{name}: train with mpkernels.optim.{instead}$"
+        with pytest.raises(TypeError, match=message):
+            scaler.overflow_report(make(params))
+    wrapper = type("Wrapper", (), {})()
+    wrapper.optimizer = mpk.optim.AdamW(params)
+    with pytest.raises(TypeError, match=r"got \S*test_amp.Wrapper: pass the one inside it, its \.optimizer$"):
+        scaler.overflow_report(wrapper)
 
 
 def test_overflow_report_without_a_scaler():
@@ -850,7 +1190,7 @@ def test_overflow_report_without_a_scaler():
     optimizer.step()
     assert raw(params) == before
     report = mpk.GradScaler(enabled=False).overflow_report(optimizer)
-    assert report == "step 1 skipped at scale none: parameter 0 (5,) has 5 non-finite of 5, amax 0"
+    assert report.startswith("step 1 skipped at scale none: parameter 0 (5,) has 5 non-finite of 5, no finite element")
 
 
 # ----- checkpoints ----------------------------------------------------------------------
@@ -904,6 +1244,11 @@ def test_state_dict_both_ways_with_torchs():
     }  # fmt: skip
 
 
+NO_COUNTS = (-1, 1.5, math.nan, "1", True, 2**31, [1], np.float64(1), np.bool_(1), torch.ones((), dtype=torch.int64))
+NO_SKIPS = (*(count for count in NO_COUNTS if count != 2**31), 2**63)
+NO_NUMBERS = ("1", True, [1.0], 10**400, 1j, torch.ones(()), np.ones(1), np.nan)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -915,10 +1260,14 @@ def test_state_dict_both_ways_with_torchs():
         ({"growth_factor": None}, "state_dict lacks growth_factor"),
         ({"scale": "1"}, "scale must be a number, got '1'"),
         ({"backoff_factor": "1"}, "backoff_factor must be a number, got '1'"),
-        *(({"_growth_tracker": v}, "_growth_tracker must be a count") for v in (-1, 1.5, math.nan, "1", True)),
-        *(({"hysteresis_tracker": v}, "hysteresis_tracker must be a count") for v in (-1, math.nan, "1")),
-        *(({"skipped": v}, "skipped must be two counts") for v in ([1], "ab", 3)),
-        *(({"skipped": v}, "skipped must be a count") for v in ([-1, 0], [0, math.nan])),
+        *(({"_growth_tracker": v}, "_growth_tracker must be a count") for v in NO_COUNTS),
+        *(({"hysteresis_tracker": v}, "hysteresis_tracker must be a count") for v in NO_COUNTS),
+        *(({"growth_interval": v}, "growth_interval must be an int") for v in NO_SKIPS),
+        *(({"skipped": v}, "skipped must be two counts") for v in ([1], [1, 2, 3], "ab", 3, torch.zeros(2), np.zeros(2), {})),
+        *(({"skipped": pair}, "skipped must be a count") for v in NO_SKIPS for pair in ([v, 0], [0, v])),
+        *(({"scale": v}, "scale must be") for v in NO_NUMBERS),
+        *(({"growth_factor": v}, "growth_factor must be") for v in (*NO_NUMBERS, math.inf)),
+        *(({"backoff_factor": v}, "backoff_factor must be") for v in NO_NUMBERS),
     ],
 )
 def test_bad_state_dict_loads_nothing(change, message):
@@ -929,3 +1278,41 @@ def test_bad_state_dict_loads_nothing(change, message):
     assert scaler.state_dict() == WORN
     with pytest.raises(RuntimeError, match="The source state dict is empty"):
         scaler.load_state_dict({})
+    with pytest.raises(TypeError, match="state_dict must be what a scaler's"):
+        scaler.load_state_dict([1])
+
+
+def test_state_dict_of_the_largest_counts():
+    largest = {
+        "_growth_tracker": 2**31 - 1,
+        "hysteresis_tracker": 2**31 - 1,
+        "skipped": [2**63 - 1, 7],
+        "growth_interval": 2**63 - 1,
+    }
+    scaler = worn_scaler()
+    scaler.load_state_dict(WORN | largest)
+    assert scaler.state_dict() == WORN | largest
+
+
+def test_state_dict_of_numpy_numbers():
+    numpys = {
+        "scale": np.float32(64), "growth_factor": np.float64(4), "backoff_factor": np.float32(0.25),
+        "growth_interval": np.int64(7), "_growth_tracker": np.int32(1), "hysteresis_tracker": np.uint8(2),
+        "skipped": (np.int64(5), np.int64(1)),
+    }  # fmt: skip
+    scaler = worn_scaler()
+    scaler.load_state_dict(numpys)
+    expected = {name: value for name, value in numpys.items() if name != "skipped"} | {"skipped": [5, 1]}
+    assert scaler.state_dict() == expected
+    assert {type(value) for value in scaler.state_dict().values()} == {float, int, list}
+    params = parameters(torch.float32)
+    iteration(params, mpk.optim.SGD(params, lr=0.0), scaler, math.inf)
+
+
+def test_state_dict_is_not_the_scalers_own():
+    given = WORN | {"skipped": [5, 1]}
+    scaler = mpk.GradScaler()
+    scaler.load_state_dict(given)
+    given["skipped"][0] = 99
+    scaler.state_dict()["skipped"][0] = 98
+    assert scaler.skipped_steps == 5
