@@ -33,6 +33,8 @@ def contenders(case: Mlp, device: torch.device) -> dict[str, Contender]:
     def one_by_one():
         layers = mpk.nn.MPMLP.from_sequential(network(case), policy)
         layers.__class__ = nn.Sequential
+        for layer in [layer for layer in layers if isinstance(layer, mpk.MPLinear)][:-1]:  # as wide as MPMLP has them
+            layer.adopt(layer._activation, mpk.Policy.parse(f"{policy},output={case.dtype}"))
         return layers
 
     def contender(name: str, model: nn.Module, narrow: torch.dtype | None = None, switch=contextlib.nullcontext) -> Contender:

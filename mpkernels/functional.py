@@ -43,11 +43,12 @@ def decompositions() -> dict[Any, Callable[..., torch.Tensor]]:
 
 def forward(
     x, weight, bias, weight_copy, activation: Activation, policy: Policy | None,
-    below: Seam | None = None, above: Seam | None = None,
+    below: Seam | None = None, above: Seam | None = None, out_dtype: torch.dtype | None = None,
 ):  # fmt: skip
     """`linear_act` with everything parsed: what the layers call.
 
-    weight_copy: the weight in the compute dtype, or None. below, above: what lies between layers of one MPMLP.
+    weight_copy: the weight in the compute dtype, or None. below, above: what lies between layers of one
+    MPSequential. out_dtype: the output's; None: as the policy says.
     """
     moved_here = isinstance(below, Seam) and below.moved  # then the pass of the layer below is this very call's to do
     if has_torch_function_variadic(x, weight, bias) and not moved_here and _is_overridden(x, weight, bias):
@@ -63,7 +64,7 @@ def forward(
         grad_dtype, batch_invariant = None, False
     else:
         compute_dtype, grad_dtype = policy.compute_dtype, policy.grad_dtype
-        out_dtype = policy.output_dtype or _output_dtype(x, weight, policy)
+        out_dtype = out_dtype or policy.output_dtype or _output_dtype(x, weight, policy)
         batch_invariant = policy.batch_invariant
     return _linear_act(
         x, weight, bias, weight_copy,
@@ -96,10 +97,10 @@ _DISABLED = torch._C._disabled_torch_function_impl  # what Parameter has, and DT
 def _output_dtype(x, weight, policy: Policy) -> torch.dtype:
     if not policy.mixed:
         return weight.dtype
-    return _autocast_dtype(x.device) or x.dtype
+    return autocast_dtype(x.device) or x.dtype
 
 
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """None outside of autocast, and for a device that has none."""
     if not torch._C._is_any_autocast_enabled():
         return None
@@ -111,7 +112,7 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
 def _common_dtype(x, weight, bias) -> torch.dtype:
     """The dtype that F.linear would work in; RuntimeError where it would refuse."""
     dtypes = [tensor.dtype for tensor in (x, weight, bias) if tensor is not None]
-    narrow = _autocast_dtype(x.device)
+    narrow = autocast_dtype(x.device)
     if narrow is not None:
         dtypes = [narrow if d.is_floating_point and d != torch.float64 else d for d in dtypes]
     if len(set(dtypes)) > 1:

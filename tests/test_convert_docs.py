@@ -15,7 +15,7 @@ DOC = ROOT / "docs" / "convert.md"
 
 def test_convert_doc_runs(tmp_path, capsys):
     text = DOC.read_text()
-    script = tmp_path / "convert_doc.py"  # a file: convert reads the source of a forward
+    script = tmp_path / "convert_doc.py"
     script.write_text("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)))
     torch.manual_seed(0)
     found = runpy.run_path(str(script))

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mpkernels as mpk
+from mpkernels import functional
 from mpkernels.ops import linear_act as ops
 from tests import bounds
 from tests.linear_act_cases import same_bits
@@ -114,16 +115,19 @@ def test_options():
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-def test_inner_activations_are_narrow(policy):
-    """The last output is wide whatever comes in; an output_dtype that was given stays."""
-    model, seen = made(policy), []
-    for module in model:
-        module.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    assert model(torch.ones(2, 12)).dtype == torch.float32
-    assert seen[:-1] == [mpk.Policy.parse(policy).compute_dtype] * 4
+def test_inner_activations_are_narrow(policy, monkeypatch):
+    """The result has the dtype that came in, whatever it is between; a given output_dtype stays, and so do policies."""
+    found, run = [], functional._linear_act
+    monkeypatch.setattr(functional, "_linear_act", lambda *a, **k: found.append(k["out_dtype"]) or run(*a, **k))
+    model, narrow = made(policy), mpk.Policy.parse(policy).compute_dtype
+    for dtype in (torch.float32, torch.float64):
+        assert model(torch.ones(2, 12, dtype=dtype)).dtype == dtype
+        assert found == [narrow, narrow, dtype]
+        found.clear()
+    assert {str(layer.policy) for layer in model if isinstance(layer, mpk.MPLinear)} == {policy}
     given = mpk.MPMLP(SIZES, policy=f"{policy},output=float64")
     assert given(torch.ones(2, 12)).dtype == torch.float64
-    assert given[0].policy.output_dtype == torch.float64
+    assert found == [torch.float64] * 3
 
 
 def test_from_sequential_shares_parameters():
@@ -189,6 +193,8 @@ def test_slices_are_mlps():
     assert type(model[:2]) is mpk.MPMLP
     assert model[:2][0] is model[0]
     assert list(model[2:].state_dict()) == ["2.weight", "2.bias", "4.weight", "4.bias"]
+    model[1] = nn.Dropout()
+    assert type(model[:2]) is mpk.MPMLP, "whatever has been put into it"
 
 
 @pytest.mark.parametrize(

@@ -84,10 +84,13 @@ class MPLinear(nn.Linear):
         """Its name, or None."""
         return None if self._activation == Activation.NONE else self._activation.name.lower()
 
-    def forward(self, input: torch.Tensor, below: Seam | None = None, above: Seam | None = None) -> torch.Tensor:
-        """The layer's output; `input` as nn.Linear calls it. below, above: for MPMLP."""
-        copy = self._weight_copy()
-        return functional.forward(input, self.weight, self.bias, copy, self._activation, self.policy, below, above)
+    def forward(
+        self, input: torch.Tensor, below: Seam | None = None, above: Seam | None = None,
+        activation: Activation | None = None, out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """The layer's output; `input` as nn.Linear calls it. The others are MPSequential's: None means the layer's own."""
+        copy, activation = self._weight_copy(), self._activation if activation is None else activation
+        return functional.forward(input, self.weight, self.bias, copy, activation, self.policy, below, above, out_dtype)
 
     def _weight_copy(self) -> torch.Tensor | None:
         """The weight in the compute dtype where one is kept. Only eager training reads the optimizer's."""

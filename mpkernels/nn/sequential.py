@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MPSequential: what convert makes of an nn.Sequential. What runs as one call is decided by its forward, at each call."""
+
+import sys
+
+import torch
+from torch import nn
+from torch.nn.modules import module as _module
+
+from mpkernels import functional
+from mpkernels.nn.linear import MPLinear
+from mpkernels.ops.linear_act import Activation, Seam
+
+_FORWARDS = {cls: cls.forward for cls in (MPLinear, nn.ReLU, nn.Identity)}
+_NO_TORCH_FUNCTION = torch._C._disabled_torch_function_impl  # what Parameter, FakeTensor and DTensor have for one
+
+
+class MPSequential(nn.Sequential):
+    """An nn.Sequential whose forward runs an MPLinear and the nn.ReLU after it as one call; its children stay what they are.
+
+    Called alone, sliced, hooked, replaced, inserted or deleted, each does what it says. The two run as one where neither
+    has hooks (but FSDP2's), a forward of its own, another class or a compiled call, nor all modules have hooks.
+    Where such an MPLinear of the same compute dtype comes next (an nn.Identity may be between), what goes to it is in that
+    dtype under `mixed_*`, and where kernels run both, its backward does the streaming pass of the layer before.
+    The result has the dtype that the last child's policy says: of what came in, where that follows the input.
+    """
+
+    def forward(self, input):
+        if hooks_on_all_modules():
+            return super().forward(input)
+        modules, x, i = list(self), input, 0
+        below, wide = None, None  # the Seam to the layer before, and the dtype that x had if it were not narrowed
+        while i < len(modules):
+            module = modules[i]
+            joined = isinstance(module, MPLinear) and (below is not None or wide is not None)
+            if not (joined or (_is_plain_tensor(x) and is_plain(module, MPLinear))):
+                x, i = module(x), i + 1
+                continue
+            i, activation, reader = step(modules, i)
+            above = Seam() if torch.is_grad_enabled() and _share_backward(module, reader) else None
+            given = wide or x.dtype
+            out_dtype = (functional.autocast_dtype(x.device) or given) if follows_input(module) else None
+            narrow = out_dtype is not None and narrows(module, reader, out_dtype)
+            x = module(x, below, above, activation, module.policy.compute_dtype if narrow else out_dtype)
+            below, wide = above, given if narrow else None
+        return x
+
+    def _get_name(self) -> str:
+        return super()._get_name().replace("MPSequential", "Sequential")  # FSDP2 puts a prefix before it
+
+
+def step(modules: list[nn.Module], i: int) -> tuple[int, Activation, MPLinear | None]:
+    """What runs in one call with the MPLinear modules[i]: the index after it, its activation, and who alone reads it.
+
+    The reader: the next MPLinear, where nobody can see what goes to it.
+    """
+    linear, end = modules[i], i + 1
+    activation = linear._activation
+    if activation == Activation.NONE and end < len(modules) and is_plain(modules[end], nn.ReLU):
+        activation, end = Activation.RELU, end + 1
+    for module in modules[end:]:
+        if is_plain(module, MPLinear):
+            return end, activation, module
+        if not is_plain(module, nn.Identity):
+            break
+    return end, activation, None
+
+
+def follows_input(linear: MPLinear) -> bool:
+    """Whether its output has the dtype of its input (autocast's inside of that)."""
+    return linear.policy is not None and linear.policy.mixed and linear.policy.output_dtype is None
+
+
+def narrows(linear: MPLinear, reader: MPLinear | None, wide: torch.dtype) -> bool:
+    """Whether the reader would cast a `wide` output to what the linear computes in: then it is given that."""
+    if reader is None or reader.policy is None or not follows_input(linear):
+        return False
+    dtype = linear.policy.compute_dtype
+    return reader.policy.compute_dtype == dtype and dtype.itemsize < wide.itemsize
+
+
+def _share_backward(linear: MPLinear, reader: MPLinear | None) -> bool:
+    if reader is None:
+        return False
+    ours, theirs = ((p.compute_dtype, p.grad_dtype) if (p := m.policy) else None for m in (linear, reader))
+    return ours == theirs
+
+
+def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a call of `module` is the forward of `cls`, and nothing sees or changes what goes in and comes out.
+
+    FSDP2's hooks only gather, and its classes do nothing else. A weight that lies on a mesh for another reason is seen.
+    """
+    found = (
+        module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    )  # fmt: skip
+    return (
+        isinstance(module, cls)
+        and type(module).forward is _FORWARDS[cls]
+        and type(module).__call__ is nn.Module.__call__  # what traces patches that
+        and "forward" not in vars(module)
+        and module._compiled_call_impl is None
+        and all(_only_gathers(hook) for hooks in found for hook in hooks.values())
+        and (cls is not MPLinear or any(found) or _is_plain_tensor(module.weight))
+    )
+
+
+def _only_gathers(hook) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp.")
+
+
+def _is_plain_tensor(x) -> bool:
+    """Not a proxy, nor a subclass with functions of its own, nor a DTensor, whose parts may still have to be summed."""
+    if type(x) is torch.Tensor:
+        return True
+    if not isinstance(x, torch.Tensor) or type(x).__torch_function__ is not _NO_TORCH_FUNCTION:
+        return False
+    tensor = sys.modules.get("torch.distributed.tensor")  # imported by what made one
+    return tensor is None or not isinstance(x, tensor.DTensor)
+
+
+def hooks_on_all_modules() -> bool:
+    return bool(
+        _module._global_forward_pre_hooks or _module._global_forward_hooks
+        or _module._global_backward_pre_hooks or _module._global_backward_hooks
+    )  # fmt: skip
