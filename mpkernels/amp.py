@@ -3,6 +3,7 @@
 
 import inspect
 from collections import abc, defaultdict
+from typing import Any, overload
 
 import torch
 from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
@@ -37,9 +38,10 @@ class GradScaler(torch.amp.GradScaler):
     """
 
     def __init__(
-        self, device=None, init_scale=2.0**16, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, enabled=True,
-        *, min_scale=2.0**-126, max_scale=2.0**127, hysteresis=1,
-    ):  # fmt: skip
+        self, device: torch.device | str | None = None, init_scale: float = 2.0**16, growth_factor: float = 2.0,
+        backoff_factor: float = 0.5, growth_interval: int = 2000, enabled: bool = True,
+        *, min_scale: float = 2.0**-126, max_scale: float = 2.0**127, hysteresis: int = 1,
+    ) -> None:  # fmt: skip
         if enabled and device is not None:
             _scaler_values.check_device(device)
         self._min_scale, self._max_scale = (
@@ -81,6 +83,18 @@ class GradScaler(torch.amp.GradScaler):
         self._skipped = torch.tensor(self._loaded["skipped"], dtype=torch.int64, device=dev)
 
     # ----- scale, unscale, step, update ---------------------------------------------------------
+
+    @overload
+    def scale(self, outputs: torch.Tensor) -> torch.Tensor: ...
+
+    @overload
+    def scale(self, outputs: list[torch.Tensor]) -> list[torch.Tensor]: ...
+
+    @overload
+    def scale(self, outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]: ...
+
+    @overload
+    def scale(self, outputs: abc.Iterable[torch.Tensor]) -> abc.Iterable[torch.Tensor]: ...
 
     def scale(self, outputs):
         """`outputs` times the scale: a tensor or nested iterables of tensors.
@@ -166,7 +180,7 @@ class GradScaler(torch.amp.GradScaler):
         return scale if preset is None else scale * preset
 
     @torch._disable_dynamo
-    def step(self, optimizer: torch.optim.Optimizer, *args, **kwargs):
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Step the optimizer unless a gradient is inf or NaN, before or after unscaling; decided on the device.
 
         NOTE: one of our optimizers unscales what it reads and writes no gradient: `.grad` is as scaled afterwards as before.
@@ -239,7 +253,7 @@ class GradScaler(torch.amp.GradScaler):
             raise
 
     @torch._disable_dynamo
-    def update(self, new_scale=None) -> None:
+    def update(self, new_scale: float | torch.Tensor | None = None) -> None:
         """Grow, keep or back off the scale, on the device; count skipped steps. A step without any gradient changes nothing.
 
         new_scale: set this scale instead and count. Raises ValueError for one that is not between min_scale and max_scale.
@@ -304,7 +318,7 @@ class GradScaler(torch.amp.GradScaler):
 
     # ----- checkpoints ------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """torch's five entries, `hysteresis_tracker` and `skipped`; waits for the device."""
         return {**super().state_dict(), **self._counts()} if self._enabled else {}
 
@@ -313,7 +327,7 @@ class GradScaler(torch.amp.GradScaler):
             return {**self._loaded, "skipped": list(self._loaded["skipped"])}
         return {"hysteresis_tracker": self._hysteresis_tracker.item(), "skipped": self._skipped.tolist()}
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load ours or torch's. Raises ValueError for values that make no scaler, or not this one; nothing is loaded then."""
         if not self._enabled:
             return
