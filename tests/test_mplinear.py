@@ -110,6 +110,14 @@ def test_from_linear_keeps_what_an_mplinear_has():
     assert (other.activation, str(other.policy)) == ("silu", "mixed_float16")
 
 
+def test_from_linear_of_a_lazy_linear_says_what_to_do():
+    lazy = nn.LazyLinear(4)
+    with pytest.raises(TypeError, match="a LazyLinear has no weight yet: call it, or its model, once before"):
+        mpk.MPLinear.from_linear(lazy)
+    lazy(torch.ones(2, 3))
+    assert mpk.MPLinear.from_linear(lazy).in_features == 3
+
+
 def test_from_linear_refuses_what_it_cannot_stand_for():
     class Doubled(nn.Linear):
         def forward(self, x):

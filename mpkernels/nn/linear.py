@@ -49,6 +49,8 @@ class MPLinear(nn.Linear):
 
         Raises TypeError for what is neither an nn.Linear nor an MPLinear itself, for hooks and for a forward of its own.
         """
+        if isinstance(linear, nn.LazyLinear) and linear.has_uninitialized_params():
+            raise TypeError("MPLinear: a LazyLinear has no weight yet: call it, or its model, once before")
         if type(linear) not in (nn.Linear, MPLinear) or "forward" in vars(linear) or has_hooks(linear):
             raise TypeError(f"MPLinear: expected an nn.Linear or MPLinear without hooks or a forward of its own, got {linear}")
         activation = getattr(linear, "activation", None) if activation is None else activation
