@@ -5,6 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mpkernels.nn import MPMLP
+from mpkernels.ops import linear_act as ops
 from mpkernels.ops.linear_act import Activation, linear_act, reference
 from tests import bounds
 from tests.linear_act_cases import DTYPES, Case, Dtypes, backward, bf16, f16, f32, f64, forward, same_bits
@@ -137,6 +139,70 @@ def test_linear_act_keeps_only_what_backward_needs(generator, device):
     assert kept(x, weight, bias) == sorted([((16, 8), f16), ((33, 8), f32), ((16, 33), f16)], key=str)
     assert kept(x, weight, bias, activation=NONE) == sorted([((16, 8), f16), ((33, 8), f32)], key=str)
     assert kept(x, weight.detach(), bias) == sorted([((33, 8), f32), ((16, 33), f16)], key=str)
+
+
+class NoGradient(torch.autograd.Function):
+    """Passes its input on and no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_linear_act_of_an_output_without_a_gradient(generator, device):
+    """None comes back, as from F.linear, and no zeros, which weight decay and a norm would take for a gradient."""
+    for function in (lambda *args: call(*args, DTYPES["float32"], NONE), F.linear, lambda *args: by_the_op(*args)[0]):
+        x, weight, bias, _ = leaves(Case(4, 5, 6, DTYPES["float32"]), generator, device)
+        NoGradient.apply(function(x, weight, bias)).sum().backward()
+        assert [t.grad for t in (x, weight, bias)] == [None] * 3
+
+
+def by_the_op(x, weight, bias):
+    return torch.ops.mpkernels.linear_act(x, weight, bias, None, int(Activation.GELU), f16, f32, 1)
+
+
+def test_linear_act_other_outputs_have_no_gradient(generator, device):
+    out, saved, x_compute = by_the_op(*leaves(Case(4, 5, 6), generator, device)[:3])
+    assert saved.numel()
+    assert x_compute.numel()
+    assert [t.requires_grad for t in (out, saved, x_compute)] == [True, False, False]
+
+
+@pytest.mark.parametrize("grad_dtype", [None, f16])
+def test_linear_act_bias_gradient_is_rounded_to_its_own_dtype_alone(grad_dtype, device):
+    """A bias wider than its weight: its gradient never goes through the weight's dtype, but for grad_dtype."""
+    x, weight = (torch.zeros(s, dtype=f16, device=device, requires_grad=True) for s in ((3, 2), (1, 2)))
+    bias = torch.zeros(1, device=device, requires_grad=True)
+    bias.grad_dtype = grad_dtype or f32
+    grad_out = torch.tensor([[1.0], [2.0**-12], [2.0**-13]], device=device)
+    out = linear_act(x, weight, bias, activation=NONE, compute_dtype=f16, out_dtype=f32, grad_dtype=grad_dtype)
+    out.backward(grad_out)
+    assert bias.grad.dtype == (grad_dtype or f32)
+    assert bias.grad.item() == (1.0 if grad_dtype else 1 + 2.0**-12 + 2.0**-13)
+
+
+@pytest.mark.parametrize("frozen", ["0.weight", "0.bias", "2.weight", "2.bias", "x"])
+def test_linear_act_joined_backward_of_what_requires_it(frozen, monkeypatch, generator):
+    """Each parameter's gradient where another is frozen; the lower bias is handed to the upper layer."""
+    monkeypatch.setattr(ops, "writes_mask", lambda *_: True)
+    model = MPMLP([5, 8, 4], policy="float64")
+    x = torch.randn(3, 5, generator=generator, dtype=f64).requires_grad_(frozen != "x")
+    names = dict(model.named_parameters()) | {"x": x}
+    plain = lambda: F.linear(F.linear(x, model[0].weight, model[0].bias).relu(), model[2].weight, model[2].bias)
+    if frozen != "x":
+        names[frozen].requires_grad_(False)
+    wanted = [t for t in names.values() if t.requires_grad]
+    assert len(wanted) == 4
+    grads = torch.autograd.grad(model(x).square().sum(), wanted)
+    for grad, expected in zip(grads, torch.autograd.grad(plain().square().sum(), wanted), strict=True):
+        bounds.check_rearranged(grad, expected)
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert (x if frozen == "x" else names[frozen]).grad is None
 
 
 def test_linear_act_double_backward_raises(generator, device):

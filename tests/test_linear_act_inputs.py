@@ -139,6 +139,12 @@ def test_linear_act_refuses_names_of_activations(name):
         ({"saved": torch.zeros(0, dtype=torch.int32)}, "saved must be the mask (2, 1) int32 or the output, got (0,)"),
         ({"saved": torch.zeros(2, 3, dtype=torch.int64)}, "saved must be the mask (2, 1) int32 or the output, got (2, 3)"),
         ({"weight": torch.ones(3, 4, device="meta")}, "grad_out is on cpu but weight is on meta"),
+        ({"saved": torch.zeros(2, 1, dtype=torch.int32, device="meta")}, "saved is on meta, expected cpu"),
+        ({"saved": torch.zeros(2, 3, device="meta")}, "saved is on meta, expected cpu"),
+        ({"activation": 3, "saved": torch.ones(3, 2)}, "saved must be the pre-activation (2, 3), got (3, 2)"),
+        ({"activation": 3, "saved": torch.ones(2, 3).int()}, "saved must be the pre-activation (2, 3), got (2, 3) torch.int32"),
+        ({"activation": 6}, "activation must be one of 0 (NONE)"),
+        ({"weight_copy": torch.ones(4, 3)}, "weight_copy must be (3, 4) torch.float32, got (4, 3)"),
         ({"grad_weight_dtype": torch.int8}, "grad_weight_dtype must be float16, bfloat16, float32 or float64"),
     ],
 )
@@ -151,6 +157,11 @@ def test_linear_act_backward_refuses(changed, message):
     torch.ops.mpkernels.linear_act_backward(**good)
     with pytest.raises(RuntimeError, match=re.escape(f"linear_act_backward: {message}")):
         torch.ops.mpkernels.linear_act_backward(**good | changed)
+
+
+def test_linear_act_refuses_another_save():
+    with pytest.raises(RuntimeError, match="save must be 0 or 1, got 2"):
+        torch.ops.mpkernels.linear_act(torch.ones(2, 4), torch.ones(3, 4), None, None, 1, f32, f32, 2)
 
 
 # ----- beyond int32 ---------------------------------------------------------------
