@@ -4,13 +4,13 @@
 import fnmatch
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from mpkernels import _copies
-from mpkernels.nn import cast_model
+from mpkernels.nn import cast_model, fast_path
 from mpkernels.nn.linear import MPLinear
 from mpkernels.nn.linears import linears, why_not
 from mpkernels.nn.sequential import MPSequential
@@ -38,7 +38,8 @@ def convert(
     `transformers`' Conv1D, a linear whose weight is (in, out), is converted too. An nn.Sequential itself, no subclass, in
     which a ReLU or a linear comes after a linear, becomes an MPSequential: its forward runs linear and nn.ReLU as one call,
     and its children stay what they are. Other activations run where the model has them: `MPLinear(activation=)` fuses them.
-    What cannot be converted is skipped; `convert_report` has the reason.
+    What cannot be converted is skipped; `convert_report` has the reason. An nn.TransformerEncoderLayer with a converted
+    linear computes in evaluation as it does in training, not by torch's fast path, which would not call the linear.
     Parameters stay the same objects. Under `mixed_*` their dtype and the state_dict stay too. Under `float16` and
     `bfloat16` all floating-point parameters and buffers are cast as `model.half()` does, but for linears that a glob
     gives a wider policy, and the masters of an optimizer, which is made afterwards, start from the rounded parameters: for
@@ -86,6 +87,10 @@ def convert(
     for module in model.modules():
         if type(module) is nn.Sequential and _may_fuse(module):
             module.__class__ = MPSequential
+    for module, cls, attributes in fast_path.turned_off(model):
+        module._before = _Before(type(module), attributes={name: getattr(module, name) for name in attributes})
+        module.__class__ = cls
+        vars(module).update(attributes)
     return model
 
 
@@ -104,6 +109,7 @@ def revert(model: nn.Module) -> nn.Module:
                     module.__dict__.pop(name, None)
         if before is not None:
             module.__class__ = before.cls
+            vars(module).update(before.attributes)
     return model
 
 
@@ -118,6 +124,7 @@ class _Before:
 
     cls: type
     notes: tuple[str, ...] = ()
+    attributes: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
