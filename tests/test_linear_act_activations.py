@@ -204,3 +204,20 @@ def test_activation_transforms_that_raise(activation):
     (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         grad.sum().backward()
+
+
+@by_activation
+@by_dtype
+def test_activation_of_numbers_at_the_formats_ends(activation, dtype, device):
+    """The largest finite numbers and the smallest: finite where the fp64 value is, a multiple of the vector's length too."""
+    large = torch.finfo(dtype).max
+    values = [large, -large, large / 2, -large / 2, 3e4, -3e4, 1e-7, -1e-7, torch.finfo(dtype).tiny, 11.0, -11.0, 40.0, -40.0]
+    dtypes = Dtypes(dtype, f32, dtype, f32, f32)
+    for copies in (1, 64):
+        z = torch.tensor(values * copies, dtype=dtype, device=device)[:, None]
+        out, saved, _ = forward(z, torch.ones(1, 1, device=device), None, dtypes, activation)
+        exact = reference.activate(z.double(), activation).float()
+        assert torch.equal(out.isfinite(), exact.isfinite())
+        bounds.check_forward(out, z, torch.ones(1, 1), None, activation, dtype)
+        slopes = grad_z_of(torch.ones_like(out), saved, activation, dtypes)
+        bounds.check_slope(slopes, torch.ones_like(out), saved, activation, dtype, 2.0**-24)

@@ -31,7 +31,7 @@ SHAPES = (
 
 def multiply(a, b, bias, compute, out_dtype, activation=NONE, *, batch_invariant=False, lanes=0):
     out = torch.full((a.shape[0], b.shape[0]), torch.nan).to(out_dtype)
-    args = (a, b, bias, compute, activation == RELU, batch_invariant, out, lanes)
+    args = (a, b, bias, compute, activation, batch_invariant, out, None, lanes)
     torch.ops.mpkernels_C.linear_act_multiply(*args)
     return out
 

@@ -28,6 +28,7 @@
 #endif
 #endif
 
+#include "activation.h"
 #include "cpu_pairs.h"
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // of passing vectors: no function that does is called from another file
@@ -236,19 +237,24 @@ MPK_CLONES void add(float* z, const float* bias, int64_t n) {
   for (int64_t i = 0; i < n; ++i) z[i] += bias[i];
 }
 
-MPK_CLONES void relu_(float* z, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) z[i] = z[i] <= 0 ? 0 : z[i];  // NaN stays
-}
-
 class Output {
  public:
-  Output(const Tensor& out, const std::optional<Tensor>& bias, bool relu)
+  // saved: filled with what the activation is applied to.
+  Output(const Tensor& out, const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& saved)
       : data_(static_cast<char*>(out.mutable_data_ptr())),
         pitch_(out.size(1)),
         size_(size_of(out.scalar_type())),
         round_(find_cast(ScalarType::Float, out.scalar_type())),
-        relu_after_(relu) {
+        activate_(activation_loops(activation).activate) {
     STD_TORCH_CHECK(out.is_cpu() && out.dim() == 2 && out.is_contiguous(), "out must be a contiguous matrix");
+    if (saved) {
+      STD_TORCH_CHECK(saved->is_cpu() && saved->dim() == 2 && saved->size(0) == out.size(0) && saved->size(1) == out.size(1) &&
+                          saved->is_contiguous(),
+                      "saved must be a contiguous matrix as large as out");
+      saved_ = static_cast<char*>(saved->mutable_data_ptr());
+      saved_size_ = size_of(saved->scalar_type());
+      round_saved_ = find_cast(ScalarType::Float, saved->scalar_type());
+    }
     if (!bias) return;
     STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == out.size(1) && bias->is_contiguous(),
                     "bias must be contiguous and as long as a row of out");
@@ -263,8 +269,10 @@ class Output {
     for (int64_t i = 0; i < rows; ++i) {
       float* z = acc + i * pitch;
       if (bias_ != nullptr) add(z, scratch, columns);
-      if (relu_after_) relu_(z, columns);
-      round_(z, data_ + ((row + i) * pitch_ + column) * size_, columns);  // round: fp32 -> out
+      const int64_t at = (row + i) * pitch_ + column;
+      if (saved_ != nullptr) round_saved_(z, saved_ + at * saved_size_, columns);  // round: fp32 -> saved
+      if (activate_ != nullptr) activate_(z, columns);
+      round_(z, data_ + at * size_, columns);  // round: fp32 -> out
     }
   }
 
@@ -272,7 +280,10 @@ class Output {
   char* data_;
   int64_t pitch_, size_;
   Cast round_;
-  bool relu_after_;
+  void (*activate_)(float* z, int64_t n);
+  char* saved_ = nullptr;
+  int64_t saved_size_ = 0;
+  Cast round_saved_ = nullptr;
   const char* bias_ = nullptr;
   int64_t bias_size_ = 0;
   Cast widen_bias_ = nullptr;
@@ -312,6 +323,14 @@ struct Pieces {
   }
   int64_t length, count;
 };
+
+// A thread that is woken for less costs more than it saves.
+constexpr int64_t kProductsOfThread = 1 << 20;
+constexpr int64_t kElementsOfThread = 1 << 15;  // as torch's
+
+int64_t threads_for(int64_t work, int64_t of_thread) {
+  return std::min<int64_t>(torch::stable::get_num_threads(), work / of_thread + 1);
+}
 
 struct Task {
   int64_t row, column, rows, columns;
@@ -392,10 +411,11 @@ void multiply_task(const InstructionSet& set, const Pairs* pairs, const Matrix& 
 }
 
 void multiply_by_tiles(const InstructionSet& set, const Pairs* pairs, const Matrix& a, const Matrix& b, const Output& out) {
+  const int64_t work = a.rows * b.rows * (a.columns + 1), threads = threads_for(work, kProductsOfThread);
   const Pieces down(a.rows, kRowsOfTask, pairs == nullptr ? set.rows : pairs->rows, 1);
-  const int64_t threads = torch::stable::get_num_threads();
   const Pieces across(b.rows, kColumnsOfTask, set.columns, (threads + down.count - 1) / down.count);
-  torch::stable::parallel_for(0, down.count * across.count, /*grain_size=*/1, [&](int64_t begin, int64_t end) {
+  const int64_t tasks = down.count * across.count, grain = kProductsOfThread / (work / tasks + 1) + 1;
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
     if (pairs != nullptr) pairs->begin();
     for (int64_t task = begin; task < end; ++task) {
       const int64_t m = task / across.count * down.length, n = task % across.count * across.length;
@@ -416,7 +436,7 @@ void multiply_few_rows(const Matrix& a, const Matrix& b, const Output& out) {
   float* x = padded.data()->x;
   a.widen(0, 0, a.rows, a.columns, x, pitch);
   const Dot dot = b.loops->dot[a.rows - 1];
-  const int64_t grain = 32768 / (a.columns + 1) + 1;
+  const int64_t grain = kElementsOfThread / (a.columns + 1) + 1;
   torch::stable::parallel_for(0, b.rows, grain, [&](int64_t begin, int64_t end) {
     Scratch& mine = scratch();
     for (int64_t n = begin; n < end; n += kColumnsOfTask) {
@@ -431,22 +451,19 @@ void multiply_few_rows(const Matrix& a, const Matrix& b, const Output& out) {
 
 // batch_invariant: one order of the sums for any number of rows, and no choice of instructions by what lies in them.
 void multiply(const InstructionSet& set, const Pairs* pairs, const Matrix& a, const Matrix& b, const Tensor& out,
-              const std::optional<Tensor>& bias, bool relu, bool batch_invariant) {
+              bool batch_invariant, const std::optional<Tensor>& bias = std::nullopt, int64_t activation = 0,
+              const std::optional<Tensor>& saved = std::nullopt) {
   STD_TORCH_CHECK(a.columns == b.columns && out.dim() == 2 && out.size(0) == a.rows && out.size(1) == b.rows,
                   "a result must be as large as the product");
   if (a.rows == 0 || b.rows == 0) return;
   if (a.rows <= kFewRows && b.column_stride == 1 && !batch_invariant) {
-    multiply_few_rows(a, b, Output(out, bias, relu));
+    multiply_few_rows(a, b, Output(out, bias, activation, saved));
   } else {
-    multiply_by_tiles(set, batch_invariant ? nullptr : pairs, a, b, Output(out, bias, relu));
+    multiply_by_tiles(set, batch_invariant ? nullptr : pairs, a, b, Output(out, bias, activation, saved));
   }
 }
 
 // ----- before the products of backward -----
-
-MPK_CLONES void select(float* grad, const float* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) grad[i] = out[i] <= 0 ? 0 : grad[i];  // and where out is NaN
-}
 
 // The columns of a matrix in fp32; of a tensor that is not there, nothing.
 struct Columns {
@@ -465,25 +482,26 @@ struct Columns {
   Cast widen = nullptr, round = nullptr;
 };
 
-// grad_z = grad_out where not (out <= 0), else 0; grad_bias = its sum over rows, unrounded, first within blocks of them.
-void select_and_sum(const Tensor& grad_out_, const std::optional<Tensor>& out_, const std::optional<Tensor>& grad_z_,
-                    const std::optional<Tensor>& grad_bias_) {
+// grad_z = the gradient before the activation; grad_bias = its sum over rows, unrounded, first within blocks of them.
+void activation_backward(const Tensor& grad_out_, const std::optional<Tensor>& saved_, int64_t activation,
+                         const std::optional<Tensor>& grad_z_, const std::optional<Tensor>& grad_bias_) {
   const int64_t M = grad_out_.size(0), N = grad_out_.size(1);
   if (N == 0) return;
-  const Columns grad_out(grad_out_), out(out_), grad_z(grad_z_), grad_bias(grad_bias_);
-  const Pieces across(N, kColumnsOfTask, 16, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, across.count, /*grain_size=*/1, [&](int64_t begin, int64_t end) {
-    float *grad = scratch().acc, *selector = grad + kColumnsOfTask, *sum = selector + kColumnsOfTask,
-          *block = sum + kColumnsOfTask;
+  const Columns grad_out(grad_out_), saved(saved_), grad_z(grad_z_), grad_bias(grad_bias_);
+  const auto gradient = activation_loops(activation).gradient;
+  const Pieces across(N, kColumnsOfTask, 16, threads_for(M * N, kElementsOfThread));
+  const int64_t grain = kElementsOfThread / (M * across.length + 1) + 1;
+  torch::stable::parallel_for(0, across.count, grain, [&](int64_t begin, int64_t end) {
+    float *grad = scratch().acc, *z = grad + kColumnsOfTask, *sum = z + kColumnsOfTask, *block = sum + kColumnsOfTask;
     for (int64_t n = begin * across.length; n < std::min(end * across.length, N); n += across.length) {
       const int64_t columns = std::min(across.length, N - n);
       std::fill_n(sum, columns, 0);
       std::fill_n(block, columns, 0);
       for (int64_t m = 0; m < M; ++m) {
         grad_out.widen(grad_out.at(m, n), grad, columns);
-        if (out.data != nullptr) {
-          out.widen(out.at(m, n), selector, columns);
-          select(grad, selector, columns);
+        if (gradient != nullptr) {
+          saved.widen(saved.at(m, n), z, columns);
+          gradient(grad, z, columns);
         }
         if (grad_z.data != nullptr) grad_z.round(grad, grad_z.at(m, n), columns);  // round: fp32 -> grad_z
         add(block, grad, columns);
@@ -499,11 +517,11 @@ void select_and_sum(const Tensor& grad_out_, const std::optional<Tensor>& out_, 
 
 // ----- the ops -----
 
-void linear_act_multiply(Tensor a, Tensor b, std::optional<Tensor> bias, ScalarType compute_dtype, bool relu,
-                         bool batch_invariant, Tensor out, int64_t lanes) {
+void linear_act_multiply(Tensor a, Tensor b, std::optional<Tensor> bias, ScalarType compute_dtype, int64_t activation,
+                         bool batch_invariant, Tensor out, std::optional<Tensor> saved, int64_t lanes) {
   const InstructionSet& set = instruction_set(lanes);
-  multiply(set, set.pairs_in(compute_dtype), Matrix("a", a, compute_dtype, set), Matrix("b", b, compute_dtype, set), out, bias,
-           relu, batch_invariant);
+  multiply(set, set.pairs_in(compute_dtype), Matrix("a", a, compute_dtype, set), Matrix("b", b, compute_dtype, set), out,
+           batch_invariant, bias, activation, saved);
 }
 
 // Whether `tensor` is a matrix of this size whose rows have no gaps, or is not there.
@@ -513,27 +531,28 @@ bool is_like(const std::optional<Tensor>& tensor, const Tensor& like) {
   return tensor->is_cpu() && as_large && (tensor->numel() == 0 || tensor->size(1) == 1 || tensor->stride(1) == 1);
 }
 
-// Any subset of the gradients. out: what a ReLU returned, or nothing; grad_z: room for what is selected, for the products.
-void linear_act_gradients(Tensor grad_out, std::optional<Tensor> out, std::optional<Tensor> x, Tensor weight,
-                          ScalarType compute_dtype, std::optional<Tensor> grad_z, std::optional<Tensor> grad_x,
+// Any subset of the gradients. saved: what the activation was applied to, of a ReLU what it returned; grad_z: room for the
+// gradient before the activation, for the products.
+void linear_act_gradients(Tensor grad_out, std::optional<Tensor> saved, int64_t activation, std::optional<Tensor> x,
+                          Tensor weight, ScalarType compute_dtype, std::optional<Tensor> grad_z, std::optional<Tensor> grad_x,
                           std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias) {
-  STD_TORCH_CHECK(grad_out.dim() == 2 && is_like(grad_out, grad_out) && is_like(out, grad_out) && is_like(grad_z, grad_out),
-                  "grad_out, out and grad_z must be matrices of one size whose rows have no gaps");
-  STD_TORCH_CHECK(!out || grad_z || (!grad_x && !grad_weight), "products of what out selects need grad_z");
+  STD_TORCH_CHECK(grad_out.dim() == 2 && is_like(grad_out, grad_out) && is_like(saved, grad_out) && is_like(grad_z, grad_out),
+                  "grad_out, saved and grad_z must be matrices of one size whose rows have no gaps");
+  STD_TORCH_CHECK((activation == 0) == !saved, "an activation needs what it saved");
+  STD_TORCH_CHECK(!saved || grad_z || (!grad_x && !grad_weight), "products of what an activation changed need grad_z");
   STD_TORCH_CHECK(!grad_bias || (grad_bias->dim() == 1 && grad_bias->size(0) == grad_out.size(1) && grad_bias->is_contiguous()),
                   "grad_bias must be contiguous and as long as a row of grad_out");
-  if (grad_z || grad_bias) select_and_sum(grad_out, out, grad_z, grad_bias);
+  if (grad_z || grad_bias) activation_backward(grad_out, saved, activation, grad_z, grad_bias);
   if (!grad_x && !grad_weight) return;
   const InstructionSet& set = instruction_set(0);
   const Pairs* pairs = set.pairs_in(compute_dtype);
   const Matrix a("grad_z", grad_z ? *grad_z : grad_out, compute_dtype, set);
   if (grad_x) {
-    multiply(set, pairs, a, Matrix("weight", weight, compute_dtype, set).transposed(), *grad_x, std::nullopt, false, false);
+    multiply(set, pairs, a, Matrix("weight", weight, compute_dtype, set).transposed(), *grad_x, false);
   }
   if (grad_weight) {
     STD_TORCH_CHECK(x, "grad_weight needs x");
-    multiply(set, pairs, a.transposed(), Matrix("x", *x, compute_dtype, set).transposed(), *grad_weight, std::nullopt, false,
-             false);
+    multiply(set, pairs, a.transposed(), Matrix("x", *x, compute_dtype, set).transposed(), *grad_weight, false);
   }
 }
 

@@ -1,23 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_act in ATen, for graphs that leave this package: out = round(act(x @ weight.T + bias))."""
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
 from mpkernels.ops._cast import cast
 from mpkernels.ops.linear_act import Activation, acc_dtype
-from mpkernels.ops.linear_act.passes import pack_mask
-
-_ACTIVATE = {
-    "NONE": lambda z: z,
-    "RELU": torch.relu,
-    "RELU2": lambda z: torch.relu(z).square(),
-    "GELU": F.gelu,
-    "GELU_TANH": functools.partial(F.gelu, approximate="tanh"),
-    "SILU": F.silu,
-}
+from mpkernels.ops.linear_act.passes import activate, pack_mask
 
 
 def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, *_):
@@ -28,7 +17,7 @@ def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtyp
     z = F.linear(x_compute.to(acc), weight.to(acc))
     if bias is not None:
         z = z + bias.to(acc)
-    out = cast(_ACTIVATE[activation.name](z), out_dtype)
+    out = cast(activate(z, activation), out_dtype)
     saved = x.new_empty(0, dtype=torch.int32)
     if save and activation != Activation.NONE:
         rows = lambda t: t.reshape(-1, weight.shape[0])

@@ -117,15 +117,13 @@ def linear_act_backward_hopper(
 
 def _multiply(a, b, compute_dtype, out_dtype, *, bias=None, activation=Activation.NONE, pre=None, batch_invariant=False):
     """round(act(a @ b.T + bias)) as passes.py has it."""
-    fused = activation in (Activation.NONE, Activation.RELU)
-    out = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype if fused else torch.float32)
+    out = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     torch.ops.mpkernels_C.linear_act_multiply.default(
-        _readable(a, compute_dtype), _readable(b, compute_dtype), bias, compute_dtype, activation == Activation.RELU,
-        batch_invariant, out,
-    )  # fmt: skip
-    return out if fused else passes.finish(out, activation, pre, out_dtype)
+        _readable(a, compute_dtype), _readable(b, compute_dtype), bias, compute_dtype, activation, batch_invariant, out, pre
+    )
+    return out
 
 
 def _backward(
@@ -134,7 +132,7 @@ def _backward(
 ):  # fmt: skip
     args = (grad_out, x, weight, weight_copy, saved, activation, compute_dtype)
     dtypes, below = (grad_weight_dtype, grad_bias_dtype), (saved_below, activation_below, grad_bias_below_dtype)
-    if not _selects(activation, saved, grad_out):
+    if torch.float64 in (grad_out.dtype, None if saved is None else saved.dtype):  # fp32 takes its least numbers for 0
         return passes.linear_act_backward(_multiply, *args, grad_x_dtype, *dtypes, output_mask, *below)
     if activation_below == Activation.NONE and grad_bias_below_dtype is None:
         return _gradients(*args, grad_x_dtype, *dtypes, output_mask)
@@ -144,33 +142,28 @@ def _backward(
     return grad_z, grad_weight, grad_bias, none if grad_bias_below is None else grad_bias_below
 
 
-def _selects(activation: int, saved: torch.Tensor | None, grad_out: torch.Tensor) -> bool:
-    """Whether grad_z is grad_out, or that where a ReLU let it through. Not in fp64: fp32 takes its least numbers for 0."""
-    if activation == Activation.NONE:
-        return grad_out.dtype != torch.float64
-    return activation == Activation.RELU and saved.dtype in (torch.int32, grad_out.dtype) and grad_out.dtype != torch.float64
-
-
 def _gradients(
     grad_out, x, weight, weight_copy, saved, activation, compute_dtype,
     grad_x_dtype, grad_weight_dtype, grad_bias_dtype, output_mask,
 ):  # fmt: skip
-    """Backward in one call, where nothing or a ReLU selects: one pass for grad_z and grad_bias, and the products."""
+    """Backward in one call: one pass for grad_z and grad_bias, and the products."""
     N, K = weight.shape
     x_wanted, weight_wanted, bias_wanted = output_mask
     grad = passes.rows(grad_out)
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
-    out = None
-    if activation == Activation.RELU:
-        by_mask = saved.dtype == torch.int32
-        out = passes.unpack_mask(saved, N).to(grad.dtype) if by_mask else passes.rows(saved).contiguous()
-    rounds = out is not None or (grad.dtype != compute_dtype and grad.dtype != torch.float32)
+    if activation == Activation.NONE:
+        saved = None
+    elif saved.dtype == torch.int32:
+        saved = passes.unpack_mask(saved, N).to(grad.dtype)
+    else:
+        saved = passes.rows(saved).contiguous()
+    rounds = saved is not None or (grad.dtype != compute_dtype and grad.dtype != torch.float32)
     grad_z = grad.new_empty(grad.shape, dtype=compute_dtype) if rounds and (x_wanted or weight_wanted) else None
     grad_x = grad.new_empty((grad.shape[0], K) if x_wanted else 0, dtype=grad_x_dtype)
     grad_weight = grad.new_empty((N, K) if weight_wanted else 0, dtype=grad_weight_dtype)
     grad_bias = grad.new_empty(N if bias_wanted else 0, dtype=grad_bias_dtype)
     torch.ops.mpkernels_C.linear_act_gradients.default(
-        grad, out, _readable(passes.rows(x), compute_dtype) if weight_wanted else None,
+        grad, saved, activation, _readable(passes.rows(x), compute_dtype) if weight_wanted else None,
         _readable(weight if weight_copy is None else weight_copy, compute_dtype), compute_dtype, grad_z,
         grad_x if x_wanted else None, grad_weight if weight_wanted else None, grad_bias if bias_wanted else None,
     )  # fmt: skip

@@ -6,7 +6,7 @@ round(act(a @ b.T + bias)) for a (M, K) in compute_dtype and b (N, K). pre: None
 applied to.
 """
 
-import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -72,34 +72,81 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
 
 # ----- activations ---------------------------------------------------------------
 
-_ACTIVATE = {
-    Activation.NONE: lambda z: z,
-    Activation.RELU: torch.relu_,
-    Activation.RELU2: lambda z: z.relu_().square_(),
-    Activation.GELU: lambda z: _gelu(z),
-    Activation.GELU_TANH: functools.partial(F.gelu, approximate="tanh"),
-    Activation.SILU: functools.partial(F.silu, inplace=True),
-}
-_GRADIENT = {  # of grad and z
-    Activation.RELU2: lambda grad, z: torch.where(z <= 0, 0, 2 * z * grad),
-    Activation.GELU: torch.ops.aten.gelu_backward,
-    Activation.GELU_TANH: functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
-    Activation.SILU: torch.ops.aten.silu_backward,
-}
+# torch's fused GELU, SiLU and sigmoid have other bits in the vectors of a tensor than in what is left over; its exp, tanh and
+# erf do not, nor does arithmetic. So activations are composed of those, a piece at a time, which stays in the cache.
+
+_PIECE = 1 << 16  # elements of a thread
 STEEP = 1000.0  # from here on slopes of gelu and silu are 0 or 1 in fp64 too, and at infinity their formulas are NaN
 
 
 def _gelu(z):
-    """NOTE: torch's own has NaN at inf on a CPU in fp32, where it has inf in fp64 and on a GPU."""
-    out = F.gelu(z)
-    return out.masked_fill_(z == torch.inf, torch.inf) if z.device.type == "cpu" else out
+    return z * _normal_cdf(z)
+
+
+def _gelu_tanh(z):
+    return z * (0.5 * (1 + _tanh_term(z)))
+
+
+def _silu(z):
+    return z / (1 + torch.exp(-z))
+
+
+def _normal_cdf(z):
+    return 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
+
+
+_TANH, _CUBE = math.sqrt(2 / math.pi), 0.044715
+
+
+def _tanh_term(z):
+    return torch.tanh(z * (z * z * (_TANH * _CUBE) + _TANH))
+
+
+def _gelu_slope(z):
+    return _normal_cdf(z) + z * torch.exp(z * z * -0.5) * (1 / math.sqrt(2 * math.pi))
+
+
+def _gelu_tanh_slope(z):
+    t = _tanh_term(z)
+    return 0.5 * (1 + t) * (1 + (1 - t) * z * (z * z * (3 * _TANH * _CUBE) + _TANH))
+
+
+def _silu_slope(z):
+    s = 1 / (1 + torch.exp(-z))
+    return s * (1 + z * (1 - s))
+
+
+_ACTIVATE = {
+    Activation.NONE: lambda z: z,
+    Activation.RELU: torch.relu,
+    Activation.RELU2: lambda z: torch.relu(z).square(),
+    Activation.GELU: _gelu,
+    Activation.GELU_TANH: _gelu_tanh,
+    Activation.SILU: _silu,
+}
+_SLOPE = {Activation.GELU: _gelu_slope, Activation.GELU_TANH: _gelu_tanh_slope, Activation.SILU: _silu_slope}
+
+
+def activate(z, activation):
+    """act(z), of functional ops alone."""
+    return _ACTIVATE[activation](z)
 
 
 def finish(z, activation, pre, out_dtype):
     """round(act(z)); z is overwritten, and is rounded into `pre` where that is given."""
     if pre is not None:
         pre.copy_(cast(z, pre.dtype))
-    return cast(_ACTIVATE[activation](z), out_dtype)
+    if activation == Activation.RELU:
+        z.relu_()
+    elif activation != Activation.NONE:
+        for piece in _pieces(z):
+            piece.copy_(activate(piece, activation))
+    return cast(z, out_dtype)
+
+
+def _pieces(tensor):
+    """Views of a contiguous tensor that hold all of it."""
+    return tensor.view(-1).split(_PIECE * torch.get_num_threads()) if tensor.is_cpu else (tensor,)
 
 
 def _through(activation, saved, grad, compute_dtype):
@@ -107,8 +154,14 @@ def _through(activation, saved, grad, compute_dtype):
     if activation == Activation.RELU:
         return _select(saved, grad)
     acc = acc_dtype(compute_dtype)
-    z, grad = saved.to(acc), grad.to(acc)
-    return _GRADIENT[activation](grad, z if activation == Activation.RELU2 else z.clamp(-STEEP, STEEP))
+    out = torch.empty(grad.shape, dtype=acc, device=grad.device).copy_(grad)
+    for z, piece in zip(_pieces(saved.contiguous()), _pieces(out), strict=True):
+        z = z.to(acc)
+        if activation == Activation.RELU2:
+            piece.copy_(torch.where(z <= 0, 0, 2 * z * piece))
+        else:
+            piece.mul_(_SLOPE[activation](z.clamp(-STEEP, STEEP)))
+    return out
 
 
 def _select(saved, grad_z):
