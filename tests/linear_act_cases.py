@@ -43,7 +43,7 @@ DTYPES = {
     "fp64 to bf16": Dtypes(f64, f64, bf16, bf16, f32),
     "fp32 to bf16 output": Dtypes(f32, f32, f32, bf16, f32),
 }
-LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "offset", "unaligned")
+LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "offset", "unaligned", "overlapping")
 DISTRIBUTIONS = ("normal", "uniform", "lognormal", "small", "positive")
 
 
@@ -76,7 +76,7 @@ class Case:
 
     @property
     def random_sign(self) -> bool:
-        return self.distribution != "positive" and self.layout != "expanded"
+        return self.distribution != "positive" and self.layout not in ("expanded", "overlapping")
 
 
 def data(shape, dtype, distribution, generator) -> torch.Tensor:
@@ -94,7 +94,7 @@ def data(shape, dtype, distribution, generator) -> torch.Tensor:
 
 
 def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same values (for "expanded": its first row repeated) in another memory layout."""
+    """The same values (for "expanded": its first row repeated; for "overlapping": others) in another memory layout."""
     if layout == "transposed" and tensor.dim() > 1:
         return tensor.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "sliced":
@@ -103,6 +103,8 @@ def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
         return wide[..., ::2]
     if layout == "expanded" and tensor.dim() > 1 and tensor.shape[0]:
         return tensor[:1].expand_as(tensor)
+    if layout == "overlapping" and tensor.dim() > 1 and tensor.numel():
+        return tensor.flatten().as_strided(tensor.shape, (1,) * tensor.dim())
     if layout == "offset":
         return torch.cat([tensor.new_full((1,), torch.nan), tensor.flatten()])[1:].view(tensor.shape)
     if layout == "unaligned" and tensor.numel() and tensor.device.type == "cpu":
@@ -248,5 +250,5 @@ def generated_case(random: np.random.Generator) -> Case:
         copy=bool(random.random() < 0.2),
         lead=leads[random.integers(len(leads))],
         distribution=str(random.choice(DISTRIBUTIONS)),
-        layout=str(random.choice(LAYOUTS, p=(0.5, 0.1, 0.1, 0.1, 0.1, 0.1))),
+        layout=str(random.choice(LAYOUTS, p=(0.5, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05))),
     )  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from mpkernels.ops._cast import cast
+from mpkernels.ops._layout import overlaps
 from mpkernels.ops.linear_act import Activation, acc_dtype, passes
 from mpkernels.ops.linear_act.passes import finish
 
@@ -36,6 +37,7 @@ def _matmul_nt(
     a, b, compute_dtype, out_dtype, *, bias=None, activation=Activation.NONE, pre=None, batch_invariant=False
 ):  # fmt: skip
     """round(act(a @ b.T + bias)) as passes.py has it; b is cast and multiplied a block of rows at a time."""
+    a, b = (t.contiguous() if overlaps(t) else t for t in (a, b))  # oneDNN has no words for what lies in itself
     acc = acc_dtype(compute_dtype)
     linear = _linear_batch_invariant if batch_invariant else _linear
     if a.device.type != "cpu" and compute_dtype.itemsize == 2:
