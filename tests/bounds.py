@@ -131,14 +131,15 @@ def check_backward_below(grads, grad_out, weight, positive, positive_below, comp
     _check_product("grad_x", grad_x, r, grads[0].dtype, operand, weight, 0, compute_dtype, acc_roundoff, random_sign)
     if grads[1] is None:
         return
-    got, rows, v = _wide(grads[1], compute_dtype), r.shape[0], _acc(compute_dtype, acc_roundoff)[1]
+    got, rows, (acc, v) = _wide(grads[1], compute_dtype), r.shape[0], _acc(compute_dtype, acc_roundoff)
+    lost = _underflow(N * rows, acc)
     with np.errstate(invalid="ignore"):
         magnitude = np.where(kept, _product(np.abs(operand), np.abs(weight)), 0).sum(0)
-        _check_sum(got, r.sum(0), gamma(N + rows + 2, v) * magnitude, grads[1].dtype, "bound 1")
+        _check_sum(got, r.sum(0), gamma(N + rows + 2, v) * magnitude + lost, grads[1].dtype, "bound 1")
         if random_sign:
             spread = np.sqrt(np.where(kept, _product(operand * operand, weight * weight), 0).sum(0))
             allowed = RANDOM_SIGN_FACTOR * (math.sqrt(max(N, 1)) + math.sqrt(max(rows, 1))) * v * spread
-            _check_sum(got, r.sum(0), allowed, grads[1].dtype, "bound 2")
+            _check_sum(got, r.sum(0), allowed + lost, grads[1].dtype, "bound 2")
 
 
 def check_rearranged(a, b) -> None:
@@ -199,9 +200,10 @@ def check_slope_of_exact(grad_z, grad_out, x, weight, bias, activation, compute_
 def check_summed_slopes(grad_bias, grad_out, saved, activation, compute_dtype, acc_roundoff) -> None:
     """grad_bias sums grad_out times the slope at what was saved, unrounded, over M rows."""
     z, grad_out = saved.double(), grad_out.reshape(saved.shape).double()
-    terms, v = grad_out * reference.slope(z, activation), _acc(compute_dtype, acc_roundoff)[1]
+    terms, (acc, v) = grad_out * reference.slope(z, activation), _acc(compute_dtype, acc_roundoff)
     scale = _slope_scale(z, activation, compute_dtype)
     accumulated = gamma(len(z) + 2, v) * terms.abs().sum(0) + v * (grad_out.abs() * scale).sum(0)
+    accumulated += _underflow(len(z), acc)
     got, r = _wide(grad_bias, torch.float32), terms.sum(0).numpy(force=True)
     allowed = _bound(r, accumulated.numpy(force=True), grad_bias.dtype)
     _check_error("grad_bias, bound 1", np.abs(got - r), allowed, got, r)
@@ -313,7 +315,16 @@ def _acc(compute_dtype: torch.dtype, acc_roundoff: float) -> tuple[torch.dtype, 
 
 def _accumulated(a, b, bias, compute_dtype, acc_roundoff) -> np.ndarray:
     """What the accumulator may be off by, whatever the order of the sum."""
-    return gamma(a.shape[1] + 2, _acc(compute_dtype, acc_roundoff)[1]) * (_product(np.abs(a), np.abs(b)) + bias)
+    acc, v = _acc(compute_dtype, acc_roundoff)
+    return gamma(a.shape[1] + 2, v) * (_product(np.abs(a), np.abs(b)) + bias) + _underflow(a.shape[1], acc)
+
+
+def _underflow(products: int, acc_dtype: torch.dtype) -> float:
+    """What so many products may lose below the accumulator's least normal number, where a rounding is no longer relative.
+
+    Each is rounded to a multiple of the least subnormal, off by half of it; sums of such multiples are exact.
+    """
+    return products * least_subnormal(acc_dtype) / 2
 
 
 def _bound(r, accumulated, dtype) -> np.ndarray:
@@ -339,7 +350,7 @@ def _check_product(
         if not random_sign:
             return
         spread = np.sqrt(_product(a * a, b * b)) + bias
-        accumulated = RANDOM_SIGN_FACTOR * math.sqrt(max(length, 1)) * v * spread
+        accumulated = RANDOM_SIGN_FACTOR * math.sqrt(max(length, 1)) * v * spread + _underflow(length, acc_dtype)
         accumulated = _after_activation(accumulated, z, activation, v)
         _check_error(f"{name}, bound 2", error, np.where(finite, _bound(r, accumulated, dtype), 1), got, r)
     if dtype.itemsize == 2 and r.size >= _ENOUGH_FOR_NORMS and finite.all() and length <= 16384:

@@ -9,6 +9,8 @@ import torch
 
 from mpkernels.ops.linear_act import Activation
 
+NONE = Activation.NONE
+
 
 @pytest.mark.parametrize(
     "exact, right",
@@ -33,3 +35,22 @@ def test_bounds_slope_that_overflows(exact, right):
         else:
             with pytest.raises(AssertionError, match="grad_z"):
                 check()
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_bounds_of_products_that_underflow(out_dtype):
+    """A thousand products below the accumulator's least number: each may become 0, although their sum is far from it.
+
+    What takes everything below 2^-126 for 0, as instructions for bf16 do, is still rejected.
+    """
+    check = lambda x, out: bounds.check_forward(torch.tensor([[out]], dtype=out_dtype), x, weight, None, NONE, torch.bfloat16)
+    for exponent, factor in ((-133, 2.0**-18), (-120, 2.0**-31)):
+        x, weight = torch.full((1, 1000), 2.0**exponent).bfloat16(), torch.full((1, 1000), factor).bfloat16()
+        check(x, 0.0)
+        check(x, 1000 * 2.0**exponent * factor)
+        with pytest.raises(AssertionError, match="bound 1"):
+            check(x, 2000 * 2.0**exponent * factor + 2.0**-131)
+    x, weight = torch.full((1, 1000), 2.0**-70).bfloat16(), torch.full((1, 1000), 2.0**-60).bfloat16()
+    check(x, 1000 * 2.0**-130)
+    with pytest.raises(AssertionError, match="bound 1"):
+        check(x, 0.0)
