@@ -14,6 +14,7 @@ from tests.linear_act_cases import (
     DTYPES,
     Case,
     Dtypes,
+    backward,
     backward_below,
     bf16,
     f16,
@@ -221,3 +222,26 @@ def test_activation_of_numbers_at_the_formats_ends(activation, dtype, device):
         bounds.check_forward(out, z, torch.ones(1, 1), None, activation, dtype)
         slopes = grad_z_of(torch.ones_like(out), saved, activation, dtypes)
         bounds.check_slope(slopes, torch.ones_like(out), saved, activation, dtype, 2.0**-24)
+
+
+@pytest.mark.parametrize("saved_dtype", [f16, bf16, f32, f64], ids=["fp16", "bf16", "fp32", "fp64"])
+@pytest.mark.parametrize("grad_dtype", [f16, bf16, f32, f64], ids=["fp16", "bf16", "fp32", "fp64"])
+def test_relu_gradient_selects_by_an_output_of_any_dtype(grad_dtype, saved_dtype, device):
+    """An inf or NaN behind a 0 is 0, and what is positive, however small, or NaN lets through."""
+    smallest = bounds.least_subnormal(saved_dtype)
+    outputs = torch.tensor([0.0, -0.0, -1.0, -smallest, smallest, 1.0, torch.inf, torch.nan], dtype=saved_dtype, device=device)
+    for value in (torch.inf, torch.nan, 2.0, -bounds.least_subnormal(grad_dtype)):
+        grad_out = torch.full((1, 8), value, dtype=grad_dtype, device=device)
+        for column in range(8):  # one by one: 0 * inf in the product with the identity is NaN
+            args = (
+                grad_out[:, :1],
+                None,
+                torch.ones(1, 1, dtype=grad_dtype, device=device),
+                outputs[None, column : column + 1],
+            )
+            dtypes = Dtypes(grad_dtype, f64, grad_dtype, grad_dtype, f64)
+            grad_x, _, grad_bias = backward(*args, dtypes, output_mask=(True, False, True))
+            kept = value if column >= 4 else 0.0
+            expected = torch.tensor([[kept]], dtype=f64)
+            assert same_bits(grad_x.cpu().double() + 0.0, expected)
+            assert same_bits(grad_bias.cpu().double()[None] + 0.0, expected)

@@ -139,6 +139,19 @@ def test_linear_act_cpu_pairs_lose_nothing_small(transposed, exponents, lanes_of
         bounds.check_forward(out, a[:, :depth], b[:, :depth], None, NONE, bf16)
 
 
+@pytest.mark.parametrize("exponent", range(-132, -95, 3))
+def test_linear_act_cpu_pairs_are_not_multiplied_where_they_would_be_lost(exponent, lanes_of_pairs, generator):
+    """Operands of one magnitude, so that the least of them says what all products are; half of the sums cancel."""
+    a, b = (matrix((rows, 64), bf16, generator).sign() for rows in (40, 70))
+    a *= 2.0 ** (exponent // 2) * (1 + torch.randint(0, 128, a.shape, generator=generator) / 128)
+    b *= 2.0 ** (exponent - exponent // 2) * (1 + torch.randint(0, 128, b.shape, generator=generator) / 128)
+    b[::2, 32:] = -b[::2, :32]
+    a[:, 32:] = a[:, :32] * (1 + 2.0**-7)
+    assert (a != 0).all()
+    out = multiply(a, b, None, bf16, f32, lanes=lanes_of_pairs)
+    bounds.check_forward(out, a, b, None, NONE, bf16)
+
+
 @pytest.mark.parametrize("K", [1, 33, 40])
 def test_linear_act_cpu_pairs_see_nothing_of_the_product_before(K, lanes_of_pairs, generator):
     """Depths that end within what is multiplied at once, where scratch memory held NaN."""
