@@ -206,7 +206,10 @@ def _choose(name: str, device: torch.device, dtype: torch.dtype, setting: str, t
     if backend not in (None, "auto"):
         reason = op.why_not(backend, device, dtype)
         if reason is not None:
-            raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={setting}: {name} on {device.type} cannot use {backend}: {reason}")
+            raise RuntimeError(
+                f"{ENVIRONMENT_VARIABLE}={setting}: {name} on {device.type} cannot use {backend}: {reason}; "
+                f"{ENVIRONMENT_VARIABLE}=auto takes what works"
+            )
         return backend
     for implementation in sorted(op.implementations.values(), key=lambda implementation: implementation.backend != tuned):
         able = device.type in implementation.auto_on and op.why_not(implementation.backend, device, dtype) is None

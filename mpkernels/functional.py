@@ -117,5 +117,8 @@ def _common_dtype(x, weight, bias) -> torch.dtype:
         dtypes = [narrow if d.is_floating_point and d != torch.float64 else d for d in dtypes]
     if len(set(dtypes)) > 1:
         names = ", ".join(f"{n} {d}" for n, d in zip(("x", "weight", "bias"), dtypes, strict=False))
-        raise RuntimeError(f"linear_act: dtypes differ ({names}) and there is no Policy to say which one to compute in")
+        raise RuntimeError(
+            f"linear_act: dtypes differ ({names}) and there is no Policy to say which one to compute in: give policy=, "
+            '"mixed_float16" for example, or cast them to one dtype'
+        )
     return dtypes[0]

@@ -3,6 +3,8 @@
 
 import contextlib
 import contextvars
+import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +36,13 @@ PolicyName = Literal[
     "mixed_bfloat16,batch_invariant", "float16,batch_invariant", "bfloat16,batch_invariant",
     "mixed_float32,grad=float32", "mixed_float16,grad=float16", "mixed_bfloat16,grad=bfloat16",
 ]  # fmt: skip
+_OTHER_WORDS = {
+    "float16": ("fp16", "half", "f16", "16"),
+    "bfloat16": ("bf16", "bfloat"),
+    "float32": ("fp32", "float", "single", "f32", "32"),
+    "float64": ("fp64", "double", "f64", "64"),
+}
+_MIXED = {"mixed", "amp", "autocast"}
 
 
 @dataclass(frozen=True)
@@ -60,13 +69,19 @@ class Policy:
         for field in _dtype_fields(self):
             value = getattr(self, field.name)
             if value not in _DTYPES.values() and not (value is None and field.default is None):
-                raise ValueError(f"{field.name} must be one of {', '.join(_DTYPES)}, got {value}")
+                hint = "; names are for Policy.parse" if isinstance(value, str) else ""
+                raise ValueError(f"{field.name} must be one of {', '.join(_DTYPES)}, got {value!r}{hint}")
         if self.compute_dtype.itemsize > self.param_dtype.itemsize:
-            raise ValueError(f"compute_dtype {self.compute_dtype} is wider than param_dtype {self.param_dtype}")
+            raise ValueError(
+                f"compute_dtype {self.compute_dtype} is wider than param_dtype {self.param_dtype}: store in it too"
+            )
         if self.compute_dtype != self.param_dtype and self.compute_dtype.itemsize == self.param_dtype.itemsize:
-            raise ValueError(f"compute_dtype {self.compute_dtype} cannot hold param_dtype {self.param_dtype}")
+            raise ValueError(f"compute_dtype {self.compute_dtype} cannot hold param_dtype {self.param_dtype}: store in float32")
         if self.grad_dtype is not None and not _holds(self.grad_dtype, self.compute_dtype):
-            raise ValueError(f"grad_dtype {self.grad_dtype} is narrower than compute_dtype {self.compute_dtype}")
+            raise ValueError(
+                f"grad_dtype {self.grad_dtype} is narrower than compute_dtype {self.compute_dtype}: leave it out "
+                "for the parameter's"
+            )
 
     @property
     def mixed(self) -> bool:
@@ -83,7 +98,8 @@ class Policy:
         if isinstance(text, Policy):
             return text
         if not isinstance(text, str):
-            raise TypeError(f"policy must be a Policy or a string, got {type(text).__name__}")
+            hint = f" {text}{_did_you_mean(str(text))}" if isinstance(text, torch.dtype) else ""
+            raise TypeError(f"policy must be a Policy or a string, got {type(text).__name__}{hint}")
         values: dict[str, Any] = {}
         for part in text.split(","):
             key, equals, value = part.strip().partition("=")
@@ -98,9 +114,13 @@ class Policy:
                 raise ValueError(
                     f"unknown policy {text!r}: expected one of {', '.join(_NAMED)}, or "
                     f"param=, compute=, output=, grad= with one of {', '.join(_DTYPES)}; batch_invariant may follow"
+                    f"{_did_you_mean(part.strip())}"
                 )
         if missing := {"param_dtype", "compute_dtype"} - values.keys():
-            raise ValueError(f"policy {text!r} lacks {', '.join(sorted(missing))}")
+            raise ValueError(
+                f"policy {text!r} lacks {', '.join(sorted(missing))}: begin with a name, as 'mixed_float16,grad=float16', or "
+                "give both param= and compute="
+            )
         return cls(**values)
 
     def __str__(self) -> str:
@@ -125,6 +145,24 @@ class Policy:
             reduce_dtype=self.grad_dtype or torch.promote_types(torch.float32, self.compute_dtype),
             output_dtype=self.output_dtype,
         )
+
+
+def _did_you_mean(part: str) -> str:
+    """What a part of a policy may have been meant as: another library's word for a dtype, or a slip of the pen."""
+    key, equals, value = part.lower().removeprefix("torch.").partition("=")
+    words = re.split("[^a-z0-9]+", value if equals else key)
+    found = [name for word in words for name, others in _OTHER_WORDS.items() if word in (name, *others)]
+    if found and equals:
+        meant = [f"{key}={found[0]}"]
+    elif found:
+        meant = [name for name in (f"mixed_{found[0]}", found[0]) if name in _NAMED]
+        meant = meant[: 1 if _MIXED & set(words) or found[0] == "float64" else 2]
+    elif not equals and _MIXED & set(words):
+        meant = ["mixed_float16", "mixed_bfloat16"]
+    else:
+        fields = [f"{name}={dtype}" for name in ("param", "compute", "output", "grad") for dtype in _DTYPES]
+        meant = difflib.get_close_matches(part.lower(), fields if equals else [*_NAMED, "batch_invariant"], 2, 0.75)
+    return f"; did you mean {' or '.join(map(repr, meant))}?" if meant else ""
 
 
 def _dtype_fields(policy: Policy) -> list[Field[Any]]:

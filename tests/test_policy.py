@@ -231,3 +231,41 @@ def test_policy_batch_invariant_is_parsed_and_printed():
     assert not Policy.parse("mixed_float16").batch_invariant
     with pytest.raises(ValueError, match="batch_invariant must be True or False, got 1"):
         Policy(torch.float32, torch.float16, batch_invariant=1)
+
+
+@pytest.mark.parametrize(
+    "text, meant",
+    [
+        *((text, "'mixed_float16' or 'float16'") for text in ("fp16", "half", "FP16", "f16", "torch.float16", "16-true")),
+        *((text, "'mixed_bfloat16' or 'bfloat16'") for text in ("bf16", "bfloat", "BF16", "torch.bfloat16", "bf16-true")),
+        *((text, "'mixed_float16' or 'mixed_bfloat16'") for text in ("amp", "mixed", "autocast", "mixed_precision")),
+        *((text, "'mixed_float16'") for text in ("16-mixed", "mixed_fp16", "amp_half", "Mixed_Float16")),
+        ("bf16-mixed", "'mixed_bfloat16'"), ("fp32", "'mixed_float32' or 'float32'"), ("double", "'float64'"),
+        ("mixed_floaat16", "'mixed_float16' or 'mixed_bfloat16'"), ("mixed_bfloat61", "'mixed_float16' or 'mixed_bfloat16'"),
+        ("mixed_float16,grad=fp16", "'grad=float16'"), ("mixed_float16,output=bf16", "'output=bfloat16'"),
+        ("mixed_float16,batch_invarant", "'batch_invariant'"), ("mixed_float16,grads=float16", "'grad=float16'"),
+    ],
+)  # fmt: skip
+def test_policy_that_is_unknown_says_what_may_be_meant(text, meant):
+    with pytest.raises(ValueError, match="unknown policy") as caught:
+        Policy.parse(text)
+    message = str(caught.value)
+    if "grads=" in text:
+        assert "did you mean 'grad" in message
+    else:
+        assert message.endswith(f"; did you mean {meant}?")
+    assert mpk.Policy.parse(meant.split("'")[1]) if "=" not in meant and "batch" not in meant else True
+
+
+@pytest.mark.parametrize("text", ["float8", "O2", "", "x", "mixed_float16,=", "grad=mixed"])
+def test_policy_that_is_unknown_does_not_guess_wildly(text):
+    with pytest.raises(ValueError, match="unknown policy") as caught:
+        Policy.parse(text)
+    assert "expected one of float64" in str(caught.value)
+
+
+def test_policy_of_a_dtype_says_what_may_be_meant():
+    with pytest.raises(TypeError, match=r"got dtype torch.float16; did you mean 'mixed_float16' or 'float16'"):
+        mpk.convert(torch.nn.Linear(2, 2), torch.float16)
+    with pytest.raises(ValueError, match=r"param_dtype must be one of float64, .*, got 'float16'; names are for Policy.parse"):
+        Policy("float16", "float16")
