@@ -36,7 +36,7 @@ class ComputeCopy:
     def write(self, rounded: torch.Tensor) -> None:
         """Make the copy anew; `rounded`: the weight in the copy's dtype."""
         if self.fits():
-            self.tensor.copy_(rounded)
+            torch.ops.aten.copy_(self.tensor, rounded)  # NOTE: as `_fake.copy_`
         else:
             self.tensor = rounded
             bump_generation()
@@ -64,7 +64,7 @@ def bump_generation() -> None:
 
 def stamp(tensor: torch.Tensor) -> tuple[int, int]:
     """What changes when `tensor` is written visibly or its storage is replaced."""
-    return tensor._version, tensor.data_ptr()
+    return tensor._version, 0 if type(tensor).__name__ == "FakeTensor" else tensor.data_ptr()
 
 
 def is_shared(tensor: torch.Tensor) -> bool:

@@ -289,17 +289,17 @@ class GradScaler(torch.amp.GradScaler):
     @property
     def skipped_steps(self) -> torch.Tensor:
         """How many steps were skipped: 0-d int64 on the device."""
-        return self._counters()[0]
+        return self._counters().select(0, 0)
 
     @property
     def skipped_in_a_row(self) -> torch.Tensor:
         """How many of the last steps were skipped without one taken between: 0-d int64 on the device."""
-        return self._counters()[1]
+        return self._counters().select(0, 1)
 
     @property
     def last_step_skipped(self) -> torch.Tensor:
         """Whether the last step was skipped: 0-d bool on the device."""
-        return self._counters()[1] > 0
+        return self._counters().select(0, 1) > 0
 
     def _counters(self) -> torch.Tensor:
         if self._skipped is not None:

@@ -28,6 +28,7 @@ NATIVE = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", "
 RANKS = {
     "mpkernels.policy": 0,
     "mpkernels._copies": 0,
+    "mpkernels._fake": 0,
     "mpkernels._native": 0,
     "mpkernels._cache": 0,
     "mpkernels._self_check": 0,

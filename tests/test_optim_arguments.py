@@ -297,8 +297,9 @@ def test_messages_end_with_what_to_do():
         mpk.optim.AdamW(params(), lr="1e-3")
     model = nn.Linear(3, 3)
     optimizer = mpk.optim.AdamW(model.named_parameters())
+    step(optimizer)
     mpk.convert(model, "float16")
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    with pytest.raises(RuntimeError, match=r"changed dtype since construction: .*; make the optimizer after convert"):
+    with pytest.raises(RuntimeError, match=r"changed dtype since its state was made: .*: make the optimizer after convert"):
         optimizer.step()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of torch's contract of `optimizer.state`: keys and entries of others, hooks, a state in its place."""
 
+import collections
 import copy
 import io
 import pickle
@@ -38,7 +39,7 @@ def own(params, optimizer) -> list[bytes]:
 def foreign(params, optimizer) -> None:
     """What wrappers such as Lookahead, and users, keep in an optimizer's state."""
     optimizer.state["global_step"] = 7
-    optimizer.state["history"] = {"losses": [1.0, 2.0], "mean": torch.ones(2)}
+    optimizer.state["history"] = {"losses": [1.0, 2.0], "master": torch.ones(2)}
     optimizer.state[params[0]]["slow_buffer"] = params[0].detach().clone()
     optimizer.state[params[0]]["masked"] = {"mask": torch.tensor([True, False]), "note": "keep", "sizes": (1, 2)}
     optimizer.state[params[1]]["counter"] = 3
@@ -77,6 +78,11 @@ def test_state_of_others_is_kept(name, way):
     assert other.state[params[0]]["masked"]["note"] == "keep"
     assert other.state[params[0]]["masked"]["sizes"] == (1, 2)
     assert other.state[params[1]]["counter"] == 3
+    other.sync_masters_()
+    assert other.check_masters() == []
+    with other.master_weights():
+        assert params[0].dtype == torch.float32
+    assert other.master_state_dict(nn.ParameterDict({"a": params[0]}))["a"].dtype == torch.float32
     train(straight, optimizer, first=2)
     train(params, other, first=2)
     assert own(params, other) == own(straight, optimizer)
@@ -112,6 +118,21 @@ def test_state_of_others_before_the_first_step(name):
     train(straight, plain)
     assert own(params, optimizer) == own(straight, plain)
     assert "slow_buffer" in optimizer.state[params[0]]
+
+
+@names
+def test_state_may_be_a_plain_dict(name):
+    params, optimizer = make(name)
+    straight, plain = make(name)
+    optimizer.state = {}
+    train(params, optimizer)
+    optimizer.state = collections.OrderedDict(optimizer.state)
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(params, optimizer, first=2)
+    optimizer.state = {}
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(straight, plain, 4)
+    assert raw(params) == raw(straight)
 
 
 @names

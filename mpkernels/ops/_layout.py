@@ -9,6 +9,7 @@ from operator import attrgetter
 import torch
 
 from mpkernels import _native
+from mpkernels._fake import addresses, any_fake
 
 _SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}  # of c10
 _dtype_of = attrgetter("dtype")
@@ -81,21 +82,23 @@ class Tensors(list):
         self.contiguous = all(map(torch.Tensor.is_contiguous, self)) and not any(map(torch.Tensor.is_neg, self))
         types = map(_SCALAR_TYPES.__getitem__, map(_dtype_of, self))
         self._head = array("q", map(torch.Tensor.numel, self)) + array("q", types)
-        self._locate(list(map(torch.Tensor.data_ptr, self)))
+        self._locate(addresses(self))
 
-    def _locate(self, addresses: list[int]) -> None:
-        self.addresses, self.placed = addresses, 0 not in addresses
-        if self:
-            self.table = torch.frombuffer(self._head + array("q", addresses), dtype=torch.int64).view(3, len(self))
+    def _locate(self, now: list[int]) -> None:
+        self.addresses, self.placed = now, 0 not in now
+        if not self.placed and any_fake(self):  # which no native op is given
+            self.table, self.placed = None, True
+        elif self:
+            self.table = torch.frombuffer(self._head + array("q", now), dtype=torch.int64).view(3, len(self))
         else:
             self.table = torch.empty(3, 0, dtype=torch.int64, device="cpu")
 
     def replace(self, tensors: list[torch.Tensor]) -> None:
         """Hold these, which the caller has found to have the `same_formats`."""
         self[:] = tensors
-        addresses = list(map(torch.Tensor.data_ptr, self))
-        if addresses != self.addresses:
-            self._locate(addresses)
+        now = addresses(self)
+        if now != self.addresses:
+            self._locate(now)
 
 
 NO_TENSORS = Tensors([])  # a list that is absent

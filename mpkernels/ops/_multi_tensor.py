@@ -119,5 +119,5 @@ def skip_flag(found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None) -
     skip = None if found_inf is None else found_inf != 0
     if grad_scale is None:
         return skip
-    bad_scale = ~((grad_scale > 0) & grad_scale.isfinite())
+    bad_scale = ((grad_scale > 0) & grad_scale.isfinite()).logical_not()  # NOTE: `~` fails as in `_fake.copy_`
     return bad_scale if skip is None else skip | bad_scale

@@ -14,11 +14,12 @@ import torch
 
 from mpkernels import _copies
 from mpkernels._dispatch import move_versions
+from mpkernels._fake import addresses
 from mpkernels.ops._cast import DTYPES, cast
 from mpkernels.ops._layout import overlaps
 from mpkernels.ops._multi_tensor import MASTER_DTYPES, MOMENT_DTYPES, skip_flag
 from mpkernels.optim import _checkpoints, _hyperparameters, _ranks, _stats, master_weights
-from mpkernels.optim._parameters import first_shared, has_memory, is_lazy, name_of, shape_of
+from mpkernels.optim._parameters import first_shared, has_memory, is_lazy, name_of, shape_of, takes_another_grad_dtype
 from mpkernels.optim._stats import Clip, GradStats
 from mpkernels.optim._unscale import Unscaling
 from mpkernels.optim.step_plan import Call, Signature, StepPlan
@@ -63,6 +64,20 @@ class Optimizer(torch.optim.Optimizer):
         _hyperparameters.check_as_torch(defaults)
         self._check_hyperparameters(defaults)
         super().__init__(params, defaults)
+        if any(takes_another_grad_dtype(p) for p in self._parameters()):
+            self._make_state_ahead()
+
+    @torch.no_grad()
+    def _make_state_ahead(self) -> None:
+        """Where there is no state, torch's distributed checkpoints step with gradients of the parameter's dtype to get it.
+
+        Parameters that take gradients of another refuse those: here all that is trained has its state from construction.
+        """
+        for group in self.param_groups:
+            for i, parameter in enumerate(group["params"]):
+                if parameter.requires_grad and not is_lazy(parameter):
+                    self._init_state(group, parameter, name_of(group, i))
+        self._remember_dtypes()
 
     def _forget(self) -> None:
         """Start without anything that is tied to these Parameter objects: at construction, and in a copy."""
@@ -422,7 +437,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _refuse_shared(self, tensors: list[torch.Tensor], params: list[torch.Tensor]) -> None:
         """Raise RuntimeError where two parameters share memory, of which each would update its part of the other."""
-        if shared := first_shared(tensors, [t.data_ptr() for t in tensors]):
+        if shared := first_shared(tensors, addresses(tensors)):
             names = self._parameter_names()
             first, second = (names[id(params[i])] for i in sorted(shared))
             raise RuntimeError(f"{second} shares memory with {first}: use one Parameter in both places")
@@ -473,9 +488,9 @@ class Optimizer(torch.optim.Optimizer):
         if dtype == parameter.dtype:
             state.pop("master", None)
         elif not _is_master_of(parameter, state.get("master"), dtype):
-            new["master"] = torch.empty_like(parameter, dtype=dtype).copy_(parameter)
+            new["master"] = parameter.detach().to(dtype, copy=True)
         if new:
-            self.state[parameter].update(new)
+            self.state.setdefault(parameter, {}).update(new)  # a user may have put a plain dict there
 
     _optional_states: tuple[str, ...] = ()  # those that a hyperparameter asks for, now or at other times
 

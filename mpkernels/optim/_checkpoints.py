@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from mpkernels._fake import copy_, is_fake
 from mpkernels.ops._cast import DTYPES, cast
 from mpkernels.optim import _ranks
 from mpkernels.optim._parameters import is_lazy, name_of
@@ -35,9 +36,10 @@ def checked_state(optimizer, state_dict: dict) -> dict[torch.Tensor, dict]:
         for new, group in zip(saved, ours, strict=True)
         for i, (key, parameter) in enumerate(zip(new["params"], group["params"], strict=True))
     }
-    known = {"step", "master", *optimizer._optional_states, *(n for g in ours for n in optimizer._group_state_names(g))}
+    moments = {*optimizer._optional_states, *(n for g in ours for n in optimizer._group_state_names(g))}
+    known = {"step", "master", *moments}
     foreign = {key: state for key, state in states.items() if key not in by_id}
-    if unknown := [key for key, state in foreign.items() if isinstance(key, int) or known & _keys(state)]:
+    if unknown := [key for key, state in foreign.items() if isinstance(key, int) or moments & _keys(state)]:
         raise ValueError(f"state_dict has state for {unknown}, which no group names")
     for new, group in zip(saved, ours, strict=True):
         optimizer._check_hyperparameters({**group, **new})
@@ -109,11 +111,13 @@ def _converted_tensor(value, parameter: torch.Tensor, dtype: torch.dtype, name: 
             f"state_dict: {name} must be a dense floating-point tensor with data, "
             f"got {value.dtype}, {value.layout} on {value.device}"
         )
-    return torch.empty_like(parameter, dtype=dtype).copy_(cast(_ranks.laid_out_as(value, parameter), dtype))
+    return copy_(torch.empty_like(parameter, dtype=dtype), cast(_ranks.laid_out_as(value, parameter), dtype))
 
 
 def _converted_step(state: dict, name: str, default: int | None, device) -> torch.Tensor:
     step = state.get("step", default)
+    if isinstance(step, torch.Tensor) and is_fake(step):  # which has no value to look at
+        return step.to(device, torch.float32)
     value = step.item() if isinstance(step, torch.Tensor) and step.numel() == 1 and not step.is_meta else step
     if not isinstance(value, int | float) or not 0 <= value < math.inf or value != int(value):
         raise ValueError(f"state_dict: step of {name} must be a count, got {step}")

@@ -6,7 +6,9 @@ from itertools import pairwise
 import torch
 from torch.nn.parameter import is_lazy
 
-__all__ = ["first_shared", "has_memory", "is_lazy", "name_of", "shape_of"]
+from mpkernels._fake import is_fake
+
+__all__ = ["first_shared", "has_memory", "is_lazy", "name_of", "shape_of", "takes_another_grad_dtype"]
 
 
 def name_of(group: dict, index: int) -> str:
@@ -19,9 +21,14 @@ def shape_of(parameter: torch.Tensor) -> str:
     return "without a shape yet" if is_lazy(parameter) else str(tuple(parameter.shape))
 
 
+def takes_another_grad_dtype(parameter: torch.Tensor) -> bool:
+    """Whether `Tensor.grad_dtype` refuses a gradient of the parameter's own dtype."""
+    return parameter.requires_grad and getattr(parameter, "grad_dtype", None) not in (None, parameter.dtype)
+
+
 def has_memory(tensor: torch.Tensor) -> bool:
     """Whether its elements lie anywhere: a storage can be freed, as FSDP1 does, and a ZeroTensor never had one."""
-    return tensor.numel() == 0 or tensor.is_meta or tensor.data_ptr() != 0
+    return tensor.numel() == 0 or tensor.is_meta or is_fake(tensor) or tensor.data_ptr() != 0
 
 
 def first_shared(tensors: list[torch.Tensor], addresses: list[int]) -> tuple[int, int] | None:

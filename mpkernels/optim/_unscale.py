@@ -3,6 +3,7 @@
 
 import torch
 
+from mpkernels._fake import copy_
 from mpkernels.ops._layout import overlaps
 from mpkernels.ops._multi_tensor import inv_scale
 
@@ -34,5 +35,5 @@ class Unscaling:
             if grad.dtype.itemsize > 2:
                 grad.mul_(self._inv[grad.dtype])
             else:  # NOTE: 16 bits times a 0-d factor rounds the factor on CUDA
-                wide = self._wide[: grad.numel()].view(grad.shape).copy_(grad).mul_(self._inv[torch.float32])
-                grad.copy_(wide)
+                wide = copy_(self._wide.narrow(0, 0, grad.numel()).view(grad.shape), grad)
+                copy_(grad, wide.mul_(self._inv[torch.float32]))

@@ -6,19 +6,21 @@ from collections.abc import Iterable
 
 import torch
 
+from mpkernels._fake import copy_
 from mpkernels.ops._cast import cast
 from mpkernels.optim import _ranks
 
 
 def pairs(state: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(parameter, master) for each parameter that has one."""
-    return [(p, s["master"]) for p, s in state.items() if isinstance(s, dict) and isinstance(s.get("master"), torch.Tensor)]
+    own = ((p, s) for p, s in state.items() if isinstance(p, torch.Tensor) and isinstance(s, dict))
+    return [(p, s["master"]) for p, s in own if isinstance(s.get("master"), torch.Tensor)]
 
 
 def take_over(master: torch.Tensor, parameter: torch.Tensor) -> None:
     """What somebody wrote to the parameter becomes the master's; where the parameter is the master rounded, it stays."""
     master, parameter = _ranks.local(master), _ranks.local(parameter)
-    master.copy_(torch.where(cast(master, parameter.dtype) == parameter, master, parameter))
+    copy_(master, torch.where(cast(master, parameter.dtype) == parameter, master, parameter))
 
 
 def strays(rounded: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[bool]:

@@ -11,10 +11,11 @@ from operator import attrgetter, is_, itemgetter
 import torch
 
 from mpkernels import _copies
+from mpkernels._fake import addresses
 from mpkernels.ops._layout import Tensors, same_formats
 from mpkernels.optim import _ranks
 
-_address, _version = torch.Tensor.data_ptr, attrgetter("_version")
+_version = attrgetter("_version")
 
 
 class Signature:
@@ -76,7 +77,7 @@ class Call:
     def lr(self, value) -> torch.Tensor:
         """The learning rate as the ops take it: 0-d, on the CPU for a float."""
         if isinstance(value, torch.Tensor):
-            return value.reshape(())
+            return value.reshape(()).to(torch.promote_types(value.dtype, torch.float32))
         if self._lr is None or self._lr[0] != value:
             self._lr = value, torch.tensor(value, dtype=torch.float64, device="cpu")
         return self._lr[1]
@@ -183,8 +184,8 @@ class StepPlan:
     def _addresses_now(self) -> list[int]:
         """NOTE: of DTensors it asks anew for what this rank holds."""
         if self.dtensors:
-            return list(map(_address, map(_ranks.local, chain(self.params, self._state_tensors))))
-        return list(map(_address, chain(self.local_params, self._state_tensors)))
+            return addresses(map(_ranks.local, chain(self.params, self._state_tensors)))
+        return addresses(chain(self.local_params, self._state_tensors))
 
     # ----- the gradients of a step -----------------------------------------------------------
 
