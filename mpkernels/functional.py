@@ -8,7 +8,7 @@ import torch
 from torch.overrides import _get_current_function_mode_stack, handle_torch_function, has_torch_function_variadic
 from torch.utils._device import DeviceContext
 
-from mpkernels.ops.linear_act import Activation, ActivationName, Seam, activation_of, check_are_tensors
+from mpkernels.ops.linear_act import Activation, ActivationName, Seam, activation_of, check_are_tensors, name_of
 from mpkernels.ops.linear_act import linear_act as _linear_act
 from mpkernels.policy import Policy, PolicyName
 
@@ -52,7 +52,7 @@ def forward(
     """
     moved_here = isinstance(below, Seam) and below.moved  # then the pass of the layer below is this very call's to do
     if has_torch_function_variadic(x, weight, bias) and not moved_here and _is_overridden(x, weight, bias):
-        name = None if activation == Activation.NONE else activation.name.lower()
+        name = name_of(activation)
         policy = None if policy is None else str(policy)
         copy = {} if weight_copy is None else {"weight_copy": weight_copy}
         return handle_torch_function(linear_act, (x, weight, bias), x, weight, bias, name, policy, **copy)

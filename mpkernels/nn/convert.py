@@ -11,11 +11,11 @@ from torch import nn
 
 from mpkernels import _copies
 from mpkernels.nn import cast_model, fast_path
-from mpkernels.nn.linear import MPLinear
+from mpkernels.nn.linear import Model, MPLinear
 from mpkernels.nn.linears import linears, why_not
 from mpkernels.nn.sequential import MPSequential
 from mpkernels.ops.linear_act import Activation
-from mpkernels.policy import Policy
+from mpkernels.policy import Policy, PolicyName
 
 # Weights from which on a linear is worth converting in a compiled model on a CPU. By bench/results, overhead/forward+backward,
 # our op costs the host 74 us more than torch's: 4 % of the arithmetic of 512 rows with so many weights, 15 % of that of 128.
@@ -24,9 +24,10 @@ MIN_SIZE_COMPILED = 256 * 256
 
 
 def convert(
-    model: nn.Module, policy: "str | Policy | Mapping[str, str | Policy]" = "mixed_float16", *, include="*", exclude=(),
-    filter_fn: Callable[[nn.Module, str], bool] | None = None, keep=(), min_size: int | None = None,
-) -> nn.Module:  # fmt: skip
+    model: Model, policy: PolicyName | Policy | Mapping[str, PolicyName | Policy] = "mixed_float16", *,
+    include: str | Iterable[str] = "*", exclude: str | Iterable[str] = (),
+    filter_fn: Callable[[nn.Module, str], bool] | None = None, keep: str | Iterable[str] = (), min_size: int | None = None,
+) -> Model:  # fmt: skip
     """Make every nn.Linear of `model` an MPLinear. In place; returns it.
 
     policy: one for all, or an ordered mapping from globs of module names, where the last match wins.
@@ -94,7 +95,7 @@ def convert(
     return model
 
 
-def revert(model: nn.Module) -> nn.Module:
+def revert(model: Model) -> Model:
     """Undo `convert`: modules are again what they were. Dtypes stay as they are."""
     _check_module(model)
     for module in model.modules():

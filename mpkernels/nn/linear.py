@@ -2,15 +2,19 @@
 """MPLinear: nn.Linear with a policy and an activation, computed by one op."""
 
 import contextlib
+from collections.abc import Iterator
 from numbers import Integral
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from mpkernels import _copies, functional
 from mpkernels.ops._cast import cast
-from mpkernels.ops.linear_act import Activation, Seam, activation_of
-from mpkernels.policy import Policy, get_default_policy
+from mpkernels.ops.linear_act import Activation, ActivationName, Seam, activation_of, name_of
+from mpkernels.policy import Policy, PolicyName, get_default_policy
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class MPLinear(nn.Linear):
@@ -29,8 +33,10 @@ class MPLinear(nn.Linear):
     policy: Policy | None = None
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None, *, activation=None, policy=None
-    ):
+        self, in_features: int, out_features: int, bias: bool = True, device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None, *, activation: ActivationName | None = None,
+        policy: PolicyName | Policy | None = None,
+    ) -> None:  # fmt: skip
         for name, size in (("in_features", in_features), ("out_features", out_features)):
             if isinstance(size, bool) or not isinstance(size, Integral):  # numpy's integers, too, as nn.Linear takes them
                 raise TypeError(f"MPLinear: {name} must be an int, got {size!r}")
@@ -44,7 +50,9 @@ class MPLinear(nn.Linear):
         self.adopt(activation, policy)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, activation: str | None = None, policy=None) -> "MPLinear":
+    def from_linear(
+        cls, linear: nn.Linear, activation: ActivationName | None = None, policy: PolicyName | Policy | None = None
+    ) -> "MPLinear":
         """An MPLinear that shares the Parameters of `linear`; None: the activation and the policy of an MPLinear stay.
 
         Raises TypeError for what is neither an nn.Linear nor an MPLinear itself, for hooks and for a forward of its own.
@@ -82,9 +90,9 @@ class MPLinear(nn.Linear):
         self.adopt(self._activation, self.policy)  # copying and pickling drop Tensor.grad_dtype
 
     @property
-    def activation(self) -> str | None:
+    def activation(self) -> ActivationName | None:
         """Its name, or None."""
-        return None if self._activation == Activation.NONE else self._activation.name.lower()
+        return name_of(self._activation)
 
     def forward(
         self, input: torch.Tensor, below: Seam | None = None, above: Seam | None = None,
@@ -139,7 +147,7 @@ def _cast(weight: torch.Tensor, dtype: torch.dtype) -> _copies.ComputeCopy:
 
 
 @contextlib.contextmanager
-def cached_weights(model: nn.Module):
+def cached_weights(model: Model) -> Iterator[Model]:
     """Inside, every MPLinear (and Conv1D) of `model` casts its weight once, not at each call: for evaluation and sampling.
 
     A write that torch can see (load_state_dict, no_grad in-place) makes the cast anew; a write through `.data` does not.

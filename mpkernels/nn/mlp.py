@@ -5,11 +5,13 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from mpkernels.nn.linear import MPLinear, has_hooks
 from mpkernels.nn.sequential import MPSequential
-from mpkernels.ops.linear_act import Activation, activation_of
+from mpkernels.ops.linear_act import Activation, ActivationName, activation_of
+from mpkernels.policy import Policy, PolicyName
 
 
 class MPMLP(MPSequential):
@@ -25,9 +27,10 @@ class MPMLP(MPSequential):
     """
 
     def __init__(
-        self, sizes: Sequence[int], bias: bool = True, device=None, dtype=None, *, activation="relu", output_activation=None,
-        policy=None,
-    ):  # fmt: skip
+        self, sizes: Sequence[int], bias: bool = True, device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None, *, activation: ActivationName | None = "relu",
+        output_activation: ActivationName | None = None, policy: PolicyName | Policy | None = None,
+    ) -> None:  # fmt: skip
         if not isinstance(sizes, Sequence):
             raise TypeError(f"MPMLP: sizes must be a sequence of int, got {sizes!r}")
         if len(sizes) < 2:
@@ -41,7 +44,7 @@ class MPMLP(MPSequential):
                 self.append(nn.Identity())
 
     @classmethod
-    def from_sequential(cls, sequential: nn.Sequential, policy=None) -> "MPMLP":
+    def from_sequential(cls, sequential: nn.Sequential, policy: PolicyName | Policy | None = None) -> "MPMLP":
         """An MPMLP that shares the Parameters of an nn.Sequential of nn.Linear, MPLinear, nn.ReLU and nn.Identity; same keys.
 
         policy: None, and MPLinears keep theirs. Raises TypeError for other modules and subclasses, for a ReLU without a linear

@@ -9,7 +9,7 @@ from torch import nn
 from mpkernels.nn.linear import MPLinear
 from mpkernels.nn.linears import linears, why_not
 from mpkernels.nn.sequential import MPSequential, is_plain, narrows, step
-from mpkernels.ops.linear_act import Activation
+from mpkernels.ops.linear_act import Activation, name_of
 from mpkernels.policy import Policy
 
 HINT = (
@@ -33,7 +33,7 @@ class Row:
         return f"{self.name or '(model)':40} {state:24} {self.activation or '-':6} {self.note}".rstrip()
 
 
-class Report(tuple):
+class Report(tuple[Row, ...]):
     """The rows, one for each linear of the model; prints as a table, with a hint below where it may help."""
 
     hint = ""
@@ -85,7 +85,7 @@ def _in_sequential(sequential: nn.Sequential, i: int, name: str) -> tuple[str | 
     following = modules[i + 1] if i + 1 < len(modules) else None
     if activation == Activation.NONE and (fusable := _fusable(following)) is not None:
         notes.append(f'its {type(following).__name__} runs apart: MPLinear(activation="{fusable}") would fuse it')
-    return None if activation == Activation.NONE else activation.name.lower(), notes
+    return name_of(activation), notes
 
 
 def _fusable(module: nn.Module | None) -> str | None:

@@ -2,6 +2,7 @@
 """MPSequential: what convert makes of an nn.Sequential. What runs as one call is decided by its forward, at each call."""
 
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ class MPSequential(nn.Sequential):
     The result has the dtype that the last child's policy says: of what came in, where that follows the input.
     """
 
-    def forward(self, input):
+    def forward(self, input: Any) -> Any:
         if hooks_on_all_modules():
             return super().forward(input)
         modules, x, i = list(self), input, 0

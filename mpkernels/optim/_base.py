@@ -580,7 +580,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # ----- checkpoints --------------------------------------------------------------------------
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """As torch's, all live; 16-bit parameters have a `master` besides, up to date with what torch sees written to them."""
         with torch.no_grad():
             self._take_over_visible_writes()

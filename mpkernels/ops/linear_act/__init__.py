@@ -58,7 +58,7 @@ import enum
 import inspect
 import math
 import sys
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
@@ -93,6 +93,11 @@ def activation_of(name: str | None) -> Activation:
         known = ", ".join(f'"{known}"' for known in _NAMES if known)
         raise ValueError(f"activation must be None or one of {known}, got {name!r}")
     return _NAMES[name]
+
+
+def name_of(activation: Activation) -> ActivationName | None:
+    """The inverse of activation_of."""
+    return None if activation == Activation.NONE else cast(ActivationName, activation.name.lower())
 
 
 def acc_dtype(compute_dtype: torch.dtype) -> torch.dtype:
