@@ -100,17 +100,21 @@ class SkipWatch:
     def after_update(self, skipped: torch.Tensor, scale: torch.Tensor) -> None:
         """To be called after each update with the scaler's counters."""
         self._updates += 1
+        if self._copy is None and self._updates < self._due:
+            return
+        if skipped.is_cuda and torch.cuda.is_current_stream_capturing():  # a question about an event would end the capture
+            return
         if self._copy is not None:
             update, values, event = self._copy
             if event.query():
                 self._copy = None
                 self._read(update, *values.tolist())
-        elif self._updates >= self._due and not (skipped.is_cuda and torch.cuda.is_current_stream_capturing()):
-            values = torch.stack([skipped[1].double(), scale.double()])  # fp64 holds both
-            if values.is_cuda:
-                self._copy = self._updates, *_copy_to_host(values)
-            elif values.is_cpu and type(values) is torch.Tensor:
-                self._read(self._updates, *values.tolist())
+            return
+        values = torch.stack([skipped[1].double(), scale.double()])  # fp64 holds both
+        if values.is_cuda:
+            self._copy = self._updates, *_copy_to_host(values)
+        elif values.is_cpu and type(values) is torch.Tensor:
+            self._read(self._updates, *values.tolist())
 
     def _read(self, update: int, in_a_row: float, scale: float) -> None:
         last_update, last = self._last
