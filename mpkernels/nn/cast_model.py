@@ -56,10 +56,8 @@ def _is_cast(tensor: torch.Tensor, dtype: torch.dtype, stay: set[int]) -> bool:
 
 def _synchronizes(module: nn.Module) -> bool:
     """Whether it is DDP or FSDP1, which wait for gradients at nodes that a cast replaces. FSDP2 knows of casts."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return isinstance(module, nn.parallel.DistributedDataParallel) or (
-        fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
-    )
+    fsdp1 = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    return isinstance(module, (nn.parallel.DistributedDataParallel, fsdp1))
 
 
 def _why_not(parameter: nn.Parameter) -> str | None:
