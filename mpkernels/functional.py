@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_act for people: dtypes from a policy, from autocast, or from the tensors themselves."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +54,8 @@ def forward(
     moved_here = isinstance(below, Seam) and below.moved  # then the pass of the layer below is this very call's to do
     if has_torch_function_variadic(x, weight, bias) and not moved_here and _is_overridden(x, weight, bias):
         name = name_of(activation)
-        policy = None if policy is None else str(policy)
+        if policy is not None:
+            policy = str(dataclasses.replace(policy, output_dtype=out_dtype or policy.output_dtype))
         copy = {} if weight_copy is None else {"weight_copy": weight_copy}
         return handle_torch_function(linear_act, (x, weight, bias), x, weight, bias, name, policy, **copy)
     check_are_tensors(x, weight, bias)

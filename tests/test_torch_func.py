@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, jacrev, stack_module_state, vjp, vmap
 
-from mpkernels.nn import MPMLP, MPLinear
+from mpkernels.nn import MPMLP, MPLinear, convert
 from mpkernels.ops.linear_act import Activation
 from tests import bounds
 from tests.linear_act_cases import same_bits
@@ -159,3 +159,33 @@ def test_transforms_that_compile_break_no_promise():
     torch.compiler.reset()
     with pytest.raises(RuntimeError, match=r"batch_invariant does not hold where torch\.compile traces"):
         torch.compile(vmap(layer), backend="eager", fullgraph=True)(torch.ones(M, K))
+
+
+# ----- of what convert made ---------------------------------------------------------------
+
+
+def converted(generator, policy="float32"):
+    """A converted model, the plain one, of the same parameters, and x."""
+    plain = nn.Sequential(nn.Linear(K, 8), nn.ReLU(), nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.GELU(), nn.Linear(8, N))
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) / 2)
+    return convert(copy.deepcopy(plain), policy), plain, torch.randn(M, K, generator=generator, requires_grad=True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_by_vmap_of_converted_models_are_torchs(way, generator):
+    ours, plain, x = converted(generator)
+    got, expected = (tensors_of(WAYS[way](model, x)) for model in (ours, plain))
+    for g, e in zip(got, expected, strict=True):
+        bounds.check_rearranged(g.detach(), e.detach())
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "bfloat16"])
+def test_vmap_of_a_converted_model_is_the_model(policy, generator):
+    """Of what lies between its layers, too, which is narrow inside and wide outside."""
+    model, _, x = converted(generator, policy)
+    x = x.detach().to(model[0].weight.dtype)
+    out = vmap(model)(x)
+    assert out.dtype == model(x).dtype
+    assert same_bits(out, model(x))

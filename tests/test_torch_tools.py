@@ -41,6 +41,17 @@ class Mixed(nn.Module):
         return functional.linear_act(z, self.head.weight.t(), None, activation="relu", policy=self.policy) + 1
 
 
+def one_by_one(model):
+    """As torch.fx sees it: a hook on all modules has every child called alone, what lies between them as wide as x."""
+
+    def function(x):
+        with torch.nn.modules.module.register_module_forward_hook(lambda *args: None):
+            return model(x)
+
+    function.parameters = model.parameters
+    return function
+
+
 def results(model, x):
     out = model(x)
     return [out, *torch.autograd.grad(out.double().sum(), list(model.parameters()))]
@@ -64,7 +75,7 @@ def test_fx_traces_and_the_graph_gives_the_same_bits(policy, generator):
             p.grad_dtype = dtype
     for dtype in (None, torch.bfloat16):
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            expected = results(model, x)
+            expected = results(one_by_one(model), x)
             for other in others:
                 assert all(map(same_bits, results(other, x), expected))
 
@@ -319,3 +330,19 @@ def test_other_nested_tensors_are_refused():
         layer(torch.nested.nested_tensor(parts))
     with pytest.raises(RuntimeError, match="must be ragged in dimension 1, got 2: transpose it back"):
         layer(nested_of(parts).transpose(1, 2))
+
+
+# ----- converted models ---------------------------------------------------------------
+
+
+@by_policy
+def test_modes_change_nothing_in_a_converted_model(policy, generator):
+    """Values and dtypes of what comes out, where inside of the model outputs are narrow."""
+    model, x = Mixed(policy), torch.randn(3, 5, generator=generator)
+    x = x.to(model.body[0].weight.dtype)
+    expected = results(model, x)
+    with Log() as log:
+        out = model(x)
+    grads = torch.autograd.grad(out.double().sum(), list(model.parameters()))
+    assert all(map(same_bits, [out, *grads], expected))
+    assert log.calls.count(functional.linear_act) == 6

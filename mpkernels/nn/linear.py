@@ -99,6 +99,8 @@ class MPLinear(nn.Linear):
         activation: Activation | None = None, out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """The layer's output; `input` as nn.Linear calls it. The others are MPSequential's: None means the layer's own."""
+        if not isinstance(input, torch.Tensor):  # torch.fx traces all arguments, of which a graph of this layer alone has one
+            return functional.forward(input, self.weight, self.bias, None, self._activation, self.policy)
         copy, activation = self._weight_copy(), self._activation if activation is None else activation
         return functional.forward(input, self.weight, self.bias, copy, activation, self.policy, below, above, out_dtype)
 
