@@ -131,6 +131,12 @@ def sharded(rank):
                 assert parameter.dtype == local.dtype == dtype, name
                 whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
                 assert raw([whole]) == raw([expected[name]]), name
+    model = mpk.convert(mlp(), "mixed_bfloat16")
+    fsdp.fully_shard(model[0])
+    for undo in (mpk.revert, mpk.convert):
+        with pytest.raises(RuntimeError, match="0 was converted, then made a FSDPMPLinear: fully_shard comes last"):
+            undo(model)
+        assert type(model[3]) is mpk.MPLinear
     model = mlp()
     fsdp.fully_shard(model)
     mpk.convert(model, "bfloat16")

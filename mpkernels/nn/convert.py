@@ -43,8 +43,8 @@ def convert(
     linear computes in evaluation as it does in training, not by torch's fast path, which would not call the linear.
     Parameters stay the same objects. Under `mixed_*` their dtype and the state_dict stay too. Under `float16` and
     `bfloat16` all floating-point parameters and buffers are cast as `model.half()` does, but for linears that a glob
-    gives a wider policy, and the masters of an optimizer, which is made afterwards, start from the rounded parameters: for
-    unrounded masters there is `mixed_*`. So are DDP, FSDP and hooks on parameters: a cast would drop what they wait for.
+    gives a wider policy. Masters start from the rounded parameters: who wants unrounded masters uses `mixed_*`. Make the
+    optimizer afterwards, and then put DDP, FSDP and hooks on the model: a cast would drop what they hold on to.
     Converting again changes the policy. Adapters may be put around a linear before or afterwards.
     A policy with a `grad_dtype` other than the parameters' is for the optimizers here: torch's own and DDP refuse such
     gradients; `grad_dtype=None` is for them.
@@ -96,8 +96,15 @@ def convert(
 
 
 def revert(model: Model) -> Model:
-    """Undo `convert`: modules are again what they were. Dtypes stay as they are."""
+    """Undo `convert`: modules are again what they were. Dtypes stay as they are.
+
+    Raises TypeError for what is no module, RuntimeError for what `fully_shard` has made another class of.
+    """
     _check_module(model)
+    for name, module in model.named_modules():  # before anything is changed
+        before = vars(module).get("_before")
+        if before is not None and type(module).__name__.startswith("FSDP") and type(module) is not before.cls:
+            raise RuntimeError(f"{name or 'model'} was converted, then made a {type(module).__name__}: fully_shard comes last")
     for module in model.modules():
         if type(module) is MPSequential:
             module.__class__ = nn.Sequential
