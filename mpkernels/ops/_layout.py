@@ -96,7 +96,7 @@ class Tensors(list):
     def replace(self, tensors: list[torch.Tensor]) -> None:
         """Hold these, which the caller has found to have the `same_formats`."""
         self[:] = tensors
-        now = addresses(self)
+        now = addresses(self) if self.table is None else list(map(torch.Tensor.data_ptr, self))
         if now != self.addresses:
             self._locate(now)
 

@@ -180,7 +180,7 @@ class Optimizer(torch.optim.Optimizer):
         loss = None
         if closure is not None:
             if grad_scale is not None:
-                raise RuntimeError("a closure cannot be used with loss scaling")
+                raise RuntimeError("a closure cannot be used with loss scaling: run it before, and call step() without it")
             with torch.enable_grad():
                 loss = closure()
         _hyperparameters.check_replaced(self, self._checked_values)

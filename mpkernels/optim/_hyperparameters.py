@@ -25,6 +25,8 @@ def as_float(value) -> float:
     """A number, or a 1-element tensor on the CPU, as a float; NaN for anything else: then no rule holds."""
     if isinstance(value, torch.Tensor):
         return float(value.item()) if _is_readable(value) and value.numel() == 1 and not value.is_complex() else math.nan
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # numpy's
+        value = value.item()
     if not isinstance(value, numbers.Real):
         return math.nan
     try:
@@ -91,6 +93,8 @@ COMMON = {
 def check(rules: dict[str, Rule], group: dict) -> None:
     """Raise ValueError for the first value of `group` that is not what its rule wants."""
     for name, rule in rules.items():
+        if name not in group:
+            raise ValueError(f"a param group lacks {name}, which must be {rule.wanted}")
         if not rule.holds(value := group[name]):
             raise ValueError(_message(name, rule, value))
 
@@ -132,12 +136,14 @@ def _message(name: str, rule: Rule, value) -> str:
     if name == "betas" and isinstance(value, tuple | list) and len(value) == 2:
         index = int(0 <= as_float(value[0]) < 1)
         words, value = f"beta parameter at index {index}", value[index]
-    got = f"{value}"
-    if isinstance(value, torch.Tensor):
-        got = f"{value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-        if _is_readable(value) and value.numel() == 1:
-            got = f"{value.item()} ({got})"
-    elif not isinstance(value, int | float):
-        got = f"{value!r} (a {type(value).__name__})"
     remedy = "; convert it with float()" if isinstance(value, str) and "finite number" in rule.wanted else ""
-    return f"Invalid {words}: {got}: {name} must be {rule.wanted}{remedy}"
+    return f"Invalid {words}: {_shown(value)}: {name} must be {rule.wanted}{remedy}"
+
+
+def _shown(value) -> str:
+    if isinstance(value, torch.Tensor):
+        kind = f"{value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+        return f"{value.item()} ({kind})" if _is_readable(value) and value.numel() == 1 else kind
+    if isinstance(value, int) and value.bit_length() > 1024:  # of which Python writes no more than 4,300 digits
+        return f"an int of {value.bit_length()} bits"
+    return f"{value}" if isinstance(value, int | float) else f"{value!r} (a {type(value).__name__})"

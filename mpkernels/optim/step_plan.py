@@ -11,7 +11,7 @@ from operator import attrgetter, is_, itemgetter
 import torch
 
 from mpkernels import _copies
-from mpkernels._fake import addresses
+from mpkernels._fake import addresses, any_fake
 from mpkernels.ops._layout import Tensors, same_formats
 from mpkernels.optim import _ranks
 
@@ -108,6 +108,7 @@ class StepPlan:
         self.entries = [state[p] for p in self.params]
         self._state = list(state), list(state.values())
         self.local_params = list(map(self.local, self.params))
+        self._is_fake = any_fake(self.local_params)
         self.has_master = [i for i, entry in enumerate(self.entries) if "master" in entry]
         self.compute_copies = _copies.claim(optimizer, self.params)
         self.always_taken_over = [i for i in self.has_master if self._may_be_written_unseen(self.params[i])]
@@ -185,7 +186,8 @@ class StepPlan:
         """NOTE: of DTensors it asks anew for what this rank holds."""
         if self.dtensors:
             return addresses(map(_ranks.local, chain(self.params, self._state_tensors)))
-        return addresses(chain(self.local_params, self._state_tensors))
+        tensors = chain(self.local_params, self._state_tensors)
+        return addresses(tensors) if self._is_fake else list(map(torch.Tensor.data_ptr, tensors))
 
     # ----- the gradients of a step -----------------------------------------------------------
 
