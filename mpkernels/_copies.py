@@ -100,7 +100,8 @@ def claim(optimizer: torch.optim.Optimizer, params: list[torch.Tensor]) -> dict[
         weight = layer._parameters.get("weight")
         if (i := index.get(id(weight))) is not None and request.dtype.itemsize < weight.dtype.itemsize:
             wanted.setdefault(i, []).append(request)
-    return {i: _copy_for(params[i], requests) for i, requests in wanted.items() if not is_shared(params[i])}
+    plain = (i for i in wanted if type(params[i]) is torch.nn.Parameter)  # it may have become a DTensor since
+    return {i: _copy_for(params[i], wanted[i]) for i in plain if not is_shared(params[i])}
 
 
 def _copy_for(weight: torch.Tensor, requests: list[_Request]) -> ComputeCopy:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of master_weights: what is lent, that all of the parameter comes back, and what is refused inside."""
+"""Tests of masters: who reads them sees what was written to the parameters; master_weights swaps them in and back."""
 
 import copy
 
@@ -229,3 +229,111 @@ def test_graph_of_masters_does_not_outlive_a_step(lent):
     train(list(layer.parameters()), optimizer)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+# ----- who reads masters ------------------------------------------------------------------------
+
+
+def load(model):
+    model.load_state_dict({name: torch.full_like(value, 3.0) for name, value in model.state_dict().items()})
+
+
+def write_in_place(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(3.0)
+
+
+def copy_in(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.full_like(parameter, 3.0))
+
+
+READERS = {
+    "master_state_dict": lambda model, optimizer: optimizer.master_state_dict(model).values(),
+    "state_dict": lambda model, optimizer: [s["master"] for s in optimizer.state_dict()["state"].values()],
+    "copy": lambda model, optimizer: [s["master"] for s in copy.deepcopy(optimizer).state_dict()["state"].values()],
+}
+
+
+@pytest.mark.parametrize("write", [load, write_in_place, copy_in])
+@pytest.mark.parametrize("reader", READERS)
+def test_readers_take_over_what_was_written(reader, write):
+    model = nn.Linear(4, 3).half()
+    optimizer = mpk.optim.AdamW(model.parameters(), lr=LR)
+    train(list(model.parameters()), optimizer, 2)
+    kept = optimizer.state_dict()["state"]
+    write(model)
+    read = list(READERS[reader](model, optimizer))
+    assert len(read) == 2
+    assert all((master == 3).all() for master in read)
+    assert reader == "copy" or all((kept[i]["master"] == 3).all() for i in range(2)), "what was handed out is live"
+
+
+def test_readers_leave_masters_that_nobody_wrote_over():
+    """And their versions: a graph of masters survives a checkpoint."""
+    params, optimizer = trained()
+    masters = [optimizer.state[p]["master"] for p in params if "master" in optimizer.state[p]]
+    before, versions = raw(masters), [m._version for m in masters]
+    optimizer.state_dict()
+    optimizer.master_state_dict(nn.Linear(1, 1))
+    assert optimizer.check_masters() == []
+    assert raw(masters) == before
+    assert [m._version for m in masters] == versions
+
+
+def through_data(parameter):
+    parameter.data.fill_(5.0)
+
+
+def through_numpy(parameter):
+    parameter.detach().numpy().fill(5.0)
+
+
+def through_dlpack(parameter):
+    torch.from_dlpack(parameter.detach().__dlpack__()).fill_(5.0)
+
+
+@pytest.mark.parametrize("write", [through_data, through_numpy, through_dlpack])
+@pytest.mark.parametrize("named", [False, True])
+def test_check_masters_names_what_strayed(named, write):
+    layer = mpk.MPLinear(6, 5, policy="mixed_float16")
+    narrow = nn.Linear(5, 2).half()
+    model = nn.ModuleDict({"wide": layer, "narrow": narrow})
+    optimizer = mpk.optim.AdamW(model.named_parameters() if named else model.parameters(), lr=LR)
+    for _ in range(2):
+        layer(torch.ones(1, 6)).sum().backward()
+        for parameter in narrow.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert optimizer.check_masters() == []
+    write_in_place(layer)
+    write_in_place(narrow)
+    assert optimizer.check_masters() == [], "the next step takes over what torch sees"
+    optimizer.step()
+    write(narrow.bias)
+    write(layer.weight)
+    strayed = ["wide.weight", "narrow.bias"] if named else ["parameter 0 (5, 6)", "parameter 3 (2,)"]
+    assert optimizer.check_masters() == strayed
+    optimizer.sync_masters_()
+    assert optimizer.check_masters() == []
+    assert (optimizer.state[narrow.bias]["master"] == 5).all()
+    with torch.no_grad():
+        narrow.bias.fill_(torch.nan)
+    assert optimizer.check_masters() == []
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_masters_of_memory_that_processes_share_follow_every_write(after):
+    """As in Hogwild training: what another process writes moves no version here."""
+    params = [nn.Parameter(torch.ones(5).half())]
+    optimizer = mpk.optim.SGD(params, lr=LR)
+    if after:
+        train(params, optimizer, 2)
+    params[0].share_memory_()
+    for value in (3.0, 5.0):
+        train(params, optimizer, 2)
+        params[0].detach().numpy().fill(value)
+        train(params, optimizer, 1)
+        assert (optimizer.state[params[0]]["master"] == value - LR).all()

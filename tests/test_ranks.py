@@ -639,6 +639,97 @@ def test_fsdp2_trains(policy, world, sizes):
     run_ranks(world, fsdp_trains, policy, sizes)
 
 
+# ----- writes of others, and parameters that become DTensors ------------------------------
+
+
+def writes_to_local_tensors(rank, folder):
+    """What `state_dict()` hands out of a DTensor has a version counter of its own, and `dcp.load` writes into that."""
+    model = sharded_net("float16")
+    optimizer = mpk.optim.SGD(model.named_parameters(), lr=0.0)
+    model(batch(0)[0]).float().sum().backward()
+    optimizer.step()
+    checkpoint.save({n: torch.full_like(v, 2.0) for n, v in model.state_dict().items()}, checkpoint_id=folder)
+    checkpoint.load(model.state_dict(), checkpoint_id=folder)
+    for value, of in ((2.0, None), (3.0, lambda p: p.detach().to_local()), (4.0, lambda p: p.to_local()), (5.0, lambda p: p)):
+        for p in model.parameters() if of else ():
+            with torch.no_grad():
+                of(p).fill_(value)
+        assert all((v.full_tensor() == value).all() for v in optimizer.master_state_dict(model).values())
+        optimizer.step()
+        for p in model.parameters():
+            assert (p.full_tensor() == value).all()
+            assert (optimizer.state[p]["master"].full_tensor() == value).all()
+
+
+def test_writes_to_local_tensors_are_taken_over(tmp_path):
+    run_ranks(2, writes_to_local_tensors, str(tmp_path))
+
+
+def writes_to_local_gradients(rank):
+    """After the clip has read them: they are read again, and an inf skips the step of every rank."""
+    sharded = Sharded("fsdp")
+    optimizer = mpk.optim.SGD(sharded.params, lr=1.0)
+    for write in (lambda g: g.to_local(), lambda g: g._local_tensor):
+        for bad in (False, True):
+            sharded.give_grads(0)
+            scaler = mpk.GradScaler(init_scale=1.0)
+            scaler.scale(torch.zeros(()))
+            scaler.clip_grad_norm_(optimizer, 1.0)
+            before = raw(map(local, sharded.params))
+            grad = write(sharded.params[0].grad)
+            with torch.no_grad():
+                grad.mul_(torch.inf if bad and rank == 0 else 2)
+            whole = sharded.whole([p.grad for p in sharded.params])
+            scaler.step(optimizer)
+            scaler.update()
+            assert (raw(map(local, sharded.params)) == before) == bad
+            assert scaler.last_step_skipped == bad
+            if not bad:
+                exact = torch.cat([g.flatten().double() for g in whole]).norm().item()
+                check_norm(optimizer.grad_norm.item(), exact, 64)
+
+
+def test_writes_to_local_gradients_are_read_again():
+    run_ranks(2, writes_to_local_gradients)
+
+
+def becomes_sharded(rank, policy, stepped):
+    """As accelerate does: the optimizer is made of plain parameters, which are replaced by DTensors in its groups."""
+    model, twin = Net(policy), sharded_net(policy)
+    optimizer = mpk.optim.AdamW(model.named_parameters(), lr=0.02, max_norm=1.0)
+    if stepped:
+        model(batch(0)[0]).float().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    named = {id(p): n for n, p in model.named_parameters()}
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.copy_(distribute_tensor(p.detach(), q.device_mesh, q.placements))
+    other = mpk.optim.AdamW(twin.named_parameters(), lr=0.02, max_norm=1.0)
+    other.load_state_dict(optimizer.state_dict())
+    for module in (*(m for m in model if isinstance(m, nn.Linear)), model):
+        fully_shard(module, mp_policy=mpk.Policy.parse(policy).to_fsdp())
+    sharded = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        for i, old in enumerate(group["params"]):
+            group["params"][i] = new = sharded[named[id(old)]]
+            if old in optimizer.state:
+                optimizer.state[new] = optimizer.state.pop(old)
+    for t in range(3):
+        for m, o in ((model, optimizer), (twin, other)):
+            m(batch(t)[0]).float().sum().backward()
+            o.step()
+            o.zero_grad()
+    assert everything(model.parameters(), optimizer) == everything(twin.parameters(), other)
+    assert_agree(optimizer.grad_norm)
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("policy", ["mixed_float16", "float16"])
+def test_plain_parameters_that_become_sharded(policy, stepped):
+    run_ranks(2, becomes_sharded, policy, stepped)
+
+
 # ----- checkpoints ----------------------------------------------------------------------
 
 

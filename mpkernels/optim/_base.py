@@ -487,8 +487,10 @@ class Optimizer(torch.optim.Optimizer):
                 new["step"].copy_(step) if isinstance(step, torch.Tensor) else new["step"].fill_(step)
         if dtype == parameter.dtype:
             state.pop("master", None)
-        elif not _is_master_of(parameter, state.get("master"), dtype):
+        elif not _is_master_of(parameter, master := state.get("master"), dtype):
             new["master"] = parameter.detach().to(dtype, copy=True)
+        elif _ranks.placement(master) != _ranks.placement(parameter):
+            new["master"] = _ranks.laid_out_as(master, parameter)
         if new:
             self.state.setdefault(parameter, {}).update(new)  # a user may have put a plain dict there
 
@@ -645,9 +647,8 @@ def _is_count(parameter: torch.Tensor, step) -> bool:
 
 
 def _is_master_of(parameter: torch.Tensor, master, dtype: torch.dtype) -> bool:
-    if not isinstance(master, torch.Tensor) or master.dtype != dtype or master.device != parameter.device:
-        return False
-    return master.shape == parameter.shape and _ranks.placement(master) == _ranks.placement(parameter)
+    wanted = parameter.shape, dtype, parameter.device
+    return isinstance(master, torch.Tensor) and (master.shape, master.dtype, master.device) == wanted
 
 
 def _version(parameter: torch.Tensor):
