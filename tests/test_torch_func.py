@@ -123,6 +123,19 @@ def test_batched_gradients_are_those_one_by_one(activation, policy, generator):
         assert all(same_bits(t[i], a) for t, a in zip(together, alone, strict=True))
 
 
+@by_activation
+def test_per_sample_gradients_are_those_one_by_one(activation, generator):
+    """Where x is cast and the preactivation saved: what is kept of each sample is that sample's."""
+    layer = MPLinear(K, N, activation=activation, policy="mixed_float16,batch_invariant")
+    x = torch.randn(M, 2, K, generator=generator)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    total = lambda p, x: functional_call(layer, p, (x,)).sum()
+    together = vmap(grad(total), (None, 0))(parameters, x)
+    for i in range(M):
+        alone = grad(total)(parameters, x[i])
+        assert all(same_bits(together[name][i], alone[name]) for name in alone)
+
+
 def test_batched_gradients_of_the_op_itself(generator):
     x, weight = (torch.randn(s, generator=generator, requires_grad=True) for s in ((M, K), (N, K)))
     out = torch.ops.mpkernels.linear_act(x, weight, None, None, 1, torch.float32, torch.float32, 0)[0]
