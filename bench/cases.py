@@ -180,7 +180,15 @@ _EVERYTHING = (
     *_trainings(),
     *(
         Overhead(what, quick=BOTH)
-        for what in ("forward", "forward+backward", "step of 1", "step of 100", "step of 1000", "first_step")
+        for what in (
+            "forward",
+            "forward+backward",
+            "forward+backward, 2 threads",
+            "step of 1",
+            "step of 100",
+            "step of 1000",
+            "first_step",
+        )
     ),
 )
 CASES = _by_name(_EVERYTHING)

@@ -51,8 +51,11 @@ def contenders(case: Overhead, device: torch.device) -> dict[str, Contender]:
         tensors = int(case.what.removeprefix("step of "))
         found = step.contenders(Step(ELEMENTS * tensors, tensors), device)
         return many(found, ("classical fp16 recipe", "fp32 parameters"), 10)
-    direction = {"forward": "forward", "forward+backward": "both"}[case.what]
-    return many(linear_act.contenders(LinearAct(direction, *SMALL), device), ("torch float16", "torch autocast"), CALLS)
+    direction = "forward" if case.what == "forward" else "both"
+    found = many(linear_act.contenders(LinearAct(direction, *SMALL), device), ("torch float16", "torch autocast"), CALLS)
+    if not case.what.endswith("2 threads"):
+        return found
+    return {name: Contender(by_two_threads(c.run), c.check, calls=c.calls, timed=c.timed) for name, c in found.items()}
 
 
 def many(found: dict[str, Contender], peers: tuple[str, ...], calls: int) -> dict[str, Contender]:
@@ -65,6 +68,20 @@ def repeat(run, calls: int):
     def runs():
         for _ in range(calls):
             run()
+
+    return runs
+
+
+def by_two_threads(run):
+    """A parallel region that such a call opens costs more than the call."""
+
+    def runs():
+        before = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            run()
+        finally:
+            torch.set_num_threads(before)
 
     return runs
 

@@ -36,6 +36,10 @@ def decompositions() -> dict[Any, Callable[..., torch.Tensor]]:
 
     The numerics are the op's: operands rounded to the compute dtype, fp32 products and sums (fp64 for fp64), one rounding.
     For inference: the backward op has none. Rounding fp64 to 16 bits once takes bit operations that ONNX does not have.
+
+    NOTE: inductor and AOTInductor leave out casts to fewer bits and back, and operands are not rounded then, unless they are
+    told otherwise: `torch._inductor.config.emulate_precision_casts = True`, or `inductor_configs={"emulate_precision_casts":
+    True}` of `aoti_compile_and_package`. `torch.compile` of a model needs no decompositions, and runs the op as it is.
     """
     from mpkernels.ops.linear_act import decomposition
 

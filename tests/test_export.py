@@ -56,6 +56,17 @@ def test_decomposition_saves_what_the_op_saves(policy, activation, generator):
     assert same_bits(got, expected)  # x_compute
 
 
+def test_decomposition_under_inductor_rounds_where_casts_are_emulated(generator):
+    """As its docstring says; without that setting operands keep the bits that the policy cuts off."""
+    layer, x = layer_of("mixed_float16", "relu", True, generator)
+    layer.requires_grad_(False)
+    model = decomposed(layer, x).module()
+    with torch._inductor.config.patch(emulate_precision_casts=True):
+        out = torch.compile(model)(x)
+    torch.compiler.reset()
+    check_forward(out, x, layer.weight, layer.bias, Activation.RELU, layer.policy.compute_dtype, random_sign=True)
+
+
 RELOAD = """
 import sys, torch
 folder = sys.argv[1]
