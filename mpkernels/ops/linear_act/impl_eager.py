@@ -5,7 +5,9 @@ On a CPU 16-bit operands are upcast and multiplied in fp32, by oneDNN or MKL: wi
 loop of dot products. Weights are upcast a block of rows at a time, into memory that stays in the cache.
 """
 
+import contextlib
 import functools
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from mpkernels.ops.linear_act.passes import finish
 BLOCK_ELEMENTS = 1 << 20  # of a weight, upcast at a time: 4 MB, a fresh larger buffer costs page faults
 SMALL_GEMM = 1 << 20  # M * N * K up to which oneDNN's own set-up costs more than it saves
 INVARIANT_ROWS = 16  # of a GEMM under batch_invariant: more make M=1 dearer, fewer a large M
+GPU_ROWS = 512  # the same on a GPU: fewer leave it idle
 FEW_ROWS = 2  # up to here reading the weight costs more than multiplying with it
 
 
@@ -41,8 +44,10 @@ def _matmul_nt(
     acc = acc_dtype(compute_dtype)
     linear = _linear_batch_invariant if batch_invariant else _linear
     if a.device.type != "cpu" and compute_dtype.itemsize == 2:
-        z = _matmul_nt_tensor_cores(a, cast(b, compute_dtype).t(), bias, batch_invariant)
-        return finish(z, activation, pre, out_dtype)
+        b = cast(b, compute_dtype).t()
+        if not batch_invariant and out_dtype == compute_dtype and activation in _AFTER_ROUNDING:
+            return _matmul_nt_rounded_once(a, b, bias, activation)
+        return _matmul_nt_in_fp32(a, b, bias, activation, pre, out_dtype, batch_invariant)
     dtypes = {a.dtype, b.dtype, out_dtype, b.dtype if bias is None else bias.dtype}
     few = a.shape[0] <= FEW_ROWS and not batch_invariant and activation in (Activation.NONE, Activation.RELU)
     if few and b.stride(1) == 1 and dtypes == {compute_dtype} and acc != compute_dtype:
@@ -91,9 +96,9 @@ def _has_onednn_avx512() -> bool:
 
 def _linear_batch_invariant(a, b, bias):
     """`_linear`, a row's bits whatever its place and the other rows. oneDNN gives all rows of a block the same bits, as a
-    GPU does where a block fits in a tile; other CPU libraries do not, they get one row at a time, always at one address."""
+    GPU does; other CPU libraries do not, they get one row at a time, always at one address."""
     if a.device.type != "cpu":
-        return _by_blocks(lambda block: F.linear(block, b, bias), a, b.shape[0])
+        return _by_blocks(lambda block: F.linear(block, b, bias), a, b.shape[0], rows=GPU_ROWS)
     if a.dtype == torch.float32 and b.numel() and torch.backends.mkldnn.is_available():
         return _by_blocks(lambda block: torch.ops.mkldnn._linear_pointwise(block, b, bias, "none", [], ""), a, b.shape[0])
     return _by_blocks(lambda block: F.linear(block, b, bias), a, b.shape[0], rows=1)
@@ -109,10 +114,71 @@ def _by_blocks(multiply, a, columns, rows=INVARIANT_ROWS):
     return out
 
 
-def _matmul_nt_tensor_cores(a, b, bias, batch_invariant):
-    """a @ b + bias in fp32 on a GPU: 16-bit operands, fp32 result, so that no split of K is reduced in 16 bits."""
-    multiply = lambda a: torch.mm(a, b, out_dtype=torch.float32)
-    z = _by_blocks(multiply, a, b.shape[1]) if batch_invariant else multiply(a)
+# ----- on a GPU, by cuBLAS ---------------------------------------------------------------
+
+_AFTER_ROUNDING = (Activation.NONE, Activation.RELU)  # which may as well come after it
+
+
+def _matmul_nt_rounded_once(a, b, bias, activation):
+    """round(act(a @ b + bias)) in the dtype of a and b: cuBLAS itself rounds what it summed, a bias of that dtype included.
+
+    NOTE: the activation is applied afterwards, as the NaN of a fused ReLU cannot be trusted.
+    """
+    with _fp32_sums():
+        if bias is None:
+            z = torch.mm(a, b)
+        elif bias.dtype == a.dtype:
+            z = torch.addmm(bias, a, b)
+        else:
+            z = torch.add(torch.mm(a, b, out_dtype=torch.float32), bias, out=a.new_empty((a.shape[0], b.shape[1])))
+    return z.relu_() if activation == Activation.RELU else z
+
+
+def _matmul_nt_in_fp32(a, b, bias, activation, pre, out_dtype, batch_invariant):
+    """The same in any dtype: 16-bit operands, fp32 result, so that no split of K is reduced in 16 bits."""
+    with _fp32_sums():
+        z = _by_equal_gemms(a, b) if batch_invariant else torch.mm(a, b, out_dtype=torch.float32)
     if bias is not None:
         z += bias.to(torch.float32)
-    return z
+    return finish(z, activation, pre, out_dtype)
+
+
+def _by_equal_gemms(a, b):
+    """a @ b in fp32, GPU_ROWS at a time, the last padded: cuBLAS chooses a kernel by the sizes, which thus never differ."""
+    out = a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
+    for rows, result in zip(a.split(GPU_ROWS), out.split(GPU_ROWS), strict=True):
+        missing = GPU_ROWS - rows.shape[0]
+        if missing:
+            result.copy_(torch.mm(F.pad(rows, (0, 0, 0, missing)), b, out_dtype=torch.float32).narrow(0, 0, rows.shape[0]))
+        else:
+            torch.mm(rows, b, out_dtype=torch.float32, out=result)
+    return out
+
+
+_REDUCTIONS = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+_settings = threading.Lock()  # backward runs in a thread of its own
+
+
+@contextlib.contextmanager
+def _fp32_sums():
+    """Whatever the process allows cuBLAS, here it neither accumulates nor reduces in 16 bits."""
+    matmul = torch.backends.cuda.matmul
+    with _settings:
+        # older versions of torch have no allow_splitk beside it
+        allowed = {name: _allowed(matmul, name) for name in _REDUCTIONS if getattr(matmul, name)}
+        if matmul.allow_fp16_accumulation:
+            allowed["allow_fp16_accumulation"] = True
+        for name in allowed:
+            setattr(matmul, name, False)
+        try:
+            yield
+        finally:
+            for name, value in allowed.items():
+                setattr(matmul, name, value)
+
+
+def _allowed(matmul, name):
+    try:
+        return getattr(matmul, name), getattr(matmul, f"{name}_split_k")
+    except AttributeError:
+        return getattr(matmul, name)
