@@ -56,14 +56,14 @@ class Spy(ExitStack):
         self.squares.append(sum(grad.square().sum().item() for grad in grads))
 
     def seen(self) -> dict:
-        """Plain data: the calls, the squares, and the step counts and number of groups of the one optimizer."""
+        """Plain data: the calls, the squares, and of the one optimizer its steps and how many of its groups are different."""
         (optimizer,) = self.optimizers.values()
         return {
             "calls": dict(self.calls),
             "squares": self.squares,
             "elements": sum(p.numel() for p in optimizer._parameters()),
             "steps": sorted({int(state["step"]) for state in optimizer.state.values()}),
-            "groups": len(optimizer.param_groups),
+            "groups": len({str({k: v for k, v in g.items() if not k.startswith("param")}) for g in optimizer.param_groups}),
         }
 
 
