@@ -222,6 +222,17 @@ def test_mpsequential_of_shared_children(inplace, joined):
     check_as_plain(lambda m: lambda x: m[3](m(x)) + m[2](x), make)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "relu", "relu2"])
+def test_mpsequential_of_linears_with_an_activation(activation, joined):
+    """The user's own: a ReLU after it is another one."""
+    own = nn.Sequential(nn.Linear(6, 6), mpk.MPLinear(6, 6, activation=activation), nn.ReLU(), nn.Linear(6, 6), nn.ReLU())
+    model = mpk.convert(own, "float64").double()
+    assert type(model) is MPSequential
+    one_by_one = lambda x: nn.Sequential.forward(model, x)
+    for a, b in zip(*(results(f, model, data().double()) for f in (model, one_by_one)), strict=True):
+        bounds.check_rearranged(a, b)
+
+
 def test_mpsequential_around_a_model_that_reads_inside(joined):
     """The form of the report: a forward that takes the preactivation, of an nn.Sequential and of one inside another."""
 

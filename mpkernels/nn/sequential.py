@@ -92,18 +92,15 @@ def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
 
     FSDP2's hooks only gather, and its classes do nothing else. A weight that lies on a mesh for another reason is seen.
     """
-    found = (
-        module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    if not isinstance(module, cls) or type(module).forward is not _FORWARDS[cls] or "forward" in vars(module):
+        return False
+    if type(module).__call__ is not nn.Module.__call__ or module._compiled_call_impl is not None:  # traces patch nn.Module's
+        return False
+    hooks = (
+        *module._forward_pre_hooks.values(), *module._forward_hooks.values(),
+        *module._backward_pre_hooks.values(), *module._backward_hooks.values(),
     )  # fmt: skip
-    return (
-        isinstance(module, cls)
-        and type(module).forward is _FORWARDS[cls]
-        and type(module).__call__ is nn.Module.__call__  # what traces patches that
-        and "forward" not in vars(module)
-        and module._compiled_call_impl is None
-        and all(_only_gathers(hook) for hooks in found for hook in hooks.values())
-        and (cls is not MPLinear or any(found) or _is_plain_tensor(module.weight))
-    )
+    return all(map(_only_gathers, hooks)) if hooks else cls is not MPLinear or _is_plain_tensor(module.weight)
 
 
 def _only_gathers(hook) -> bool:
@@ -112,7 +109,7 @@ def _only_gathers(hook) -> bool:
 
 def _is_plain_tensor(x) -> bool:
     """Not a proxy, nor a subclass with functions of its own, nor a DTensor, whose parts may still have to be summed."""
-    if type(x) is torch.Tensor:
+    if type(x) in (torch.Tensor, nn.Parameter):
         return True
     if not isinstance(x, torch.Tensor) or type(x).__torch_function__ is not _NO_TORCH_FUNCTION:
         return False
