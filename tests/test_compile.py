@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import mpkernels as mpk
+from tests import bounds
 
 BATCHES = range(2, 12)  # torch makes a graph of its own for 0 and for 1
 
