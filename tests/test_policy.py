@@ -269,3 +269,9 @@ def test_policy_of_a_dtype_says_what_may_be_meant():
         mpk.convert(torch.nn.Linear(2, 2), torch.float16)
     with pytest.raises(ValueError, match=r"param_dtype must be one of float64, .*, got 'float16'; names are for Policy.parse"):
         Policy("float16", "float16")
+
+
+def test_policy_names_two_that_may_be_meant_at_most():
+    """Three are as near."""
+    with pytest.raises(ValueError, match=r"; did you mean 'mixed_float16' or 'mixed_bfloat16'\?$"):
+        Policy.parse("mixedfloat16")
