@@ -466,6 +466,15 @@ def test_mpsequential_compiles_and_exports():
         assert not any("relu" in str(node.target) for node in program.graph.nodes), "the op has it"
 
 
+@pytest.mark.parametrize("child", [0, 1])
+def test_mpsequential_calls_a_compiled_child(child, calls):
+    model, ran = mpk.convert(mlp()), []
+    model[child].compile(backend=lambda graph, inputs: ran.append(child) or graph.forward)
+    model(data())
+    assert ran == [child]
+    assert calls[-2:] == [("relu", torch.float16), ("none", torch.float32)]
+
+
 def test_mpsequential_is_traced():
     """By fx, whose proxies are called child by child where it can follow them, and by jit."""
     model, x = mpk.convert(mlp(), "float32"), data()
