@@ -187,6 +187,8 @@ _EVERYTHING = (
             "step of 1",
             "step of 100",
             "step of 1000",
+            "step of 400 groups",
+            "step of 400 that take turns",
             "first_step",
         )
     ),

@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+import mpkernels as mpk
 from bench import linear_act, step
 from bench.cases import LinearAct, Overhead, Step
 from bench.contender import OURS, Contender
@@ -13,6 +14,8 @@ from bench.rows import RESULTS
 
 SMALL = (1, 8, 8)  # M, K, N
 CALLS = 200
+TENSORS = 400  # of the steps that follow
+GROUPED = ("step of 400 groups", "step of 400 that take turns")
 ELEMENTS = 16  # of each tensor of a step
 
 FIRST_STEP = """
@@ -47,6 +50,8 @@ context = lambda: torch.autocast({{device!r}}, torch.float16)
 def contenders(case: Overhead, device: torch.device) -> dict[str, Contender]:
     if case.what == "first_step":
         return {name: first_step(script, device) for name, script in SCRIPTS.items()}
+    if case.what in GROUPED:
+        return grouped_steps(case, device)
     if case.what.startswith("step"):
         tensors = int(case.what.removeprefix("step of "))
         found = step.contenders(Step(ELEMENTS * tensors, tensors), device)
@@ -56,6 +61,28 @@ def contenders(case: Overhead, device: torch.device) -> dict[str, Contender]:
     if not case.what.endswith("2 threads"):
         return found
     return {name: Contender(by_two_threads(c.run), c.check, calls=c.calls, timed=c.timed) for name, c in found.items()}
+
+
+def grouped_steps(case: Overhead, device: torch.device) -> dict[str, Contender]:
+    """A step of as many groups as tensors, or of one half of the tensors, then of the other, as experts take turns."""
+
+    def contender(make) -> Contender:
+        params = [torch.nn.Parameter(torch.randn(ELEMENTS, device=device)) for _ in range(TENSORS)]
+        grads, turns = [torch.randn_like(p) for p in params], case.what == GROUPED[1]
+        optimizer = make([params] if turns else [[p] for p in params])
+
+        def step(of: int):
+            for i, (parameter, grad) in enumerate(zip(params, grads, strict=True)):
+                parameter.grad = grad if not turns or i % 2 == of else None
+            optimizer.step()
+
+        return Contender(lambda: (step(0), step(1)), calls=2, timed="host")
+
+    groups = lambda members: [{"params": group} for group in members]
+    return {
+        OURS: contender(lambda members: mpk.optim.AdamW(groups(members))),
+        "torch fused": contender(lambda members: torch.optim.AdamW(groups(members), fused=True)),
+    }
 
 
 def many(found: dict[str, Contender], peers: tuple[str, ...], calls: int) -> dict[str, Contender]:

@@ -146,8 +146,10 @@ class GradScaler(torch.amp.GradScaler):
 
         That is the norm to log (`optimizer.grad_norm` has it too): `.grad` is scaled. `math.inf` clips nothing.
         For one of our optimizers the gradients are read once and the factor is left to `step`, which reads them again where
-        they were written since (on many ranks then on all) and does not clip where all of them are gone. For another, or
-        after `unscale_`, it is torch's (not with a `process_group`, of which that knows nothing).
+        they were written since (on many ranks then on all). Where all of them are gone, or written since, as zeroed and
+        accumulated into, the clip is dropped: torch, which clips at the call, does not clip what comes after it. So whoever
+        writes to all gradients clips afterwards. For another optimizer, or after `unscale_`, it is torch's (not with a
+        `process_group`, of which that knows nothing).
         Raises ValueError for an optimizer with its own `max_norm`.
         """
         if getattr(optimizer, "max_norm", None) is not None:

@@ -225,7 +225,7 @@ def test_bench_leaves_out_what_does_not_fit(monkeypatch):
 
 
 def test_bench_overhead_cases_have_a_peer():
-    for what in ("forward", "forward+backward", "step of 1", "step of 100"):
+    for what in ("forward", "forward+backward", "step of 1", "step of 100", *overhead.GROUPED):
         assert len(overhead.contenders(Overhead(what), CPU)) >= 2
 
 
