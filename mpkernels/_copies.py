@@ -84,7 +84,7 @@ def for_layer(layer: torch.nn.Module, dtype: torch.dtype) -> ComputeCopy | None:
             return copy
         return None
     is_new = request is None or copy is not None or request.dtype != dtype
-    if is_new and weight.is_leaf and weight.requires_grad and not is_shared(weight):
+    if is_new and weight.is_leaf and weight.requires_grad:
         _requests[layer] = _Request(dtype)
         bump_generation()
     return None

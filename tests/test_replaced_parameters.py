@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import mpkernels as mpk
+from mpkernels.optim import master_weights
 from tests.steps import raw
 
 OPTIMIZERS = {
@@ -210,6 +211,22 @@ def test_steps_of_sets_that_take_turns_are_those_of_single_optimizers(dtype):
         for single in singles:
             single.step()
         assert raw(params) == raw(alone), t
+
+
+def test_sets_that_take_turns_are_not_taken_for_written_by_others(monkeypatch):
+    """What one plan has written is not foreign to the next."""
+    params, taken_over = parameters(torch.float16), []
+    optimizer = mpk.optim.AdamW(params)
+    take_over = master_weights.take_over
+    monkeypatch.setattr(master_weights, "take_over", lambda *args: taken_over.append(1) or take_over(*args))
+    for t in range(6):
+        if t == 2:
+            taken_over.clear()  # every plan has been made
+        for i, parameter in enumerate(params):
+            parameter.grad = torch.ones_like(parameter) if i != t % 2 else None
+        optimizer.step()
+    assert not taken_over
+    assert len(optimizer._plans) == 2
 
 
 def test_groups_of_equal_hyperparameters_are_one_call(monkeypatch):

@@ -245,11 +245,6 @@ class Optimizer(torch.optim.Optimizer):
         """What `_op` is given, up to the options that all of them share."""
         raise NotImplementedError
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; a clip that was asked for these gradients goes with them."""
-        self._pending_clip = None
-        super().zero_grad(set_to_none)
-
     def _clip_in_force(self) -> Clip | None:
         """The clip that was asked for unless its gradients are gone; what was read is forgotten where they have changed."""
         if self._pending_clip is None:
