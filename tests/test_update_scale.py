@@ -162,6 +162,22 @@ def test_update_scale_bumps_versions(device):
     assert all(t._version > v for t, v in zip(ours.tensors(), before, strict=True))
 
 
+@pytest.mark.parametrize("interval", [2**31 - 1, 2**31, 2**40])
+def test_update_scale_counts_saturate(device, interval):
+    """A count that has no room left stays; nothing wraps to what is below 0."""
+    ours = Scaler(device, growth_interval=interval)
+    ours.growth_tracker.fill_(2**31 - 2)
+    for _ in range(3):
+        ours.update(0.0)
+    grown = interval == 2**31 - 1
+    assert (ours.growth_tracker.item(), ours.scale.item()) == ((2, 2.0**17) if grown else (2**31 - 1, 2.0**16))
+    ours.skipped.fill_(2**63 - 2)
+    ours.hysteresis_tracker.fill_(-(2**31))
+    for _ in range(3):
+        ours.update(1.0)
+    assert (ours.skipped.tolist(), ours.hysteresis_tracker.item()) == ([2**63 - 1] * 2, 0)
+
+
 @pytest.mark.parametrize("found_inf", [0.0, 1.0])
 def test_update_scale_opcheck(device, found_inf):
     ours = Scaler(device)

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "../common/host_device.h"
 
@@ -21,12 +22,18 @@ struct ScaleState {
   int64_t *skipped, *skipped_in_a_row;
 };
 
+// One more, or as many as the type can say.
+template <class I>
+MPK_HOST_DEVICE inline void count_up(I& count) {
+  if (count < std::numeric_limits<I>::max()) count += 1;
+}
+
 MPK_HOST_DEVICE inline void back_off(const ScaleState& s, const ScaleOptions& o) {
   *s.growth_tracker = 0;
-  *s.skipped += 1;
-  *s.skipped_in_a_row += 1;
-  const int32_t lives = *s.hysteresis_tracker - 1;
-  *s.hysteresis_tracker = lives > 0 ? lives : 0;
+  count_up(*s.skipped);
+  count_up(*s.skipped_in_a_row);
+  const int32_t lives = *s.hysteresis_tracker > 0 ? *s.hysteresis_tracker - 1 : 0;
+  *s.hysteresis_tracker = lives;
   if (lives > 0) return;
   const float scale = static_cast<float>(*s.grad_scale * o.backoff_factor);  // round: fp64 -> fp32
   const float least = static_cast<float>(o.min_scale);
@@ -35,7 +42,7 @@ MPK_HOST_DEVICE inline void back_off(const ScaleState& s, const ScaleOptions& o)
 
 MPK_HOST_DEVICE inline void grow(const ScaleState& s, const ScaleOptions& o) {
   *s.skipped_in_a_row = 0;
-  *s.growth_tracker += 1;
+  count_up(*s.growth_tracker);
   if (*s.growth_tracker < o.growth_interval) return;
   *s.growth_tracker = 0;
   *s.hysteresis_tracker = static_cast<int32_t>(o.hysteresis);

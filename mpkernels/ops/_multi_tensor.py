@@ -4,7 +4,7 @@
 import torch
 
 from mpkernels.ops._cast import DTYPES
-from mpkernels.ops._layout import overlaps
+from mpkernels.ops._memory import check_memory
 
 MASTER_DTYPES = (torch.float32, torch.float64)
 MOMENT_DTYPES = (*MASTER_DTYPES, torch.bfloat16)
@@ -72,11 +72,8 @@ def check_update(op, masters, grads, states, copies, steps, lr, grad_scale, foun
         raise RuntimeError(f"{op}: steps has {len(steps)} tensors, expected {len(masters)}")
     for i, step in enumerate(steps):
         check_tensor(op, f"steps[{i}]", step, (), torch.float32, device)
-    written = {"masters": masters, **states, "copies": copies}
-    named = [(f"{name}[{i}]", tensor) for name, tensors in written.items() for i, tensor in enumerate(tensors)]
-    for name, tensor in named:
-        if not tensor.is_contiguous() and overlaps(tensor):
-            raise RuntimeError(f"{op}: {name} overlaps itself (strides {tensor.stride()})")
+        if step.is_neg():
+            raise RuntimeError(f"{op}: steps[{i}] is a lazily negated view: use its resolve_neg()")
     if lr.numel() != 1 or lr.dim() != 0 or lr.dtype not in MASTER_DTYPES:
         raise RuntimeError(f"{op}: lr must be a 0-d float32 or float64 tensor, got {tuple(lr.shape)} {lr.dtype}")
     if lr.device.type != "cpu" and lr.device != device:
@@ -86,6 +83,9 @@ def check_update(op, masters, grads, states, copies, steps, lr, grad_scale, foun
     check_tensor(op, "grad_norm", grad_norm, (), torch.float64, device)
     if (grad_norm is None) != (max_norm is None):
         raise RuntimeError(f"{op}: grad_norm and max_norm go together")
+    scalars = {"lr": lr, "grad_scale": grad_scale, "found_inf": found_inf, "grad_norm": grad_norm}
+    written = {"masters": masters, **states, "copies": copies, "steps": steps}
+    check_memory(op, written=written, read={"grads": grads} | scalars)
 
 
 def inv_scale(grad_scale: torch.Tensor | None, device: torch.device) -> torch.Tensor:

@@ -16,15 +16,18 @@ Shapes and dtypes
 
 Numerics
     1 / grad_scale is taken in fp64; a gradient is unscaled in fp32 (fp64 for fp64), and must be finite there too. The norm
-    is an fp64 sum in a fixed order: the same bits every time.
+    is an fp64 sum in a fixed order: the same bits every time; of fp64 gradients whose squares over- or underflow, of these
+    times a power of 2.
 Raises
-    RuntimeError for an empty list, a tensor that is not dense, and shapes, dtypes or devices other than these.
+    RuntimeError for an empty list, a tensor that is not dense, and shapes, dtypes or devices other than these, an
+    output that shares memory with another tensor or overlaps itself. Nothing is written then.
 Source: torch.amp.GradScaler (`_amp_foreach_non_finite_check_and_unscale_`), which rewrites the gradients.
 """
 
 import torch
 
 from mpkernels._dispatch import Implementation, Op
+from mpkernels.ops._memory import check_memory
 from mpkernels.ops._multi_tensor import check_list, check_tensor
 
 
@@ -39,6 +42,8 @@ def _check(grads, grad_scale, found_inf, amax, nonfinite, grad_norm=None) -> Non
     check_tensor(op, "amax", amax, (len(grads),), torch.float64, device)
     check_tensor(op, "nonfinite", nonfinite, (len(grads),), torch.int64, device)
     check_tensor(op, "grad_norm", grad_norm, (), torch.float64, device)
+    written = {"found_inf": found_inf, "amax": amax, "nonfinite": nonfinite, "grad_norm": grad_norm}
+    check_memory(op, written=written, read={"grads": grads, "grad_scale": grad_scale})
 
 
 op = Op(

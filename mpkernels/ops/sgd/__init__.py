@@ -16,7 +16,7 @@ Shapes and dtypes: lists of equal length, i for i of the same shape, on one devi
     | steps            | 0-d fp32, as torch's: steps taken so far, advanced by the op, up to 2^24; 0 means "first step"        |
     | lr               | 0-d fp32 or fp64, on the CPU (read at the call) or on the device (read by the kernel)      |
     | grad_scale, found_inf, grad_norm | 0-d fp32, fp32, fp64 on the device, or None                               |
-    Any layout, any size, 0 included; what is written does not overlap itself.
+    Any layout, any size, 0 included; what is written shares no memory, with itself, with the rest or with what is read.
 
 Numerics
     Arithmetic in the master's dtype; the factor in fp64. A copy equals its master rounded once.

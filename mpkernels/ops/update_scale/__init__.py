@@ -6,6 +6,7 @@
     else:                       growth_tracker += 1; at growth_interval: growth_tracker = 0,
                                 hysteresis_tracker = hysteresis, grad_scale = min(grad_scale * growth_factor, max_scale)
     skipped = [steps skipped, skipped in a row]
+    A count that has no room left in its dtype stays.
 
 Shapes and dtypes
     | tensor             | shape | dtype |
@@ -20,13 +21,15 @@ Numerics
     NOTE: torch leaves a scale as it is where growth would make it inf, and lets it fall to 0; here max_scale and min_scale
     bound it.
 Raises
-    RuntimeError for shapes, dtypes and devices other than these.
+    RuntimeError for shapes, dtypes and devices other than these, for tensors that share memory or overlap themselves.
+    Nothing is written then.
 Source: torch.amp.GradScaler (`_amp_update_scale_`); hysteresis as in Megatron-LM's DynamicGradScaler.
 """
 
 import torch
 
 from mpkernels._dispatch import Implementation, Op
+from mpkernels.ops._memory import check_memory
 from mpkernels.ops._multi_tensor import check_tensor
 
 
@@ -34,12 +37,19 @@ def _check(
     grad_scale, growth_tracker, hysteresis_tracker, skipped, found_inf, growth_factor, backoff_factor, growth_interval,
     hysteresis, min_scale, max_scale,
 ) -> None:  # fmt: skip
-    device = grad_scale.device
-    check_tensor("update_scale_", "grad_scale", grad_scale, (), torch.float32, device)
-    check_tensor("update_scale_", "growth_tracker", growth_tracker, (), torch.int32, device)
-    check_tensor("update_scale_", "hysteresis_tracker", hysteresis_tracker, (), torch.int32, device)
-    check_tensor("update_scale_", "skipped", skipped, (2,), torch.int64, device)
-    check_tensor("update_scale_", "found_inf", found_inf, (), torch.float32, device)
+    op, device = "update_scale_", grad_scale.device
+    check_tensor(op, "grad_scale", grad_scale, (), torch.float32, device)
+    check_tensor(op, "growth_tracker", growth_tracker, (), torch.int32, device)
+    check_tensor(op, "hysteresis_tracker", hysteresis_tracker, (), torch.int32, device)
+    check_tensor(op, "skipped", skipped, (2,), torch.int64, device)
+    check_tensor(op, "found_inf", found_inf, (), torch.float32, device)
+    if not abs(hysteresis) < 2**31:
+        raise RuntimeError(f"{op}: hysteresis must fit the tracker's int32, got {hysteresis}")
+    written = {
+        "grad_scale": grad_scale, "growth_tracker": growth_tracker, "hysteresis_tracker": hysteresis_tracker,
+        "skipped": skipped,
+    }  # fmt: skip
+    check_memory(op, written=written, read={"found_inf": found_inf})
 
 
 op = Op(

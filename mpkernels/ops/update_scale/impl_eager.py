@@ -13,9 +13,9 @@ def update_scale_(
     hysteresis, min_scale, max_scale,
 ):  # fmt: skip
     overflow = found_inf != 0
-    good_steps = torch.where(overflow, 0, growth_tracker + 1)
-    grow = good_steps >= growth_interval
-    lives = hysteresis_tracker - overflow.int()
+    good_steps = torch.where(overflow, 0, _count_up(growth_tracker))
+    grow = good_steps.long() >= growth_interval  # which may be beyond int32
+    lives = hysteresis_tracker.clamp(min=0) - overflow.int()
     back_off = overflow & (lives <= 0)
 
     scale = grad_scale.double()  # as torch: the factor is not rounded to fp32 before it is applied
@@ -24,5 +24,10 @@ def update_scale_(
     grad_scale.copy_(torch.where(back_off, backed_off, torch.where(grow, grown, scale)))  # round: fp64 -> fp32
     growth_tracker.copy_(torch.where(grow, 0, good_steps))
     hysteresis_tracker.copy_(torch.where(grow, hysteresis, lives.clamp(min=0)))
-    in_a_row = torch.where(overflow, skipped[1] + 1, 0)
-    skipped.copy_(torch.stack([skipped[0] + overflow, in_a_row]))
+    more = _count_up(skipped)
+    skipped.copy_(torch.stack([torch.where(overflow, more[0], skipped[0]), torch.where(overflow, more[1], 0)]))
+
+
+def _count_up(count: torch.Tensor) -> torch.Tensor:
+    """One more, or as many as the dtype can say."""
+    return count + (count < torch.iinfo(count.dtype).max).to(count.dtype)

@@ -6,6 +6,14 @@ import triton.language as tl
 
 from mpkernels.ops._triton_kernels import double
 
+MOST_INT32, MOST_INT64 = tl.constexpr(2**31 - 1), tl.constexpr(2**63 - 1)
+
+
+@triton.jit
+def count_up(count, MOST: tl.constexpr):
+    """One more, or as many as the dtype can say."""
+    return count + (count < MOST).to(count.dtype)
+
 
 @triton.jit
 def update_scale_kernel(
@@ -16,9 +24,9 @@ def update_scale_kernel(
     # ----- load
     overflow = tl.load(found_inf_ptr) != 0  # NOTE: true for NaN
     scale = tl.load(grad_scale_ptr).to(tl.float64)
-    lives = tl.load(hysteresis_tracker_ptr) - overflow.to(tl.int32)
-    good_steps = tl.where(overflow, 0, tl.load(growth_tracker_ptr) + 1)
-    in_a_row = tl.where(overflow, tl.load(skipped_ptr + skipped_stride) + 1, 0)
+    lives = tl.maximum(tl.load(hysteresis_tracker_ptr), 0) - overflow.to(tl.int32)
+    good_steps = tl.where(overflow, 0, count_up(tl.load(growth_tracker_ptr), MOST_INT32))
+    in_a_row = tl.where(overflow, count_up(tl.load(skipped_ptr + skipped_stride), MOST_INT64), 0)
     # ----- update
     grow = good_steps >= growth_interval
     grown, backed_off = scale * double(growth_factor), scale * double(backoff_factor)
@@ -29,5 +37,6 @@ def update_scale_kernel(
     tl.store(grad_scale_ptr, scale.to(tl.float32))  # round: fp64 -> fp32
     tl.store(growth_tracker_ptr, tl.where(grow, 0, good_steps))
     tl.store(hysteresis_tracker_ptr, tl.where(grow, hysteresis, tl.maximum(lives, 0)))
-    tl.store(skipped_ptr, tl.load(skipped_ptr) + overflow.to(tl.int64))
+    all_skipped = tl.load(skipped_ptr)
+    tl.store(skipped_ptr, tl.where(overflow, count_up(all_skipped, MOST_INT64), all_skipped))
     tl.store(skipped_ptr + skipped_stride, in_a_row)
