@@ -22,6 +22,8 @@ KERNELS = {  # how many there are for each architecture
     "update_scale_kernel": 1,
 }  # fmt: skip
 NARROW_MOMENTS = "BFloat16"  # in a kernel's name: moments of half the master's width, read and written 8 bytes at a time
+DTYPES = 4
+MOST_PER_ELEMENT = 5.6  # instructions of a loop over 16-bit gradients, loads and addresses included
 BLOCKS_PER_SM, THREADS, REGISTERS_PER_SM = 2, 256, 65536
 
 
@@ -57,6 +59,37 @@ def usage(sm: int) -> dict[str, dict[str, int]]:
     text = "".join(of_architecture(run("-res-usage"), sm))
     found = re.findall(r"Function (\S+):\s*\n?\s*(REG:.*)", text)
     return {name: {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)} for name, line in found if kind(name)}
+
+
+@functools.cache
+def blocks(sm: int, kernel: str) -> dict[str, list[list[tuple[str, str]]]]:
+    """(opcode, operands) of each instruction of the kernels of that kind, by mangled name, cut at the branches."""
+    text = run("-sass", "-arch", f"sm_{sm}{'a' if sm == 90 else ''}")
+    parts = re.split(r"Function : (\S+)", text)[1:]
+    line = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)\s*(.*?);")
+    result = {}
+    for name, code in zip(parts[::2], parts[1::2]):
+        if kind(name) == kernel:
+            result[name] = [[]]
+            for instruction in line.findall(code):
+                result[name][-1].append(instruction)
+                if instruction[0].startswith(("BRA", "EXIT")):
+                    result[name].append([])
+    return result
+
+
+def loads_in_flight(block: list[tuple[str, str]], load: str) -> int:
+    """How many of these loads are issued before the first instruction that reads what one of them brings."""
+    on_their_way, count = set(), 0
+    for opcode, operands in block:
+        to, _, rest = operands.partition(",")
+        if on_their_way & set(re.findall(r"\bR\d+", rest)):
+            break
+        if opcode.startswith("LDG") and load in opcode:
+            first = int(re.match(r"R(\d+)", to)[1])
+            on_their_way |= {f"R{first + i}" for i in range(4 if ".128" in opcode else 2 if ".64" in opcode else 1)}
+            count += 1
+    return count
 
 
 @functools.cache
@@ -121,6 +154,30 @@ def test_cuda_skip_comes_before_any_other_load(sm):
             before = [op.split(".")[0] for op in code[: code.index("EXIT")]]
             assert before.count("LDG") == 2, name
             assert not {"STG", "LD", "ST", "BAR"} & set(before), name
+
+
+def test_cuda_stats_loads_are_in_flight_together(sm):
+    """Of each thread three or four vectors of a gradient, whatever its dtype, with the norm and without."""
+    for name, parts in blocks(sm, "chunk_kernel").items():
+        loops = [part for part in parts if sum(".128" in opcode for opcode, _ in part) == 4]
+        assert len(loops) == len(DTYPES), name
+        assert min(loads_in_flight(part, ".128") for part in loops) >= 3, name
+
+
+def test_cuda_stats_take_few_instructions_an_element(sm):
+    """Without the norm: reading 16-bit gradients is then bound by memory and not by arithmetic."""
+    ((_, parts),) = [(n, p) for n, p in blocks(sm, "chunk_kernel").items() if "ILb0E" in n]
+    elements = 4 * 16 // 2
+    shifts = lambda part: sum(opcode.startswith(("SHF", "IMAD.SHL", "IMAD.U32")) for opcode, _ in part)
+    loops = [p for p in parts if sum(".128" in opcode for opcode, _ in p) == 4 and shifts(p) >= elements]
+    assert len(loops) == 2, "fp16 and bf16, each by two shifts of a word"
+    assert all(len(part) <= MOST_PER_ELEMENT * elements for part in loops), [len(part) / elements for part in loops]
+
+
+def test_cuda_stats_of_a_tensor_load_four_chunks_at_once(sm):
+    """Each lane of the warp that sums a tensor has four chunks, of three numbers each, on their way."""
+    (parts,) = blocks(sm, "tensor_kernel").values()
+    assert max(loads_in_flight(part, ".64") for part in parts) >= 12
 
 
 def test_cuda_library_needs_no_driver():

@@ -7,7 +7,7 @@ import bounds
 import numpy as np
 import pytest
 import torch
-from steps import BAD_SCALES, BAD_VALUES, DTYPES, SIZES, check_raises_unchanged, counts, force, layouts, raw, scalar
+from steps import BAD_SCALES, BAD_VALUES, DTYPES, SIZES, check_raises_unchanged, counts, force, layouts, raw, scalar, split
 from steps import targets as targets_of
 
 from mpkernels.ops.grad_stats import op, reference
@@ -215,6 +215,37 @@ def test_grad_stats_rejects_a_norm_in_fp32(device):
     exact = reference.grad_stats([g.cpu() for g in grads], 1.0)[3]
     with pytest.raises(AssertionError, match="grad_norm"):
         bounds.check_norm(in_fp32, exact, sum(SIZES))
+
+
+@pytest.mark.parametrize("sizes", [(257,), (3, 40_000, 0, 5)], ids=str)
+def test_grad_stats_norm_of_any_magnitude(device, sizes):
+    """fp64 gradients whose squares over- or underflow, alone and beside others; a repeat has the same bits."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(sum(sizes), generator=generator, dtype=torch.float64)
+    spread = 10 ** (-40 * torch.rand(len(whole), generator=generator, dtype=torch.float64))
+    for size in (1e-300, 1e-154, 1e-150, 1e-144, 1e144, 1e150, 1e154, 1e200, 1e300):
+        for values in (whole * size, whole * spread * size):
+            grads = [t.to(device) for t in split(values, sizes)]
+            for grad_scale in (1.0, 2.0**-9):
+                first, again = (stats(grads, grad_scale)["grad_norm"] for _ in range(2))
+                bounds.check_norm(first.item(), reference.grad_stats(split(values, sizes), grad_scale)[3], len(whole))
+                assert raw([first]) == raw([again])
+
+
+def test_grad_stats_norm_of_mixed_magnitudes(device):
+    """One tensor tiny, one usual, one huge, in every order; zeros and what is not finite among them."""
+    at = lambda size, dtype=torch.float64: torch.full((300,), size, dtype=torch.float64).to(device, dtype)
+    usual = at(3.0, torch.float16)
+    for some in ([at(1e-200), at(1e-180)], [at(1e-160), usual], [at(1e200), usual, at(1e-200)], [usual, at(0.0), at(1e190)],
+                 [at(1e-145), at(1e-144)], [at(2.0**480), at(2.0**479)], [at(0.0)], [at(5e-324), at(0.0)]):  # fmt: skip
+        for grads in (some, some[::-1]):
+            exact = reference.grad_stats([g.cpu() for g in grads], 1.0)[3]
+            bounds.check_norm(stats(grads, None)["grad_norm"].item(), exact, 300 * len(grads))
+    for bad in BAD_VALUES:
+        for size in (1e-200, 1e200):
+            grads = [at(size), at(size)]
+            grads[1][7] = bad
+            assert not stats(grads, None)["grad_norm"].isfinite()
 
 
 def test_grad_stats_bumps_versions(device):

@@ -96,7 +96,8 @@ def _grad_stats(every: bool):
         signature = partial | {f"partial_{name}": kind for name, kind in partial.items()}
         signature |= dict(starts_ptr="*i64:16", is_double_ptr="*i64:16", bad_ptr="*i32:16")
         yield tensor_kernel, signature | dict(amax_stride="i32:1", nonfinite_stride="i32:1") | scale, constexprs, {}
-        signature = dict(bad_ptr="*i32:16", squares_ptr="*fp64:16", n="i32", found_inf_ptr="*fp32:16")
+        signature = dict(bad_ptr="*i32:16", squares_ptr="*fp64:16", amax_ptr="*fp64:16", amax_stride="i32:1", n="i32")
+        signature |= dict(found_inf_ptr="*fp32:16")
         norms, absent = ({"grad_norm_ptr": "*fp64:16"}, {}) if norm else ({}, {"grad_norm_ptr": None})
         yield verdict_kernel, signature | norms | scale, constexprs | absent, {}
 

@@ -38,8 +38,9 @@ struct AdamwUpdate {
 
   template <int N>
   __device__ bool aligned(int64_t i) const {
-    return is_vector<N>(grad, grad_dtype, i) && is_vector<N>(copy, copy_dtype, i) && is_aligned(master + i, kWidest) &&
-           is_vector<N>(exp_avg + i) && is_vector<N>(exp_avg_sq + i) && (!kMax || is_vector<N>(max_exp_avg_sq + i));
+    return is_vector<N>(grad, grad_dtype, i) && (copy == nullptr || is_vector<N>(copy, copy_dtype, i)) &&
+           is_aligned(master + i, kWidest) && is_vector<N>(exp_avg + i) && is_vector<N>(exp_avg_sq + i) &&
+           (!kMax || is_vector<N>(max_exp_avg_sq + i));
   }
 
   template <int N>
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) adamw_kernel(MPK_GRID_
 
   // map block to chunk
   const auto& tensors = a.tensors;
-  const Chunk chunk = tensors.find(blockIdx.x);
+  const TensorChunk chunk = tensors.find(blockIdx.x);
   const int i = chunk.tensor;
 
   // scalars, once a block: fp64 is slow

@@ -19,7 +19,7 @@ constexpr int kMostTensors = 640;
 constexpr int64_t kChunkUnit = 16384;  // elements; chunks are multiples of it, and so of every vector
 
 // A piece of one tensor: elements [begin, end).
-struct Chunk {
+struct TensorChunk {
   int tensor;
   int64_t begin, end;
 };
@@ -57,7 +57,7 @@ struct TensorTable {
   MPK_HOST_DEVICE int64_t end_chunk(int tensor) const { return tensor + 1 < count ? first_chunk[tensor + 1] : chunks; }
 
   // The last tensor that starts at or before `chunk`: those without elements own no chunk.
-  MPK_HOST_DEVICE Chunk find(int chunk) const {
+  MPK_HOST_DEVICE TensorChunk find(int chunk) const {
     int low = 0, high = count;
     while (high - low > 1) {
       const int middle = (low + high) / 2;

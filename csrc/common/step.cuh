@@ -194,7 +194,7 @@ __device__ inline void update_span(const Update& update, int64_t begin, int64_t 
 // Vectors where all lists of the tensor are aligned at the same element, single elements before, behind, and where they are
 // never aligned together.
 template <class T, class Update>
-__device__ inline void update_chunk(const Update& update, const Chunk& chunk) {
+__device__ inline void update_chunk(const Update& update, const TensorChunk& chunk) {
   constexpr int N = kWidest / sizeof(T);
   const int64_t past = reinterpret_cast<uintptr_t>(update.master) / sizeof(T) % N;
   int64_t body = chunk.begin + (N - past) % N;  // a chunk begins at a multiple of N

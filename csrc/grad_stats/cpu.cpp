@@ -19,12 +19,6 @@
 namespace mpk {
 namespace {
 
-struct Stats {
-  double amax = 0;
-  int64_t nonfinite = 0;
-  double squares = 0;
-};
-
 // A piece of a tensor is scanned for its largest magnitude, as bits and with NaN above inf; what is not finite is counted only
 // where that says that there is something to count.
 
@@ -161,6 +155,21 @@ auto find_largest_magnitude_and_squares() {
   return largest_magnitude_and_squares<T>;
 }
 
+// Of numbers times `scale`, in the same order.
+MPK_CLONES double scaled_squares(const double* grad, int64_t n, double scale) {
+  Lanes<double> lanes;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const double x = grad[i + lane] * scale;
+      lanes.squares[lane] += x * x;
+    }
+  }
+  double sum = 0;
+  for (; i < n; ++i) sum += grad[i] * scale * (grad[i] * scale);
+  return std::accumulate(lanes.squares, lanes.squares + kLanes, sum);
+}
+
 // The count of what is not finite in a piece, and the largest magnitude that is not NaN.
 template <class T>
 int64_t count(const T* grad, int64_t n, typename Bits<T>::type& amax) {
@@ -178,6 +187,10 @@ void stats_run(const void* grads, int64_t begin, int64_t end, bool with_norm, St
   auto amax = with_norm ? find_largest_magnitude_and_squares<T>()(grad, n, stats.squares) : largest_magnitude(grad, n);
   if (amax >= Bits<T>::kInf) stats.nonfinite = count(grad, n, amax);
   stats.amax = convert<double>(c10::bit_cast<T>(amax));
+  if constexpr (std::is_same_v<T, double>) {
+    const double scale = square_scale(size_class(stats.amax));
+    if (with_norm && scale != 1 && stats.amax > 0) stats.squares = scaled_squares(grad, n, scale);
+  }
 }
 
 auto find_run(ScalarType dtype) {
@@ -189,13 +202,9 @@ auto find_run(ScalarType dtype) {
 }
 
 Stats total(const Runs& runs, int64_t tensor, const std::vector<Stats>& pieces) {
-  Stats sum;
+  Stats sum{};
   if (runs.numel(tensor) == 0) return sum;
-  for (int64_t i = runs.first_piece(tensor); i <= runs.last_piece(tensor); ++i) {
-    sum.amax = std::max(sum.amax, pieces[i].amax);
-    sum.nonfinite += pieces[i].nonfinite;
-    sum.squares += pieces[i].squares;
-  }
+  for (int64_t i = runs.first_piece(tensor); i <= runs.last_piece(tensor); ++i) sum.merge(pieces[i]);
   return sum;
 }
 
@@ -215,17 +224,17 @@ void grad_stats_(Tensor grads_, std::optional<Tensor> grad_scale, Tensor found_i
   const float scale = value_of<float>(grad_scale).value_or(1);
   const double inv = inv_scale(scale);
   bool bad = !is_good_scale(scale);
-  double squares = 0;
+  Stats all{};
   for (int64_t i = 0; i < grads.size(); ++i) {
     const Stats stats = total(runs, i, pieces);
     amax.mutable_data_ptr<double>()[i * amax.stride(0)] = stats.amax;
     nonfinite.mutable_data_ptr<int64_t>()[i * nonfinite.stride(0)] = stats.nonfinite;
     const bool is_double = grads.dtype(i) == ScalarType::Double;
     bad |= stats.nonfinite > 0 || (is_double ? overflows<double> : overflows<float>)(stats.amax, inv);
-    squares += stats.squares;
+    all.merge(stats);
   }
   *found_inf.mutable_data_ptr<float>() = bad;
-  if (grad_norm) *grad_norm->mutable_data_ptr<double>() = std::sqrt(squares) * inv;
+  if (grad_norm) *grad_norm->mutable_data_ptr<double>() = all.norm(inv);
 }
 
 }  // namespace

@@ -20,49 +20,25 @@ constexpr int kLanes = 32;
 constexpr int kInFlight = 4;           // 16-byte loads of a thread
 constexpr int64_t kMostChunks = 4096;  // or the reduction of one large tensor, by one warp, takes longer than its chunks
 
-struct Stats {
-  double amax, squares;
-  int64_t nonfinite;
-
-  __device__ void merge(const Stats& other) {
-    amax = other.amax > amax ? other.amax : amax;
-    squares += other.squares;
-    nonfinite += other.nonfinite;
-  }
-
-  __device__ Stats from_lane_above(int distance) const {
-    return {__shfl_down_sync(~0u, amax, distance), __shfl_down_sync(~0u, squares, distance),
-            __shfl_down_sync(~0u, static_cast<long long>(nonfinite), distance)};
-  }
-};
-
-// What the verdict needs to know of one tensor, or of many.
-struct Total {
-  double squares;
-  int64_t overflows;
-
-  __device__ void merge(const Total& other) {
-    squares += other.squares;
-    overflows += other.overflows;
-  }
-
-  __device__ Total from_lane_above(int distance) const {
-    return {__shfl_down_sync(~0u, squares, distance), __shfl_down_sync(~0u, static_cast<long long>(overflows), distance)};
-  }
-};
+__device__ Stats from_lane_above(const Stats& stats, int distance) {
+  Stats other;
+  other.amax = __shfl_down_sync(~0u, stats.amax, distance);
+  other.squares = __shfl_down_sync(~0u, stats.squares, distance);
+  other.nonfinite = __shfl_down_sync(~0u, static_cast<long long>(stats.nonfinite), distance);
+  return other;
+}
 
 // The sum of a warp, in its lane 0.
-template <class S>
-__device__ S reduce_warp(S sum) {
+__device__ Stats reduce_warp(Stats sum) {
 #pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) sum.merge(sum.from_lane_above(distance));
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) sum.merge(from_lane_above(sum, distance));
   return sum;
 }
 
 // The sum of a block, in its thread 0.
-template <class S>
-__device__ S reduce_block(S sum) {
-  __shared__ S sums[kThreads];
+__device__ Stats reduce_block(const Stats& share) {
+  __shared__ Stats sums[kThreads];
+  Stats sum = share;
   sums[threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.x >= kLanes) return sum;
@@ -80,21 +56,66 @@ struct StatsArguments {
 };
 static_assert(sizeof(StatsArguments) <= kArgumentBytes);
 
-// One thread's share of a chunk.
+// The largest magnitude, as bits and with NaN above inf. Two 16-bit numbers at a time: shifted to the upper end of a word, of
+// which the lower half decides nothing, so that each takes two instructions.
+template <class T, int N>
+__device__ inline typename Bits<T>::type largest_magnitude(const Elements<T, N> (&x)[kInFlight]) {
+  using I = typename Bits<T>::type;
+  if constexpr (sizeof(T) == 2) {
+    uint32_t largest[2] = {0, 0};
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      uint32_t words[(N + 1) / 2];
+      if constexpr (N == 1) {
+        words[0] = c10::bit_cast<uint16_t>(x[k]);
+      } else {
+        memcpy(words, &x[k], sizeof(words));
+      }
+#pragma unroll
+      for (const uint32_t word : words) {
+        largest[0] = max(largest[0], word << 17);
+        largest[1] = max(largest[1], word << 1);
+      }
+    }
+    return static_cast<I>(max(largest[0], largest[1]) >> 17);
+  } else {
+    I largest = 0;
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) largest = max(largest, c10::bit_cast<I>(x[k].at[j]) & Bits<T>::kMagnitude);
+    }
+    return largest;
+  }
+}
+
+// One thread's share of a chunk. What is not finite is counted only where the largest magnitude says that there is some.
 template <class T, bool kNorm>
 struct Share {
   using I = typename Bits<T>::type;
+  double scale = 1;  // of the squares
   I amax = 0;
   int64_t nonfinite = 0;
   double squares = 0;
 
   __device__ void add(T grad) {
-    I count = 0;
-    grad_stats_element<T>(c10::bit_cast<I>(grad), amax, count);
-    nonfinite += count;
-    if constexpr (kNorm) {
-      const double x = convert<double>(grad);
-      squares = fma(x, x, squares);
+    double x = convert<double>(grad);
+    if constexpr (std::is_same_v<T, double>) x *= scale;
+    squares = fma(x, x, squares);
+  }
+
+  // N elements kInFlight times over, read again.
+  template <int N>
+  __device__ void count(const T* grad, int64_t begin, int64_t end) {
+#pragma unroll 1
+    for (int i = 0; i < kInFlight * N; ++i) {
+      const int64_t at = begin + i / N * int64_t{kThreads} * N + i % N;
+      if (at >= end) return;
+      Elements<T, 1> x;
+      load<KeepInCache>(grad + at, x);
+      I count = 0;
+      grad_stats_element<T>(c10::bit_cast<I>(x.at[0]), amax, count);
+      nonfinite += count;
     }
   }
 
@@ -108,32 +129,53 @@ struct Share {
         memset(&x[k], 0, sizeof(x[k]));  // zeros add nothing
         if (i + k * kStride < end) load<KeepInCache>(grad + i + k * kStride, x[k]);
       }
+      const I largest = largest_magnitude(x);
+      if (largest >= Bits<T>::kInf) {
+        count<N>(grad, i, end);
+      } else {
+        amax = max(amax, largest);
+      }
+      if constexpr (kNorm) {
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) {
+        for (int k = 0; k < kInFlight; ++k) {
 #pragma unroll
-        for (int j = 0; j < N; ++j) add(x[k].at[j]);
+          for (int j = 0; j < N; ++j) add(x[k].at[j]);
+        }
       }
     }
   }
+
+  __device__ void add_all(const T* grad, int64_t begin, int64_t end) {
+    constexpr int N = kWidest / sizeof(T);
+    const int64_t past = reinterpret_cast<uintptr_t>(grad) / sizeof(T) % N;
+    const int64_t head = begin + (N - past) % N, body = head < end ? head : end, tail = body + (end - body) / N * N;
+    add_span<N>(grad, body, tail);
+#pragma unroll 1
+    for (int part = 0; part < 2; ++part) add_span<1>(grad, part ? tail : begin, part ? end : body);
+  }
+
+  __device__ Stats stats() const { return {convert<double>(c10::bit_cast<T>(amax)), squares, nonfinite}; }
 };
 
 template <class T, bool kNorm>
 __device__ Stats stats_of(const char* data, int64_t begin, int64_t end) {
-  constexpr int N = kWidest / sizeof(T);
   const T* grad = reinterpret_cast<const T*>(data);
-  const int64_t past = reinterpret_cast<uintptr_t>(grad) / sizeof(T) % N;
-  const int64_t head = begin + (N - past) % N, body = head < end ? head : end, tail = body + (end - body) / N * N;
   Share<T, kNorm> share;
-  share.template add_span<N>(grad, body, tail);
-#pragma unroll 1
-  for (int part = 0; part < 2; ++part) share.template add_span<1>(grad, part ? tail : begin, part ? end : body);
-  return {convert<double>(c10::bit_cast<T>(share.amax)), share.squares, share.nonfinite};
+  share.add_all(grad, begin, end);
+  if constexpr (kNorm && std::is_same_v<T, double>) {
+    const double scale = square_scale(size_class(share.stats().amax));
+    if (scale != 1 && share.amax > 0) {
+      share = {scale};
+      share.add_all(grad, begin, end);
+    }
+  }
+  return share.stats();
 }
 
 template <bool kNorm>
 __global__ void __launch_bounds__(kThreads) chunk_kernel(MPK_GRID_CONSTANT(StatsArguments) a) {
   // map block to chunk
-  const Chunk chunk = a.tensors.find(blockIdx.x);
+  const TensorChunk chunk = a.tensors.find(blockIdx.x);
   const char* grad = a.tensors.data[0][chunk.tensor];
   const ScalarType dtype = a.tensors.grad_dtype[chunk.tensor];
 
@@ -167,15 +209,28 @@ struct Verdict {
   __device__ float scale() const { return grad_scale == nullptr ? 1 : *grad_scale; }
 };
 
-// A warp for each tensor.
-__global__ void __launch_bounds__(kThreads) tensor_kernel(MPK_GRID_CONSTANT(StatsArguments) a, Verdict verdict, Total* rows) {
+// A warp for each tensor. kAtOnce sums in a fixed order: as many chunks of each lane are on their way from memory.
+__global__ void __launch_bounds__(kThreads) tensor_kernel(MPK_GRID_CONSTANT(StatsArguments) a, Verdict verdict, Stats* rows) {
   const int i = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   if (i >= a.tensors.count) return;
-  Stats stats{0, 0, 0};
-  for (int64_t chunk = a.tensors.first_chunk[i] + lane; chunk < a.tensors.end_chunk(i); chunk += kLanes) {
-    stats.merge(a.chunks[chunk]);
+  constexpr int kAtOnce = 4;
+  const int64_t begin = a.tensors.first_chunk[i], end = a.tensors.end_chunk(i);
+  Stats sums[kAtOnce] = {};
+  for (int64_t chunk = begin; chunk < end; chunk += kAtOnce * kLanes) {
+    Stats next[kAtOnce] = {};
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int64_t mine = chunk + k * kLanes + lane;
+      if (mine < end) next[k] = a.chunks[mine];
+    }
+    __threadfence_block();  // or the compiler puts off the loads
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) sums[k].merge(next[k]);
   }
-  stats = reduce_warp(stats);
+  sums[0].merge(sums[1]);
+  sums[2].merge(sums[3]);
+  sums[0].merge(sums[2]);
+  const Stats stats = reduce_warp(sums[0]);
   if (lane != 0) return;
   const int64_t row = a.tensors.row[i];
   const double inv = inv_scale(verdict.scale());
@@ -183,20 +238,20 @@ __global__ void __launch_bounds__(kThreads) tensor_kernel(MPK_GRID_CONSTANT(Stat
   const bool too_large = is_double ? overflows<double>(stats.amax, inv) : overflows<float>(stats.amax, inv);
   verdict.amax[row * verdict.amax_stride] = stats.amax;
   verdict.nonfinite[row * verdict.nonfinite_stride] = stats.nonfinite;
-  rows[row] = {stats.squares, stats.nonfinite > 0 || too_large};
+  rows[row] = {stats.amax, stats.squares, stats.nonfinite > 0 || too_large};
 }
 
 // ----- verdict -----
 
-// One block.
-__global__ void __launch_bounds__(kThreads) verdict_kernel(Verdict verdict, const Total* rows, int64_t count) {
-  Total total{0, 0};
+// One block. nonfinite of a row is 1 where the tensor overflows.
+__global__ void __launch_bounds__(kThreads) verdict_kernel(Verdict verdict, const Stats* rows, int64_t count) {
+  Stats total{};
   for (int64_t i = threadIdx.x; i < count; i += kThreads) total.merge(rows[i]);
   total = reduce_block(total);
   if (threadIdx.x != 0) return;
   const float scale = verdict.scale();
-  *verdict.found_inf = !is_good_scale(scale) || total.overflows > 0;
-  if (verdict.grad_norm != nullptr) *verdict.grad_norm = std::sqrt(total.squares) * inv_scale(scale);
+  *verdict.found_inf = !is_good_scale(scale) || total.nonfinite > 0;
+  if (verdict.grad_norm != nullptr) *verdict.grad_norm = total.norm(inv_scale(scale));
 }
 
 // ----- on the host -----
@@ -214,7 +269,7 @@ Tensor scratch(const Tensor& like, int64_t count) {
   return torch::stable::new_empty(like, {count * static_cast<int64_t>(sizeof(S))}, ScalarType::Byte);
 }
 
-void launch_table(StatsArguments& a, const Tensor& like, const Verdict& verdict, Total* rows, cudaStream_t stream) {
+void launch_table(StatsArguments& a, const Tensor& like, const Verdict& verdict, Stats* rows, cudaStream_t stream) {
   const Tensor chunks = scratch<Stats>(like, std::max(a.tensors.chunks, 1));
   a.chunks = static_cast<Stats*>(chunks.mutable_data_ptr());
   const auto kernel = verdict.grad_norm != nullptr ? chunk_kernel<true> : chunk_kernel<false>;
@@ -234,8 +289,8 @@ void grad_stats_(Tensor grads_, std::optional<Tensor> grad_scale, Tensor found_i
                         grad_norm ? grad_norm->mutable_data_ptr<double>() : nullptr,
                         amax.stride(0),
                         nonfinite.stride(0)};
-  const Tensor totals = scratch<Total>(found_inf, grads.size());
-  Total* rows = static_cast<Total*>(totals.mutable_data_ptr());
+  const Tensor totals = scratch<Stats>(found_inf, grads.size());
+  Stats* rows = static_cast<Stats*>(totals.mutable_data_ptr());
   StatsArguments a;
   const int64_t length = chunk_length(grads);
   a.tensors.clear(length);
@@ -248,7 +303,7 @@ void grad_stats_(Tensor grads_, std::optional<Tensor> grad_scale, Tensor found_i
     a.tensors.clear(length);
   }
   if (a.tensors.count > 0) launch_table(a, found_inf, verdict, rows, device.stream());
-  launch(verdict_kernel, 1, kThreads, 0, device.stream(), verdict, static_cast<const Total*>(rows), grads.size());
+  launch(verdict_kernel, 1, kThreads, 0, device.stream(), verdict, static_cast<const Stats*>(rows), grads.size());
 }
 
 }  // namespace

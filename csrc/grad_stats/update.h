@@ -54,4 +54,43 @@ MPK_HOST_DEVICE inline bool overflows(double amax, double inv_scale) {
   return !std::isfinite(static_cast<float>(amax) * static_cast<float>(inv_scale));
 }
 
+// Squares of fp64 gradients can over- and underflow. A sum of squares is that of gradients times a power of 2, which depends on
+// the largest of them: 1 for all that fp32 and 16 bits can say, or else one with which nothing is lost.
+enum class Size { kTiny, kUsual, kHuge };
+
+MPK_HOST_DEVICE inline Size size_class(double amax) {
+  return amax >= 0x1p480 ? Size::kHuge : amax < 0x1p-480 ? Size::kTiny : Size::kUsual;
+}
+
+MPK_HOST_DEVICE inline double square_scale(Size size) {
+  return size == Size::kHuge ? 0x1p-600 : size == Size::kTiny ? 0x1p600 : 1;
+}
+
+// What is known of some gradients; Stats{} of none.
+struct Stats {
+  double amax, squares;  // squares: of the gradients times square_scale(size_class(amax))
+  int64_t nonfinite;
+
+  MPK_HOST_DEVICE void merge(const Stats& other) {
+    const double largest = other.amax > amax ? other.amax : amax;
+    squares = squares_for(largest) + other.squares_for(largest);
+    amax = largest;
+    nonfinite += other.nonfinite;
+  }
+
+  // Their norm times `inv_scale`.
+  MPK_HOST_DEVICE double norm(double inv_scale) const {
+    const Size size = size_class(amax);
+    const double unscale = size == Size::kHuge ? 0x1p600 : size == Size::kTiny ? 0x1p-600 : 1;
+    return std::sqrt(squares) * inv_scale * unscale;
+  }
+
+  // The sum as it is where `largest` is the largest: beside a huge one, tiny ones are nothing.
+  MPK_HOST_DEVICE double squares_for(double largest) const {
+    const int up = static_cast<int>(size_class(largest)) - static_cast<int>(size_class(amax));
+    const double scale = up == 0 ? 1 : up == 1 ? 0x1p-600 : 0;
+    return squares * scale * scale;
+  }
+};
+
 }  // namespace mpk

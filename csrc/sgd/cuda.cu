@@ -38,8 +38,8 @@ struct SgdUpdate {
 
   template <int N>
   __device__ bool aligned(int64_t i) const {
-    return is_vector<N>(grad, grad_dtype, i) && is_vector<N>(copy, copy_dtype, i) && is_aligned(master + i, kWidest) &&
-           (!kMomentum || is_vector<N>(momentum_buffer + i));
+    return is_vector<N>(grad, grad_dtype, i) && (copy == nullptr || is_vector<N>(copy, copy_dtype, i)) &&
+           is_aligned(master + i, kWidest) && (!kMomentum || is_vector<N>(momentum_buffer + i));
   }
 
   template <int N>
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) sgd_kernel(MPK_GRID_CO
 
   // map block to chunk
   const auto& tensors = a.tensors;
-  const Chunk chunk = tensors.find(blockIdx.x);
+  const TensorChunk chunk = tensors.find(blockIdx.x);
   const int i = chunk.tensor;
 
   // scalars, once a block: fp64 is slow

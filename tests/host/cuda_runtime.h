@@ -76,6 +76,7 @@ T exchange(T value, unsigned from, const char* where) {
 }  // namespace host
 
 inline void __syncthreads() { host::sync_block(); }
+inline void __threadfence_block() {}  // one fiber at a time
 
 // The value of the lane `delta` above, one's own where there is none.
 template <class T>

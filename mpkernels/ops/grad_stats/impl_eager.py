@@ -13,7 +13,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 def grad_stats_(grads, grad_scale, found_inf, amax, nonfinite, grad_norm=None):
     inv = inv_scale(grad_scale, grads[0].device)
     bad = ~inv.isfinite() | (inv <= 0)
-    squares = torch.zeros((), dtype=torch.float64, device=inv.device)
+    norm = torch.zeros((), dtype=torch.float64, device=inv.device)
     for i, grad in enumerate(grads):
         work = grad.detach().to(torch.promote_types(grad.dtype, torch.float32))
         finite = work.isfinite()
@@ -23,7 +23,10 @@ def grad_stats_(grads, grad_scale, found_inf, amax, nonfinite, grad_norm=None):
         amax[i] = largest
         bad |= (nonfinite[i] > 0) | ~(largest * inv.to(work.dtype)).isfinite()
         if grad_norm is not None:
-            squares += work.double().square().sum()
+            wide = largest.double()  # squares of fp64 could over- or underflow
+            scale = torch.ones_like(wide).masked_fill(wide >= 2.0**480, 2.0**-600).masked_fill(wide < 2.0**-480, 2.0**600)
+            squares = (work.double() * scale).square().sum()
+            norm = torch.hypot(norm, squares.sqrt() * inv / scale)
     found_inf.copy_(bad)
     if grad_norm is not None:
-        grad_norm.copy_(squares.sqrt() * inv)
+        grad_norm.copy_(norm)

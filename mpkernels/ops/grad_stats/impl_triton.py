@@ -42,4 +42,4 @@ def grad_stats_(grads, grad_scale, found_inf, amax, nonfinite, grad_norm=None):
             starts, is_double, partial_amax, partial_nonfinite, partial_squares, grad_scale,
             amax, amax.stride(0), nonfinite, nonfinite.stride(0), bad, squares, **options,
         )  # fmt: skip
-        verdict_kernel[(1,)](bad, squares, n, grad_scale, found_inf, grad_norm, **options)
+        verdict_kernel[(1,)](bad, squares, amax, amax.stride(0), n, grad_scale, found_inf, grad_norm, **options)

@@ -7,7 +7,23 @@ Sums and their order do not depend on scheduling: the same bits every time.
 import triton
 import triton.language as tl
 
-from mpkernels.ops._triton_kernels import chunk_of, inv_scale, pointer
+from mpkernels.ops._triton_kernels import chunk_of, double, inv_scale, pointer
+
+HUGE, SHRINK = tl.constexpr(2.0**480), tl.constexpr(2.0**-600)
+TINY, GROW = tl.constexpr(2.0**-480), tl.constexpr(2.0**600)
+
+
+@triton.jit
+def square_scale(amax):
+    """The power of 2 that a sum of squares is taken of gradients times: as in csrc/grad_stats/update.h."""
+    return tl.where(amax >= HUGE, double(SHRINK), tl.where(amax < TINY, double(GROW), double(1.0)))
+
+
+@triton.jit
+def squares_for(squares, amax, largest):
+    """Sums of squares of gradients of which the largest are `amax`, as they are where it is `largest`."""
+    ratio = square_scale(largest) / square_scale(amax)
+    return tl.where(ratio == 1, squares, squares * ratio * ratio)
 
 
 @triton.jit
@@ -38,9 +54,18 @@ def chunk_kernel(
             largest, bad, squares = stats_formula(grad, largest, bad, squares, NORM)
     # ----- store
     out = tl.load(starts_ptr + place) + start // CHUNK
-    tl.store(amax_ptr + out, tl.max(largest, 0).to(tl.float64))
+    amax = tl.max(largest, 0).to(tl.float64)
+    tl.store(amax_ptr + out, amax)
     tl.store(nonfinite_ptr + out, tl.sum(bad, 0).to(tl.int64))
     if NORM:
+        if grad_type == tl.float64:  # whose squares can over- and underflow
+            scale = square_scale(amax)
+            if scale != 1:
+                squares = tl.zeros((BLOCK,), tl.float64)
+                for first in range(start, end, BLOCK):
+                    index = first + tl.arange(0, BLOCK)
+                    grad = tl.load(grad_ptr + index, mask=index < end, other=0.0) * scale
+                    squares += grad * grad
         tl.store(squares_ptr + out, tl.sum(squares, 0))
 
 
@@ -68,15 +93,19 @@ def tensor_kernel(
     start, end = tl.load(starts_ptr + place), tl.load(starts_ptr + place + 1)
     largest = tl.zeros((BLOCK,), tl.float64)
     nonfinite = tl.zeros((BLOCK,), tl.int64)
-    squares = tl.zeros((BLOCK,), tl.float64)
     for first in range(start, end, BLOCK):
         # ----- load, accumulate
         index = first + tl.arange(0, BLOCK)
         largest = tl.maximum(largest, tl.load(partial_amax_ptr + index, mask=index < end, other=0.0))
         nonfinite += tl.load(partial_nonfinite_ptr + index, mask=index < end, other=0)
-        if NORM:
-            squares += tl.load(partial_squares_ptr + index, mask=index < end, other=0.0)
     amax, total = tl.max(largest, 0), tl.sum(nonfinite, 0)
+    if NORM:
+        squares = tl.zeros((BLOCK,), tl.float64)
+        for first in range(start, end, BLOCK):
+            index = first + tl.arange(0, BLOCK)
+            some = tl.load(partial_squares_ptr + index, mask=index < end, other=0.0)
+            squares += squares_for(some, tl.load(partial_amax_ptr + index, mask=index < end, other=0.0), amax)
+        tl.store(squares_ptr + place, tl.sum(squares, 0))
     # ----- epilogue: a gradient is unscaled in fp32, and must be finite there too
     inv = inv_scale(grad_scale_ptr)
     in_fp32 = (amax.to(tl.float32) * inv.to(tl.float32)).to(tl.float64)
@@ -86,27 +115,33 @@ def tensor_kernel(
     tl.store(amax_ptr + place * amax_stride, amax)
     tl.store(nonfinite_ptr + place * nonfinite_stride, total)
     tl.store(bad_ptr + place, bad.to(tl.int32))
-    if NORM:
-        tl.store(squares_ptr + place, tl.sum(squares, 0))
 
 
 @triton.jit
 def verdict_kernel(
-    bad_ptr, squares_ptr, n, grad_scale_ptr, found_inf_ptr, grad_norm_ptr, NORM: tl.constexpr, BLOCK: tl.constexpr
-):
+    bad_ptr, squares_ptr, amax_ptr, amax_stride, n, grad_scale_ptr, found_inf_ptr, grad_norm_ptr,
+    NORM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """found_inf and grad_norm from what was found of n gradients; one program."""
     # ----- load, accumulate
     bad = tl.zeros((BLOCK,), tl.int32)
-    squares = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, n, BLOCK):
         index = first + tl.arange(0, BLOCK)
         bad |= tl.load(bad_ptr + index, mask=index < n, other=0)
-        if NORM:
-            squares += tl.load(squares_ptr + index, mask=index < n, other=0.0)
     # ----- epilogue: 1 / grad_scale is positive and finite exactly where grad_scale is; NaN compares false
     inv = inv_scale(grad_scale_ptr)
     found = (tl.max(bad, 0) != 0) | ~((inv > 0) & (inv < float("inf")))
     # ----- store
     tl.store(found_inf_ptr, found.to(tl.float32))
     if NORM:
-        tl.store(grad_norm_ptr, tl.sqrt(tl.sum(squares, 0)) * inv)
+        largest = tl.zeros((BLOCK,), tl.float64)
+        for first in range(0, n, BLOCK):
+            index = first + tl.arange(0, BLOCK)
+            largest = tl.maximum(largest, tl.load(amax_ptr + index * amax_stride, mask=index < n, other=0.0))
+        amax = tl.max(largest, 0)
+        squares = tl.zeros((BLOCK,), tl.float64)
+        for first in range(0, n, BLOCK):
+            index = first + tl.arange(0, BLOCK)
+            some = tl.load(squares_ptr + index, mask=index < n, other=0.0)
+            squares += squares_for(some, tl.load(amax_ptr + index * amax_stride, mask=index < n, other=0.0), amax)
+        tl.store(grad_norm_ptr, tl.sqrt(tl.sum(squares, 0)) * inv / square_scale(amax))

@@ -10,7 +10,7 @@ def grad_stats(grads, grad_scale: float):
     """(found_inf: bool, amax: list, nonfinite: list, grad_norm: float) from fp64 copies of `grads`."""
     inv = 1 / grad_scale if grad_scale != 0 and not math.isnan(grad_scale) else math.inf
     found_inf = not (0 < grad_scale < math.inf)
-    amax, nonfinite, squares = [], [], 0.0
+    amax, nonfinite = [], []
     for grad in grads:
         work = grad.double().flatten()
         largest = torch.float64 if grad.dtype == torch.float64 else torch.float32
@@ -18,8 +18,17 @@ def grad_stats(grads, grad_scale: float):
         nonfinite.append(int((~work.isfinite()).sum()))
         unscaled = work[work.isfinite()].to(largest) * torch.tensor(inv, dtype=largest, device="cpu")
         found_inf = found_inf or nonfinite[-1] > 0 or not bool(unscaled.isfinite().all())
-        squares += math.fsum((work * work).tolist()) if work.isfinite().all() else math.nan
-    return found_inf, amax, nonfinite, math.sqrt(squares) * inv
+    return found_inf, amax, nonfinite, _norm(grads) * inv
+
+
+def _norm(grads) -> float:
+    """The root of the exact sum of squares, of numbers divided by a power of 2 near the largest: none is lost."""
+    values = [x for grad in grads for x in grad.double().flatten().tolist()]
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    power = min(max(math.frexp(max(map(abs, values), default=0.0))[1], -1000), 1000)
+    root = math.sqrt(math.fsum(math.ldexp(x, -power) ** 2 for x in values))
+    return root * 2.0**power  # which may be inf
 
 
 def self_check(backend: str, device: torch.device) -> str | None:
