@@ -29,6 +29,7 @@ VARIANTS = {
     "no momentum": dict(beta1=0.0, beta2=0.99),
     "clipped": dict(max_norm=0.5),
 }
+NANS = (0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001, 0x7FFF8000)
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -400,6 +401,70 @@ def test_adamw_nonfinite_without_a_check_is_applied(device):
     args["grads"][4][3] = math.nan
     adamw_(**args)
     assert [int(m.isnan().sum()) for m in args["masters"]] == [0, 0, 0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf, -math.nan])
+def test_adamw_norm_that_is_not_finite(device, norm):
+    """Clipped by NaN all becomes NaN, by inf every gradient 0: as torch.nn.utils.clip_grad_norm_."""
+    args = mixed(device)
+    adamw_(**args, grad_norm=scalar(norm, device, torch.float64), max_norm=1.0)
+    expected = torch.full((1,), 1.0 / (norm + 1e-6)).clamp(max=1.0).item()
+    for moment in args["exp_avgs"]:
+        assert (moment.isnan() if math.isnan(expected) else moment == 0).all()
+    assert all(m.isnan().all() == math.isnan(expected) for m in args["masters"])
+
+
+@pytest.mark.parametrize("state", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_adamw_maximum_that_is_nan_stays(device, state):
+    """amsgrad with NaN in max_exp_avg_sqs alone: it stays NaN and reaches the weight, as torch.maximum has it."""
+    master = torch.float64 if state == torch.float64 else torch.float32
+    args = arguments([torch.ones(70, dtype=master, device=device)], [torch.ones(70, device=device)], amsgrad=True)
+    for name in ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"):
+        args[name] = [t.to(state) for t in args[name]]
+    where = torch.zeros(70, dtype=torch.bool, device=device)
+    where[[0, 3, 64, 69]] = True
+    args["max_exp_avg_sqs"][0][where] = math.nan
+    adamw_(**args)
+    assert torch.equal(args["max_exp_avg_sqs"][0].isnan(), where)
+    assert torch.equal(args["masters"][0].isnan(), where)
+    assert args["exp_avg_sqs"][0].isfinite().all()
+
+
+def lowbias32(x: int) -> int:
+    """Wellons' hash of 32 bits."""
+    x = ((x ^ x >> 16) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ x >> 15) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+def test_adamw_bf16_exp_avg_sq_is_rounded_by_step_and_place(device):
+    """The bits themselves: those of v plus 16 that a hash makes of the place and of the step count's bits."""
+    generator = torch.Generator().manual_seed(0)
+    for step in (0, 1, 2, 70_000):
+        grad = torch.randint(1, 2**12, (200,), generator=generator).float()  # of which squares are exact
+        args = arguments([torch.ones(200, device=device)], [grad.to(device)], beta2=0.5)
+        args |= dict(steps=step_counts(1, device, step), exp_avgs=[torch.zeros(200, dtype=torch.bfloat16, device=device)])
+        args["exp_avg_sqs"] = [torch.zeros(200, dtype=torch.bfloat16, device=device)]
+        adamw_(**args)
+        seed = lowbias32(scalar(step + 1.0).view(torch.int32).item())
+        bits = (grad * grad * 0.5).view(torch.int32).tolist()
+        expected = [(b + (lowbias32(i ^ seed) >> 16)) >> 16 for i, b in enumerate(bits)]
+        assert args["exp_avg_sqs"][0].view(torch.int16).tolist() == expected
+
+
+@pytest.mark.parametrize("bits", NANS, ids=hex)
+@pytest.mark.parametrize("n", [70, 5003])
+def test_adamw_nan_of_any_bits_stays_nan(device, bits, n):
+    """Rounded to 16 bits a NaN of all ones would carry over into a zero: in copies, short and long, and in moments."""
+    nan = torch.tensor([bits - (bits >> 31 << 32)], dtype=torch.int32).view(torch.float32).expand(n).contiguous()
+    for dtype in (torch.float16, torch.bfloat16):
+        args = arguments([nan.to(device, copy=True)], [torch.zeros(n, device=device)], (dtype,), lr=0.0)
+        adamw_(**args)
+        assert args["copies"][0].isnan().all()
+    args = arguments([torch.ones(n, device=device)], [nan.to(device)], amsgrad=True)
+    moments = {name: [t.bfloat16() for t in args[name]] for name in ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")}
+    adamw_(**args | moments)
+    assert all(tensor.isnan().all() for tensors in moments.values() for tensor in tensors)
 
 
 # ----- negative controls and wrong updates --------------------------------------------------------

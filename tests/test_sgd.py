@@ -296,6 +296,17 @@ def test_sgd_nonfinite_without_a_check_is_applied(device):
     assert [int(m.isnan().sum()) for m in args["masters"]] == [0, 0, 0, 0, 1, 0, 0]
 
 
+@pytest.mark.parametrize("norm", [math.nan, math.inf, -math.nan])
+def test_sgd_norm_that_is_not_finite(device, norm):
+    """Clipped by NaN all becomes NaN, by inf every gradient 0: as torch.nn.utils.clip_grad_norm_."""
+    args = mixed(device, momentum=0.9)
+    sgd_(**args, grad_norm=scalar(norm, device, torch.float64), max_norm=1.0)
+    expected = torch.full((1,), 1.0 / (norm + 1e-6)).clamp(max=1.0).item()
+    for buffer in args["momentum_buffers"]:
+        assert (buffer.isnan() if math.isnan(expected) else buffer == 0).all()
+    assert all(m.isnan().all() == math.isnan(expected) for m in args["masters"])
+
+
 # ----- negative controls and wrong updates --------------------------------------------------------
 
 

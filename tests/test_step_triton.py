@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step ops in Triton: on a GPU, or through Triton's interpreter (tests/test_triton_interpreter.py starts it)."""
 
+import contextlib
 import math
 
 import bounds
@@ -175,6 +176,14 @@ def test_step_of_other_modules(device):
         for dtype in (torch.float16, torch.bfloat16):
             getattr(module, f"test_{name}_copies_of_fp64_are_rounded_once")(device, dtype)
     test_adamw.test_adamw_writes_only_its_elements(device)
+    test_adamw.test_adamw_bf16_exp_avg_sq_is_rounded_by_step_and_place(device)
+    for dtype in (torch.float32, torch.bfloat16):
+        test_adamw.test_adamw_maximum_that_is_nan_stays(device, dtype)
+    for bits in test_adamw.NANS:
+        test_adamw.test_adamw_nan_of_any_bits_stays_nan(device, bits, 70)
+    for norm in (math.nan, math.inf):
+        test_adamw.test_adamw_norm_that_is_not_finite(device, norm)
+        test_sgd.test_sgd_norm_that_is_not_finite(device, norm)
 
 
 @updates
@@ -242,6 +251,8 @@ def test_grad_stats_of_other_modules(device):
         test_grad_stats.test_grad_stats_bad_scale_is_an_overflow(device, grad_scale)
     test_grad_stats.test_grad_stats_empty(device)
     test_grad_stats.test_grad_stats_norm_is_fp64(device)
+    test_grad_stats.test_grad_stats_norm_of_mixed_magnitudes(device)
+    test_grad_stats.test_grad_stats_norm_of_any_magnitude(device, (3, 700, 0, 5))
     test_grad_stats.test_grad_stats_deterministic(device)
 
 
@@ -249,6 +260,8 @@ def test_update_scale_of_other_modules(device):
     for found_inf in (math.nan, math.inf, -1.0, 1e-45):
         test_update_scale.test_update_scale_any_nonzero_found_inf_is_an_overflow(device, found_inf)
     test_update_scale.test_update_scale_hysteresis(device)
+    for interval in (2**31 - 1, 2**40):
+        test_update_scale.test_update_scale_counts_saturate(device, interval)
     test_update_scale.test_update_scale_matches_reference(device, 2, 0.3, 4)
     test_update_scale.test_update_scale_stops_at_max_scale(device, 1e30)
 
@@ -268,6 +281,52 @@ def test_table_covers_every_element_once(device):
             seen += [(places[tensor], k) for k in range(start, min(start + table.CHUNK, elements[tensor]))]
         assert launch.addresses.tolist() == [[tensors[p].data_ptr() for p in places]]
     assert len(set(seen)) == len(seen) == sum(sizes)
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """Inside, a CUDA graph is captured as far as the table can see."""
+
+    @contextlib.contextmanager
+    def capturing():
+        with monkeypatch.context() as patch:
+            patch.setattr(table, "_is_capturing", lambda device: True)
+            yield
+
+    monkeypatch.setattr(table, "_captured", [])
+    return capturing
+
+
+@updates
+def test_table_of_a_capture_is_never_evicted(name, device, capture):
+    """What a capture was given stays as it is whatever comes after: a replay reads it again, on the device and the host."""
+    args = UPDATES[name].mixed(device, **STATE[name])
+    CALLS[name](**args)  # the tables of these very tensors are there already
+    with capture():
+        CALLS[name](**args)
+        (launch,) = table.launches([args["masters"][:1]])
+    assert len(table._captured) > 3
+    kept = [(pinned, sent, sent.tolist()) for pinned, sent in table._captured]
+    assert {launch.addresses.data_ptr(), launch.layout.data_ptr(), launch.tensors.data_ptr()} <= {
+        sent.data_ptr() for _, sent, _ in kept
+    }
+    for i in range(600):  # more than both caches hold
+        table.numbers((i, -i), device)
+        table._made(table._layout, (i + 1,), (0,), device)
+    for pinned, sent, values in kept:
+        assert sent.tolist() == pinned.tolist() == values
+
+
+def test_table_of_a_capture_is_its_own(device, capture):
+    """Nor does a call beside it, or after it, read what the graph writes at each replay."""
+    before = table.numbers((3, 5), device)
+    with capture():
+        inside = table.numbers((3, 5), device)
+        again = table.numbers((3, 5), device)
+    after = table.numbers((3, 5), device)
+    assert before is after
+    assert len({before.data_ptr(), inside.data_ptr(), again.data_ptr()}) == 3
+    assert before.tolist() == inside.tolist() == again.tolist()
 
 
 def test_table_is_not_sent_twice(device):

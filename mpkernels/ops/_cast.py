@@ -26,7 +26,7 @@ def cast_to_either_side(tensor: torch.Tensor, dtype: torch.dtype, step: torch.Te
         return tensor
     wide = _to_float32_odd(tensor) if tensor.dtype == torch.float64 else tensor
     place = torch.arange(tensor.numel(), dtype=torch.int64, device=tensor.device).view(tensor.shape)
-    low = _scrambled((place & 0xFFFFFFFF) ^ _scrambled(step.view(torch.int32) & 0xFFFFFFFF)) >> 16
+    low = _scrambled((place & 0xFFFFFFFF) ^ _scrambled(step.view(torch.int32).long())) >> 16
     bits = ((wide.view(torch.int32) + low) >> 16) << 16  # round: fp32 -> bf16
     return torch.where(wide.isnan(), wide, bits.to(torch.int32).view(torch.float32)).to(dtype)
 

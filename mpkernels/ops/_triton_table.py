@@ -57,12 +57,26 @@ def _launch(dtypes, lists, places) -> Launch:
     addresses = tuple(tensors[i].data_ptr() for tensors in lists for i in places)
     sizes = tuple(lists[0][i].numel() for i in places)
     device = lists[0][places[0]].device
-    layout, tensors = _layout(sizes, tuple(places), device, _stream(device))
+    layout, tensors = _made(_layout, sizes, tuple(places), device)
     table = numbers(addresses, device).view(len(lists), len(places))
     return Launch(dtypes, table, layout, tensors, all(address % 16 == 0 for address in addresses))
 
 
-# NOTE: `stream` is a key: on another stream a table could be read before it has arrived.
+_captured: list[tuple[torch.Tensor, torch.Tensor]] = []  # (pinned, on the device): what CUDA graphs read at every replay
+
+
+def _made(make, *values):
+    """`make` of values of which the last is a device; what is there is not sent twice.
+
+    NOTE: the stream is a key, since on another one a table could be read before it has arrived. A capture neither takes what
+    is there, which could be gone when its graph is replayed, nor leaves anything that could go.
+    """
+    device = values[-1]
+    if _is_capturing(device):
+        return make.__wrapped__(*values, None)
+    return make(*values, _stream(device))
+
+
 @functools.lru_cache(maxsize=64)
 def _layout(sizes, places, device, stream) -> tuple[torch.Tensor, torch.Tensor]:
     chunks = torch.tensor([-(-n // CHUNK) for n in sizes], dtype=torch.int64, device="cpu")
@@ -79,7 +93,7 @@ def _numbers(values, device, stream) -> torch.Tensor:
 
 def numbers(values: Iterable[int], device: torch.device) -> torch.Tensor:
     """int64 on the device; the same ones are not sent twice."""
-    return _numbers(tuple(values), device, _stream(device))
+    return _made(_numbers, tuple(values), device)
 
 
 def chunk_starts(sizes: Iterable[int], device: torch.device) -> torch.Tensor:
@@ -87,20 +101,24 @@ def chunk_starts(sizes: Iterable[int], device: torch.device) -> torch.Tensor:
     return numbers(itertools.accumulate((-(-n // CHUNK) for n in sizes), initial=0), device)
 
 
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Without waiting. The pinned buffer goes back to torch's pinned allocator, which reuses it only after this copy."""
-    if device.type != "cuda":
-        return table
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "triton needs one call with these very tensors before a CUDA graph is captured: "
-            "keep the gradients (zero_grad(set_to_none=False))"
-        )
-    return table.pin_memory().to(device, non_blocking=True)
+    """Without waiting. The pinned buffer goes back to torch's pinned allocator, which reuses it only after this copy.
+
+    Under capture the copy becomes part of the graph, and reads the buffer at every replay.
+    """
+    pinned = table.pin_memory() if device.type == "cuda" else table
+    sent = pinned.to(device, non_blocking=True)
+    if _is_capturing(device):
+        _captured.append((pinned, sent))
+    return sent
 
 
 def dense(lists: Sequence[Sequence[torch.Tensor]], written: Sequence[bool]):
@@ -130,6 +148,6 @@ def copy_back(back: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
 def lr_arguments(op: str, lr: torch.Tensor, device: torch.device) -> dict:
     """lr by value where it is on the CPU, else by its address: no wait for the device."""
     on_device = lr.device.type != "cpu"
-    if not on_device and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if not on_device and _is_capturing(device):
         raise RuntimeError(f"{op}: lr is on the CPU and would be frozen in the CUDA graph; pass it as a tensor on the device")
     return dict(lr_ptr=lr if on_device else None, lr=0.0 if on_device else lr.item())
