@@ -160,7 +160,7 @@ def test_cuda_stats_loads_are_in_flight_together(sm):
     """Of each thread three or four vectors of a gradient, whatever its dtype, with the norm and without."""
     for name, parts in blocks(sm, "chunk_kernel").items():
         loops = [part for part in parts if sum(".128" in opcode for opcode, _ in part) == 4]
-        assert len(loops) == len(DTYPES), name
+        assert len(loops) >= DTYPES, name  # fp64 a second time, scaled, for a norm
         assert min(loads_in_flight(part, ".128") for part in loops) >= 3, name
 
 

@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -39,6 +40,8 @@ struct dim3 {
 };
 
 // ----- inside a kernel -----
+
+using std::max;
 
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
