@@ -224,3 +224,12 @@ def test_tune_says_why_it_cannot_write(folder, capsys):
     folder.chmod(0o777)
     tune_problems(problems_of(((8, 16, 24),), CPU), rounds=1)
     assert f"cannot be written: {folder} can be written by others" in capsys.readouterr().err
+
+
+def test_machine_names_the_driver(monkeypatch):
+    text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:00:00 UTC 2025\nGCC version: 12.2.0\n"
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    monkeypatch.setattr(_cache.Path, "read_text", lambda path: text)
+    assert _cache._driver() == "580.65.06"
+    monkeypatch.setattr(_cache.Path, "read_text", lambda path: "")
+    assert _cache._driver() == "CUDA 13000"
