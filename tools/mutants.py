@@ -89,7 +89,7 @@ def changed(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.Constant(not new.value)
         case ast.Constant(value=int() | float()):
             yield ast.Constant(new.value + 1)
-        case ast.Return(value=ast.expr()) if not (isinstance(new.value, ast.Constant) and new.value.value is None):
+        case ast.Return(value=ast.expr()) if not (isinstance(new.value, ast.Constant) and new.value.value in (None, False)):
             yield ast.Return(ast.Constant(None))
         case ast.Expr(value=ast.Call()) | ast.AugAssign():
             yield ast.Pass()
