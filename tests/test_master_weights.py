@@ -271,6 +271,20 @@ def test_readers_take_over_what_was_written(reader, write):
     assert reader == "copy" or all((kept[i]["master"] == 3).all() for i in range(2)), "what was handed out is live"
 
 
+def test_readers_between_loading_the_optimizer_and_the_model_leave_masters():
+    model = nn.Linear(4, 3).half()
+    optimizer = mpk.optim.AdamW(model.parameters(), lr=LR)
+    train(list(model.parameters()), optimizer, 2)
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    fresh = nn.Linear(4, 3).half()
+    resumed = mpk.optim.AdamW(fresh.parameters(), lr=LR)
+    resumed.load_state_dict(saved)
+    resumed.state_dict()
+    fresh.load_state_dict(weights)
+    masters = resumed.master_state_dict(fresh).values()
+    assert raw(masters) == raw(optimizer.state[p]["master"] for p in model.parameters())
+
+
 def test_readers_leave_masters_that_nobody_wrote_over():
     """And their versions: a graph of masters survives a checkpoint."""
     params, optimizer = trained()

@@ -602,7 +602,8 @@ class Optimizer(torch.optim.Optimizer):
         self.state.clear()
         self.state.update(loaded)
         self._plans.clear()
-        self._versions.clear()
+        # The weights may be loaded after this: masters that were read meanwhile must not be those of the weights before.
+        self._versions = {id(p): _version(p) for p, _ in master_weights.pairs(self.state)}
         self._remember_dtypes()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
