@@ -591,7 +591,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises ValueError for groups, keys, shapes or values that do not fit; nothing is loaded then.
         """
         self._refuse_while_swapped("load_state_dict")
-        state_dict = dict(state_dict)
+        state_dict = copy.copy(state_dict)  # keeps what class it is, and any attributes
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             returned = hook(self, state_dict)
             state_dict = state_dict if returned is None else returned
