@@ -176,8 +176,8 @@ def test_cuda_update_misaligned(variant, together, generator):
 def test_cuda_update_takes_vectors_where_it_can(generator, host):
     """Aligned, or misaligned together: 16-byte accesses but for the ends. Seen in how a skewed list changes the accesses."""
 
-    def accesses(offset):
-        args = arguments("adamw", (CHUNK,), generator, copies=(torch.float16,), offset=offset)
+    def accesses(offset, copy=torch.float16):
+        args = arguments("adamw", (CHUNK,), generator, copies=(copy,), offset=offset)
         take_counts()
         native(adamw)(**args)
         return take_counts().accesses
@@ -186,6 +186,7 @@ def test_cuda_update_takes_vectors_where_it_can(generator, host):
     assert accesses(None) == aligned
     assert aligned < accesses(lambda i, k: 1) <= aligned + 8 * 4
     assert accesses(lambda i, k: k == 1) == 8 * CHUNK
+    assert 7 * CHUNK // 4 < accesses(lambda i, k: 1, None) <= 7 * CHUNK // 4 + 7 * 4, "a copy that is not wanted is no obstacle"
 
 
 @pytest.mark.parametrize("variant", ["adamw", "adamw amsgrad", "sgd momentum"])

@@ -291,6 +291,7 @@ def capture(monkeypatch):
     def capturing():
         with monkeypatch.context() as patch:
             patch.setattr(table, "_is_capturing", lambda device: True)
+            patch.setattr(table, "lr_arguments", lambda op, lr, device: dict(lr_ptr=lr, lr=0.0))  # it is on this device
             yield
 
     monkeypatch.setattr(table, "_captured", [])
