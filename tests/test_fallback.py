@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linear_act by torch's own ops on a GPU, counted without one: launches and bytes per output beside F.linear and relu."""
+"""linear_act by torch's own ops: on a GPU, counted without one, beside F.linear and relu; in bf16 on a CPU."""
 
 from pathlib import Path
 
+import bounds
 import pytest
 import torch
 import torch.nn.functional as F
 from dispatch_count import Counting
-from linear_act_cases import f16, f32
+from linear_act_cases import bf16, data, f16, f32, same_bits
 from torch._subclasses import FakeTensorMode
 
 from mpkernels.ops.linear_act import Activation, backward_op, forward_op, impl_eager
@@ -143,3 +144,46 @@ def table() -> str:
 if __name__ == "__main__":  # with PYTHONPATH=.:tests
     head, mark, _ = TABLE.read_text().partition("| call |")
     TABLE.write_text(f"{head}{table()}\n")
+
+
+# ----- bf16 on a CPU, by oneDNN ---------------------------------------------------------------
+
+by_bf16 = pytest.mark.skipif(not impl_eager._has_bf16_instructions(), reason="this CPU has no instructions for bf16")
+
+
+@by_bf16
+@pytest.mark.parametrize("K", [5, 31, 50, 64, 784])
+def test_fallback_bf16_rounds_once(K, generator, monkeypatch):
+    """As `test_linear_act_correctly_rounded`, whatever K; and that oneDNN's bf16 is what computed it."""
+    linear, seen = torch.ops.mkldnn._linear_pointwise, []
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: seen.append(args[0].dtype) or linear(*args))
+    x, weight = (data(shape, bf16, "normal", generator) for shape in ((70, K), (60, K)))
+    bias = data((60,), f32, "normal", generator)
+    out = forward_op.function("eager")(x, weight, bias, None, 0, bf16, bf16, 0)[0]
+    assert seen == [bf16]
+    bounds.check_correctly_rounded(out, x, weight, bias, Activation.NONE, bf16)
+
+
+@by_bf16
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("K", [33, 50, 64])
+def test_fallback_bf16_keeps_nan_in_its_row(K, value, generator):
+    """Which oneDNN itself does not where AMX reads on into the next row."""
+    x, weight = (data(shape, bf16, "normal", generator) for shape in ((40, K), (60, K)))
+    call = lambda: forward_op.function("eager")(x, weight, None, None, 0, bf16, bf16, 0)[0]
+    clean = call()
+    x[7] = value
+    out = call()
+    assert same_bits(torch.cat([out[:7], out[8:]]), torch.cat([clean[:7], clean[8:]]))
+    assert not out[7].isfinite().any()
+
+
+@pytest.mark.parametrize("exponents", [(-133, 100), (-60, 0), (0, -60), (-51, 51), (-50, -50), (-49, -40)], ids=str)
+@pytest.mark.parametrize("bias", [None, 0.0, 2.0**-130, 2.0**-99, -(2.0**-120)])
+def test_fallback_bf16_loses_nothing_small(exponents, bias, generator):
+    """These instructions take what is below 2^-126 for 0, a result too."""
+    a, b = (data((40, 64), bf16, "normal", generator).sign() * 2.0**exponent for exponent in exponents)
+    a[3], a[4, 1:], b[5] = 0, 0, 0
+    bias = None if bias is None else torch.full((40,), bias)
+    out = forward_op.function("eager")(a, b, bias, None, 0, bf16, bf16, 0)[0]
+    bounds.check_forward(out, a, b, bias, Activation.NONE, bf16)
