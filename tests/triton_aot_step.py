@@ -87,7 +87,9 @@ def _sgd(every: bool):
 
 def _grad_stats(every: bool):
     partial = dict(amax_ptr="*fp64:16", nonfinite_ptr="*i64:16", squares_ptr="*fp64:16")
-    for dtype, aligned, norm in itertools.product(DTYPES, (True, False), (True, False)) if every else ((f16, True, True),):
+    for dtype, aligned, norm in (
+        itertools.product(DTYPES, (True, False), (True, False)) if every else ((f16, True, True), (f64, True, True))
+    ):
         constexprs = dict(grad_type=TYPES[dtype], NORM=norm, ALIGNED=aligned)
         yield chunk_kernel, TABLE | partial | dict(starts_ptr="*i64:16"), constexprs | TILE, OPTIONS
     for pointers, norm in itertools.product(_scalars(every)[:2], (True, False) if every else (True,)):
