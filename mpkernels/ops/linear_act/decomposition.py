@@ -1,12 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_act in ATen, for graphs that leave this package: out = round(act(x @ weight.T + bias))."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 from mpkernels.ops._cast import cast
 from mpkernels.ops.linear_act import Activation, acc_dtype
-from mpkernels.ops.linear_act.passes import activate, pack_mask
+from mpkernels.ops.linear_act.passes import CUBE, TANH, pack_mask
+
+_ACTIVATE = {  # as in passes.py, where they are in place
+    Activation.NONE: lambda z: z,
+    Activation.RELU: torch.relu,
+    Activation.RELU2: lambda z: torch.relu(z).square(),
+    Activation.GELU: lambda z: z * (0.5 * (1 + torch.erf(z * math.sqrt(0.5)))),
+    Activation.GELU_TANH: lambda z: z * (0.5 * (1 + torch.tanh(z * (z * z * (TANH * CUBE) + TANH)))),
+    Activation.SILU: lambda z: z / (1 + torch.exp(-z)),
+}
 
 
 def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, *_):
@@ -17,7 +28,7 @@ def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtyp
     z = F.linear(x_compute.to(acc), weight.to(acc))
     if bias is not None:
         z = z + bias.to(acc)
-    out = cast(activate(z, activation), out_dtype)
+    out = cast(_ACTIVATE[activation](z), out_dtype)
     saved = x.new_empty(0, dtype=torch.int32)
     if save and activation != Activation.NONE:
         rows = lambda t: t.reshape(-1, weight.shape[0])

@@ -75,61 +75,41 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
 # torch's fused GELU, SiLU and sigmoid have other bits in the vectors of a tensor than in what is left over; its exp, tanh and
 # erf do not, nor does arithmetic. So activations are composed of those, a piece at a time, which stays in the cache.
 
-_PIECE = 1 << 16  # elements of a thread
+_PIECE = 1 << 15  # elements of a thread
 STEEP = 1000.0  # from here on slopes of gelu and silu are 0 or 1 in fp64 too, and at infinity their formulas are NaN
-
-
-def _gelu(z):
-    return z * _normal_cdf(z)
-
-
-def _gelu_tanh(z):
-    return z * (0.5 * (1 + _tanh_term(z)))
-
-
-def _silu(z):
-    return z / (1 + torch.exp(-z))
+TANH, CUBE = math.sqrt(2 / math.pi), 0.044715
 
 
 def _normal_cdf(z):
-    return 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
-
-
-_TANH, _CUBE = math.sqrt(2 / math.pi), 0.044715
+    return (z * math.sqrt(0.5)).erf_().add_(1).mul_(0.5)
 
 
 def _tanh_term(z):
-    return torch.tanh(z * (z * z * (_TANH * _CUBE) + _TANH))
+    return (z * z).mul_(TANH * CUBE).add_(TANH).mul_(z).tanh_()
 
 
 def _gelu_slope(z):
-    return _normal_cdf(z) + z * torch.exp(z * z * -0.5) * (1 / math.sqrt(2 * math.pi))
+    return (z * z).mul_(-0.5).exp_().mul_(z).mul_(1 / math.sqrt(2 * math.pi)).add_(_normal_cdf(z))
 
 
 def _gelu_tanh_slope(z):
     t = _tanh_term(z)
-    return 0.5 * (1 + t) * (1 + (1 - t) * z * (z * z * (3 * _TANH * _CUBE) + _TANH))
+    inner = (z * z).mul_(3 * TANH * CUBE).add_(TANH).mul_(z)
+    return inner.mul_(1 - t).add_(1).mul_(t.add_(1)).mul_(0.5)
 
 
 def _silu_slope(z):
-    s = 1 / (1 + torch.exp(-z))
-    return s * (1 + z * (1 - s))
+    s = torch.neg(z).exp_().add_(1).reciprocal_()
+    return (1 - s).mul_(z).add_(1).mul_(s)
 
 
-_ACTIVATE = {
-    Activation.NONE: lambda z: z,
-    Activation.RELU: torch.relu,
-    Activation.RELU2: lambda z: torch.relu(z).square(),
-    Activation.GELU: _gelu,
-    Activation.GELU_TANH: _gelu_tanh,
-    Activation.SILU: _silu,
+_ACTIVATE_ = {  # in place
+    Activation.RELU2: lambda z: z.relu_().square_(),
+    Activation.GELU: lambda z: z.mul_(_normal_cdf(z)),
+    Activation.GELU_TANH: lambda z: z.mul_(_tanh_term(z).add_(1).mul_(0.5)),
+    Activation.SILU: lambda z: z.div_(torch.neg(z).exp_().add_(1)),
 }
 _SLOPE = {Activation.GELU: _gelu_slope, Activation.GELU_TANH: _gelu_tanh_slope, Activation.SILU: _silu_slope}
-
-
-def activate(z, activation):
-    """act(z), of functional ops alone."""
-    return _ACTIVATE[activation](z)
 
 
 def finish(z, activation, pre, out_dtype):
@@ -140,7 +120,7 @@ def finish(z, activation, pre, out_dtype):
         z.relu_()
     elif activation != Activation.NONE:
         for piece in _pieces(z):
-            piece.copy_(activate(piece, activation))
+            _ACTIVATE_[activation](piece)
     return cast(z, out_dtype)
 
 
