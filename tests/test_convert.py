@@ -84,7 +84,7 @@ def test_optimizer_made_before_a_mixed_convert_stays_valid():
         before = raw(model.parameters())
         optimizer.step()
         assert raw(model.parameters()) != before
-    assert torch.equal(model[0]._weight_copy(), model[0].weight.half())
+    assert torch.equal(model[0]._weight_copy(model[0].weight), model[0].weight.half())
 
 
 def test_torch_optimizer_made_before_a_mixed_convert_stays_valid():

@@ -32,7 +32,7 @@ def train(layer, optimizer, poison=None):
 
 def copy_of(layer) -> torch.Tensor | None:
     """What a training forward would read in place of the weight."""
-    return layer._weight_copy()
+    return layer._weight_copy(layer.weight)
 
 
 def check_fresh(layer):

@@ -358,14 +358,14 @@ def test_cached_weights(monkeypatch):
         assert len(made) == 2
         layer.load_state_dict({name: torch.ones_like(value) for name, value in layer.state_dict().items()})
         assert torch.equal(layer(torch.ones(1, 3)), torch.full((1, 4), 4.0))
-    assert layer._weight_copy() is None
+    assert layer._weight_copy(layer.weight) is None
 
 
 def test_cached_weights_end_with_an_exception():
     layer = mpk.MPLinear(3, 4, policy="mixed_float16").eval()
     with pytest.raises(RuntimeError, match="x has last dimension 5"), mpk.cached_weights(layer):
         layer(torch.ones(2, 5))
-    assert layer._weight_copy() is None
+    assert layer._weight_copy(layer.weight) is None
 
 
 def test_cached_weights_of_a_model_made_under_inference_mode():
@@ -381,8 +381,8 @@ def test_cached_weights_of_a_model_made_under_inference_mode():
 def test_cached_weights_leave_other_layers_alone():
     model = nn.Sequential(mpk.MPLinear(3, 3), mpk.MPLinear(3, 3, policy="float32"), nn.Linear(3, 3))
     with mpk.cached_weights(model):
-        assert model[0]._weight_copy() is None
-        assert model[1]._weight_copy() is None
+        assert model[0]._weight_copy(model[0].weight) is None
+        assert model[1]._weight_copy(model[1].weight) is None
 
 
 # ----- bad input ----------------------------------------------------------------------

@@ -114,6 +114,46 @@ def test_mpsequential_only_where_it_may_matter():
     assert [type(m) for m in model] == [nn.Sequential] * 3 + [Sub, nn.Sequential]
 
 
+def test_mpsequential_sees_a_child_that_a_hook_replaces():
+    """In the forward that the hook runs in, as nn.Sequential does."""
+
+    def program(model):
+        handle = model[0].register_forward_hook(lambda *_: model.__setitem__(3, nn.Tanh()))
+        return lambda x: (model(x), handle.remove())[0]
+
+    got, expected = (results(program(m), m, data()) for m in (mpk.convert(mlp(), "float32"), mlp()))
+    for a, b in zip(got, expected, strict=True):
+        bounds.check_rearranged(a, b)
+
+
+@pytest.mark.parametrize("lone", [False, True], ids=["in a Sequential", "alone"])
+def test_mpsequential_makes_a_parametrized_weight_once_a_call(lone):
+    """spectral_norm takes a step of its power iteration at each look at the weight."""
+    looks = []
+
+    class Counted(nn.Module):
+        def forward(self, weight):
+            looks.append(1)
+            return weight / (1 + len(looks))
+
+    def run(model):
+        looks.clear()
+        nn.utils.parametrize.register_parametrization(model[2], "weight", Counted())
+        return results(model[2] if lone else model, model, data(columns=8 if lone else 6))
+
+    plain, counts = run(mlp()), len(looks)
+    for policy in ("float32", "mixed_float32"):
+        got = run(mpk.convert(mlp(), policy))
+        assert len(looks) == counts
+        for a, b in zip(got, plain, strict=True):
+            bounds.check_rearranged(a, b)
+    with mpk.cached_weights(mpk.convert(mlp(), "mixed_float16")) as model:
+        nn.utils.parametrize.register_parametrization(model[2], "weight", Counted())
+        looks.clear()
+        model(data())
+        assert len(looks) == 1
+
+
 # ----- what a model does with the children ----------------------------------------------------------------------
 
 
@@ -464,6 +504,24 @@ def test_mpsequential_compiles_and_exports():
         program = torch.export.export(model, (x,), strict=strict)
         assert same_bits(program.module()(x).detach(), model(x).detach())
         assert not any("relu" in str(node.target) for node in program.graph.nodes), "the op has it"
+
+
+def test_mpsequential_calls_modules_as_they_are_called_now(monkeypatch, calls):
+    """Tools put a __call__ of their own on nn.Module, to see or to change what every module gives."""
+    names, call = [], nn.Module.__call__
+
+    def doubled(module, *args):
+        names.append(type(module).__name__)
+        return call(module, *args) * 2
+
+    expected = data()
+    for child in mlp():
+        expected = child(expected) * 2
+    model = mpk.convert(mlp(), "float32")
+    monkeypatch.setattr(nn.Module, "__call__", doubled)
+    bounds.check_rearranged(model(data()), expected * 2)
+    assert names == ["MPSequential", "MPLinear", "ReLU", "MPLinear", "ReLU", "MPLinear"]
+    assert [name for name, _ in calls] == ["none"] * 3
 
 
 def test_mpsequential_calls_children_that_are_compiled(calls):

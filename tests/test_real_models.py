@@ -135,13 +135,13 @@ def test_conv1d_is_the_linear_of_its_transpose(generator):
             out.square().sum().backward()
             optimizer.step()
         assert torch.equal(plain.weight, linear.weight.t())
-    assert model[0]._weight_copy() is not None
+    assert model[0]._weight_copy(model[0].weight) is not None
     model.eval()
-    expected, plain_copy = model[0](x), model[0]._weight_copy()
+    expected, plain_copy = model[0](x), model[0]._weight_copy(model[0].weight)
     with mpk.cached_weights(model):
-        assert model[0]._weight_copy() is not None
+        assert model[0]._weight_copy(model[0].weight) is not None
         assert torch.equal(model[0](x), expected)
-    assert plain_copy is model[0]._weight_copy() is None
+    assert plain_copy is model[0]._weight_copy(model[0].weight) is None
 
 
 # ----- files, compiler, checkpointing ----------------------------------------------------------------------

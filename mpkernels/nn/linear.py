@@ -101,12 +101,13 @@ class MPLinear(nn.Linear):
         """The layer's output; `input` as nn.Linear calls it. The others are MPSequential's: None means the layer's own."""
         if not isinstance(input, torch.Tensor):  # torch.fx traces all arguments, of which a graph of this layer alone has one
             return functional.forward(input, self.weight, self.bias, None, self._activation, self.policy)
-        copy, activation = self._weight_copy(), self._activation if activation is None else activation
-        return functional.forward(input, self.weight, self.bias, copy, activation, self.policy, below, above, out_dtype)
+        weight = self.weight  # once: a parametrization makes it anew at each look, and some count the looks
+        copy, activation = self._weight_copy(weight), self._activation if activation is None else activation
+        return functional.forward(input, weight, self.bias, copy, activation, self.policy, below, above, out_dtype)
 
-    def _weight_copy(self) -> torch.Tensor | None:
-        """The weight in the compute dtype where one is kept. Only eager training reads the optimizer's."""
-        policy, weight = self.policy, self.weight
+    def _weight_copy(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """`weight`, the layer's, in the compute dtype where one is kept. Only eager training reads the optimizer's."""
+        policy = self.policy
         if policy is None or torch.compiler.is_compiling() or not isinstance(weight, torch.Tensor):
             return None  # no Tensor: what torch.fx traces by
         if torch._C._get_tracing_state() is not None:
@@ -158,8 +159,9 @@ def cached_weights(model: Model) -> Iterator[Model]:
     layers = [m for m in model.modules() if hasattr(m, "_weight_copy") and m.policy is not None]
     try:
         for layer in layers:
-            if layer.weight.dtype != layer.policy.compute_dtype and not layer.weight.is_inference():
-                layer._cached = _cast(layer.weight, layer.policy.compute_dtype)
+            weight = layer._parameters.get("weight")  # None: it is made anew at each look
+            if weight is not None and weight.dtype != layer.policy.compute_dtype and not weight.is_inference():
+                layer._cached = _cast(weight, layer.policy.compute_dtype)
         yield model
     finally:
         for layer in layers:

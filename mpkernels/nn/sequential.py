@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn.modules import module as _module
 
 from mpkernels import functional
-from mpkernels.nn.linear import MPLinear
+from mpkernels.nn.linear import MPLinear, has_hooks
 from mpkernels.ops.linear_act import Activation, Seam
 
 _FORWARDS = {cls: cls.forward for cls in (MPLinear, nn.ReLU, nn.Identity)}
+_CALL = nn.Module.__call__  # may be patched later, by what wants to see every call
 _NO_TORCH_FUNCTION = torch._C._disabled_torch_function_impl  # what Parameter, FakeTensor and DTensor have for one
 
 
@@ -29,13 +30,14 @@ class MPSequential(nn.Sequential):
     def forward(self, input: Any) -> Any:
         if hooks_on_all_modules():
             return super().forward(input)
-        modules, x, i = list(self), input, 0
+        modules, x, i = list(self._modules.values()), input, 0
         below, wide = None, None  # the Seam to the layer before, and the dtype that x had if it were not narrowed
         while i < len(modules):
             module = modules[i]
             joined = isinstance(module, MPLinear) and (below is not None or wide is not None)
             if not (joined or (_is_plain_tensor(x) and is_plain(module, MPLinear))):
                 x, i = module(x), i + 1
+                modules = list(self._modules.values())  # it, or a hook on it, may have put another child in its place
                 continue
             i, activation, reader = step(modules, i)
             above = Seam() if torch.is_grad_enabled() and _share_backward(module, reader) else None
@@ -94,13 +96,21 @@ def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     """
     if not isinstance(module, cls) or type(module).forward is not _FORWARDS[cls] or "forward" in vars(module):
         return False
-    if type(module).__call__ is not nn.Module.__call__ or module._compiled_call_impl is not None:  # traces patch nn.Module's
+    call = type(module).__call__
+    if module._compiled_call_impl is not None or (call is not _CALL and not _is_traced(call)):
         return False
-    hooks = (
-        *module._forward_pre_hooks.values(), *module._forward_hooks.values(),
-        *module._backward_pre_hooks.values(), *module._backward_hooks.values(),
-    )  # fmt: skip
-    return all(map(_only_gathers, hooks)) if hooks else cls is not MPLinear or _is_plain_tensor(module.weight)
+    if has_hooks(module):
+        hooks = (
+            *module._forward_pre_hooks.values(), *module._forward_hooks.values(),
+            *module._backward_pre_hooks.values(), *module._backward_hooks.values(),
+        )  # fmt: skip
+        return all(map(_only_gathers, hooks))
+    return cls is not MPLinear or _is_plain_tensor(module._parameters.get("weight"))  # None: it is made at each look at it
+
+
+def _is_traced(call) -> bool:
+    """torch.export has a call of its own for all modules, by which it notes their names."""
+    return torch.compiler.is_compiling() and call is nn.Module.__call__
 
 
 def _only_gathers(hook) -> bool:

@@ -24,9 +24,10 @@ class MPConv1D(Conv1D):
     __prepare_scriptable__ = MPLinear.__prepare_scriptable__
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        copy = self._weight_copy()
+        weight = self.weight  # once, as MPLinear
+        copy = self._weight_copy(weight)
         copy = None if copy is None else copy.t()
-        return functional.forward(x, self.weight.t(), self.bias, copy, self._activation, self.policy)
+        return functional.forward(x, weight.t(), self.bias, copy, self._activation, self.policy)
 
     __getstate__ = MPLinear.__getstate__
 
