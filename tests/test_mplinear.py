@@ -241,6 +241,53 @@ def test_grad_dtype_survives_copies(renew):
         assert module.weight.grad.dtype == module.bias.grad.dtype == torch.float16
 
 
+def _by_flag(name):
+    def renew(layer):
+        flag = getattr(torch.__future__, f"get_{name}")()
+        getattr(torch.__future__, f"set_{name}")(True)
+        try:
+            return layer.double().float()
+        finally:
+            getattr(torch.__future__, f"set_{name}")(flag)
+
+    return renew
+
+
+def _by_meta(layer):
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.to("meta").load_state_dict(state, assign=True)
+    return layer.requires_grad_()
+
+
+def _by_assignment(layer):
+    layer.load_state_dict({name: value.clone() for name, value in layer.state_dict().items()}, assign=True)
+    return layer
+
+
+NEW_PARAMETERS = {
+    "overwrite": _by_flag("overwrite_module_params_on_conversion"),
+    "swap": _by_flag("swap_module_params_on_conversion"),
+    "meta": _by_meta,
+    "to_empty": lambda layer: layer.to("meta").to_empty(device="cpu"),
+    "assign": _by_assignment,
+}
+
+
+@pytest.mark.parametrize("name", NEW_PARAMETERS)
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+def test_grad_dtype_survives_new_parameters(name, kind):
+    """torch makes them without it, and gradients would silently be as wide as the parameters."""
+    if kind == "Conv1D":
+        layer = mpk.convert(
+            nn.Sequential(pytest.importorskip("transformers.pytorch_utils").Conv1D(2, 2)), "mixed_float16,grad=float16"
+        )[0]
+    else:
+        layer = mpk.MPLinear(2, 2, policy="mixed_float16,grad=float16")
+    layer = NEW_PARAMETERS[name](layer)
+    layer(torch.ones(1, 2)).sum().backward()
+    assert layer.weight.grad.dtype == layer.bias.grad.dtype == torch.float16
+
+
 def test_grad_dtype_goes_back():
     layer = mpk.MPLinear(2, 2, policy="mixed_float16,grad=float16")
     layer(torch.ones(1, 2)).sum().backward()

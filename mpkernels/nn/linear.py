@@ -89,6 +89,20 @@ class MPLinear(nn.Linear):
         super().__setstate__(state)
         self.adopt(self._activation, self.policy)  # copying and pickling drop Tensor.grad_dtype
 
+    def _apply(self, fn, recurse=True):
+        nn.Module._apply(self, fn, recurse)
+        self._adopt_new_parameters()
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        nn.Module._load_from_state_dict(self, *args, **kwargs)
+        self._adopt_new_parameters()
+
+    def _adopt_new_parameters(self) -> None:
+        """torch makes new Parameters from and to meta, for `assign=True` and for its other ways to convert a module."""
+        if all(type(p) is nn.Parameter for p in self._parameters.values() if p is not None) and len(self._parameters) == 2:
+            self.adopt(self._activation, self.policy)
+
     @property
     def activation(self) -> ActivationName | None:
         """Its name, or None."""

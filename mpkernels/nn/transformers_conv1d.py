@@ -21,6 +21,9 @@ class MPConv1D(Conv1D):
     adopt = MPLinear.adopt
     activation = MPLinear.activation
     _weight_copy = MPLinear._weight_copy
+    _apply = MPLinear._apply
+    _load_from_state_dict = MPLinear._load_from_state_dict
+    _adopt_new_parameters = MPLinear._adopt_new_parameters
     __prepare_scriptable__ = MPLinear.__prepare_scriptable__
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
