@@ -42,7 +42,8 @@ def cast_model(model: nn.Module, dtype: torch.dtype, stay: set[int]) -> None:
         if not _is_cast(tensor, dtype, stay):
             return tensor
         if id(tensor) not in casts:
-            once = tensor.to(dtype) if is_traceable_wrapper_subclass(tensor) else cast(tensor, dtype)
+            is_torchs = is_traceable_wrapper_subclass(tensor) or nn.parameter.is_lazy(tensor)  # knows how itself
+            once = tensor.to(dtype) if is_torchs else cast(tensor, dtype)
             casts[id(tensor)] = tensor, once
         return casts[id(tensor)][1]
 
@@ -62,6 +63,8 @@ def _synchronizes(module: nn.Module) -> bool:
 
 def _why_not(parameter: nn.Parameter) -> str | None:
     """What would be lost of it, in words."""
+    if nn.parameter.is_lazy(parameter):
+        return None
     if not parameter.requires_grad or parameter.is_inference() or parameter.layout != torch.strided:
         return None
     replaced = (
