@@ -89,6 +89,18 @@ def test_encoders_without_a_converted_linear_are_left():
     assert type(model[1].self_attn) is type(model[2]) is nn.MultiheadAttention
 
 
+def test_encoders_of_which_layers_were_converted_say_what_to_do():
+    """The encoder does not know, and makes a nested tensor of the padding; and nobody can be given one."""
+    alone, whole = encoder(), mpk.convert(encoder(), "float32")
+    mpk.convert(alone.layers[0], "float32")
+    nested = torch.nested.nested_tensor([torch.ones(3, 16), torch.ones(5, 16)])
+    for model, args in ((alone, (data(), None, padding())), (whole, (nested,))):
+        with pytest.raises(RuntimeError, match=r"convert the whole nn.TransformerEncoder, .* use_nested_tensor = False"):
+            evaluated(model, *args)
+    alone.use_nested_tensor = False
+    bounds.check_rearranged(evaluated(alone, data(), None, padding())[0], evaluated(whole, data(), None, padding())[0])
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_encoders_are_reverted(name):
     model, plain = MODELS[name](), MODELS[name]()

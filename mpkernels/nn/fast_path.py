@@ -16,16 +16,22 @@ _lock = threading.RLock()
 
 
 class MPMultiheadAttention(nn.MultiheadAttention):
-    """The attention of such a layer, by the path of training."""
+    """The attention of such a layer, by the path of training, which takes no nested tensors."""
 
-    def forward(self, *args, **kwargs):
+    def forward(self, query, *args, **kwargs):
         if self.training or torch.compiler.is_compiling():  # a compiled attention takes that path of itself
-            return super().forward(*args, **kwargs)
+            return super().forward(query, *args, **kwargs)
+        if query.is_nested:
+            raise RuntimeError(
+                "an encoder layer that convert has changed was given a nested tensor, which only torch's fast path takes: "
+                "convert the whole nn.TransformerEncoder, which makes one of a padding mask, or set its "
+                "use_nested_tensor = False; and give a padded tensor with src_key_padding_mask"
+            )
         with _lock:  # the switch is the process's; what reads it meanwhile takes the slower path as well
             enabled = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)
             try:
-                return super().forward(*args, **kwargs)
+                return super().forward(query, *args, **kwargs)
             finally:
                 torch.backends.mha.set_fastpath_enabled(enabled)
 
