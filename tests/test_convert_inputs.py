@@ -72,6 +72,41 @@ def test_convert_refuses_what_is_no_module(model):
             function(model)
 
 
+@pytest.mark.parametrize(
+    ("glob", "advice"),
+    [
+        ("haed", r"did you mean 'head'\?$"),
+        ("body.layer.0", r"did you mean 'body\.layers\.0' or 'body\.layers\.[123]'\?$"),
+        ("layers.0", r"did you mean '\*\.layers\.0'\? A glob is held against the whole name$"),
+        ("[01]", r"did you mean '\*\.\[01\]'\? A glob"),
+        ("zzz", r"there are 'body\.layers\.0', 'body\.layers\.1', 'body\.layers\.2', 'body\.layers\.3', \.\.\.$"),
+    ],
+)
+def test_convert_says_what_a_glob_may_have_meant(glob, advice):
+    body = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(2, 2) for _ in range(4))})
+    model = nn.ModuleDict({"body": body, "head": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match=advice):
+        mpk.convert(model, include=["*", glob])
+
+
+def test_convert_says_where_there_is_no_linear():
+    with pytest.raises(ValueError, match=r"no linear of the model matches 'head': it has no linear$"):
+        mpk.convert(nn.Tanh(), include="head")
+
+
+@pytest.mark.parametrize(
+    ("policy", "advice"),
+    [
+        ({}, r'give a name, or globs with theirs, as \{"\*": "mixed_float16"\}$'),
+        ({"*": "float16", "2": "bfloat16"}, "beside which float32 and float64 may stand$"),
+        ({"*": "float16", "2": "mixed_float16"}, "give all of it mixed_\\* policies, or one 16-bit policy"),
+    ],
+)
+def test_convert_says_which_policies_go_together(policy, advice):
+    with pytest.raises(ValueError, match=advice):
+        mpk.convert(mlp(), policy)
+
+
 # ----- left alone, with a reason ----------------------------------------------------------------------
 
 
@@ -188,3 +223,17 @@ def test_convert_under_inference_mode_leaves_parameters_that_train():
     model(torch.ones(3, 4).half()).sum().backward()
     optimizer.step()
     assert all(a != b for a, b in zip(raw(model.parameters()), before, strict=True))
+
+
+@pytest.mark.parametrize("policy", ["float16", "bfloat16"])
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_convert_casts_a_lazy_linear_as_half_does(policy):
+    """It takes part in a 16-bit model, is a plain linear when it has a weight, and is converted the next time."""
+    model = mpk.convert(nn.Sequential(nn.Linear(6, 8), nn.LazyLinear(4)), policy)
+    dtype = model[0].weight.dtype
+    assert [row.note for row in mpk.convert_report(model)][1] == "is lazy and has no weight yet: call the model once before"
+    assert nn.parameter.is_lazy(model[1].weight)
+    assert model[1].weight.dtype == dtype
+    assert model(torch.ones(2, 6, dtype=dtype)).dtype == model[1].weight.dtype == dtype
+    assert type(model[1]) is nn.Linear
+    assert type(mpk.convert(model, policy)[1]) is mpk.MPLinear

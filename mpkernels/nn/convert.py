@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """convert and revert: nn.Linear becomes MPLinear, in place, and a Sequential runs the ReLU after one with it."""
 
+import difflib
 import fnmatch
 import itertools
 from collections.abc import Callable, Iterable, Mapping
@@ -54,7 +55,7 @@ def convert(
     _check_module(model)
     policies = dict(policy) if isinstance(policy, Mapping) else {"*": policy}
     if not policies:
-        raise ValueError("policy must not be empty")
+        raise ValueError('policy must not be empty: give a name, or globs with theirs, as {"*": "mixed_float16"}')
     policies = {glob: Policy.parse(p) for glob, p in policies.items()}
     include, exclude, keep = ((globs,) if isinstance(globs, str) else tuple(globs) for globs in (include, exclude, keep))
     narrow = _narrow_dtype(policies.values())
@@ -150,7 +151,18 @@ def _matches(name: str, glob: str) -> bool:
 def _check_globs(names: list[str], globs: Iterable[str], what: str) -> None:
     for glob in globs:
         if not any(_matches(name, glob) for name in names):
-            raise ValueError(f"no {what} of the model matches {glob!r}")
+            raise ValueError(f"no {what} of the model matches {glob!r}: {_what_there_is(names, glob, what)}")
+
+
+def _what_there_is(names: list[str], glob: str, what: str) -> str:
+    """What may have been meant by a glob that matches nothing: the end of a name, or one like it."""
+    if any(_matches(name, f"*.{glob}") for name in names):
+        return f"did you mean '*.{glob}'? A glob is held against the whole name"
+    parents = [name.rpartition(".")[0] for name in names]
+    if near := difflib.get_close_matches(glob, filter(None, dict.fromkeys([*names, *parents])), 2):
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    few = ", ".join(map(repr, names[:4])) + ", ..." * (len(names) > 4)
+    return f"there are {few}" if names else f"it has no {what}"
 
 
 def _min_sizes(model: nn.Module, min_size: int | None, narrow: torch.dtype | None) -> dict[nn.Module, int]:
@@ -170,7 +182,11 @@ def _narrow_dtype(policies: Iterable[Policy]) -> torch.dtype | None:
     """float16 or bfloat16 if a policy stores parameters in it; ValueError for policies that do not go together."""
     narrow = {p.param_dtype for p in policies if p.param_dtype.itemsize == 2}
     if len(narrow) > 1 or (narrow and any(p.mixed for p in policies)):
-        raise ValueError(f"a model is stored in one dtype: {', '.join(map(str, policies))} do not go together")
+        names = ", ".join(map(str, policies))
+        raise ValueError(
+            f"a model is stored in one dtype: {names} do not go together; give all of it mixed_* policies, or one 16-bit "
+            "policy, beside which float32 and float64 may stand"
+        )
     return narrow.pop() if narrow else None
 
 

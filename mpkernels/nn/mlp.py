@@ -63,7 +63,10 @@ class MPMLP(MPSequential):
             elif isinstance(module, nn.Linear):
                 last = modules[name] = MPLinear.from_linear(module, policy=policy)
             else:
-                raise TypeError(f"MPMLP: {name} is a {type(module).__name__}")
+                raise TypeError(
+                    f"MPMLP: {name} is a {type(module).__name__}, expected a linear, an Identity, or a ReLU without hooks "
+                    "after a linear; MPLinear(activation=) has other activations, and mpk.convert takes any nn.Sequential"
+                )
         return cls.adopt(nn.Sequential(modules).train(sequential.training))
 
     @classmethod
@@ -77,7 +80,9 @@ class MPMLP(MPSequential):
             raise TypeError(f"MPMLP: {type(sequential).__name__} is not nn.Sequential itself, its forward may be another")
         for name, module in sequential.named_children():
             if not isinstance(module, MPLinear | nn.Identity):
-                raise TypeError(f"MPMLP: {name} is a {type(module).__name__}, expected MPLinear or Identity")
+                raise TypeError(
+                    f"MPMLP: {name} is a {type(module).__name__}, expected MPLinear or Identity: take from_sequential"
+                )
         sequential.__class__ = cls
         return sequential
 
