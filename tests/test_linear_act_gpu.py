@@ -4,7 +4,6 @@
 The other tests of linear_act run on a GPU too, where there is one; these are for it alone.
 """
 
-import math
 import warnings
 from dataclasses import replace
 
@@ -14,13 +13,14 @@ import torch
 from linear_act_cases import DTYPES, Case, Dtypes, backward, forward, generated_case, run, same_bits
 
 from mpkernels.functional import linear_act
-from mpkernels.ops.linear_act import Activation, backward_op, forward_op
+from mpkernels.ops.linear_act import Activation, backward_op, forward_op, impl_native
 from tests import bounds
 
 f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
 BACKENDS = ("eager", "triton", "native")
 SEEDS, CASES = range(50), 50
 REPEATS = 20
+SELECTING = (Activation.NONE, Activation.RELU)  # those of native
 HALVES = [name for name, dtypes in DTYPES.items() if dtypes.compute in (f16, bf16)]
 
 pytestmark = pytest.mark.gpu
@@ -44,19 +44,24 @@ def backend(request, monkeypatch) -> str:
 
 
 def suited(case: Case, backend: str, random: np.random.Generator) -> Case:
-    """The case as `backend` takes it. native: 16-bit, and sizes in vectors of 16 bytes, which its why_not asks for."""
+    """The case as `backend` takes it. native: 16-bit, ReLU or none, sizes in vectors of 16 bytes: see its why_not_call."""
     if backend != "native":
         return case
     dtypes = DTYPES[random.choice(HALVES)]
     out = dtypes.out if dtypes.out in (dtypes.compute, f32) else f32
-    return replace(case, N=-(-case.N // 8) * 8, K=-(-case.K // 8) * 8, dtypes=replace(dtypes, out=out))
+    activation = case.activation if case.activation in SELECTING else SELECTING[random.integers(len(SELECTING))]
+    N, K = (-(-size // 8) * 8 for size in (case.N, case.K))
+    return replace(case, N=N, K=K, dtypes=replace(dtypes, out=out), activation=activation)
+
+
+def cases_of(seed: int, backend: str) -> list[Case]:
+    random = np.random.default_rng(seed)
+    return [suited(generated_case(random), backend, random) for _ in range(CASES)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_linear_act_gpu_generated_shapes(seed, backend, generator):
-    random = np.random.default_rng(seed)
-    for _ in range(CASES):
-        case = suited(generated_case(random), backend, random)
+    for case in cases_of(seed, backend):
         try:
             run(case, generator, torch.device("cuda"))
         except Exception as error:
@@ -126,8 +131,12 @@ def test_linear_act_gpu_is_captured(backend, generator):
 
 def test_linear_act_gpu_has_enough_shapes():
     """Runs anywhere: 2,000 for each implementation are asked for, and those of native are what it takes."""
-    random = np.random.default_rng(0)
     assert len(SEEDS) * CASES >= 2000
-    made = [suited(generated_case(random), "native", random) for _ in range(CASES)]
-    assert all(math.gcd(case.N, case.K) % 8 == 0 for case in made)
-    assert len({(case.M, case.N, case.K) for case in made}) > CASES // 2
+    made = [case for seed in SEEDS[:8] for case in cases_of(seed, "native")]
+    for case in made:
+        d = case.dtypes
+        reason = impl_native.why_not_call(case.N, case.K, int(case.activation), d.compute, d.out)
+        assert reason is None, f"{case}: {reason}"
+        assert d.compute in (f16, bf16)
+    assert {case.activation for case in made} == set(SELECTING)
+    assert len({(case.M, case.N, case.K) for case in made}) > len(made) // 2
