@@ -80,6 +80,21 @@ def test_linear_act_gemm_has_no_barrier_in_the_loop(kernel):
     assert not [line for line in lines[at[0] : at[-1]] if line.startswith("BAR")]
 
 
+def test_linear_act_gemm_has_no_fence_of_the_gpu_in_the_loop(kernel):
+    """Arrivals and waits of the cluster's scope at mbarriers fence the whole GPU and empty the L1. What is left of that stands
+    before the loop, behind it, and once in the arrival that ends the kernel."""
+    lines = code("sm_90a")[kernel]
+    costly = re.compile(r"MEMBAR\.\w+\.(?!CTA)|ERRBAR|CGAERRBAR|CCTL\.IVALL")
+    waits = [i for i, line in enumerate(lines) if line.startswith("SYNCS.PHASECHK")]
+    releases = [i for i, line in enumerate(lines) if line.startswith("SYNCS.ARRIVE.TRANS64.RED")]
+    loads = [i for i, line in enumerate(lines) if line.startswith("UTMALDG")]
+    for first, last in ((waits[0], releases[-1]), (max(i for i in waits if i < loads[0]), loads[-1])):
+        assert not [line for line in lines[first:last] if costly.match(line)]
+    found = Counter(costly.match(line).group() for line in lines if costly.match(line))
+    assert found["CCTL.IVALL"] <= 3  # two waits of the cluster, one for the last stores
+    assert sum(found.values()) - found["CCTL.IVALL"] <= 3  # MEMBAR, ERRBAR, CGAERRBAR
+
+
 def test_linear_act_gemm_rounds_once_and_keeps_nan(kernel):
     found = opcodes(kernel)
     width = int(re.search(r"Li(\d+)", kernel).group(1))

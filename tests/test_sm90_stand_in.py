@@ -327,6 +327,7 @@ MISUSE = [
     ("two accumulators", "the stand-in has one accumulator at a time"),
     ("wgmma by three warps", "wgmma by a part of a warpgroup"),
     ("ends while its warp shuffles", "while"),
+    ("arrives relaxed past an mbarrier", "a relaxed arrival after an mbarrier with no fence"),
 ]
 
 

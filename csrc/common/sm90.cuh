@@ -56,6 +56,8 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
 // All threads of all blocks of the cluster arrive, then wait; a block outside of a cluster is a cluster of one. What was
 // written before an arrival is seen after the wait.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+// The same, but of what was written before only what a fence has released is seen: fence_barrier_init is enough for barriers.
+__device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // Of this block within its cluster.
@@ -65,7 +67,10 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// An mbarrier in shared memory: a phase ends when no arrival and no byte of the phase is pending any more.
+// An mbarrier in shared memory: a phase ends when no arrival and no byte of the phase is pending any more. NOTE: arrivals and
+// waits order ordinary loads and stores of this block alone. What crosses blocks here is copied by TMA and read by WGMMA, which
+// the bytes and the arrivals order; the scope of the cluster would cost a fence of the whole GPU at every arrival, and the L1
+// cache after every wait.
 using Barrier = uint64_t;
 
 // By one thread, before anyone else touches it; every phase then expects this many arrivals.
@@ -91,7 +96,7 @@ __device__ __forceinline__ void barrier_arrive_cluster(Barrier* barrier, uint32_
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
@@ -104,7 +109,7 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) 
     asm volatile(
         "{\n"
         ".reg .pred ended;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%1], %2;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n"
         "selp.u32 %0, 1, 0, ended;\n"
         "}"
         : "=r"(ended)

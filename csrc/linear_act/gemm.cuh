@@ -441,7 +441,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) gemm_kernel(MPK_GRID_CONSTANT
     }
     sm90::fence_barrier_init();
   }
-  sm90::cluster_arrive();
+  sm90::cluster_arrive_relaxed();
   sm90::cluster_wait();
 
   if (threadIdx.x < kWarpgroup) {

@@ -157,7 +157,7 @@ __global__ void probe_cluster(MPK_GRID_CONSTANT(Probe) a) {
     sm90::barrier_init(&shared.barrier, 2);
     sm90::fence_barrier_init();
   }
-  sm90::cluster_arrive();
+  sm90::cluster_arrive_relaxed();
   sm90::cluster_wait();
   sm90::barrier_wait(&shared.barrier, 1);
   sm90::cluster_arrive();  // or the phase could end before a thread has looked

@@ -566,6 +566,13 @@ void fence_barrier_init() {
   for (auto& [address, barrier] : here().barriers) barrier.fenced |= barrier.initialized_by == threadIdx.x;
 }
 
+void arrive_cluster_relaxed() {
+  for (const auto& [address, barrier] : here().barriers) {
+    if (!barrier.fenced && barrier.initialized_by == threadIdx.x) fail("a relaxed arrival after an mbarrier with no fence");
+  }
+  arrive_cluster();
+}
+
 void barrier_arrive(void* barrier) { arrive(barrier_at(here(), shared_address(barrier))); }
 
 void barrier_arrive_expect_tx(void* barrier, uint32_t bytes) {

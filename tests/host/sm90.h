@@ -20,6 +20,7 @@ void stmatrix_x4(void* row, const uint32_t (&matrices)[4]);
 void store_shared(void* shared, const void* value, uint32_t bytes);
 void fence_proxy_async();
 
+void arrive_cluster_relaxed();
 void barrier_init(void* barrier, uint32_t arrivals);
 void fence_barrier_init();
 void barrier_arrive(void* barrier);

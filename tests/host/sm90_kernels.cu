@@ -255,6 +255,7 @@ enum Misuse {
   kTwoAccumulators,
   kPartOfWarpgroup,
   kEndsInWarp,
+  kUnfencedArrival,
 };
 
 __global__ void misuse(const Arguments& g) {
@@ -330,6 +331,10 @@ __global__ void misuse(const Arguments& g) {
     case kEndsInWarp:
       if (thread % 32 > 0) sm90::shuffle_xor(thread, 1);
       return;
+    case kUnfencedArrival:
+      if (thread == 0) sm90::barrier_init(barrier + 1, 1);
+      sm90::cluster_arrive_relaxed();
+      return sm90::cluster_wait();
   }
 }
 

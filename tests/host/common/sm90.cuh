@@ -39,6 +39,7 @@ inline void fence_proxy_async() { host::fence_proxy_async(); }
 
 inline void named_barrier_sync(int id, int threads) { host::sync_named(id, threads); }
 inline void cluster_arrive() { host::arrive_cluster(); }
+inline void cluster_arrive_relaxed() { host::arrive_cluster_relaxed(); }
 inline void cluster_wait() { host::wait_cluster(); }
 inline uint32_t cluster_rank() { return host::cluster_rank(); }
 
