@@ -81,7 +81,7 @@ class MPMLP(MPSequential):
         for name, module in sequential.named_children():
             if not isinstance(module, MPLinear | nn.Identity):
                 raise TypeError(
-                    f"MPMLP: {name} is a {type(module).__name__}, expected MPLinear or Identity: take from_sequential"
+                    f"MPMLP: {name} is a {type(module).__name__}, expected MPLinear or Identity: from_sequential takes others"
                 )
         sequential.__class__ = cls
         return sequential
