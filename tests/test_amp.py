@@ -621,6 +621,22 @@ def test_step_after_an_exception_is_that_step(make, unscale):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("make", [lambda p: torch.optim.AdamW(p, fused=True), torch.optim.SGD], ids=["fused", "sgd"])
+def test_preset_scalars_of_another_optimizer_outlive_an_exception(make):
+    params, scaler = parameters(torch.float32), mpk.GradScaler(init_scale=2.0**10)
+    optimizer = make(params)
+    give_grads(params, scaler)
+    optimizer.grad_scale, optimizer.found_inf = preset = torch.tensor(2.0), torch.tensor(0.0)
+    optimizer.register_step_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        scaler.step(optimizer)
+    assert (optimizer.grad_scale, optimizer.found_inf) == preset
+    del optimizer.grad_scale, optimizer.found_inf
+    with pytest.raises(ZeroDivisionError):
+        scaler.step(optimizer)
+    assert not {"grad_scale", "found_inf"} & vars(optimizer).keys()
+
+
 @pytest.mark.parametrize("make", [torch.optim.LBFGS, torch.optim.SGD, mpk.optim.SGD])
 @pytest.mark.parametrize("by_name", [False, True])
 def test_closures_are_refused_with_what_to_do(make, by_name):
@@ -875,8 +891,8 @@ def test_unscale_then_skip_is_reported(max_norm):
     scaler.step(optimizer)
     scaler.update()
     assert scaler.overflow_report(optimizer) == (
-        "step 1 skipped at scale 65536: bias has 1 non-finite of 2, amax 1 of the finite ones"
-    ), "unscaled, as unscale_ left them"
+        "step 1 skipped at scale 65536: bias has 1 non-finite of 2, amax 65536 of the finite ones"
+    ), "as they were read, scaled"
 
 
 def test_clip_grad_norm_reads_a_preset_grad_scale():
@@ -972,6 +988,22 @@ def test_clip_then_unscale(dtype):
         scaler.clip_grad_norm_(optimizer, 0.5)
         if unscale:
             scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        results.append(raw(params))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("norms", [(0.5, 0.1), (0.1, 0.5), (0.1, math.inf)])
+@pytest.mark.parametrize("change", [False, True])
+def test_clip_after_clip_does_not_undo_it(norms, change):
+    """As of torch's, whose second finds what the first has left."""
+    results = []
+    for some in (norms, [min(norms)]):
+        params, optimizer, scaler = clipping()
+        for max_norm in some:
+            scaler.clip_grad_norm_(optimizer, max_norm)
+            if change:
+                params[0].grad.mul_(1.0)  # the gradients are read again
         scaler.step(optimizer)
         results.append(raw(params))
     assert results[0] == results[1]

@@ -250,6 +250,17 @@ def copy_in(model):
             parameter.copy_(torch.full_like(parameter, 3.0))
 
 
+def vector_in(model):
+    """Each parameter's memory becomes a part of the vector's, which moves no version."""
+    length = sum(parameter.numel() for parameter in model.parameters())
+    nn.utils.vector_to_parameters(torch.full((length,), 3.0, dtype=torch.float16), model.parameters())
+
+
+def swap(model):
+    for parameter in model.parameters():
+        torch.utils.swap_tensors(parameter, nn.Parameter(torch.full_like(parameter, 3.0)))
+
+
 READERS = {
     "master_state_dict": lambda model, optimizer: optimizer.master_state_dict(model).values(),
     "state_dict": lambda model, optimizer: [s["master"] for s in optimizer.state_dict()["state"].values()],
@@ -257,12 +268,15 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("write", [load, write_in_place, copy_in])
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("write", [load, write_in_place, copy_in, vector_in, swap])
 @pytest.mark.parametrize("reader", READERS)
-def test_readers_take_over_what_was_written(reader, write):
+def test_readers_take_over_what_was_written(reader, write, loaded):
     model = nn.Linear(4, 3).half()
     optimizer = mpk.optim.AdamW(model.parameters(), lr=LR)
     train(list(model.parameters()), optimizer, 2)
+    if loaded:
+        optimizer.load_state_dict(optimizer.state_dict())
     kept = optimizer.state_dict()["state"]
     write(model)
     read = list(READERS[reader](model, optimizer))

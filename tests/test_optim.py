@@ -698,6 +698,7 @@ def _changed(state, **entries):
         (lambda s: _changed(s, step=-1), "step of parameter 0 .a. must be a count, got -1"),
         (lambda s: _changed(s, step=1.5), "step of parameter 0 .a. must be a count, got 1.5"),
         (lambda s: _changed(s, step=None), "step of parameter 0 .a. must be a count, got None"),
+        (lambda s: _changed(s, step=2**128), "step of parameter 0 .a. must be a count, got 3402823"),
         (lambda s: _changed(s, master=torch.zeros(5).half()), "master of parameter 0 .a. is torch.float16, .* torch.float32"),
         (lambda s: _changed(s, master=torch.zeros(1)), r"master of parameter 0 .a. must have shape \(5,\), got \(1,\)"),
         (lambda s: _changed(s, master="m"), "master of parameter 0 .a. .* got str"),

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from steps import raw
@@ -172,3 +173,38 @@ def test_pre_hook_changes_a_copy(name):
     optimizer.load_state_dict(saved)
     assert saved["state"]
     assert not optimizer.state
+
+
+@names
+def test_pre_hook_sees_what_class_was_loaded(name):
+    """And its attributes: some mark what wrote a checkpoint so."""
+
+    class Marked(dict):
+        pass
+
+    _, optimizer = make(name)
+    saved, seen = Marked(optimizer.state_dict()), []
+    saved.version = 3
+    optimizer.register_load_state_dict_pre_hook(lambda o, s: seen.append((type(s), s.version, s is saved)))
+    optimizer.load_state_dict(saved)
+    assert seen == [(Marked, 3, False)]
+
+
+@names
+@pytest.mark.parametrize("count", [int, np.int64, np.float32, lambda step: torch.tensor([int(step)])])
+def test_count_of_steps_may_be_any_number(name, count):
+    """In what is loaded and in what a user puts into the state."""
+    results = []
+    for change in (float, count):
+        params, optimizer = make(name)
+        train(params, optimizer)
+        saved = optimizer.state_dict()
+        for state in saved["state"].values():
+            state["step"] = change(state["step"])
+        optimizer.load_state_dict(saved)
+        train(params, optimizer, first=2)
+        for state in optimizer.state.values():
+            state["step"] = change(state["step"])
+        train(params, optimizer, first=4)
+        results.append(own(params, optimizer))
+    assert results[0] == results[1]

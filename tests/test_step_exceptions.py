@@ -136,6 +136,26 @@ def test_step_after_any_failed_allocation(monkeypatch, name, way, at):
     assert k > 0, "nothing was made to fail"
 
 
+def test_unscale_after_any_failed_allocation(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "native")
+    undisturbed = Training("SGD", "unscale")
+    undisturbed.run(range(STEPS))
+    for k in range(1000):
+        training = Training("SGD", "scaler")
+        for t in range(STEPS):
+            training.begin(t)
+            with Failing(monkeypatch, k if t == STEPS - 1 else 1000) as failing:
+                training.scaler.unscale_(training.optimizer)
+            if failing.raised:
+                training.scaler.unscale_(training.optimizer)
+            training.step()
+            training.end()
+        assert training.everything() == undisturbed.everything(), k
+        if not failing.raised:
+            break
+    assert k > 0, "nothing was made to fail"
+
+
 class Refusal(Exception):
     """What the hooks raise."""
 

@@ -86,7 +86,7 @@ class Optimizer(torch.optim.Optimizer):
         self._stats: dict[torch.device, GradStats] = {}
         self._pending_clip: Clip | None = None  # of scaler.clip_grad_norm_, until the next step
         self._plans: list[StepPlan] = []  # the last used first
-        self._versions: dict[int, object] = {}  # by id, of the parameters of these plans after our last write
+        self._stamps: dict[int, tuple] = {}  # by id, version and address of the parameters of these plans after our last write
         self._made_for: dict[int, tuple[dict, torch.dtype]] = {}  # by id, the state of a parameter and the dtype it was for
         self._ranks = _ranks.Ranks([])
         self._checked_values: dict[int, list] = {}  # of hyperparameters, by group, as of the last step
@@ -265,24 +265,28 @@ class Optimizer(torch.optim.Optimizer):
                 parameter.grad_dtype = None  # any: float32 would stick, and DDP refuse the next backward
                 parameter.grad = parameter.grad.float()
         plan.give([plan.local(p.grad) for p in plan.params])
-        for call in plan.calls:
-            Unscaling(call.grads, _stats.scalar(grad_scale, call.device), None).write()
-        self._read_grads(plan, None, norm=clip is not None)
-        self._pending_clip = clip and self._clip_of_these(clip.max_norm)
-        for device, stats in self._stats.items():
-            stats.grad_scale = grad_scale.to(device, copy=True)
+        self._read_grads(plan, grad_scale, norm=clip is not None)
+        for stats in self._stats.values():
             stats.found_inf = skip_flag(stats.found_inf, stats.grad_scale).float()
+        unscalings = [Unscaling(call.grads, _stats.scalar(grad_scale, call.device), None) for call in plan.calls]
+        for unscaling in unscalings:  # what allocates came before: an exception leaves all gradients scaled
+            unscaling.write()
+        self._pending_clip = clip and self._clip_of_these(clip.max_norm)
         self._release_grads()
         return {device: stats.found_inf for device, stats in self._stats.items()}
 
     @torch.no_grad()
     def _clip_at_next_step(self, grad_scale: torch.Tensor | None, max_norm: float) -> torch.Tensor | None:
-        """Read the gradients now and clip them to max_norm in the next step; the norm, or None without gradients."""
-        self._read_grads(self._current_plan(), grad_scale, norm=True)
+        """Read the gradients now and clip them to max_norm in the next step; the norm, or None without gradients.
+
+        A clip that is pending holds as well: torch's, which comes at once, is not undone by a wider one.
+        """
+        plan, clip = self._current_plan(), self._clip_in_force()
+        self._read_grads(plan, grad_scale, norm=True)
         self._release_grads()
         if not self._stats:
             return None
-        self._pending_clip = self._clip_of_these(max_norm)
+        self._pending_clip = self._clip_of_these(max_norm if clip is None else min(max_norm, clip.max_norm))
         return self.grad_norm
 
     def _clip_of_these(self, max_norm: float) -> Clip:
@@ -364,28 +368,28 @@ class Optimizer(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     self._init_state(group, parameter, name_of(group, i))
         self._remember_dtypes()
-        self._save_versions()
+        self._save_stamps()
         plan = StepPlan(signature, self.state, names, ranks, self)
         kept = (p for p in self._plans if not p.signature.matches(signature) and p.signature.has_params_of(signature))
         self._plans = [plan, *kept][:PLANS]
         known = {id(p) for some in self._plans for p in some.params}
-        self._versions = {key: version for key, version in self._versions.items() if key in known}
+        self._stamps = {key: stamp for key, stamp in self._stamps.items() if key in known}
         self._ranks = ranks
         return plan
 
     def _use(self, plan: StepPlan) -> None:
         """Put `plan` first. What was written meanwhile under other plans is not foreign to it."""
         if plan is not self._plans[0]:
-            self._save_versions()
-            plan.versions = [self._versions.get(id(p)) for p in plan.params]
+            self._save_stamps()
+            plan.versions = [self._stamps.get(id(p), (None,))[0] for p in plan.params]
             self._plans.remove(plan)
             self._plans.insert(0, plan)
             self._ranks = plan.ranks
 
-    def _save_versions(self) -> None:
+    def _save_stamps(self) -> None:
         for plan in self._plans[:1]:
             if plan.versions is not None:
-                self._versions.update(zip(map(id, plan.params), plan.versions, strict=True))
+                self._stamps.update(zip(map(id, plan.params), plan.stamps(), strict=True))
 
     def _remember_dtypes(self) -> None:
         """Of which dtype a parameter was when its state was made."""
@@ -479,7 +483,7 @@ class Optimizer(torch.optim.Optimizer):
         if not _is_count(parameter, step := state.get("step")):
             new["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             if step is not None:
-                new["step"].copy_(step) if isinstance(step, torch.Tensor) else new["step"].fill_(step)
+                new["step"].copy_(step.reshape(())) if isinstance(step, torch.Tensor) else new["step"].fill_(step)
         if dtype == parameter.dtype:
             state.pop("master", None)
         elif not _is_master_of(parameter, master := state.get("master"), dtype):
@@ -525,11 +529,10 @@ class Optimizer(torch.optim.Optimizer):
         return [name for key, name in self._parameter_names().items() if key in found]
 
     def _take_over_visible_writes(self) -> None:
-        """Every reader of masters does so first: what moved a version since our last write."""
-        self._save_versions()
+        """Every reader of masters does so first: what moved a version or an address since our last write."""
+        self._save_stamps()
         for parameter, master in master_weights.pairs(self.state):
-            version = _version(parameter)
-            if _ranks.is_dtensor(parameter) or self._versions.get(id(parameter)) != version:
+            if _ranks.is_dtensor(parameter) or self._stamps.get(id(parameter)) != _stamp(parameter):
                 master_weights.take_over(master, parameter)
 
     @contextlib.contextmanager
@@ -603,7 +606,7 @@ class Optimizer(torch.optim.Optimizer):
         self.state.update(loaded)
         self._plans.clear()
         # The weights may be loaded after this: masters that were read meanwhile must not be those of the weights before.
-        self._versions = {id(p): _version(p) for p, _ in master_weights.pairs(self.state)}
+        self._stamps = {id(p): _stamp(p) for p, _ in master_weights.pairs(self.state)}
         self._remember_dtypes()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -647,6 +650,8 @@ def _is_master_of(parameter: torch.Tensor, master, dtype: torch.dtype) -> bool:
     return isinstance(master, torch.Tensor) and (master.shape, master.dtype, master.device) == wanted
 
 
-def _version(parameter: torch.Tensor):
-    """As StepPlan.versions_now has it."""
-    return (_ranks.local(parameter)._version, parameter._version) if _ranks.is_dtensor(parameter) else parameter._version
+def _stamp(parameter: torch.Tensor) -> tuple:
+    """As StepPlan.stamps has it. The address: `p.data = ...`, as vector_to_parameters writes, moves no version."""
+    local = _ranks.local(parameter)
+    version = (local._version, parameter._version) if _ranks.is_dtensor(parameter) else parameter._version
+    return version, *addresses([local])

@@ -5,7 +5,7 @@ What the optimizer knows nothing of is kept as torch keeps it: keys of `state` t
 a parameter, whose tensors take its dtype and device.
 """
 
-import math
+import numbers
 
 import torch
 
@@ -13,6 +13,8 @@ from mpkernels._fake import copy_, is_fake
 from mpkernels.ops._cast import DTYPES, cast
 from mpkernels.optim import _ranks
 from mpkernels.optim._parameters import is_lazy, name_of
+
+_MOST_STEPS = torch.finfo(torch.float32).max  # what the tensor of the count holds
 
 
 def checked_state(optimizer, state_dict: dict) -> dict[torch.Tensor, dict]:
@@ -119,9 +121,9 @@ def _converted_step(state: dict, name: str, default: int | None, device) -> torc
     if isinstance(step, torch.Tensor) and is_fake(step):  # which has no value to look at
         return step.to(device, torch.float32)
     value = step.item() if isinstance(step, torch.Tensor) and step.numel() == 1 and not step.is_meta else step
-    if not isinstance(value, int | float) or not 0 <= value < math.inf or value != int(value):
+    if not isinstance(value, numbers.Real) or not 0 <= value <= _MOST_STEPS or value != int(value):
         raise ValueError(f"state_dict: step of {name} must be a count, got {step}")
-    return torch.full((), value, dtype=torch.float32, device=device)
+    return torch.full((), float(value), dtype=torch.float32, device=device)
 
 
 def identity(group: dict) -> dict:

@@ -226,6 +226,10 @@ class StepPlan:
         versions = list(map(_version, self.local_params))
         return list(zip(versions, map(_version, self.params), strict=True)) if self.dtensors else versions
 
+    def stamps(self) -> list[tuple]:
+        """Version and address of each parameter after our last write; the state's addresses come behind."""
+        return list(zip(self.versions, self._addresses, strict=False))
+
     def written_by_others(self, versions: list) -> list[int]:
         """Rows with a master whose parameter may have been written since our last write."""
         if self.versions is None:
