@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every row of docs/differences.md is so: a test of its name for each, and none without a row."""
 
+import contextlib
 import copy
+import math
 import re
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import parametrizations, prune
 
 import mpkernels as mpk
@@ -19,9 +22,13 @@ from tests.linear_act_cases import same_bits
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "differences.md"
 
 
-def model_of(policy="mixed_float16", **kwargs):
+def plain_model():
     torch.manual_seed(0)
-    return mpk.convert(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), policy, **kwargs)
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def model_of(policy="mixed_float16", **kwargs):
+    return mpk.convert(plain_model(), policy, **kwargs)
 
 
 def types_of(model) -> list[str]:
@@ -128,6 +135,113 @@ def test_differs_scaler_without_cuda():
     assert not mpk.GradScaler("cuda", enabled=False).is_enabled()
 
 
+@pytest.fixture
+def group(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, FullyShardedDataParallel])
+@pytest.mark.filterwarnings("ignore")  # FSDP1 is deprecated, and warns of one rank
+def test_differs_cast_inside_ddp(wrap, group):
+    def wrapped(model):
+        return wrap(model, **({"device_id": torch.device("cpu")} if wrap is FullyShardedDataParallel else {}))
+
+    model = wrapped(plain_model())
+    with pytest.raises(RuntimeError, match=r"would be lost by a cast to torch\.bfloat16: convert first, then wrap"):
+        mpk.convert(model, "bfloat16")
+    mpk.convert(wrapped(plain_model()), "mixed_bfloat16")
+    wrapped(mpk.convert(plain_model(), "bfloat16"))
+
+
+def encoder_of() -> nn.TransformerEncoder:
+    torch.manual_seed(0)
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1).eval()
+
+
+@torch.no_grad()
+def test_differs_nested_tensors_in_encoders():
+    nested = torch.nested.nested_tensor([torch.ones(3, 8), torch.ones(5, 8)])
+    assert encoder_of()(nested).is_nested
+    with pytest.raises(RuntimeError, match=r"convert the whole nn\.TransformerEncoder"):
+        mpk.convert(encoder_of())(nested)
+    x, padding = torch.ones(2, 5, 8), torch.tensor([[False] * 3 + [True] * 2, [False] * 5])
+    part = encoder_of()
+    mpk.convert(part.layers[0])
+    with pytest.raises(RuntimeError, match=r"convert the whole nn\.TransformerEncoder"):
+        part(x, src_key_padding_mask=padding)
+    assert mpk.convert(part)(x, src_key_padding_mask=padding).shape == x.shape
+
+
+def test_differs_compiled_with_an_eager_grad():
+    x = torch.ones(2, 8)
+    model = model_of("mixed_bfloat16,grad=bfloat16")
+    model(x).sum().backward()
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="dtype mismatch between tensor and its gradient"):
+        compiled(x)
+    model.zero_grad()
+    for _ in range(2):
+        compiled(x).sum().backward()
+
+
+def test_differs_closures_by_position():
+    model = model_of()
+    optimizer, scaler = mpk.optim.SGD(model.parameters(), lr=0.1), mpk.GradScaler("cpu")
+    scaler.scale(model(torch.ones(2, 8)).sum()).backward()
+    with pytest.raises(RuntimeError, match="Closure use is not currently supported"):
+        scaler.step(optimizer, lambda: None)
+    scaler.step(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("growth_factor", 1.0), ("growth_factor", math.nan), ("backoff_factor", 1.0), ("growth_interval", 0)],
+)
+def test_differs_scaler_setters(name, value):
+    for scaler, refuses in ((mpk.GradScaler("cpu"), True), (torch.amp.GradScaler("cpu"), False)):
+        with pytest.raises(ValueError, match=name) if refuses else contextlib.nullcontext():
+            getattr(scaler, f"set_{name}")(value)
+
+
+@pytest.mark.parametrize("lr", [math.inf, math.nan, "1e-3", torch.tensor(1)], ids=str)
+def test_differs_learning_rates_at_a_step(lr):
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    optimizer = mpk.optim.SGD([parameter], lr=0.1)
+    optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        optimizer.step()
+    assert parameter.tolist() == [1.0] * 3
+
+
+def test_differs_hyperparameters_on_meta():
+    value = torch.tensor(0.5, device="meta")
+    for options in ({"betas": (value, value)}, {"weight_decay": value}):
+        with pytest.raises(ValueError, match="on meta"):
+            mpk.optim.AdamW([nn.Parameter(torch.ones(3))], lr=0.1, **options)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_differs_parameters_twice():
+    parameter = nn.Parameter(torch.ones(3))
+    torch.optim.SGD([parameter, parameter], lr=0.1)
+    with pytest.raises(ValueError, match="parameter 1 stands twice in one group"):
+        mpk.optim.SGD([parameter, parameter], lr=0.1)
+
+
+def test_differs_adam_is_not_adamw():
+    parameter = nn.Parameter(torch.ones(3))
+    for ours in (False, True):
+        adam, adamw = (getattr(mpk.optim if ours else torch.optim, name)([parameter], lr=0.1) for name in ("Adam", "AdamW"))
+        for target, source in ((adam, adamw), (adamw, adam)):
+            with pytest.raises(ValueError, match="decoupled_weight_decay") if ours else contextlib.nullcontext():
+                target.load_state_dict(copy.deepcopy(source.state_dict()))
+
+
 # ----- other than torch ---------------------------------------------------------------
 
 
@@ -214,6 +328,53 @@ def test_differs_exported_programs():
     assert "mpkernels" not in str(program.run_decompositions(mpk.functional.decompositions()).graph)
 
 
+@pytest.mark.parametrize("name", ["foreach", "fused", "capturable"])
+def test_differs_options_without_effect(name):
+    results = []
+    for options in ({}, {name: True}):
+        parameter = nn.Parameter(torch.ones(3))
+        parameter.grad = torch.full((3,), 0.5)
+        optimizer = mpk.optim.AdamW([parameter], lr=0.1, **options)
+        assert optimizer.param_groups[0][name] is (True if options else optimizer.defaults[name])
+        optimizer.step()
+        results.append(parameter.detach())
+    assert same_bits(*results)
+
+
+def test_differs_names_of_a_loaded_state():
+    for ours in (True, False):
+        made, saved = ((mpk.optim if ours else torch.optim).SGD([(name, nn.Parameter(torch.ones(3)))], lr=0.1) for name in "ab")
+        made.load_state_dict(saved.state_dict())
+        assert made.param_groups[0]["param_names"] == ["a" if ours else "b"]
+
+
+def test_differs_state_from_construction():
+    def size(policy):
+        return len(mpk.optim.AdamW(model_of(policy).parameters(), lr=0.1).state)
+
+    assert (size("mixed_float16,grad=float16"), size("mixed_float16")) == (4, 0)
+
+
+def test_differs_gradients_of_a_cast():
+    model, plain = plain_model(), plain_model()
+    for m in (model, plain):
+        m(torch.ones(2, 8)).sum().backward()
+    assert mpk.convert(model, "float16")[0].weight.grad is None
+    assert plain.half()[0].weight.grad.dtype == torch.float16
+
+
+def test_differs_encoders_in_evaluation(monkeypatch):
+    calls, x = [], torch.ones(2, 5, 8)
+    for model in (encoder_of(), mpk.convert(encoder_of())):
+        linear = type(model.layers[0].linear1)
+        monkeypatch.setattr(
+            linear, "forward", lambda self, x, call=linear.forward: (calls.append(type(self)), call(self, x))[1]
+        )
+        with torch.no_grad():
+            model(x)
+    assert calls == [MPLinear] * 2
+
+
 # ----- exact types ---------------------------------------------------------------
 
 
@@ -251,6 +412,13 @@ def test_differs_apply_by_type():
     model_of().apply(lambda m: found.append((type(m) is nn.Linear, isinstance(m, nn.Linear))))
     assert sum(exact for exact, _ in found) == 0
     assert sum(kind for _, kind in found) == 2
+
+
+def test_differs_sequentials_by_type():
+    model = nn.ModuleList([plain_model(), nn.Sequential(nn.Linear(8, 8), nn.Tanh())])
+    mpk.convert(model)
+    assert [type(m) is nn.Sequential for m in model] == [False, True]
+    assert all(isinstance(m, nn.Sequential) for m in model)
 
 
 def test_differs_by_name():
