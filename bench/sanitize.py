@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every op of a backend at a few small sizes, for compute-sanitizer: `python -m bench.sanitize triton [cpu]`.
 
-linear_act and its backward at ragged tiles, the layer below's pass in the epilogue included, then each op's self-check.
+linear_act and its backward at ragged tiles, the layer below's pass in the epilogue included, then each op's cases.
 """
 
 import sys
@@ -10,6 +10,7 @@ import torch
 
 from mpkernels import _dispatch
 from mpkernels.ops.linear_act import Activation, backward_op, empty_mask, forward_op
+from mpkernels.testing import checks
 
 SHAPES = ((136, 264, 72), (40, 520, 200))  # M, N, K: ragged tiles, several of them
 
@@ -21,7 +22,7 @@ def main(backend: str, device: str = "cuda") -> None:
     for op in _dispatch.ops.values():
         reason = op.why_not(backend, device, torch.float32)
         reason = reason and op.why_not(backend, device, torch.float16)
-        wrong = None if reason else op.self_check(backend, device)
+        wrong = None if reason else checks.wrong(op, backend, device)
         if wrong is not None:
             raise SystemExit(f"{op.name}: {wrong}")
         print(f"{backend}: {op.name}: {reason or 'done'}")

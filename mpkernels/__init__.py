@@ -7,6 +7,7 @@ from mpkernels._dispatch import is_available, why_not
 from mpkernels.amp import GradScaler
 from mpkernels.nn import MPMLP, MPLinear, cached_weights, convert, convert_report, revert, warmup
 from mpkernels.policy import Policy, default_policy, get_default_policy, set_default_policy
+from mpkernels.prove import prove
 from mpkernels.tune import tune
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "prove",
     "refresh_",
     "revert",
     "set_default_policy",

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is here, what works, and why the rest does not: `python -m mpkernels [--json]`.
 
-Every implementation of every op is run once on every device type and compared with the fp64 reference; exit 1 if something
-computes wrongly. `python -m mpkernels tune` finds the fastest implementation of each GEMM: see mpkernels/tune.py.
+On the CPU every implementation of every op is run and compared with fp64; of GPUs what `python -m mpkernels prove` found
+there is shown, and nothing is run. Exit 1 if something computes wrongly. `tune` finds the fastest implementation of each
+GEMM: see mpkernels/prove.py and mpkernels/tune.py.
 """
 
 import argparse
@@ -19,20 +20,24 @@ from mpkernels import _cache, _dispatch, _native, _table
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["tune"]:
-        return importlib.import_module("mpkernels.tune").main(sys.argv[2:])
+    if sys.argv[1:2] in (["tune"], ["prove"]):
+        return importlib.import_module(f"mpkernels.{sys.argv[1]}").main(sys.argv[2:])
     parser = argparse.ArgumentParser(
         prog="python -m mpkernels",
-        usage="%(prog)s [-h] [--json]\n       %(prog)s tune [-h] [--shapes M,K,N ...] [--rounds N] [--package] [--show]",
+        usage="%(prog)s [-h] [--json]\n       %(prog)s prove [-h] [--full] [--out FILE] [--device DEVICE] [--mps]\n"
+        "       %(prog)s tune [-h] [--shapes M,K,N ...] [--rounds N] [--package] [--show]",
         description=f"""{__doc__.splitlines()[0]}
 
 commands:
-  (none)  a table of versions, devices and implementations; every implementation is run once
-          and compared with fp64; exit 1 if something computes wrongly
+  (none)  a table of versions, devices and implementations; on the CPU every one is run and
+          compared with fp64, of GPUs the verdicts are shown; exit 1 if something is wrong
+  prove   hold every implementation against fp64 on this GPU and remember the verdicts: what
+          auto takes there
   tune    find the fastest implementation of each GEMM on this device and remember it;
           `python -m mpkernels tune --show` prints what is remembered
 
-{_dispatch.ENVIRONMENT_VARIABLE}=auto, {", ".join(_dispatch.BACKENDS)} or op=backend,... forces implementations.""",
+{_dispatch.ENVIRONMENT_VARIABLE}=auto, {", ".join(_dispatch.BACKENDS)} or op=backend,... forces implementations.
+{_dispatch.VERDICTS_VARIABLE}=FILE names verdicts besides those of the user's cache.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -76,10 +81,10 @@ def tuned(device: torch.device, name: str) -> str:
 
 
 def implementations() -> list[dict[str, str]]:
-    """A row per op, device type and backend: `chosen`, `works`, `unavailable` or `wrong`, and a note."""
-    devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+    """A row per op, device and backend: `chosen`, `works`, `unproven`, `unavailable` or `wrong`, and a note."""
+    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
     return [
-        {"op": op.name, "device": device.type, "backend": backend, **dict(zip(("state", "note"), state(op, device, backend)))}
+        {"op": op.name, "device": str(device), "backend": backend, **dict(zip(("state", "note"), state(op, device, backend)))}
         for op in _dispatch.ops.values()
         for device in devices
         for backend in _dispatch.BACKENDS
@@ -87,22 +92,44 @@ def implementations() -> list[dict[str, str]]:
 
 
 def state(op: _dispatch.Op, device: torch.device, backend: str) -> tuple[str, str]:
-    """State and note of one implementation, after one real run of it."""
+    """State and note of one implementation: on a CPU after a run of it, on a GPU by its verdict."""
     reason = op.why_not(backend, device, op.dtype)
     if reason is not None:
         return "unavailable", reason
-    try:
-        wrong = op.self_check(backend, device)
-    except Exception as error:  # whatever a kernel raises that does not compile here
-        wrong = f"{type(error).__name__}: {error}".splitlines()[0]
-    if wrong is not None:
-        return "wrong", wrong
+    found, note = checked(op, device, backend) if device.type == "cpu" else proven(op, device, backend)
+    if found != "works":
+        return found, note
     try:
         chosen = op.backend(device, op.dtype)
     except RuntimeError as error:
         return "works", str(error)
-    gemm = "GEMM by oneDNN or MKL" if op.name.startswith("linear") and device.type == "cpu" and backend == "eager" else ""
-    return ("chosen" if backend == chosen else "works"), gemm
+    return ("chosen" if backend == chosen else "works"), note
+
+
+def checked(op: _dispatch.Op, device: torch.device, backend: str) -> tuple[str, str]:
+    """After a run of a few small cases."""
+    from mpkernels.testing import checks
+
+    try:
+        wrong = checks.wrong(op, backend, device)
+    except Exception as error:  # whatever a kernel raises that does not compile here
+        wrong = f"{type(error).__name__}: {error}".splitlines()[0]
+    if wrong is not None:
+        return "wrong", wrong
+    gemm = op.name.startswith("linear") and backend == "eager"
+    return "works", "GEMM by oneDNN or MKL" if gemm else ""
+
+
+def proven(op: _dispatch.Op, device: torch.device, backend: str) -> tuple[str, str]:
+    """By the verdict that was found there, with its date; and why `auto` leaves out what is right."""
+    verdict = op.verdict(backend, device)
+    if verdict is None:
+        return ("works", "torch's own ops") if backend == "eager" else ("unproven", "python -m mpkernels prove")
+    if not verdict.right:
+        return "wrong" if verdict.state in ("wrong", "crashed", "started") else "unproven", f"{verdict}, {verdict.date}"
+    speeds = ", ".join(f"{speed:.2f}" for speed in verdict.speeds.values())
+    note = f"right, {verdict.date}" + (f", {speeds} x the speed of eager" if speeds else "")
+    return "works", note + (": slower, left out" if verdict.slow else "")
 
 
 def table(report: dict) -> str:
@@ -110,9 +137,9 @@ def table(report: dict) -> str:
     lines = [f"{name:10} {value}" for name, value in report["versions"].items()]
     forced = ", ".join(f"{op}={backend}" for op, backend in report["forced"].items()) or "auto"
     lines += [f"{'backend':10} {forced}  ({_dispatch.ENVIRONMENT_VARIABLE})", ""]
-    lines += [f"{'op':22} {'device':6} {'backend':8} {'state':12} note"]
+    lines += [f"{'op':22} {'device':7} {'backend':8} {'state':12} note"]
     lines += [
-        f"{row['op']:22} {row['device']:6} {row['backend']:8} {row['state']:12} {row['note']}".rstrip()
+        f"{row['op']:22} {row['device']:7} {row['backend']:8} {row['state']:12} {row['note']}".rstrip()
         for row in report["implementations"]
     ]
     return "\n".join(lines)

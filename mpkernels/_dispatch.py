@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Define an op, choose the implementation that serves a call, and say why another cannot.
 
-An op is one schema, one fake and a table of implementations. `MPKERNELS_BACKEND` (auto | eager | triton | native, or
-`op=backend,...`) is the only environment variable read at run time, and this is the only place that reads it.
+An op is one schema, one fake and a table of implementations. Two environment variables are read at run time, and this is
+the only place that reads them: `MPKERNELS_BACKEND` (auto | eager | triton | native, or `op=backend,...`), and
+`MPKERNELS_VERDICTS`, a file of verdicts that were found elsewhere.
+
+`auto`: on a CPU what the tests proved, C++ before torch. On a GPU what was proven on that very GPU, driver and code by
+`python -m mpkernels prove`, C++ before Triton, without what was slower there; where nothing was, eager. Among what is proven
+a tuned table decides by problem.
 """
 
 import functools
@@ -13,10 +18,11 @@ from dataclasses import dataclass
 
 import torch
 
-from mpkernels import _self_check, _table
+from mpkernels import _cache, _table
 from mpkernels._table import BACKENDS, BackendName
+from mpkernels.runtime import agreement, proof
 
-ENVIRONMENT_VARIABLE = "MPKERNELS_BACKEND"
+ENVIRONMENT_VARIABLE, VERDICTS_VARIABLE = "MPKERNELS_BACKEND", "MPKERNELS_VERDICTS"
 
 _library = torch.library.Library("mpkernels", "FRAGMENT")
 ops: dict[str, "Op"] = {}
@@ -29,14 +35,12 @@ class Implementation:
     """One way to run an op: the module `<op folder>.impl_<backend>`, imported at its first use.
 
     `device_types`: where the code exists; `sm`: the one compute capability of GPUs that has it, 90 for 9.0, None is any.
-    `auto_on`: where it was proven and may be chosen without being asked for; a kernel that no committed result row shows on
-    a GPU is never in `auto_on` for "cuda", and one that is there is chosen only after its self-check on that very machine.
-    The module has a function named as the op and `why_not(device, dtype) -> str | None`.
+    The module has a function named as the op and `why_not(device, dtype) -> str | None`, and it may have
+    `why_not_call(*call)` for GPUs, of what the op's `call` makes of the arguments.
     """
 
     backend: str
     device_types: tuple[str, ...]
-    auto_on: tuple[str, ...] = ()
     sm: int | None = None
 
     def exists_on(self, device: torch.device) -> bool:
@@ -49,12 +53,13 @@ class Implementation:
 
 
 class Op:
-    """An op with its schema and its implementations, in order of preference.
+    """An op with its schema and its implementations, in order of preference on a CPU.
 
     check: raises on bad input; runs before every call and in the fake.
     fake: shapes and dtypes of the result, from the same arguments.
     key: `(device, dtype)` of a call, which the selector chooses by.
     problem: what a tuned table is asked by, from the same arguments; None where there are none.
+    call: what else an implementation for GPUs may refuse a call by, hashable; None where none does.
     mutated: the tensors that a call writes, whose version counters are moved (raw-pointer writes do not move them).
     dtype: what its arithmetic is asked for in where no call says so: one that every implementation has.
     """
@@ -69,6 +74,7 @@ class Op:
         fake: Callable[..., object],
         key: Callable[..., tuple[torch.device, torch.dtype]],
         problem: Callable[..., _table.Problem] | None = None,
+        call: Callable[..., tuple] | None = None,
         mutated: Callable[..., list[torch.Tensor]] | None = None,
         dtype: torch.dtype = torch.float32,
     ):
@@ -76,7 +82,7 @@ class Op:
         self.package = package
         self.implementations = {i.backend: i for i in implementations}
         self.check, self.fake, self.key, self.problem, self.mutated = check, fake, key, problem, mutated
-        self.dtype = dtype
+        self.dtype, self.call = dtype, call
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mpkernels::{self.name}", self._fake, lib=_library)
@@ -95,7 +101,8 @@ class Op:
 
     def _run_checked(self, *args, **kwargs):
         device, dtype = self.key(*args, **kwargs)
-        function = self.select(device, dtype, self.tuned(*args, **kwargs) if self.problem and _table.of(device) else None)
+        tuned = self.tuned(*args, **kwargs) if self.problem and _table.of(device) else None
+        function = self.function(self.backend(device, dtype, tuned, self.gpu_call(device, *args, **kwargs)))
         with torch._C._DisableAutocast():  # dtypes are in the arguments: the torch ops inside are not to be cast again
             if self.mutated is not None:
                 return function(*args, **kwargs)
@@ -125,11 +132,7 @@ class Op:
             return "not implemented"
         if device.type not in implementation.device_types:
             return f"not implemented for {device.type}"
-        return self._module(backend).why_not(device, dtype) or _self_check.failure(self.package, backend, device)
-
-    def self_check(self, backend: str, device: torch.device) -> str | None:
-        """One real run of `backend` against the op's fp64 reference: None, or what came out wrong."""
-        return importlib.import_module(f"{self.package}.reference").self_check(backend, device)
+        return self._module(backend).why_not(device, dtype)
 
     def tuned(self, *args, **kwargs) -> str | None:
         """The backend that a tuned table names for a call, or None."""
@@ -139,16 +142,33 @@ class Op:
         entry = table.get(self.problem(*args, **kwargs)) if table else None
         return None if entry is None else entry.backend
 
-    def select(self, device: torch.device, dtype: torch.dtype, tuned: str | None = None) -> Callable:
-        """The function that serves a call; raises when a forced backend cannot."""
-        return self.function(self.backend(device, dtype, tuned))
+    def gpu_call(self, device: torch.device, *args, **kwargs) -> tuple | None:
+        """What `why_not_call` is asked by, on a GPU."""
+        return self.call(*args, **kwargs) if self.call is not None and device.type == "cuda" else None
 
-    def backend(self, device: torch.device, dtype: torch.dtype, tuned: str | None = None) -> str:
-        """Name of the backend that serves a call on `device`, its arithmetic in `dtype`; `tuned` is asked before others."""
+    def backend(
+        self, device: torch.device, dtype: torch.dtype, tuned: str | None = None, call: tuple | None = None
+    ) -> BackendName:
+        """Name of the backend that serves a call on `device`, its arithmetic in `dtype`; `tuned` is asked before others.
+
+        Raises RuntimeError where a forced one cannot.
+        """
         try:
-            return _choose(self.name, device, dtype, _setting(), tuned)
-        except _self_check.NotNow:
+            return _choose(self.name, device, dtype, _setting(), tuned, call)
+        except proof.NotNow:
             return "eager"
+
+    def verdict(self, backend: str, device: torch.device) -> proof.Verdict | None:
+        """What a proof found of an implementation on `device`; read once per process."""
+        key = proof.key(self.name, self.package, backend, device)
+        return proof.of(device, os.environ.get(VERDICTS_VARIABLE)).get(key)
+
+    def choices(self, device: torch.device) -> dict[str, bool]:
+        """What is proven on a GPU besides eager, or what ranks agreed on, and whether it is slow."""
+        if proof.has_agreed(device):
+            return proof.agreed(device).get(self.name, {})
+        found = {backend: self.verdict(backend, device) for backend in self.implementations if backend != "eager"}
+        return {backend: verdict.slow for backend, verdict in found.items() if verdict is not None and verdict.right}
 
     def _module(self, backend: str):
         return importlib.import_module(f"{self.package}.impl_{backend}")
@@ -195,8 +215,10 @@ def _function(package: str, backend: str, name: str) -> Callable:
     return getattr(importlib.import_module(f"{package}.impl_{backend}"), name)
 
 
-@functools.cache
-def _choose(name: str, device: torch.device, dtype: torch.dtype, setting: str, tuned: str | None = None) -> str:
+@functools.lru_cache(maxsize=4096)  # a model has few layers, but a process may see many models
+def _choose(
+    name: str, device: torch.device, dtype: torch.dtype, setting: str, tuned: str | None, call: tuple | None
+) -> BackendName:
     op, forced = ops[name], parse_setting(setting)
     backend = forced.get(name)
     if backend is None:
@@ -211,19 +233,54 @@ def _choose(name: str, device: torch.device, dtype: torch.dtype, setting: str, t
                 f"{ENVIRONMENT_VARIABLE}=auto takes what works"
             )
         return backend
-    for implementation in sorted(op.implementations.values(), key=lambda implementation: implementation.backend != tuned):
-        able = device.type in implementation.auto_on and op.why_not(implementation.backend, device, dtype) is None
-        if able and _agrees(op, implementation.backend, device):
-            return implementation.backend
+    for backend in _candidates(op, device, tuned):
+        if op.why_not(backend, device, dtype) is None and not _refuses(op, backend, call):
+            return backend
     return "eager"
 
 
-def _agrees(op: Op, backend: str, device: torch.device) -> bool:
-    """Whether a GPU's results were held against fp64; elsewhere the tests did that. eager is what is left without any."""
-    if device.type != "cuda" or backend == "eager":
-        return True
-    busy = _is_watched() or torch.cuda.is_current_stream_capturing()
-    return _self_check.verdict(op.package, backend, device, lambda: op.self_check(backend, device), busy) is None
+def _candidates(op: Op, device: torch.device, tuned: str | None) -> list[str]:
+    """What `auto` may take on `device`, the best first; a table may prefer what is slow as a rule."""
+    if device.type != "cuda":
+        found = [backend for backend in op.implementations if backend != "triton"]  # whose interpreter is for tests
+    else:
+        choices = _proven(op, proof.indexed(device))
+        found = [b for b in proof.PREFERENCE if b == "eager" or (b in choices and (b == tuned or not choices[b]))]
+    return sorted(found, key=lambda backend: backend != tuned)
+
+
+def _proven(op: Op, device: torch.device) -> dict[str, bool]:
+    """op.choices; NotNow where verdicts are still to be read and something else than eager execution goes on."""
+    if not torch.cuda.is_available():  # a FakeTensor's, say
+        return {}
+    if not proof.is_read(device) and (_is_watched() or torch.cuda.is_current_stream_capturing()):
+        raise proof.NotNow
+    choices = op.choices(device)
+    unproven = not proof.has_agreed(device) and not any(op.verdict(backend, device) for backend in op.implementations)
+    if unproven and any(op.why_not(backend, device, op.dtype) is None for backend in ("native", "triton")):
+        _cache.warn_once(
+            "mpkernels: no kernel was proven on this GPU yet, so torch's own ops serve. To prove them, once, which takes less "
+            "than a minute: python -m mpkernels prove"
+        )
+    return choices
+
+
+def _refuses(op: Op, backend: str, call: tuple | None) -> bool:
+    """Whether that implementation cannot serve such a call on a GPU."""
+    why_not_call = None if call is None or backend == "eager" else getattr(op._module(backend), "why_not_call", None)
+    return why_not_call is not None and why_not_call(*call) is not None
+
+
+def agree_on_backends() -> None:
+    """Make all ranks of a job choose alike on GPUs: called where a model is converted and an optimizer is made."""
+    if not agreement.is_due() or _is_watched():
+        return
+    device = proof.indexed(torch.device("cuda"))
+    found = {(op.name, backend): op.verdict(backend, device) for op in ops.values() for backend in op.implementations}
+    keys = [proof.key(op.name, op.package, backend, device) for op in ops.values() for backend in op.implementations]
+    wrong = [", ".join(pair) for pair, verdict in found.items() if verdict is not None and not verdict.right]
+    agreement.agree(device, {op.name: op.choices(device) for op in ops.values()}, keys, wrong)
+    _choose.cache_clear()
 
 
 @functools.cache

@@ -7,10 +7,8 @@ within the bound of fp64, its mask is that of its output, and a second run gives
 """
 
 import argparse
-import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,15 +21,13 @@ from mpkernels._rng import fork_rng
 from mpkernels._table import Entry, Problem
 from mpkernels.ops._cast import cast
 from mpkernels.ops.linear_act import Activation, backward_op, forward_op, has_mask, tiles
+from mpkernels.testing.timing import interleave
 
 SHAPES = {  # M, K, N
     "cuda": ((4096, 1024, 4096), (16384, 1024, 4096), (4096, 4096, 4096), (8192, 8192, 8192)),
     "cpu": ((64, 256, 256),),
 }
 ROUNDS = 20
-FLUSH = 1 << 30  # bytes written before a timed run on a GPU: more than an L2, and long enough to queue the launches under
-
-FACTOR = 5.0  # of bound 2 in tests/bounds.py: operands of random sign, one rounding
 
 
 @dataclass
@@ -197,23 +193,21 @@ class Inputs:
         from mpkernels.ops.linear_act import reference
         from mpkernels.ops.linear_act.passes import unpack_mask
 
-        role, _, N, K, activation, compute, *_ = self.problem
+        role, _, N, _, activation, compute, *_ = self.problem
         weight = cast(self.weight, compute).double()
         if role == "fprop":
             out, saved, *_ = results
             if saved.numel() and not torch.equal(unpack_mask(saved, N), ~(out <= 0)):
                 return "the mask is not that of the output"
             exact = reference.linear_act(self.x, self.weight, self.bias, activation, compute)
-            return _outside("out", out, exact, _spread(self.x, weight.T) + self.bias.double().abs(), K, compute)
-        rows, grad_z = self.x.shape[0], self.grad_out
+            return _outside("out", out, exact, self.x, weight.T, self.bias.double().abs(), compute)
+        grad_z = self.grad_out
         positive = self._out() > 0 if activation != Activation.NONE else None
         expected = reference.linear_act_backward(grad_z, self.x, self.weight, positive, compute)
         grad_z = grad_z if positive is None else torch.where(positive, grad_z, 0)
         factors = ((grad_z, weight), (grad_z.T, self.x), (torch.ones_like(grad_z[:, 0]), grad_z))
-        parts = zip(
-            ("grad_x", "grad_weight", "grad_bias"), results, expected, factors, (N, rows, rows), output_mask, strict=False
-        )
-        reasons = [_outside(name, got, r, _spread(*pair), n, compute) for name, got, r, pair, n, wanted in parts if wanted]
+        parts = zip(("grad_x", "grad_weight", "grad_bias"), results, expected, factors, output_mask, strict=False)
+        reasons = [_outside(name, got, r, *pair, 0, compute) for name, got, r, pair, wanted in parts if wanted]
         return next(filter(None, reasons), None)
 
     def _out(self) -> torch.Tensor:
@@ -221,18 +215,12 @@ class Inputs:
         return self.grad_out.roll(1, 0)
 
 
-def _spread(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The size of a random-sign sum: the root of the sum of the squares of its terms."""
-    return (a.double().square() @ b.double().square()).sqrt()
-
-
-def _outside(name: str, got, exact, spread, length: int, compute: torch.dtype) -> str | None:
+def _outside(name: str, got, exact, a, b, bias, compute: torch.dtype) -> str | None:
     """Why a result is further from fp64 than one rounding and the accumulator take it, or None."""
-    info = torch.finfo(got.dtype)
-    u = info.eps / 2
-    v = 2.0**-23 if compute.itemsize == 2 else torch.finfo(compute).eps / 2  # tensor cores truncate inside a block
-    accumulated = FACTOR * math.sqrt(length) * v * spread
-    excess = ((got.double() - exact).abs() / (u * exact.abs() + (1 + u) * accumulated + info.smallest_normal * info.eps)).max()
+    from mpkernels.testing import bounds
+
+    v = bounds.accumulator_roundoff(got.device, compute)
+    excess = bounds.random_sign_excess(got, exact, a, b, bias, compute, v)
     return None if excess <= 1 else f"{name} is {excess:.3g} times as far from fp64 as the bound allows"
 
 
@@ -312,36 +300,6 @@ def _reject(run: Callable[[], tuple], inputs: Inputs, output_mask) -> str | None
     except Exception as error:  # whatever a kernel raises that does not compile or fit
         return f"cannot run: {type(error).__name__}: {error}".splitlines()[0]
     return None if wrong is None else f"rejected: {wrong}"
-
-
-def interleave(runs: dict[str, Callable], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """us of every run in every round, caches cold; all take turns within a round, after one that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    timed = _time_cuda if device.type == "cuda" else _time_cpu
-    for counted in [False] + [True] * rounds:
-        for name, run in runs.items():
-            us = timed(run, device)
-            if counted:
-                times[name].append(us)
-    return times
-
-
-def _time_cpu(run: Callable, device: torch.device) -> float:
-    start = time.perf_counter()
-    run()
-    return (time.perf_counter() - start) * 1e6
-
-
-def _time_cuda(run: Callable, device: torch.device) -> float:
-    """By events; the write that flushes the L2 keeps the GPU busy while the launches are queued."""
-    with torch.cuda.device(device):
-        torch.empty(FLUSH, dtype=torch.int8, device=device).zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3
 
 
 # ----- all problems ---------------------------------------------------------------

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mpkernels import __main__ as command
-from mpkernels import _cache, _self_check, _table
+from mpkernels import _cache, _table
+from mpkernels.runtime import proof
 from mpkernels.tune import problems_of, tune_problems
 
 CPU = torch.device("cpu")
@@ -24,7 +25,7 @@ def folder(monkeypatch, tmp_path):
     monkeypatch.setattr(_table, "PACKAGED", tmp_path / "packaged")
     assert _cache.untrusted_reason() is None, "what is not there yet can be made"
     assert _table.save(_table.own_file(CPU), CPU, ENTRY)
-    assert _cache.update(_cache.folder() / _self_check.FILE, {"place": None})
+    assert _cache.update(_cache.folder() / proof.FILE, {"place": None})
     monkeypatch.setattr(_cache, "_warned", set())
     return _cache.folder()
 
@@ -42,10 +43,10 @@ def check_refused(folder, reason) -> None:
     """Nothing is read or written, and the reason names the folder."""
     before = {path: path.read_bytes() for path in folder.iterdir()}
     assert _cache.untrusted_reason() == reason
-    assert said(lambda: _cache.read(folder / _self_check.FILE)) == [f"mpkernels ignores its cache: {reason}"]
-    assert _cache.read(folder / _self_check.FILE) == {}
+    assert said(lambda: _cache.read(folder / proof.FILE)) == [f"mpkernels ignores its cache: {reason}"]
+    assert _cache.read(folder / proof.FILE) == {}
     assert _table.entries(CPU) == {}
-    assert not _cache.update(folder / _self_check.FILE, {"place": "wrong"})
+    assert not _cache.update(folder / proof.FILE, {"place": "wrong"})
     assert not _table.save(_table.own_file(CPU), CPU, ENTRY)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert command.versions()["cache"] == reason
@@ -56,12 +57,12 @@ def test_cache_is_made_for_the_user_alone(umask, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     before = os.umask(umask)
     try:
-        assert _cache.update(_cache.folder() / _self_check.FILE, {"place": None})
+        assert _cache.update(_cache.folder() / proof.FILE, {"place": None})
     finally:
         os.umask(before)
     assert _cache.folder().stat().st_mode & 0o777 == 0o700
-    assert (_cache.folder() / _self_check.FILE).stat().st_mode & 0o777 == 0o600
-    assert _cache.read(_cache.folder() / _self_check.FILE) == {"place": None}
+    assert (_cache.folder() / proof.FILE).stat().st_mode & 0o777 == 0o600
+    assert _cache.read(_cache.folder() / proof.FILE) == {"place": None}
     assert command.versions()["cache"] == str(_cache.folder())
 
 
@@ -70,7 +71,7 @@ def test_cache_that_others_can_write_to_is_refused(mode, folder):
     folder.chmod(mode)
     check_refused(folder, f"{folder} can be written by others: chmod 700 {folder}")
     folder.chmod(0o755)  # reading does no harm
-    assert _cache.read(folder / _self_check.FILE) == {"place": None}
+    assert _cache.read(folder / proof.FILE) == {"place": None}
 
 
 def test_cache_of_another_user_is_refused(folder, monkeypatch):
@@ -151,7 +152,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_cache_ignores_a_file_and_says_so_once(name, folder):
     make, reason = HOSTILE[name]
-    path = folder / _self_check.FILE
+    path = folder / proof.FILE
     path.unlink()
     make(path)
     assert _cache.read(folder / "absent") == {}
@@ -170,12 +171,12 @@ def test_cache_ignores_a_file_and_says_so_once(name, folder):
         assert _cache.read(path) == {"place": None}
     else:
         assert not _cache.update(path, {"place": None})
-    assert not [p for p in folder.iterdir() if p.name.startswith(f"{_self_check.FILE}") and p != path], "nothing is left over"
+    assert not [p for p in folder.iterdir() if p.name.startswith(f"{proof.FILE}") and p != path], "nothing is left over"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a file away")
 def test_cache_ignores_a_file_of_another_user(folder):
-    path = folder / _self_check.FILE
+    path = folder / proof.FILE
     os.chown(path, 1234, -1)
     assert said(lambda: _cache.read(path)) == [
         f"mpkernels ignores {path}: it belongs to another user. Remove it: it is made anew where it is needed."
@@ -184,20 +185,20 @@ def test_cache_ignores_a_file_of_another_user(folder):
 
 def test_cache_never_raises_for_a_file(folder):
     """Not even where warnings are errors."""
-    (folder / _self_check.FILE).write_text("{")
+    (folder / proof.FILE).write_text("{")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _cache.read(folder / _self_check.FILE) == {}
+        assert _cache.read(folder / proof.FILE) == {}
 
 
 def test_cache_on_a_system_without_owners_and_modes(folder, monkeypatch):
     monkeypatch.delattr(os, "geteuid")
     monkeypatch.setattr(_cache, "_OPEN", os.O_RDONLY)
     folder.chmod(0o777)
-    (folder / _self_check.FILE).chmod(0o666)
-    assert said(lambda: _cache.read(folder / _self_check.FILE)) == []
-    assert _cache.read(folder / _self_check.FILE) == {"place": None}
-    assert _cache.update(folder / _self_check.FILE, {"other": None})
+    (folder / proof.FILE).chmod(0o666)
+    assert said(lambda: _cache.read(folder / proof.FILE)) == []
+    assert _cache.read(folder / proof.FILE) == {"place": None}
+    assert _cache.update(folder / proof.FILE, {"other": None})
 
 
 def test_cache_reads_what_the_package_has_through_links(tmp_path):

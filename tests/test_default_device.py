@@ -12,6 +12,7 @@ from torch.utils._device import _device_constructors
 
 import mpkernels as mpk
 from mpkernels._dispatch import ENVIRONMENT_VARIABLE, ops
+from mpkernels.testing import checks
 
 PACKAGE = Path(mpk.__file__).parent
 CONSTRUCTORS = {function.__name__ for function in _device_constructors()}
@@ -88,6 +89,6 @@ def test_bits_do_not_follow_the_defaults(optimizer, policy, backend, monkeypatch
 
 
 @pytest.mark.parametrize("op", ["adamw_", "sgd_", "grad_stats_", "update_scale_", "linear_act"])
-def test_self_checks_do_not_follow_the_defaults(op):
+def test_checks_do_not_follow_the_defaults(op):
     with torch.device("meta"):
-        assert ops[op].self_check("eager", torch.device("cpu")) is None
+        assert checks.wrong(ops[op], "eager", torch.device("cpu")) is None

@@ -34,8 +34,8 @@ def op(monkeypatch):
         f"dispatch_test_{next(unique)}(Tensor x) -> Tensor",
         "nowhere",
         (
-            Implementation("native", ("cpu", "cuda"), auto_on=("cpu",)),
-            Implementation("eager", ("cpu", "cuda"), ("cpu", "cuda")),
+            Implementation("native", ("cpu", "cuda")),
+            Implementation("eager", ("cpu", "cuda")),
         ),
         check=lambda x: None,
         fake=lambda x: x.new_empty(x.shape),
@@ -186,8 +186,8 @@ def test_dispatch_reports_hoppers_gemm(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(_native, "cuda_why_not", lambda device: None)
     for op in (forward_op, backward_op):
-        monkeypatch.setattr(op, "self_check", lambda backend, device: None)
-        assert command.state(op, gpu, "native") == ("works", "")
+        monkeypatch.setattr(op, "verdict", lambda backend, device: None)
+        assert command.state(op, gpu, "native") == ("unproven", "python -m mpkernels prove")
     monkeypatch.setattr(_native, "why_not", lambda: "not built")
     monkeypatch.setattr(_dispatch, "ops", {"linear_act": forward_op})
     assert mpk.is_available("native")

@@ -29,9 +29,10 @@ RANKS = {
     "mpkernels.policy": 0,
     "mpkernels._copies": 0,
     "mpkernels._fake": 0,
+    "mpkernels.testing.timing": 0,
     "mpkernels._native": 0,
     "mpkernels._cache": 0,
-    "mpkernels._self_check": 0,
+    "mpkernels.runtime": 0,
     "mpkernels._table": 0,
     "mpkernels._dispatch": 1,
     "mpkernels.ops": 2,
@@ -96,15 +97,17 @@ def test_layout_implementations_do_not_know_each_other(module):
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_layout_references_are_not_imported(module):
-    """A reference is for tests, bench, self-check and tuner: the package imports none when it is imported."""
-    assert not {name for name in ours(imports_of(module, at_import=True)) if name.endswith(".reference")}
+    """A reference is for tests, bench, proof and tuner: the package imports none when it is imported, nor bounds and cases."""
+    if not module.startswith("mpkernels.testing"):
+        found = ours(imports_of(module, at_import=True)) - {"mpkernels.testing.timing"}
+        assert not {name for name in found if name.endswith(".reference") or name.startswith("mpkernels.testing")}
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_layout_needs_torch_only(module):
-    """numpy is for references, triton and transformers for files named after them."""
+    """numpy is for references and what holds results against them, triton and transformers for files named after them."""
     allowed = {"torch", "mpkernels", *sys.stdlib_module_names}
-    allowed |= {"numpy"} if module.endswith(".reference") else set()
+    allowed |= {"numpy"} if module.endswith(".reference") or module.startswith("mpkernels.testing.") else set()
     allowed |= {name for name in ("triton", "transformers") if name in module}
     assert {name.split(".")[0] for name in imports_of(module, at_import=True)} <= allowed
 
@@ -240,6 +243,7 @@ assert not torch.cuda.is_initialized()
 new = [m for m in sys.modules if m.startswith(("torch._inductor", "torch.utils.cpp_extension"))]
 assert not new, new
 assert not [m for m in sys.modules if m.startswith("mpkernels.") and (".impl_" in m or m.endswith(".reference"))]
+assert not [m for m in sys.modules if m.startswith("mpkernels.testing.") and m != "mpkernels.testing.timing"]
 x = torch.ones(2, 3)
 assert mpkernels.functional.linear_act(x, x).shape == (2, 2)
 assert mpkernels.is_available("eager")

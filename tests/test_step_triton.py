@@ -18,11 +18,8 @@ from steps import BAD_SCALES, BAD_VALUES, DTYPES, Problem, raw, scalar
 
 from mpkernels.ops import _triton_table as table
 from mpkernels.ops import adamw, grad_stats, sgd, update_scale
-from mpkernels.ops.adamw.reference import self_check as check_adamw
-from mpkernels.ops.grad_stats.reference import self_check as check_grad_stats
-from mpkernels.ops.sgd.reference import self_check as check_sgd
-from mpkernels.ops.update_scale.reference import self_check as check_update_scale
 from mpkernels.optim import SGD, AdamW
+from mpkernels.testing import checks, step_cases
 
 triton = pytest.importorskip("triton")
 INTERPRETED = triton.knobs.runtime.interpret
@@ -75,9 +72,10 @@ def test_step_runs_in_triton(op, device):
     assert op.backend(device, torch.float32) == "triton"
 
 
-@pytest.mark.parametrize("check", [check_adamw, check_sgd, check_grad_stats, check_update_scale], ids=lambda c: c.__module__)
-def test_step_self_check(check, device):
-    assert check("triton", device) is None
+@pytest.mark.parametrize("op", [adamw.op, sgd.op, grad_stats.op, update_scale.op], ids=lambda op: op.name)
+def test_step_is_right_in_every_case(op, device, monkeypatch):
+    monkeypatch.setitem(step_cases.SIZES, "several tensors", (1, 7, 0, 31))
+    assert checks.wrong(op, "triton", device) is None
 
 
 # ----- the updates ----------------------------------------------------------------------------------

@@ -57,8 +57,8 @@ op = Op(
     "Tensor? grad_norm=None, float? max_norm=None) -> ()",
     __name__,
     (
-        Implementation("native", device_types=("cpu", "cuda"), auto_on=("cpu",)),
-        Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),
+        Implementation("native", device_types=("cpu", "cuda")),
+        Implementation("eager", device_types=("cpu", "cuda")),
         Implementation("triton", device_types=("cuda", "cpu")),
     ),
     check=_check,

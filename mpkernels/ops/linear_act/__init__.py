@@ -133,12 +133,13 @@ def linear_act(
 
         sharding.check(weight, bias, activation, out_dtype)
     compiling, with_grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
-    tuned, save, moves = None, 0, False
+    tuned, call, save, moves = None, None, 0, False
     if with_grad and (activation != Activation.NONE or above is not None):
         if not compiling:
-            tuned = forward_op.tuned(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, 0, batch_invariant)
-        save = _save(x.device, compute_dtype, activation, tuned)
-        moves = above is not None and writes_mask(x.device, compute_dtype, tuned)
+            known = (x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, 0, batch_invariant)
+            tuned, call = forward_op.tuned(*known), forward_op.gpu_call(x.device, *known)
+        save = _save(x.device, compute_dtype, activation, tuned, call)
+        moves = above is not None and writes_mask(x.device, compute_dtype, tuned, call)
     args = (x, weight, bias, weight_copy, int(activation), compute_dtype, out_dtype, save, batch_invariant, grad_dtype)
     seam = moves or (below is not None and below.moved)
     if seam:
@@ -190,16 +191,16 @@ def _require_grad(x, weight, bias) -> bool:
     return weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
 
 
-def _save(device, compute_dtype, activation, tuned=None) -> int:
+def _save(device, compute_dtype, activation, tuned=None, call=None) -> int:
     """Whether the forward writes `saved`. A ReLU's mask is for kernels: torch selects faster by `out` itself."""
     if activation == Activation.NONE or not torch.is_grad_enabled():
         return 0
-    return int(activation != Activation.RELU or writes_mask(device, compute_dtype, tuned))
+    return int(activation != Activation.RELU or writes_mask(device, compute_dtype, tuned, call))
 
 
-def writes_mask(device, compute_dtype, tuned=None) -> bool:
+def writes_mask(device, compute_dtype, tuned=None, call=None) -> bool:
     """Whether the forward that serves such a call writes the mask, and its dgrad has an epilogue: kernels for GPUs."""
-    return has_mask(forward_op.backend(device, compute_dtype, tuned), device)
+    return has_mask(forward_op.backend(device, compute_dtype, tuned, call), device)
 
 
 def has_mask(backend: str, device: torch.device) -> bool:
@@ -404,11 +405,26 @@ def _problem_backward(
     return problem("backward", math.prod(grad_out.shape[:-1]), *weight.shape, int(activation), *dtypes)
 
 
+# ----- what a kernel for GPUs may refuse a call by, see impl_native.why_not_call ----------------------------------------------
+
+
+def _call(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, *_):
+    return (*weight.shape, int(activation), compute_dtype, out_dtype)
+
+
+def _call_backward(
+    grad_out, x, weight, weight_copy, saved, activation, compute_dtype, grad_x_dtype, grad_weight_dtype, grad_bias_dtype,
+    output_mask, saved_below=None, activation_below=0, *_,
+):  # fmt: skip
+    worst = max(int(activation), int(activation_below))  # the one of the two that fewer implementations have
+    return (*weight.shape, worst, compute_dtype, grad_out.dtype)
+
+
 # ----- the ops ---------------------------------------------------------------
 
 _IMPLEMENTATIONS = (
-    Implementation("native", device_types=("cpu", "cuda"), auto_on=("cpu",), sm=90),
-    Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),
+    Implementation("native", device_types=("cpu", "cuda"), sm=90),
+    Implementation("eager", device_types=("cpu", "cuda")),
     Implementation("triton", device_types=("cuda", "cpu")),
 )
 
@@ -423,6 +439,7 @@ forward_op = Op(
     fake=_fake,
     key=lambda x, weight, bias, weight_copy, activation, compute_dtype, *_: (x.device, compute_dtype),
     problem=_problem,
+    call=_call,
     dtype=torch.float16,
 )
 backward_op = Op(
@@ -436,6 +453,7 @@ backward_op = Op(
     fake=_fake_backward,
     key=lambda grad_out, x, weight, weight_copy, saved, activation, compute_dtype, *_: (grad_out.device, compute_dtype),
     problem=_problem_backward,
+    call=_call_backward,
     dtype=torch.float16,
 )
 flops.register()

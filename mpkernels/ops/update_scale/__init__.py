@@ -58,8 +58,8 @@ op = Op(
     "float max_scale) -> ()",
     __name__,
     (
-        Implementation("native", device_types=("cpu", "cuda"), auto_on=("cpu",)),
-        Implementation("eager", device_types=("cpu", "cuda"), auto_on=("cpu", "cuda")),
+        Implementation("native", device_types=("cpu", "cuda")),
+        Implementation("eager", device_types=("cpu", "cuda")),
         Implementation("triton", device_types=("cuda", "cpu")),
     ),
     check=_check,

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prove the implementations on this GPU: each is held against fp64 and raced with eager, in a process of its own.
+
+`python -m mpkernels prove` or `mpk.prove()`. Verdicts go to the user's cache; `auto` takes what is right there, and nothing
+that is not: see mpkernels/runtime/proof.py. A kernel that crashes or hangs ends the process that proves, not this one.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpkernels import _cache, _dispatch
+from mpkernels.runtime import proof
+from mpkernels.runtime.proof import Verdict
+
+LIMIT, LIMIT_FULL = 120.0, 900.0  # seconds without a word from the process that proves
+GRACE = 5.0  # seconds after which a process that was killed is left alone: one in the driver cannot be waited for
+STALE = 60.0  # seconds after which the lock of a process that no longer writes to it is nobody's
+
+# In the process that proves: what the launcher of a job set, what would be preloaded into it, and what this package reads.
+_REMOVED = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_INJECTION64_PATH",
+    "LD_PRELOAD", "CUDA_LAUNCH_BLOCKING", _dispatch.ENVIRONMENT_VARIABLE, _dispatch.VERDICTS_VARIABLE,
+)  # fmt: skip
+_CHILD = """
+import json, sys
+sys.path[:], arguments = json.loads(sys.argv[1])
+from mpkernels.testing import child
+child.main(*arguments)
+"""
+
+
+def prove(
+    device: torch.device | str | None = None, full: bool = False, *, out: str | os.PathLike | None = None, mps: bool = False
+) -> list[dict[str, Any]]:
+    """Hold every implementation against fp64 on `device`, remember the verdicts, and return them, a dict for each.
+
+    device: by default the current GPU. full: Triton's GEMM, every size, offsets beyond 2^31; minutes, and 24 GB of memory.
+    out: a file for the verdicts besides the user's cache, which MPKERNELS_VERDICTS may name elsewhere. mps: also where
+    NVIDIA's MPS serves several processes, which a kernel that fails would take with it.
+    What crashed before is tried again. A process that has chosen its kernels already keeps them.
+    Raises RuntimeError under torch.compile, in CUDA graph capture, under MPS, and while another process proves.
+    """
+    device = _device(device)
+    _refuse(device, mps)
+    todo = list(items(device, full))
+    paths = [proof.own_file(), *([Path(out).absolute()] if out is not None else [])]
+    rows = []
+    with _lock(device):
+        while todo:
+            found = _prove_in_child(device, todo, paths, full, len(rows))
+            rows += found
+            todo = todo[max(len(found), 1) :]
+    if not all(row["kept"] for row in rows):
+        reason = _cache.untrusted_reason() or "disk full or permission denied"
+        print(f"prove: {' or '.join(map(str, paths))} cannot be written: {reason}", file=sys.stderr)
+    return rows
+
+
+def _device(device) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"prove: device must be a CPU or a GPU of NVIDIA, got {device}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("prove: there is no GPU here")
+    return proof.indexed(device)
+
+
+def _refuse(device: torch.device, mps: bool) -> None:
+    if torch.compiler.is_compiling():
+        raise RuntimeError("prove: cannot run under torch.compile; call it before")
+    if device.type != "cuda":
+        return
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("prove: cannot run while a CUDA graph is captured; call it before the capture")
+    if not mps and _is_shared_by_mps():
+        raise RuntimeError(
+            "prove: MPS serves this GPU to several processes, and a kernel that fails would end them all; "
+            "pass mps=True (--mps) where none of them matters"
+        )
+
+
+def _is_shared_by_mps() -> bool:
+    return "CUDA_MPS_PIPE_DIRECTORY" in os.environ or Path("/tmp/nvidia-mps/control").exists()
+
+
+def items(device: torch.device, full: bool) -> Iterator[tuple[str, str]]:
+    """Op and implementation of what can run there; eager too, which is what the others are raced with."""
+    for op in _dispatch.ops.values():
+        for backend in proof.PREFERENCE:
+            gemm = op.name.startswith("linear") and backend == "triton"
+            if op.why_not(backend, device, op.dtype) is None and (full or not gemm):
+                yield op.name, backend
+
+
+# ----- the process that proves ---------------------------------------------------------------
+
+
+def _prove_in_child(device, todo, paths, full: bool, done: int) -> list[dict]:
+    """Rows of the first items of `todo`: all, or up to one that ended the process or took too long."""
+    limit = LIMIT_FULL if full else LIMIT
+    where = "cuda:0" if device.type == "cuda" else "cpu"
+    arguments = [sys.path, [where, todo, [str(path) for path in paths], full]]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", _CHILD, json.dumps(arguments)],
+            env=environment(device), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        threading.Thread(target=_read_lines, args=(process.stdout, lines), daemon=True).start()
+        rows, started = [], None
+        try:
+            while len(rows) < len(todo):
+                try:
+                    line = lines.get(timeout=limit)
+                except queue.Empty:
+                    ending = f"no answer for {limit:.0f} s"
+                    break
+                if line is None:
+                    ending = _ending(process, errors)
+                    break
+                row = json.loads(line)
+                if row["state"] == "started":
+                    started = row
+                    _progress(done + len(rows), done + len(todo), row)
+                else:
+                    rows.append(row)
+                    started = None
+            else:
+                return rows
+        finally:
+            _kill(process)
+    if started is None and rows:  # it ended between two: the next process goes on
+        return rows
+    if started is None:
+        raise RuntimeError(f"prove: the process that proves did not begin: {ending}")
+    verdict = Verdict("crashed", proof.sentence(ending), date=time.strftime("%Y-%m-%d"))
+    more = {name: started[name] for name in ("op", "backend", "device")}
+    kept = [proof.record(path, started["key"], verdict, **more) for path in paths]
+    return [*rows, started | proof.as_json(verdict) | {"kept": all(kept)}]
+
+
+def _read_lines(stream, lines: queue.SimpleQueue) -> None:
+    for line in stream:
+        if line.startswith("{"):
+            lines.put(line)
+    lines.put(None)
+
+
+def _ending(process: subprocess.Popen, errors) -> str:
+    """How it ended, with the last line that it wrote."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    errors.seek(0)
+    last = errors.read()[-2000:].strip().splitlines()[-1:]
+    code = process.returncode
+    how = f"ended by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
+    return f"the process {how}{': ' + last[0] if last else ''}"
+
+
+def _kill(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Of the process that proves: it sees the one GPU, and is no rank of a job."""
+    found = {name: value for name, value in os.environ.items() if name not in _REMOVED and not name.startswith("TORCHELASTIC")}
+    if device.type == "cuda":
+        visible = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+        uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+        named = str(device.index) if uuid is None else f"GPU-{uuid}"
+        found["CUDA_VISIBLE_DEVICES"] = visible[device.index] if device.index < len(visible) else named
+        found.pop("TRITON_INTERPRET", None)
+    return found
+
+
+def _progress(done: int, total: int, row: dict) -> None:
+    print(f"prove: {done + 1} of {total}: {row['op']}, {row['backend']}", file=sys.stderr, flush=True)
+
+
+# ----- one at a time ---------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _lock(device: torch.device):
+    """A file of this node, made by one process alone, which writes to it while it proves."""
+    name = f"mpkernels-prove-{os.getuid() if hasattr(os, 'getuid') else 'user'}-{device.type}{device.index or 0}.lock"
+    path = Path(tempfile.gettempdir(), name)
+    for _ in range(2):
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            break
+        except FileExistsError:
+            if _is_held(path):
+                raise RuntimeError(f"prove: another process proves on {device}; {path} is its lock") from None
+            path.unlink(missing_ok=True)
+    else:
+        raise RuntimeError(f"prove: another process was faster; {path} is its lock")
+    with os.fdopen(descriptor, "w") as file:
+        file.write(f"{os.getpid()} {platform.node()}\n")
+    stop = threading.Event()
+    threading.Thread(target=_heartbeat, args=(path, stop), daemon=True).start()
+    try:
+        yield
+    finally:
+        stop.set()
+        path.unlink(missing_ok=True)
+
+
+def _heartbeat(path: Path, stop: threading.Event) -> None:
+    while not stop.wait(STALE / 6):
+        with contextlib.suppress(OSError):
+            os.utime(path)
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        pid, node = path.read_text().split()
+        if time.time() - path.stat().st_mtime > STALE:
+            return False
+        if node == platform.node():
+            os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError):  # being written or removed at this moment
+        return True
+    return True
+
+
+# ----- the command ---------------------------------------------------------------
+
+
+def table(rows: list[dict], device: torch.device) -> str:
+    """What was found: right or what was wrong, times eager's speed at each size, what `auto` takes."""
+    lines = [f"{'op':22} {'backend':8} {'auto':5} {'times the speed of eager':36} verdict"]
+    for row in rows:
+        verdict = Verdict(*(row[name] for name in Verdict._fields))
+        speeds = "  ".join(f"{speed:.2f}" for speed in verdict.speeds.values())
+        takes = "takes" if takes_first(rows, row["op"], device) == row["backend"] else ""
+        lines.append(f"{row['op']:22} {row['backend']:8} {takes:5} {speeds:36} {verdict}")
+    for op in dict.fromkeys(row["op"] for row in rows):
+        sizes = next((row["speeds"] for row in rows if row["op"] == op and row["speeds"]), {})
+        if sizes:
+            lines.append(f"sizes of {op}: {', '.join(sizes)}")
+    return "\n".join(lines)
+
+
+def takes_first(rows: list[dict], op: str, device: torch.device) -> str:
+    """What `auto` takes by these verdicts; on a CPU it takes what the tests proved."""
+    if device.type != "cuda":
+        return _dispatch.ops[op].backend(device, _dispatch.ops[op].dtype)
+    for backend in proof.PREFERENCE:
+        for row in rows:
+            verdict = Verdict(*(row[name] for name in Verdict._fields))
+            if (row["op"], row["backend"]) == (op, backend) and verdict.right and not verdict.slow:
+                return backend
+    return "eager"
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m mpkernels prove`."""
+    parser = argparse.ArgumentParser(prog="python -m mpkernels prove", description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="Triton's GEMM too, every size, offsets beyond 2^31; minutes")
+    parser.add_argument("--out", metavar="FILE", help=f"write the verdicts there too; {_dispatch.VERDICTS_VARIABLE} reads it")
+    parser.add_argument("--device", help="cuda:1, say, or cpu; by default the current GPU")
+    parser.add_argument("--mps", action="store_true", help="also under NVIDIA's MPS, whose other clients a fault would end")
+    options = parser.parse_args(arguments)
+    if options.device is None and not torch.cuda.is_available():
+        print("there is no GPU here; on a CPU the tests have proven what auto takes (--device cpu proves it again)")
+        return 0
+    try:
+        device = _device(options.device)
+        rows = prove(device, options.full, out=options.out, mps=options.mps)
+    except (RuntimeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(table(rows, device))
+    return int(any(row["state"] in ("wrong", "crashed") for row in rows))

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases of linear_act and its backward: around the edges of tiles, special values, operands that lie oddly in memory."""
+
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from mpkernels.ops._cast import cast
+from mpkernels.ops.linear_act import Activation
+from mpkernels.ops.linear_act.passes import pack_mask, unpack_mask
+from mpkernels.testing import bounds
+
+f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
+ROWS, COLUMNS = (1, 8, 127, 128, 129, 257, 1000), (8, 72, 264, 520)
+FEW = ((33, 50, 40), (1, 8, 72), (129, 72, 264))  # M, N, K
+KINDS = ("plain", "special", "strided", "misaligned")
+LARGE = (32776, 65544, 8)  # more than 2^31 outputs
+_SIZES = {  # M, K, N of a race
+    True: ((16, 32, 24), (64, 64, 64), (8, 128, 64), (128, 32, 32)),
+    False: ((512, 1024, 4096), (4096, 1024, 4096), (4096, 4096, 4096), (16384, 1024, 1024)),
+}
+
+
+def _shapes(few: bool, full: bool) -> list[tuple[int, int, int]]:
+    if few:
+        return list(FEW)
+    if full:
+        return [(M, N, K) for M in ROWS for N in COLUMNS for K in COLUMNS]
+    return [(M, N, COLUMNS[(i + j) % len(COLUMNS)]) for i, M in enumerate(ROWS) for j, N in enumerate(COLUMNS)]
+
+
+def _families(few: bool, full: bool) -> Iterator[tuple[int, tuple[int, int, int], torch.dtype, str]]:
+    shapes = _shapes(few, full)
+    for i, shape in enumerate(shapes):
+        for dtype in (f16, bf16):
+            yield i, shape, dtype, "plain"
+    M, N, K = shapes[0] if few else (257, 264, 520)
+    for i, kind in enumerate(KINDS[1:]):
+        for dtype in (f16, bf16):
+            yield i, (M, N, K), dtype, kind
+
+
+def _named(M, N, K, dtype, kind) -> str:
+    return f"M={M} N={N} K={K} {str(dtype).removeprefix('torch.')} {kind}"
+
+
+def _matrix(rows: int, columns: int, dtype: torch.dtype, random: torch.Generator, kind: str) -> torch.Tensor:
+    values = torch.randn((rows, columns), generator=random, dtype=f32, device="cpu").to(dtype)
+    if kind == "special":
+        values[0] = torch.nan
+        values[rows // 2, columns // 2] = torch.inf
+        values[rows - 1] = -0.0
+    if kind == "strided":
+        return values.t().contiguous().t()
+    return values
+
+
+def _vector(length: int, dtype: torch.dtype, random: torch.Generator) -> torch.Tensor:
+    return torch.randn((length,), generator=random, dtype=f32, device="cpu").to(dtype)
+
+
+# ----- forward ---------------------------------------------------------------
+
+
+def forward(few: bool, full: bool):
+    """(name, what a Case has besides) of each."""
+    for i, (M, N, K), dtype, kind in _families(few, full):
+        activation = Activation.NONE if i % 3 == 2 else Activation.RELU
+        out_dtype = f32 if i % 4 == 1 else dtype
+        bias_dtype = (f32, dtype, None)[i % 3]
+        yield (
+            _named(M, N, K, dtype, kind),
+            {
+                "arguments": functools.partial(_forward_arguments, (M, N, K), dtype, out_dtype, bias_dtype, activation, kind),
+                "check": _check_forward,
+                "call": (N, K, activation, dtype, out_dtype),
+            },
+        )
+    if full:
+        M, N, K = LARGE
+        yield (
+            _named(M, N, K, f16, "of more than 2^31 outputs"),
+            {
+                "arguments": functools.partial(_forward_arguments, LARGE, f16, f16, f32, Activation.RELU, "plain"),
+                "check": _check_last_rows,
+                "call": (N, K, Activation.RELU, f16, f16),
+            },
+        )
+
+
+def _forward_arguments(shape, dtype, out_dtype, bias_dtype, activation, kind, memory, random) -> tuple:
+    M, N, K = shape
+    shift = int(kind == "misaligned")
+    x = memory.put(_matrix(M, K, dtype, random, kind), shift=shift)
+    weight = memory.put(_matrix(N, K, dtype, random, "plain"), shift=shift)
+    bias = None if bias_dtype is None else memory.put(_vector(N, bias_dtype, random), shift=shift)
+    return x, weight, bias, None, int(activation), dtype, out_dtype, int(activation == Activation.RELU)
+
+
+def _check_forward(before, after, results, device) -> None:
+    x, weight, bias, _, activation, compute_dtype, *_ = before
+    out, saved, _ = results
+    v = bounds.accumulator_roundoff(device, compute_dtype)
+    bounds.check_forward(out, x, weight, bias, activation, compute_dtype, v, random_sign=True)
+    if saved.numel():
+        bits = unpack_mask(saved, saved.shape[1] * 32)
+        assert torch.equal(bits[:, : out.shape[1]], ~(out <= 0)), "the mask is not that of the output"
+        assert not bits[:, out.shape[1] :].any(), "bits of the mask behind the last column are not 0"
+
+
+def _check_last_rows(before, after, results, device) -> None:
+    x, weight, bias, _, activation, compute_dtype, *_ = before
+    v = bounds.accumulator_roundoff(device, compute_dtype)
+    for rows in (slice(0, 4), slice(-4, None)):
+        bounds.check_forward(results[0][rows], x[rows], weight, bias, activation, compute_dtype, v, random_sign=True)
+
+
+# ----- backward ---------------------------------------------------------------
+
+
+def backward(few: bool, full: bool):
+    for i, (M, N, K), dtype, kind in _families(few, full):
+        activation = Activation.NONE if i % 3 == 2 else Activation.RELU
+        below = Activation.NONE if i % 4 == 3 else Activation.RELU
+        grad_dtype = dtype if i % 2 else f32
+        yield (
+            _named(M, N, K, dtype, kind),
+            {
+                "arguments": functools.partial(_backward_arguments, (M, N, K), dtype, grad_dtype, activation, below, kind),
+                "check": _check_backward,
+                "call": (N, K, activation, dtype, dtype),
+            },
+        )
+
+
+def _backward_arguments(shape, dtype, grad_dtype, activation, below, kind, memory, random) -> tuple:
+    M, N, K = shape
+    shift = int(kind == "misaligned")
+    grad_out = _matrix(M, N, dtype, random, "strided" if kind == "strided" else "plain")
+    kept = _matrix(M, N, f32, random, "plain")
+    if kind == "special" and activation:  # behind a 0 of the mask: selected, they are gone; multiplied, they are NaN
+        grad_out[kept <= 0] = torch.inf
+    x = memory.put(_matrix(M, K, dtype, random, "plain"), shift=shift)
+    weight = memory.put(_matrix(N, K, dtype, random, "plain"), shift=shift)
+    saved = memory.put(pack_mask(kept)) if activation else None
+    saved_below = memory.put(pack_mask(_matrix(M, K, f32, random, "plain"))) if below else None
+    dtypes = (dtype, grad_dtype, f32)
+    return (
+        memory.put(grad_out, shift=shift), x, weight, None, saved, int(activation), dtype, *dtypes, [True] * 3,
+        saved_below, int(below), f32,
+    )  # fmt: skip
+
+
+def _check_backward(before, after, results, device) -> None:
+    grad_out, x, weight, _, saved, _, compute_dtype, *_, saved_below, _, _ = before
+    grad_x, grad_weight, grad_bias, grad_bias_below = results
+    v = bounds.accumulator_roundoff(device, compute_dtype)
+    positive = None if saved is None else unpack_mask(saved, weight.shape[0])
+    below = None if saved_below is None else unpack_mask(saved_below, weight.shape[1])
+    rest = (grad_out, x, weight, positive, compute_dtype, v)
+    bounds.check_backward((None, grad_weight, grad_bias), *rest, random_sign=True)
+    bounds.check_backward_below(
+        (grad_x, grad_bias_below), grad_out, weight, positive, below, compute_dtype, v, random_sign=True
+    )
+
+
+# ----- the race ---------------------------------------------------------------
+
+
+def sizes(op: str, few: bool):
+    found = {}
+    for M, K, N in _SIZES[few]:
+        make = _racing_forward if op == "linear_act" else _racing_backward
+        found[f"M={M} K={K} N={N}"] = functools.partial(make, M, N, K)
+    return found
+
+
+def _random(device, *shapes):
+    generator = torch.Generator(device).manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=f32, device=device).to(f16) for shape in shapes]
+
+
+def _racing_forward(M, N, K, backend, device) -> tuple:
+    x, weight, bias = _random(device, (M, K), (N, K), (N,))
+    return x, weight, bias.float(), None, int(Activation.RELU), f16, f16, _saves(backend, device)
+
+
+def _racing_backward(M, N, K, backend, device) -> tuple:
+    grad_out, x, weight = _random(device, (M, N), (M, K), (N, K))
+    out = grad_out.roll(1, 0)
+    saved = pack_mask(out) if _saves(backend, device) else cast(out, f16)
+    return grad_out, x, weight, None, saved, int(Activation.RELU), f16, f16, f32, f32, [True] * 3
+
+
+def _saves(backend: str, device: torch.device) -> int:
+    from mpkernels.ops.linear_act import has_mask
+
+    return int(has_mask(backend, device))
