@@ -15,7 +15,7 @@ ROUNDS = 5  # of a race
 
 
 def wrong(op: _dispatch.Op, backend: str, device: torch.device, *, few: bool = True, full: bool = False) -> str | None:
-    """The first thing that `backend` does wrong, in a sentence, or None. Raises what a kernel raises, or that it is not here."""
+    """What `backend` first does wrong, in a sentence, or None. Raises what a kernel raises, or that it is not here."""
     reason = op.why_not(backend, device, op.dtype)
     if reason is not None:
         raise RuntimeError(f"{op.name}: {backend} {reason}")
