@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linear_act on a GPU against fp64, at 2,500 random shapes for each implementation; bench/device.sh runs these tests.
+"""linear_act on a GPU against fp64, at 2,500 random shapes for each implementation.
 
-The other tests of linear_act run on a GPU too, where there is one; these are for it alone.
+The other tests of linear_act run on a GPU too, where there is one; these are for it alone. bench/device.sh runs those that are
+not generated.
 """
 
 import warnings
