@@ -258,11 +258,15 @@ def _proven(op: Op, device: torch.device) -> dict[str, bool]:
     choices = op.choices(device)
     unproven = not proof.has_agreed(device) and not any(op.verdict(backend, device) for backend in op.implementations)
     if unproven and any(op.why_not(backend, device, op.dtype) is None for backend in ("native", "triton")):
-        _cache.warn_once(
-            "mpkernels: no kernel was proven on this GPU yet, so torch's own ops serve. To prove them, once, which takes less "
-            "than a minute: python -m mpkernels prove"
-        )
+        _warn_unproven()
     return choices
+
+
+def _warn_unproven() -> None:
+    _cache.warn_once(
+        "mpkernels: no kernel was proven on this GPU yet, so torch's own ops serve. To prove them, once, which takes less "
+        "than a minute: python -m mpkernels prove"
+    )
 
 
 def _refuses(op: Op, backend: str, call: tuple | None) -> bool:
@@ -279,6 +283,8 @@ def agree_on_backends() -> None:
     found = {(op.name, backend): op.verdict(backend, device) for op in ops.values() for backend in op.implementations}
     keys = [proof.key(op.name, op.package, backend, device) for op in ops.values() for backend in op.implementations]
     wrong = [", ".join(pair) for pair, verdict in found.items() if verdict is not None and not verdict.right]
+    if torch.distributed.get_rank() == 0 and not any(found.values()):
+        _warn_unproven()
     agreement.agree(device, {op.name: op.choices(device) for op in ops.values()}, keys, wrong)
     _choose.cache_clear()
 

@@ -154,7 +154,7 @@ def _prove_in_child(device, todo, paths, full: bool, done: int) -> list[dict]:
     verdict = Verdict("crashed", proof.sentence(ending), date=time.strftime("%Y-%m-%d"))
     more = {name: started[name] for name in ("op", "backend", "device")}
     kept = [proof.record(path, started["key"], verdict, **more) for path in paths]
-    return [*rows, started | proof.as_json(verdict) | {"kept": all(kept)}]
+    return [*rows, started | verdict._asdict() | {"kept": all(kept)}]
 
 
 def _read_lines(stream, lines: queue.SimpleQueue) -> None:

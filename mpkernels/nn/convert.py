@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mpkernels import _copies
+from mpkernels._dispatch import agree_on_backends
 from mpkernels.nn import cast_model, fast_path
 from mpkernels.nn.linear import Model, MPLinear
 from mpkernels.nn.linears import linears, why_not
@@ -93,6 +94,7 @@ def convert(
         module._before = _Before(type(module), attributes={name: getattr(module, name) for name in attributes})
         module.__class__ = cls
         vars(module).update(attributes)
+    agree_on_backends()
     return model
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, overload
 import torch
 
 from mpkernels import _copies
-from mpkernels._dispatch import move_versions
+from mpkernels._dispatch import agree_on_backends, move_versions
 from mpkernels._fake import addresses
 from mpkernels.ops._cast import DTYPES, cast
 from mpkernels.ops._layout import overlaps
@@ -66,6 +66,7 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         if any(takes_another_grad_dtype(p) for p in self._parameters()):
             self._make_state_ahead()
+        agree_on_backends()
 
     @torch.no_grad()
     def _make_state_ahead(self) -> None:

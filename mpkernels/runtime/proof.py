@@ -12,7 +12,6 @@ import importlib
 import math
 import zlib
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -35,7 +34,7 @@ class Verdict(NamedTuple):
 
     state: str
     note: str = ""
-    speeds: dict[str, float] = MappingProxyType({})
+    speeds: dict[str, float] = {}  # noqa: RUF012 - of a NamedTuple, and it is only read
     date: str = ""
 
     @property
@@ -104,11 +103,7 @@ def _parsed(value) -> Verdict | None:
 
 def record(path: Path, key: str, verdict: Verdict, **more: str) -> bool:
     """Write one verdict; whether that worked."""
-    return _cache.update(path, {key: as_json(verdict) | {"note": sentence(verdict.note)} | more})
-
-
-def as_json(verdict: Verdict) -> dict:
-    return verdict._asdict() | {"speeds": dict(verdict.speeds)}
+    return _cache.update(path, {key: verdict._asdict() | {"note": sentence(verdict.note)} | more})
 
 
 def sentence(text: str) -> str:

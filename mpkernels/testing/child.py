@@ -34,7 +34,7 @@ def prove_one(op, backend: str, device: torch.device, paths: list[Path], full: b
 
     def say(verdict: Verdict, keep: bool = True) -> None:
         kept = [proof.record(path, key, verdict, **more) for path in paths] if keep else [True]
-        line = {"key": key, "kept": all(kept)} | more | proof.as_json(verdict)
+        line = {"key": key, "kept": all(kept)} | more | verdict._asdict()
         print(json.dumps(line), flush=True)
 
     if not_now is not None:  # what was found another time stands
