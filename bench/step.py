@@ -50,10 +50,11 @@ class Recipe:
         return self.params if self.masters is None else self.masters()
 
     def move_to(self, other: "Recipe") -> None:
-        """Take the memory of another of ours, but not of its gradients: where that lies decides as much as what is compared."""
+        """Take the memory of another of ours, but for gradients and step counts: where it lies decides as much as what is compared."""
         for mine, its in zip(self.params, other.params, strict=True):
             mine.data = its.data
-            self.optimizer.state[mine] = dict(other.optimizer.state[its])
+            state = other.optimizer.state[its]
+            self.optimizer.state[mine] = {**state, "step": state["step"].clone()}
 
 
 # ----- tensors ---------------------------------------------------------------
