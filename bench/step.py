@@ -50,7 +50,7 @@ class Recipe:
         return self.params if self.masters is None else self.masters()
 
     def move_to(self, other: "Recipe") -> None:
-        """Take the memory of another of ours, but for gradients and step counts: where it lies decides as much as what is compared."""
+        """Take the memory of another of ours, but for gradients and step counts: where it lies decides as much as what runs."""
         for mine, its in zip(self.params, other.params, strict=True):
             mine.data = its.data
             state = other.optimizer.state[its]
