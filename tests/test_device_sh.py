@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """bench/device.sh, as far as it goes without a GPU: its flow of control on a stand-in, and what its parts run on the CPU."""
 
+import importlib
 import json
 import os
 import re
@@ -156,6 +157,17 @@ def test_device_sh_builds_a_library_where_none_loads(on_a_gpu, tmp_path):
     (tmp_path / "python").write_text(text.replace("\n  *) echo", "\n" + builds))
     assert outcomes(on_a_gpu("build")[1]) == ["build: passed"]
     assert (tmp_path / "built").read_text() == "9.0a: setup.py -q build_ext --inplace\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_device_sh_proves_by_the_command(tmp_path):
+    """What it runs in Python is there: the module, the limit that it sets, and the command's option."""
+    program = re.search(r'-c "\n(import importlib.*?)" prove --out', SCRIPT.read_text(), re.DOTALL).group(1)
+    command = [sys.executable, "-c", program, "prove", "--out", str(tmp_path / "verdicts.json")]
+    done = subprocess.run(command, cwd=SCRIPT.parents[1], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("there is no GPU here")
+    assert isinstance(importlib.import_module("mpkernels.prove").LIMIT, float)
 
 
 # ----- what the parts run ---------------------------------------------------------------
