@@ -50,12 +50,13 @@ def _instead(optimizer) -> str:
 def _lines(optimizer: Optimizer, all_stats: list) -> list[str]:
     """One line where it began in the forward, else a line for each gradient that is not finite, in order of backward.
 
-    What forward makes inf or NaN reaches the last layer's gradient, and from there most others: a ReLU may stop it.
+    What forward makes inf or NaN reaches the last layer's gradient, and from there most others: a ReLU may stop it. Under a
+    loss that is linear in the output it reaches the weights alone, through the inputs of their layers.
     """
     names = optimizer._parameter_names()
     order = {key: i for i, key in enumerate(names)}
     found = [
-        (order.get(id(p), -1), names.get(id(p), f"a parameter {tuple(p.shape)} that was replaced"), size, count, amax)
+        (order.get(id(p), -1), names.get(id(p), f"a replaced parameter {tuple(p.shape)}"), size, count, amax, p.dim() > 1)
         for stats in all_stats
         for p, count, amax in zip(stats.params, stats.nonfinite.tolist(), stats.amax.tolist(), strict=True)
         if (size := _ranks.local(p).numel())
@@ -63,7 +64,7 @@ def _lines(optimizer: Optimizer, all_stats: list) -> list[str]:
     found.sort(key=lambda row: -row[0])  # the last registered is the first that backward reaches
     bad = [
         f"{name} has {count} non-finite of {size}, {_finite(size - count, amax)}"
-        for _, name, size, count, amax in found
+        for _, name, size, count, amax, _ in found
         if count
     ]
     if not bad and optimizer._ranks.many:
@@ -71,8 +72,10 @@ def _lines(optimizer: Optimizer, all_stats: list) -> list[str]:
     if not bad:
         return ["every gradient is finite, but not once it is unscaled"]
     last_is_bad, others = found[0][3] > 0, len(found) - 1
-    a_whole_one = any(count == size for _, _, size, count, _ in found)
-    if not (last_is_bad and a_whole_one and len(bad) >= MOST * len(found)):
+    a_whole_one = any(count == size for _, _, size, count, *_ in found)
+    weights = [count == size for _, _, size, count, _, is_weight in found if is_weight]
+    from_the_end = last_is_bad and a_whole_one and len(bad) >= MOST * len(found)
+    if not (from_the_end or (len(weights) > 1 and all(weights))):
         return bad
     many = "all" if len(bad) == len(found) else f"{len(bad) - 1} of"
     too = f", and {many} {others} other gradients have inf or NaN too" if others else ""

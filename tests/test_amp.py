@@ -1181,6 +1181,20 @@ def test_overflow_report_of_what_began_in_forward_is_one_line(act, poison):
     assert "\n" not in report
 
 
+def test_overflow_report_of_nan_in_the_data_under_a_linear_loss_is_one_line():
+    """Gradients of biases are finite there: what comes from above is, and only inputs are NaN."""
+    torch.manual_seed(0)
+    model = mpk.convert(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()), "mixed_float16")
+    optimizer, scaler = mpk.optim.AdamW(model.named_parameters()), mpk.GradScaler(init_scale=8.0)
+    scaler.scale(model(torch.full((4, 8), math.nan)).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.overflow_report(optimizer) == (
+        "step 1 skipped at scale 8: 2.weight has 64 non-finite of 64, no finite element, and 1 of 3 other gradients have "
+        f"inf or NaN too{SEARCH}"
+    )
+
+
 def test_overflow_report_of_what_began_in_backward_goes_backward():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
