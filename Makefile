@@ -15,9 +15,10 @@ LIBRARY := mpkernels/_C.abi3.so
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export MAX_JOBS ?= 2
 
-.PHONY: help demo test sweep bench report lint mutants wheel build clean
+.PHONY: help prove demo test sweep bench report lint mutants wheel build clean
 
 help:
+	@echo "make prove   hold every kernel against fp64 on this GPU: what is right there is used; first of demo, test and bench"
 	@echo "make demo    train digits under every policy (demo/results.json, demo/loss.png)"
 	@echo "make test    lint, build, and every test that takes less than 12 minutes together"
 	@echo "make sweep   the long tests: all tiles x architectures ahead of time, large sweeps (FULL=1 for more)"
@@ -27,16 +28,20 @@ help:
 	@echo "make lint    ruff and clang-format"
 	@echo "make mutants change the sources in small ways and see that tests notice; hours (FILES='csrc/sgd/*' for some)"
 
-demo: build
+# What auto takes on a GPU; what is wrong there is left out, and is no reason to stop.
+prove: build
+	-@if command -v nvidia-smi >/dev/null; then $(PY) -m mpkernels prove; fi
+
+demo: prove
 	$(PY) examples/digits_mlp.py
 
-test: lint build
+test: lint prove
 	$(PY) -m pytest -n 2 --dist worksteal -m "not sweep"
 
 sweep: build $(STAMPS)/test
 	$(PY) -m pytest -n 2 --dist worksteal -m sweep
 
-bench: build
+bench: prove
 	@mkdir -p $(OUT)
 	$(PY) -m bench $(if $(QUICK),--quick) --out $(OUT)
 

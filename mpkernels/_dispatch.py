@@ -264,8 +264,8 @@ def _proven(op: Op, device: torch.device) -> dict[str, bool]:
 
 def _warn_unproven() -> None:
     _cache.warn_once(
-        "mpkernels: no kernel was proven on this GPU yet, so torch's own ops serve. To prove them, once, which takes less "
-        "than a minute: python -m mpkernels prove"
+        "mpkernels: no kernel was proven on this GPU yet, so torch's own ops serve. To prove them, once: "
+        "python -m mpkernels prove"
     )
 
 

@@ -28,6 +28,7 @@ from mpkernels.runtime import proof
 from mpkernels.runtime.proof import Verdict
 
 LIMIT, LIMIT_FULL = 120.0, 900.0  # seconds without a word from the process that proves
+BEGIN = 120.0  # seconds that it may take to begin: it imports torch and makes a context
 GRACE = 5.0  # seconds after which a process that was killed is left alone: one in the driver cannot be waited for
 STALE = 60.0  # seconds after which the lock of a process that no longer writes to it is nobody's
 
@@ -129,9 +130,10 @@ def _prove_in_child(device, todo, paths, full: bool, done: int) -> list[dict]:
         try:
             while len(rows) < len(todo):
                 try:
-                    line = lines.get(timeout=limit)
+                    wait = limit if rows or started else max(limit, BEGIN)
+                    line = lines.get(timeout=wait)
                 except queue.Empty:
-                    ending = f"no answer for {limit:.0f} s"
+                    ending = f"no answer for {wait:.0f} s"
                     break
                 if line is None:
                     ending = _ending(process, errors)

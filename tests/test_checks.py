@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checks of an implementation: each kind of wrong kernel is found, on this CPU, and what is right passes."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -238,3 +239,29 @@ def test_checks_race(name):
         speeds = checks.race(ops[name], "native", CPU)
         assert speeds.keys() == cases.sizes(name, CPU).keys()
         assert all(speed > 0 for speed in speeds.values())
+
+
+class Graph:
+    """Instead of a CUDA graph, on a machine without a GPU: what is captured runs at once."""
+
+    states: list[str] = []  # noqa: RUF012
+
+    def __getattr__(self, name):
+        return lambda: self.states.append(name)
+
+
+@pytest.mark.parametrize("name", STEP)
+def test_checks_replay_what_they_capture(name, monkeypatch):
+    """And end the capture where a kernel cannot be captured."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(Graph, "states", [])
+    case = next(iter(cases.of(name, few=True)))
+    function = ops[name].function("eager")
+    checks._same(checks._run(function, case, CPU), checks._replay(function, case, CPU), "differ")
+    assert Graph.states == ["capture_begin", "capture_end", "replay"]
+    with pytest.raises(ZeroDivisionError):
+        checks._replay(lambda *_: 1 / 0, case, CPU)
+    assert Graph.states[3:] == ["capture_begin", "capture_end"]

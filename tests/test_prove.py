@@ -132,6 +132,16 @@ def test_prove_says_that_the_process_did_not_begin(monkeypatch):
         mpk.prove("cpu")
 
 
+def test_prove_waits_longer_for_the_beginning(monkeypatch):
+    """A process imports torch before it says anything."""
+    monkeypatch.setattr(module, "LIMIT", 0.5)
+    monkeypatch.setattr(module, "_CHILD", "import time; time.sleep(1)" + STAND_IN % "pass")
+    assert [row["state"] for row in mpk.prove("cpu")] == ["right"] * 3
+    monkeypatch.setattr(module, "BEGIN", 0.5)
+    with pytest.raises(RuntimeError, match="did not begin: no answer for 0 s"):
+        mpk.prove("cpu")
+
+
 def test_prove_started_alone_is_a_crash():
     """Of a machine that went down with it: not tried again until somebody asks for a proof."""
     assert not Verdict("started").right

@@ -67,8 +67,12 @@ def _replay(function, case, device) -> list[torch.Tensor]:
     arguments = case.make(memory)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = function(*arguments)
+    with torch.cuda.stream(torch.cuda.Stream(device)):  # torch.cuda.graph also empties the cache, each time
+        graph.capture_begin()
+        try:
+            results = function(*arguments)
+        finally:
+            graph.capture_end()
     graph.replay()
     torch.cuda.synchronize(device)
     memory.check()

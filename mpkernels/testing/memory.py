@@ -22,7 +22,7 @@ class Memory:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._buffers: list[tuple[torch.Tensor, int, int]] = []  # with first and last byte of what is between the bands
+        self._bands: dict[int, list[torch.Tensor]] = {_BAND: [], _POISON: []}
 
     def put(self, values: torch.Tensor, *, shift: int = 0) -> torch.Tensor:
         """A guarded copy, strides as they are; `shift`: elements that it begins past an aligned address."""
@@ -35,16 +35,16 @@ class Memory:
         first = GUARD + shift * dtype.itemsize
         last = first + elements * dtype.itemsize
         buffer = torch.full((last + GUARD,), band, dtype=torch.uint8, device=self.device)
-        buffer[first:last] = _POISON
-        self._buffers.append((buffer, first, last))
+        if band != _POISON:
+            buffer[first:last] = _POISON
+        self._bands[band] += [buffer[:first], buffer[last:]]
         empty = torch.empty(0, dtype=dtype, device=self.device)
         return empty.set_(buffer.untyped_storage(), first // dtype.itemsize, size, stride)
 
     def check(self) -> None:
         """Raise AssertionError if a band was written."""
-        bands = [band for buffer, first, last in self._buffers for band in (buffer[:first], buffer[last:])]
-        written = torch.stack([(band != band[0]).any() for band in bands])
-        assert not written.any(), "memory outside of an output was written"
+        for byte, bands in self._bands.items():
+            assert not bands or (torch.cat(bands) == byte).all(), "memory outside of an output was written"
 
     def outputs(self) -> "TorchDispatchMode":
         """Inside, what is allocated on the device is guarded and poisoned."""

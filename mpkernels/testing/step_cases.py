@@ -23,8 +23,9 @@ _RACING_TENSORS = 30
 
 
 def _variants(few: bool):
-    sizes = {"several tensors": SIZES["several tensors"]} if few else SIZES
-    return [(name, lengths, dtype) for name, lengths in sizes.items() for dtype in (f16, bf16, f32)]
+    names = ("several tensors",) if few else ("one tensor", "several tensors")
+    found = [(name, SIZES[name], dtype) for name in names for dtype in (f16, bf16, f32)]
+    return found if few else [*found, ("300 tensors", SIZES["300 tensors"], f16)]
 
 
 def _values(lengths, random, scale: float = 1.0) -> list[torch.Tensor]:
