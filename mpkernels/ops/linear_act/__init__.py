@@ -138,8 +138,10 @@ def linear_act(
         if not compiling:
             known = (x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, 0, batch_invariant)
             tuned, call = forward_op.tuned(*known), forward_op.gpu_call(x.device, *known)
-        save = _save(x.device, compute_dtype, activation, tuned, call)
-        moves = above is not None and writes_mask(x.device, compute_dtype, tuned, call)
+        mask = (above is not None or activation == Activation.RELU) and writes_mask(x.device, compute_dtype, tuned, call)
+        # A ReLU's mask is for kernels: torch selects faster by `out` itself.
+        save = int(activation != Activation.NONE and (activation != Activation.RELU or mask))
+        moves = above is not None and mask
     args = (x, weight, bias, weight_copy, int(activation), compute_dtype, out_dtype, save, batch_invariant, grad_dtype)
     seam = moves or (below is not None and below.moved)
     if seam:
@@ -191,13 +193,6 @@ def _require_grad(x, weight, bias) -> bool:
     return weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
 
 
-def _save(device, compute_dtype, activation, tuned=None, call=None) -> int:
-    """Whether the forward writes `saved`. A ReLU's mask is for kernels: torch selects faster by `out` itself."""
-    if activation == Activation.NONE or not torch.is_grad_enabled():
-        return 0
-    return int(activation != Activation.RELU or writes_mask(device, compute_dtype, tuned, call))
-
-
 def writes_mask(device, compute_dtype, tuned=None, call=None) -> bool:
     """Whether the forward that serves such a call writes the mask, and its dgrad has an epilogue: kernels for GPUs."""
     return has_mask(forward_op.backend(device, compute_dtype, tuned, call), device)
@@ -209,7 +204,7 @@ def has_mask(backend: str, device: torch.device) -> bool:
 
 
 # torch.compiler.assume_constant_result does just this, and loads the compiler, seconds long, to do it.
-_save._dynamo_marked_constant = writes_mask._dynamo_marked_constant = True
+writes_mask._dynamo_marked_constant = True
 
 
 def mask_pitch(columns: int) -> int:
