@@ -126,6 +126,13 @@ def test_mpsequential_sees_a_child_that_a_hook_replaces():
         bounds.check_rearranged(a, b)
 
 
+def test_mpsequential_says_of_a_child_that_is_none_what_torch_says():
+    for model in (mlp(), mpk.convert(mlp())):
+        model.register_module("1", None)
+        with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+            model(data())
+
+
 @pytest.mark.parametrize("lone", [False, True], ids=["in a Sequential", "alone"])
 def test_mpsequential_makes_a_parametrized_weight_once_a_call(lone):
     """spectral_norm takes a step of its power iteration at each look at the weight."""

@@ -32,18 +32,23 @@ class MPSequential(nn.Sequential):
             return super().forward(input)
         modules, x, i = list(self._modules.values()), input, 0
         below, wide = None, None  # the Seam to the layer before, and the dtype that x had if it were not narrowed
+        reader = None  # the MPLinear that is next, which is plain as nothing ran since
+        with_grad = torch.is_grad_enabled()
         while i < len(modules):
             module = modules[i]
-            joined = isinstance(module, MPLinear) and (below is not None or wide is not None)
-            if not (joined or (_is_plain_tensor(x) and is_plain(module, MPLinear))):
+            is_reader = module is reader is not None
+            joined = is_reader and (below is not None or wide is not None)
+            if not (joined or ((is_reader or is_plain(module, MPLinear)) and _is_plain_tensor(x))):
                 x, i = module(x), i + 1
                 modules = list(self._modules.values())  # it, or a hook on it, may have put another child in its place
                 continue
             i, activation, reader = step(modules, i)
-            above = Seam() if torch.is_grad_enabled() and _share_backward(module, reader) else None
+            above = Seam() if with_grad and reader is not None and _share_backward(module, reader) else None
             given = wide or x.dtype
-            out_dtype = (functional.autocast_dtype(x.device) or given) if follows_input(module) else None
-            narrow = out_dtype is not None and narrows(module, reader, out_dtype)
+            out_dtype, narrow = None, False
+            if follows_input(module):
+                out_dtype = functional.autocast_dtype(x.device) or given
+                narrow = reader is not None and narrows(module, reader, out_dtype)
             x = module(x, below, above, activation, module.policy.compute_dtype if narrow else out_dtype)
             below, wide = above, given if narrow else None
         return x
@@ -71,7 +76,8 @@ def step(modules: list[nn.Module], i: int) -> tuple[int, Activation, MPLinear | 
 
 def follows_input(linear: MPLinear) -> bool:
     """Whether its output has the dtype of its input (autocast's inside of that)."""
-    return linear.policy is not None and linear.policy.mixed and linear.policy.output_dtype is None
+    policy = linear.policy
+    return policy is not None and policy.param_dtype != policy.compute_dtype and policy.output_dtype is None
 
 
 def narrows(linear: MPLinear, reader: MPLinear | None, wide: torch.dtype) -> bool:
@@ -82,11 +88,11 @@ def narrows(linear: MPLinear, reader: MPLinear | None, wide: torch.dtype) -> boo
     return reader.policy.compute_dtype == dtype and dtype.itemsize < wide.itemsize
 
 
-def _share_backward(linear: MPLinear, reader: MPLinear | None) -> bool:
-    if reader is None:
-        return False
-    ours, theirs = ((p.compute_dtype, p.grad_dtype) if (p := m.policy) else None for m in (linear, reader))
-    return ours == theirs
+def _share_backward(linear: MPLinear, reader: MPLinear) -> bool:
+    ours, theirs = linear.policy, reader.policy
+    if ours is theirs:
+        return True
+    return None not in (ours, theirs) and (ours.compute_dtype, ours.grad_dtype) == (theirs.compute_dtype, theirs.grad_dtype)
 
 
 def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
@@ -94,17 +100,14 @@ def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
 
     FSDP2's hooks only gather, and its classes do nothing else. A weight that lies on a mesh for another reason is seen.
     """
-    if not isinstance(module, cls) or type(module).forward is not _FORWARDS[cls] or "forward" in vars(module):
+    if not isinstance(module, cls) or type(module).forward is not _FORWARDS[cls]:
         return False
     call = type(module).__call__
-    if module._compiled_call_impl is not None or (call is not _CALL and not _is_traced(call)):
+    if "forward" in module.__dict__ or module._compiled_call_impl is not None or (call is not _CALL and not _is_traced(call)):
         return False
     if has_hooks(module):
-        hooks = (
-            *module._forward_pre_hooks.values(), *module._forward_hooks.values(),
-            *module._backward_pre_hooks.values(), *module._backward_hooks.values(),
-        )  # fmt: skip
-        return all(map(_only_gathers, hooks))
+        kinds = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+        return all(_only_gathers(hook) for hooks in kinds for hook in hooks.values())
     return cls is not MPLinear or _is_plain_tensor(module._parameters.get("weight"))  # None: it is made at each look at it
 
 
