@@ -363,6 +363,14 @@ def test_differs_gradients_of_a_cast():
     assert plain.half()[0].weight.grad.dtype == torch.float16
 
 
+def test_differs_autocast_around_policies():
+    x = torch.ones(2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain_model()(x).dtype == MPLinear(8, 4)(x).dtype == model_of()(x).dtype == torch.bfloat16
+        inside = model_of("float32")(x)
+    assert same_bits(inside.detach(), model_of("float32")(x).detach())
+
+
 def test_differs_encoders_in_evaluation(monkeypatch):
     calls, x = [], torch.ones(2, 5, 8)
     for model in (encoder_of(), mpk.convert(encoder_of())):
