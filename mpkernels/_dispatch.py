@@ -60,6 +60,7 @@ class Op:
     key: `(device, dtype)` of a call, which the selector chooses by.
     problem: what a tuned table is asked by, from the same arguments; None where there are none.
     call: what else an implementation for GPUs may refuse a call by, hashable; None where none does.
+    covers: whether the cases of a proof are of such a `call`: of others a verdict says nothing, and `auto` takes eager.
     mutated: the tensors that a call writes, whose version counters are moved (raw-pointer writes do not move them).
     dtype: what its arithmetic is asked for in where no call says so: one that every implementation has.
     """
@@ -75,6 +76,7 @@ class Op:
         key: Callable[..., tuple[torch.device, torch.dtype]],
         problem: Callable[..., _table.Problem] | None = None,
         call: Callable[..., tuple] | None = None,
+        covers: Callable[[tuple], bool] = lambda call: True,
         mutated: Callable[..., list[torch.Tensor]] | None = None,
         dtype: torch.dtype = torch.float32,
     ):
@@ -82,7 +84,7 @@ class Op:
         self.package = package
         self.implementations = {i.backend: i for i in implementations}
         self.check, self.fake, self.key, self.problem, self.mutated = check, fake, key, problem, mutated
-        self.dtype, self.call = dtype, call
+        self.dtype, self.call, self.covers = dtype, call, covers
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mpkernels::{self.name}", self._fake, lib=_library)
@@ -270,9 +272,11 @@ def _warn_unproven() -> None:
 
 
 def _refuses(op: Op, backend: str, call: tuple | None) -> bool:
-    """Whether that implementation cannot serve such a call on a GPU."""
-    why_not_call = None if call is None or backend == "eager" else getattr(op._module(backend), "why_not_call", None)
-    return why_not_call is not None and why_not_call(*call) is not None
+    """Whether that implementation cannot serve such a call on a GPU, or was not proven on its like."""
+    if call is None or backend == "eager":
+        return False
+    why_not_call = getattr(op._module(backend), "why_not_call", None)
+    return not op.covers(call) or (why_not_call is not None and why_not_call(*call) is not None)
 
 
 def agree_on_backends() -> None:

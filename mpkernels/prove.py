@@ -63,13 +63,23 @@ def prove(
     rows = []
     with _lock(device):
         while todo:
-            found = _prove_in_child(device, todo, paths, full, len(rows))
+            try:
+                found = _prove_in_child(device, todo, paths, full, len(rows))
+            except RuntimeError as error:
+                if not rows:
+                    raise
+                found = [_not_now(op, backend, device, str(error)) for op, backend in todo]  # as where the GPU is lost
             rows += found
-            todo = todo[max(len(found), 1) :]
+            todo = todo[len(found) :]
     if not all(row["kept"] for row in rows):
         reason = _cache.untrusted_reason() or "disk full or permission denied"
         print(f"prove: {' or '.join(map(str, paths))} cannot be written: {reason}", file=sys.stderr)
     return rows
+
+
+def _not_now(op: str, backend: str, device: torch.device, note: str) -> dict[str, Any]:
+    more = {"op": op, "backend": backend, "device": str(device), "kept": True}
+    return Verdict("not now", proof.sentence(note))._asdict() | more
 
 
 def _device(device) -> torch.device:
@@ -189,9 +199,13 @@ def environment(device: torch.device) -> dict[str, str]:
     found = {name: value for name, value in os.environ.items() if name not in _REMOVED and not name.startswith("TORCHELASTIC")}
     if device.type == "cuda":
         visible = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
-        uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+        properties = torch.cuda.get_device_properties(device)
+        uuid = getattr(properties, "uuid", None)
         named = str(device.index) if uuid is None else f"GPU-{uuid}"
-        found["CUDA_VISIBLE_DEVICES"] = visible[device.index] if device.index < len(visible) else named
+        if device.index < len(visible):
+            found["CUDA_VISIBLE_DEVICES"] = visible[device.index]
+        elif "MIG" not in properties.name:  # of a slice this is the whole GPU's; a process sees one slice at most
+            found["CUDA_VISIBLE_DEVICES"] = named
         found.pop("TRITON_INTERPRET", None)
     return found
 

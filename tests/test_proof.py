@@ -298,6 +298,22 @@ def test_hoppers_gemm_serves_what_it_can(columns, activation, expected, monkeypa
     assert linear_act.writes_mask(GPU, f16, None, call) == (expected == "native")
 
 
+@pytest.mark.parametrize("op_name", ["linear_act", "linear_act_backward"])
+def test_proof_covers_what_its_cases_are(op_name):
+    """And nothing else: of another activation or dtype a verdict says nothing."""
+    from mpkernels.testing import cases
+
+    op = ops[op_name]
+    calls = [case.call for few in (True, False) for case in cases.of(op_name, few=few, full=not few)]
+    assert all(map(op.covers, calls))
+    for place, value in ((2, Activation.GELU), (3, f32), (3, torch.float64)):
+        call = list(calls[0])
+        call[place] = value
+        assert not op.covers(tuple(call))
+        assert _dispatch._refuses(op, "triton", tuple(call))
+    assert not _dispatch._refuses(op, "triton", calls[0])
+
+
 # ----- files ---------------------------------------------------------------
 
 

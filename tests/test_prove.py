@@ -126,6 +126,19 @@ def test_prove_goes_on_where_a_process_ended_between_two(monkeypatch):
     assert with_child(monkeypatch, "pass") == [("right", "")] * 3
 
 
+def test_prove_keeps_what_was_found_where_no_other_process_begins(monkeypatch, tmp_path):
+    """The GPU is lost, say: the rest is not now."""
+    once = (
+        f"path = {str(tmp_path / 'begun')!r}\nimport os\nif os.path.exists(path): raise SystemExit('lost')\nopen(path, 'w')\n"
+    )
+    monkeypatch.setattr(module, "_CHILD", once + STAND_IN % "os._exit(7)")
+    assert [row["state"] for row in mpk.prove("cpu")] == ["right", "crashed", "not now"]
+    (tmp_path / "begun").unlink()
+    assert "not now: prove: the process that proves did not begin: the process ended with code 1: lost" in module.table(
+        mpk.prove("cpu"), CPU
+    )
+
+
 def test_prove_says_that_the_process_did_not_begin(monkeypatch):
     monkeypatch.setattr(module, "_CHILD", "raise ImportError('no numpy')")
     with pytest.raises(RuntimeError, match="did not begin: the process ended with code 1: ImportError: no numpy"):
@@ -176,6 +189,16 @@ def test_child_tells_errors_apart(error, state, monkeypatch, capsys):
     assert [verdict.state for verdict in proof.load(proof.own_file()).values()] == [state]
 
 
+def test_child_that_has_no_memory_for_a_race_keeps_what_is_right(monkeypatch, capsys):
+    from mpkernels.testing import checks
+
+    def race(*_):
+        raise torch.OutOfMemoryError("2 GB")
+
+    monkeypatch.setattr(checks, "race", race)
+    assert [(row["state"], row["speeds"]) for row in prove_one(capsys)] == [("started", {}), ("right", {})]
+
+
 def test_child_without_a_gpu_at_the_moment_leaves_verdicts(capsys):
     assert [row["state"] for row in prove_one(capsys)] == ["started", "right"]
     (row,) = prove_one(capsys, not_now="in exclusive use")
@@ -220,7 +243,8 @@ def test_child_sees_one_gpu_and_no_job(visible, index, expected, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    properties = lambda device: type("Properties", (), {"uuid": f"uuid-{device.index}"})
+    properties = lambda device: type("Properties", (), {"uuid": f"uuid-{device.index}", "name": name})
+    name = "NVIDIA H200"
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     found = module.environment(torch.device("cuda", index))
     assert found["CUDA_VISIBLE_DEVICES"] == expected

@@ -122,6 +122,8 @@ def race(op: _dispatch.Op, backend: str, device: torch.device) -> dict[str, floa
         return speeds
     for name, make in cases.sizes(op.name, device).items():
         runs = {}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         for which in ("eager", backend):
             function, arguments = op.function(which), make(which, device)
             runs[which] = lambda function=function, arguments=arguments: function(*arguments)

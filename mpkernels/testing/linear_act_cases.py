@@ -13,12 +13,13 @@ from mpkernels.testing import bounds
 
 f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
 ROWS, COLUMNS = (1, 8, 127, 128, 129, 257, 1000), (8, 72, 264, 520)
+UNEVEN = (33, 50, 41)  # which not every kernel takes
 FEW = ((33, 50, 40), (1, 8, 72), (129, 72, 264))  # M, N, K
 KINDS = ("plain", "special", "strided", "misaligned")
 LARGE = (32776, 65544, 8)  # more than 2^31 outputs
-_SIZES = {  # M, K, N of a race
+_SIZES = {  # M, K, N of a race; in 1 GB with what flushes the cache
     True: ((16, 32, 24), (64, 64, 64), (8, 128, 64), (128, 32, 32)),
-    False: ((512, 1024, 4096), (4096, 1024, 4096), (4096, 4096, 4096), (16384, 1024, 1024)),
+    False: ((512, 1024, 4096), (4096, 1024, 4096), (2048, 4096, 4096), (16384, 1024, 1024)),
 }
 
 
@@ -26,8 +27,8 @@ def _shapes(few: bool, full: bool) -> list[tuple[int, int, int]]:
     if few:
         return list(FEW)
     if full:
-        return [(M, N, K) for M in ROWS for N in COLUMNS for K in COLUMNS]
-    return [(M, N, COLUMNS[(i + j) % len(COLUMNS)]) for i, M in enumerate(ROWS) for j, N in enumerate(COLUMNS)]
+        return [(M, N, K) for M in ROWS for N in COLUMNS for K in COLUMNS] + [UNEVEN]
+    return [(M, N, COLUMNS[(i + j) % len(COLUMNS)]) for i, M in enumerate(ROWS) for j, N in enumerate(COLUMNS)] + [UNEVEN]
 
 
 def _families(few: bool, full: bool) -> Iterator[tuple[int, tuple[int, int, int], torch.dtype, str]]:

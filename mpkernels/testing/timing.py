@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-FLUSH = 1 << 29  # bytes written before a timed run on a GPU: more than an L2, and long enough to queue the launches under
+FLUSH = 1 << 28  # bytes written before a timed run on a GPU: more than an L2, and long enough to queue the launches under
 
 
 def interleave(runs: dict[str, Callable], device: torch.device, rounds: int) -> dict[str, list[float]]:

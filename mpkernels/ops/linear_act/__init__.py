@@ -415,6 +415,11 @@ def _call_backward(
     return (*weight.shape, worst, compute_dtype, grad_out.dtype)
 
 
+def _covers(call) -> bool:
+    """Cases of a proof compute in 16 bits, without an activation or with a ReLU: see mpkernels/testing/linear_act_cases.py."""
+    return call[2] <= Activation.RELU and call[3].itemsize == 2
+
+
 # ----- the ops ---------------------------------------------------------------
 
 _IMPLEMENTATIONS = (
@@ -435,6 +440,7 @@ forward_op = Op(
     key=lambda x, weight, bias, weight_copy, activation, compute_dtype, *_: (x.device, compute_dtype),
     problem=_problem,
     call=_call,
+    covers=_covers,
     dtype=torch.float16,
 )
 backward_op = Op(
@@ -449,6 +455,7 @@ backward_op = Op(
     key=lambda grad_out, x, weight, weight_copy, saved, activation, compute_dtype, *_: (grad_out.device, compute_dtype),
     problem=_problem_backward,
     call=_call_backward,
+    covers=_covers,
     dtype=torch.float16,
 )
 flops.register()
