@@ -338,7 +338,9 @@ class Optimizer(torch.optim.Optimizer):
             if plan.dtensors:
                 signature.redistribute_grads()
                 self._check_formats(plan.ranks)
-            grads = list(map(plan.local, signature.with_gradient()[1]))
+            grads = signature.with_gradient()[1]
+            if plan.dtensors:
+                grads = list(map(_ranks.local, grads))
             if not plan.rebind(grads):
                 self._check_formats(plan.ranks)
                 plan.give(grads)
@@ -389,8 +391,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _save_stamps(self) -> None:
         for plan in self._plans[:1]:
-            if plan.versions is not None:
-                self._stamps.update(zip(map(id, plan.params), plan.stamps(), strict=True))
+            self._stamps.update(plan.stamps())
 
     def _remember_dtypes(self) -> None:
         """Of which dtype a parameter was when its state was made."""

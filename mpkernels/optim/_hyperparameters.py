@@ -23,6 +23,8 @@ class Rule:
 
 def as_float(value) -> float:
     """A number, or a 1-element tensor on the CPU, as a float; NaN for anything else: then no rule holds."""
+    if type(value) is float:
+        return value
     if isinstance(value, torch.Tensor):
         return float(value.item()) if _is_readable(value) and value.numel() == 1 and not value.is_complex() else math.nan
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # numpy's
@@ -101,11 +103,10 @@ def check(rules: dict[str, Rule], group: dict) -> None:
 
 def check_replaced(optimizer, seen: dict[int, list]) -> None:
     """The same at a step, of what a user or a scheduler has put into a group since it was checked; `seen`: its values then."""
-    rules = {**optimizer._rules, "lr": LEARNING_RATE_AT_A_STEP}
     for i, group in enumerate(optimizer.param_groups):
-        values = list(map(group.get, rules))
+        values = list(map(group.get, optimizer._rules))
         if i not in seen or not all(map(is_, values, seen[i])):
-            check(rules, group)
+            check({**optimizer._rules, "lr": LEARNING_RATE_AT_A_STEP}, group)
             seen[i] = values
 
 

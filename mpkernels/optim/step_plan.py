@@ -28,6 +28,7 @@ class Signature:
         self.params = list(chain.from_iterable(group["params"] for group in param_groups))
         self.grads = [p.grad for p in self.params]
         self.present = [grad is not None for grad in self.grads]
+        self.all_present = all(self.present)
         self.sizes = [len(group["params"]) for group in param_groups]
         self.partition = partition
 
@@ -44,7 +45,7 @@ class Signature:
         return len(self.params) == len(other.params) and all(map(is_, self.params, other.params))
 
     def with_gradient(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        if all(self.present):
+        if self.all_present:
             return self.params, self.grads
         return list(compress(self.params, self.present)), list(compress(self.grads, self.present))
 
@@ -222,13 +223,15 @@ class StepPlan:
     # ----- what was written by others --------------------------------------------------------
 
     def versions_now(self) -> list:
-        """What changes when a parameter, or what this rank holds of it, is written visibly."""
+        """What changes when a parameter, or what this rank holds of it, is written visibly; nothing where none has a master."""
+        if not self.has_master:
+            return []
         versions = list(map(_version, self.local_params))
         return list(zip(versions, map(_version, self.params), strict=True)) if self.dtensors else versions
 
-    def stamps(self) -> list[tuple]:
-        """Version and address of each parameter after our last write; the state's addresses come behind."""
-        return list(zip(self.versions, self._addresses, strict=False))
+    def stamps(self) -> dict[int, tuple]:
+        """By id, version and address of each parameter after our last write; the state's addresses come behind."""
+        return dict(zip(map(id, self.params), zip(self.versions or (), self._addresses, strict=False), strict=False))
 
     def written_by_others(self, versions: list) -> list[int]:
         """Rows with a master whose parameter may have been written since our last write."""
