@@ -146,7 +146,7 @@ class GradScaler(torch.amp.GradScaler):
 
         That is the norm to log (`optimizer.grad_norm` has it too): `.grad` is scaled. `math.inf` clips nothing.
         For one of our optimizers the gradients are read once and the factor is left to `step`, which reads them again where
-        they were written since (on many ranks then on all). Where all of them are gone, or written since, as zeroed and
+        they were written since, and on many ranks always. Where all of them are gone, or written since, as zeroed and
         accumulated into, the clip is dropped: torch, which clips at the call, does not clip what comes after it. So whoever
         writes to all gradients clips afterwards. For another optimizer, or after `unscale_`, it is torch's (not with a
         `process_group`, of which that knows nothing).

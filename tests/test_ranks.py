@@ -666,11 +666,11 @@ def test_writes_to_local_tensors_are_taken_over(tmp_path):
 
 
 def writes_to_local_gradients(rank):
-    """After the clip has read them: they are read again, and an inf skips the step of every rank."""
+    """After the clip has read them, on one rank or on all: they are read again, and an inf skips the step of every rank."""
     sharded = Sharded("fsdp")
     optimizer = mpk.optim.SGD(sharded.params, lr=1.0)
     for write in (lambda g: g.to_local(), lambda g: g._local_tensor):
-        for bad in (False, True):
+        for bad, alone in itertools.product((False, True), (False, True)):
             sharded.give_grads(0)
             scaler = mpk.GradScaler(init_scale=1.0)
             scaler.scale(torch.zeros(()))
@@ -678,7 +678,8 @@ def writes_to_local_gradients(rank):
             before = raw(map(local, sharded.params))
             grad = write(sharded.params[0].grad)
             with torch.no_grad():
-                grad.mul_(torch.inf if bad and rank == 0 else 2)
+                if rank == 0 or not alone:
+                    grad.mul_(torch.inf if bad and rank == 0 else 2)
             whole = sharded.whole([p.grad for p in sharded.params])
             scaler.step(optimizer)
             scaler.update()

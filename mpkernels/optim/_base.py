@@ -220,7 +220,7 @@ class Optimizer(torch.optim.Optimizer):
         max_norm = self.max_norm if clip is None else clip.max_norm
         check = found_inf is None and (grad_scale is not None or self.skip_nonfinite)
         foreign = found_inf is not None  # somebody else's scalars: the op checks them
-        if clip is None or not self._stats:
+        if clip is None or not self._stats or plan.ranks.many:  # only a collective would tell of another rank's writes
             self._stats = {}
             if check or max_norm is not None:
                 self._read_grads(plan, grad_scale, norm=max_norm is not None)
