@@ -32,6 +32,7 @@ from mpkernels.testing.bounds import (
     check_backward_below,
     check_forward,
     check_mask,
+    check_moment,
     check_norm,
     check_stepped,
     gamma,
@@ -49,6 +50,7 @@ __all__ = [  # with what is defined here
     "check_backward_below",
     "check_forward",
     "check_mask",
+    "check_moment",
     "check_norm",
     "check_stepped",
     "overflow_threshold",
@@ -219,16 +221,6 @@ def _largest(values: np.ndarray) -> np.ndarray:
 
 _UNLIKELY = 1e-12  # that a sound implementation fails, for one element
 _HOEFFDING = math.sqrt(math.log(2 / _UNLIKELY) / 2)  # P(|sum| > c s) <= 2 exp(-2 c^2); s^2 the sum of the widths' squares
-_MOMENT_ROUNDINGS = 6  # operations of a moment, each on values up to `magnitude`
-
-
-def check_moment(got: np.ndarray, exact: np.ndarray, magnitude: np.ndarray, nearest: bool, arithmetic: torch.dtype) -> None:
-    """One step of a bf16 moment from its stored predecessor: one rounding, to nearest or to either side."""
-    u = unit_roundoff(torch.bfloat16) * (1 if nearest else 2)
-    error = gamma(_MOMENT_ROUNDINGS, unit_roundoff(arithmetic)) * magnitude
-    _check_error(
-        "moment", np.abs(got - exact), u * np.abs(exact) + (1 + u) * error + least_subnormal(torch.bfloat16), got, exact
-    )
 
 
 def check_follows_mean(got: np.ndarray, exact: np.ndarray, beta2: float) -> None:

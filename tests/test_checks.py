@@ -202,6 +202,29 @@ def test_checks_notice_a_wrong_step(name, place, value, ending, wrong):
     assert ending in wrong(name, change)
 
 
+@pytest.mark.parametrize("name", ["adamw_", "sgd_"])
+def test_checks_notice_fp64_that_is_fp32_inside(name, wrong):
+    def change(right, arguments):
+        right(*arguments)
+        for master in arguments[0]:
+            master.copy_(master.float())
+
+    assert "fp64 masters, plain" in wrong(name, change)
+
+
+@pytest.mark.parametrize("name", ["adamw_", "sgd_"])
+def test_checks_notice_bf16_moments_that_are_cut(name, wrong):
+    """By two of their last places, as a wrong rounding on the way would."""
+
+    def change(right, arguments):
+        right(*arguments)
+        for moment in arguments[2]:
+            if moment.dtype == torch.bfloat16:
+                moment.view(torch.int16).bitwise_and_(~3)
+
+    assert "bf16 moments, plain: moment" in wrong(name, change)
+
+
 def test_checks_notice_a_copy_that_is_not_rounded_to_nearest(wrong):
     def change(right, arguments):
         right(*arguments)

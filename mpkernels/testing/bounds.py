@@ -301,6 +301,7 @@ def _check_nonfinite(name, got, r, accumulated, magnitude, dtype, acc_dtype) -> 
 
 # ----- optimizer steps ---------------------------------------------------------------
 
+_MOMENT_ROUNDINGS = 6  # operations of a moment, each on values up to `magnitude`
 _STEP_ROUNDINGS = 20  # of a weight, those of its moments and scalars included
 
 
@@ -313,3 +314,12 @@ def check_norm(norm: float, exact: float, n: int) -> None:
 def check_stepped(got: np.ndarray, exact: np.ndarray, magnitude: np.ndarray, arithmetic: torch.dtype) -> None:
     """One step of a weight from stored moments: they are rounded after their use, so only the arithmetic is between them."""
     _check_error("weight", np.abs(got - exact), gamma(_STEP_ROUNDINGS, unit_roundoff(arithmetic)) * magnitude, got, exact)
+
+
+def check_moment(got: np.ndarray, exact: np.ndarray, magnitude: np.ndarray, nearest: bool, arithmetic: torch.dtype) -> None:
+    """One step of a bf16 moment from its stored predecessor: one rounding, to nearest or to either side."""
+    u = unit_roundoff(torch.bfloat16) * (1 if nearest else 2)
+    error = gamma(_MOMENT_ROUNDINGS, unit_roundoff(arithmetic)) * magnitude
+    _check_error(
+        "moment", np.abs(got - exact), u * np.abs(exact) + (1 + u) * error + least_subnormal(torch.bfloat16), got, exact
+    )

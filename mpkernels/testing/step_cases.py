@@ -107,10 +107,13 @@ def _check_large_stats(before, after, results, device) -> None:
 
 
 def _update_variants(few: bool):
-    """Sizes, dtype of the gradients, and how the step ends."""
-    for i, (name, lengths, dtype) in enumerate(_variants(few)):
+    """Sizes, dtypes of gradients, masters and moments, and how the step ends."""
+    found = [(f"{name}, {dtype}", lengths, (dtype, f32, f32)) for name, lengths, dtype in _variants(few)]
+    lengths = SIZES["several tensors"]
+    found += [("fp64 masters", lengths, (f32, f64, f64)), ("bf16 moments", lengths, (f16, f32, bf16))]
+    for i, (name, lengths, dtypes) in enumerate(found):
         for ending in ("plain", "clipped", "skipped"):
-            yield f"{name}, {dtype}, {ending}", lengths, dtype, ending, i
+            yield f"{name}, {ending}", lengths, dtypes, ending, i
 
 
 def _endings(ending: str, memory) -> tuple:
@@ -124,13 +127,19 @@ def _factor(ending: str) -> float:
     return (MAX_NORM / (NORM + CLIP_EPS) if ending == "clipped" else 1.0) / SCALE
 
 
-def _lists(lengths, dtype, i: int, memory, random):
-    """Masters, gradients times the loss scale, and copies: fp16, or none where the gradient is fp32."""
-    masters = _values(lengths, random)
-    grads = [(g * SCALE).to(dtype) for g in _values(lengths, random)]
+def _lists(lengths, dtypes, i: int, memory, random):
+    """Masters, gradients times the loss scale, and copies: 16-bit, or none where the gradient is fp32."""
+    grad_dtype, master_dtype, _ = dtypes
+    masters = [value.to(master_dtype) / 3 for value in _values(lengths, random)]
+    grads = [(g * SCALE).to(grad_dtype) for g in _values(lengths, random)]
     none = torch.empty(0, dtype=f16, device="cpu")
-    copies = [cast(w, f16 if i % 2 else bf16) if dtype != f32 else none for w in masters]
+    copies = [cast(w, f16 if i % 2 else bf16) if grad_dtype != f32 else none for w in masters]
     return _put(memory, masters), _put(memory, grads), _put(memory, copies)
+
+
+def _states(lengths, dtypes, memory, random, squared: bool = False) -> list[torch.Tensor]:
+    values = _values(lengths, random)
+    return _put(memory, [(value.square() if squared else value).to(dtypes[2]) for value in values])
 
 
 def _check_copies(masters, copies) -> None:
@@ -139,11 +148,17 @@ def _check_copies(masters, copies) -> None:
 
 
 def _wide(tensors) -> np.ndarray:
-    return torch.cat([tensor.flatten() for tensor in tensors]).double().numpy(force=True)
+    """In fp64, or wider where they are fp64 themselves."""
+    values = torch.cat([tensor.flatten() for tensor in tensors]).double().numpy(force=True)
+    return values.astype(np.longdouble) if tensors[0].dtype == f64 else values
 
 
-def _unscaled(grads, ending: str) -> np.ndarray:
-    return _wide(grads) * _factor(ending)
+def _check_state(got, exact, magnitude, nearest: bool, arithmetic: torch.dtype) -> None:
+    """A moment: rounded once where it is bf16."""
+    if got[0].dtype == bf16:
+        bounds.check_moment(_wide(got), exact, magnitude, nearest, arithmetic)
+    else:
+        bounds.check_stepped(_wide(got), exact, magnitude, arithmetic)
 
 
 STEP = 3.0  # taken before
@@ -152,22 +167,22 @@ LR = 2.0**-6
 
 
 def adamw(few: bool, full: bool):
-    for name, lengths, dtype, ending, i in _update_variants(few):
+    for name, lengths, dtypes, ending, i in _update_variants(few):
         options = {"decoupled": i % 3 != 2, "maximize": i % 3 == 1, "amsgrad": i % 2 == 1}
         yield (
             name,
             {
-                "arguments": functools.partial(_adamw_arguments, lengths, dtype, ending, i, options),
+                "arguments": functools.partial(_adamw_arguments, lengths, dtypes, ending, i, options),
                 "check": functools.partial(_check_adamw, ending, options),
                 "written": (0, 2, 3, 4, 5, 6),
             },
         )
 
 
-def _adamw_arguments(lengths, dtype, ending, i, options, memory, random) -> tuple:
-    masters, grads, copies = _lists(lengths, dtype, i, memory, random)
-    exp_avgs = _put(memory, _values(lengths, random))
-    exp_avg_sqs, largest = (_put(memory, [v.square() for v in _values(lengths, random)]) for _ in range(2))
+def _adamw_arguments(lengths, dtypes, ending, i, options, memory, random) -> tuple:
+    masters, grads, copies = _lists(lengths, dtypes, i, memory, random)
+    exp_avgs = _states(lengths, dtypes, memory, random)
+    exp_avg_sqs, largest = (_states(lengths, dtypes, memory, random, squared=True) for _ in range(2))
     steps = [_scalar(memory, STEP) for _ in lengths]
     lr = _scalar(memory, LR, f64)
     values = (*ADAM.values(), options["decoupled"], options["maximize"])
@@ -190,10 +205,12 @@ def _check_adamw(ending, options, before, after, results, device) -> None:
     largest = exact[3] if options["amsgrad"] else exact[2]
     root = np.sqrt(largest) / math.sqrt(1 - ADAM["beta2"] ** (STEP + 1)) + ADAM["eps"]
     moved = LR / (1 - ADAM["beta1"] ** (STEP + 1)) * (np.abs(m) + size) / root
-    magnitudes = (np.abs(w) + moved, np.abs(m) + size, v + size**2, None if vmax is None else np.maximum(vmax, v + size**2))
-    for got, r, magnitude in zip((after[0], *after[2:5]), exact, magnitudes, strict=True):
-        if r is not None:
-            bounds.check_stepped(_wide(got), r, magnitude, f32)
+    arithmetic = after[0][0].dtype
+    bounds.check_stepped(_wide(after[0]), exact[0], np.abs(w) + moved, arithmetic)
+    _check_state(after[2], exact[1], np.abs(m) + size, True, arithmetic)
+    _check_state(after[3], exact[2], v + size**2, False, arithmetic)
+    if vmax is not None:
+        _check_state(after[4], exact[3], np.maximum(vmax, v + size**2), True, arithmetic)
     _check_copies(after[0], after[5])
     _check_counted(after[6])
 
@@ -210,23 +227,23 @@ def _check_skipped(before, after) -> None:
 
 
 def sgd(few: bool, full: bool):
-    for name, lengths, dtype, ending, i in _update_variants(few):
+    for name, lengths, dtypes, ending, i in _update_variants(few):
         options = {"nesterov": i % 2 == 1, "maximize": i % 3 == 1, "momentum": 0.9 if i % 3 != 2 else 0.0}
         options["dampening"] = 0.0 if options["nesterov"] or not options["momentum"] else 0.25
         options["nesterov"] &= options["momentum"] > 0
         yield (
             name,
             {
-                "arguments": functools.partial(_sgd_arguments, lengths, dtype, ending, i, options),
+                "arguments": functools.partial(_sgd_arguments, lengths, dtypes, ending, i, options),
                 "check": functools.partial(_check_sgd, ending, options),
                 "written": (0, 2, 3, 4),
             },
         )
 
 
-def _sgd_arguments(lengths, dtype, ending, i, options, memory, random) -> tuple:
-    masters, grads, copies = _lists(lengths, dtype, i, memory, random)
-    buffers = _put(memory, _values(lengths, random)) if options["momentum"] else []
+def _sgd_arguments(lengths, dtypes, ending, i, options, memory, random) -> tuple:
+    masters, grads, copies = _lists(lengths, dtypes, i, memory, random)
+    buffers = _states(lengths, dtypes, memory, random) if options["momentum"] else []
     steps = [_scalar(memory, STEP) for _ in lengths]
     values = (options["momentum"], options["dampening"], ADAM["weight_decay"], options["nesterov"], options["maximize"])
     return masters, grads, buffers, copies, steps, _scalar(memory, LR, f64), *values, *_endings(ending, memory)
@@ -241,9 +258,10 @@ def _check_sgd(ending, options, before, after, results, device) -> None:
     g = g * _factor(ending)
     exact = reference.sgd(w, g, buffer, STEP + 1, lr=LR, weight_decay=ADAM["weight_decay"], **options)
     size = np.abs(g) + ADAM["weight_decay"] * np.abs(w) + (0 if buffer is None else np.abs(buffer))
-    bounds.check_stepped(_wide(after[0]), exact[0], np.abs(w) + LR * 2 * size, f32)
+    arithmetic = after[0][0].dtype
+    bounds.check_stepped(_wide(after[0]), exact[0], np.abs(w) + LR * 2 * size, arithmetic)
     if buffer is not None:
-        bounds.check_stepped(_wide(after[2]), exact[1], size, f32)
+        _check_state(after[2], exact[1], size, True, arithmetic)
     _check_copies(after[0], after[3])
     _check_counted(after[4])
 
