@@ -4,6 +4,7 @@
 Each test runs a function in processes of its own; `run_ranks` fails what raises on any rank and what hangs.
 """
 
+import copy
 import itertools
 import math
 import time
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import mpkernels as mpk
@@ -637,6 +638,32 @@ def clip_in_three_calls(model):
 @pytest.mark.parametrize("world, sizes", [(3, None), (4, (2, 2))])
 def test_fsdp2_trains(policy, world, sizes):
     run_ranks(world, fsdp_trains, policy, sizes)
+
+
+def fsdp1_trains(rank, policy):
+    """Its parameters are parts of the originals, flat, some of them empty: trained as the whole ones by one process."""
+    whole, model = Net(policy), Net(policy)
+    sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = mpk.optim.AdamW(sharded.parameters(), lr=0.02, process_group=distributed.group.WORLD)
+    alone = mpk.optim.AdamW(whole.parameters(), lr=0.02)
+    for t in range(3):
+        for module, its in ((sharded, optimizer), (whole, alone)):
+            module(
+                batch(t)[0].to(whole[0].weight.dtype)
+            ).float().sum().backward()  # the same batch on every rank: the mean of gradients is exact
+            its.step()
+            its.zero_grad()
+        if t == 1:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with FullyShardedDataParallel.summon_full_params(sharded):
+        trained = [p.detach().clone() for p in model.parameters()]  # whose memory goes
+    assert raw(trained) == raw(whole.parameters())
+    assert any("master" in state for state in optimizer.state.values()) == (policy == "float16")
+
+
+@pytest.mark.parametrize("policy", ["float16", "float32"])
+def test_fsdp1_with_original_parameters_trains(policy):
+    run_ranks(2, fsdp1_trains, policy)
 
 
 # ----- writes of others, and parameters that become DTensors ------------------------------
