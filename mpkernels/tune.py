@@ -319,7 +319,18 @@ def tune_problems(problems: dict[tuple[torch.device, Problem], int], *, rounds: 
                 reason = _cache.untrusted_reason() or "disk full or permission denied"
                 print(f"tune: {path} cannot be written: {reason}", file=sys.stderr)
         written |= named
+        if device.type == "cuda" and problem in entries:
+            _say_unproven(_op(problem), entries[problem]["backend"], device)
     return written
+
+
+def _say_unproven(op: _dispatch.Op, backend: str, device: torch.device) -> None:
+    """A table decides among what is proven, and proves nothing."""
+    if backend != "eager" and backend not in op.choices(device):
+        command = f"python -m mpkernels prove{' --full' if backend == 'triton' else ''}"
+        _cache.warn_once(
+            f"mpkernels: tune found {backend} to be the fastest {op.name}; auto takes it once it is proven: {command}"
+        )
 
 
 def _progress(items: Iterable) -> Iterable:

@@ -173,6 +173,23 @@ def test_tune_runs_candidates_in_turns(monkeypatch):
     assert times == {"a": [1e6, 1e6], "b": [1e6, 1e6]}
 
 
+@pytest.mark.parametrize(
+    ("backend", "proven", "command"),
+    [("triton", {}, "prove --full"), ("native", {}, "prove"), ("native", {"native": True}, None), ("eager", {}, None)],
+)
+def test_tune_says_what_auto_does_not_take_yet(backend, proven, command, monkeypatch):
+    """On a GPU a table decides among the proven alone."""
+    monkeypatch.setattr(_cache, "machine", lambda device: {"name": device.type})
+    monkeypatch.setattr(_cache, "_warned", set())
+    monkeypatch.setattr(forward_op, "choices", lambda device: proven)
+    monkeypatch.setattr(tune, "tune_problem", lambda *_: {FPROP: {"backend": backend, "tile": None, "us": 1.0, "lost": {}}})
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        tune.tune_problems({(torch.device("cuda", 0), FPROP): 24}, rounds=1)
+    expected = [] if command is None else [f"python -m mpkernels {command}"]
+    assert [str(warning.message).rpartition(": ")[2] for warning in warned] == expected
+
+
 # ----- what is tuned ---------------------------------------------------------------
 
 
