@@ -3,9 +3,11 @@
 
 import sys
 import warnings
+from collections.abc import Iterator
 
 import torch
 
+from mpkernels.ops._multi_tensor import count_nonfinite
 from mpkernels.optim import _ranks
 from mpkernels.optim._base import Optimizer
 
@@ -58,20 +60,16 @@ def _lines(optimizer: Optimizer, all_stats: list) -> list[str]:
     found = [
         (order.get(id(p), -1), names.get(id(p), f"a replaced parameter {tuple(p.shape)}"), size, count, amax, p.dim() > 1)
         for stats in all_stats
-        for p, count, amax in zip(stats.params, stats.nonfinite.tolist(), stats.amax.tolist(), strict=True)
+        for p, count, amax in _counted(stats)
         if (size := _ranks.local(p).numel())
     ]
     found.sort(key=lambda row: -row[0])  # the last registered is the first that backward reaches
-    bad = [
-        f"{name} has {count} non-finite of {size}, {_finite(size - count, amax)}"
-        for _, name, size, count, amax, _ in found
-        if count
-    ]
+    bad = [f"{name} {_what_is_bad(size, count, amax)}" for _, name, size, count, amax, _ in found if count]
     if not bad and optimizer._ranks.many:
         return ["every gradient of this rank is finite: another rank's is not, or it is not once it is unscaled"]
     if not bad:
         return ["every gradient is finite, but not once it is unscaled"]
-    last_is_bad, others = found[0][3] > 0, len(found) - 1
+    last_is_bad, others = found[0][3] != 0, len(found) - 1
     a_whole_one = any(count == size for _, _, size, count, *_ in found)
     weights = [count == size for _, _, size, count, _, is_weight in found if is_weight]
     from_the_end = last_is_bad and a_whole_one and len(bad) >= MOST * len(found)
@@ -80,6 +78,22 @@ def _lines(optimizer: Optimizer, all_stats: list) -> list[str]:
     many = "all" if len(bad) == len(found) else f"{len(bad) - 1} of"
     too = f", and {many} {others} other gradients have inf or NaN too" if others else ""
     return [f"{bad[0]}{too}: this began in the forward, the loss or the data, unless the scale is far too large: {_SEARCH}"]
+
+
+def _counted(stats) -> Iterator[tuple[torch.Tensor, int, float]]:
+    """(parameter, non-finite elements, amax) of each; counted now where the op did not, -1 where the gradient is gone."""
+    for p, count, amax in zip(stats.params, stats.nonfinite.tolist(), stats.amax.tolist(), strict=True):
+        if count < 0 and p.grad is not None:
+            with torch.no_grad():
+                now, amax_now = (t.item() for t in count_nonfinite(_ranks.local(p.grad)))
+            count, amax = (now, amax_now) if now else (count, amax)  # none: it is another gradient
+        yield p, count, amax
+
+
+def _what_is_bad(size: int, count: int, amax: float) -> str:
+    if count < 0:
+        return f"has non-finite of {size}, not counted: the gradient was replaced before this report"
+    return f"has {count} non-finite of {size}, {_finite(size - count, amax)}"
 
 
 def _finite(count: int, amax: float) -> str:

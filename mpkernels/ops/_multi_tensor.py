@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the ops over lists of tensors share: checks, and the one factor that unscales and clips."""
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 
 from mpkernels.ops._cast import DTYPES
@@ -88,6 +91,11 @@ def check_update(op, masters, grads, states, copies, steps, lr, grad_scale, foun
     check_memory(op, written=written, read={"grads": grads} | scalars)
 
 
+def values_are_here(device: torch.device) -> bool:
+    """Whether what a tensor holds can be looked at without waiting for a device."""
+    return device.type == "cpu"
+
+
 def inv_scale(grad_scale: torch.Tensor | None, device: torch.device) -> torch.Tensor:
     """1 / grad_scale as a 0-d fp64 tensor: the reciprocal is taken in fp64."""
     if grad_scale is None:
@@ -103,10 +111,50 @@ def grad_factor(grad_scale, grad_norm, max_norm, device) -> torch.Tensor:
     return factor
 
 
-def step_scalars(device, lr, maximize, grad_scale, found_inf, grad_norm, max_norm):
-    """(skip, factor, lr) of an update in plain torch: `skip_flag`, what gradients are multiplied by, and lr in fp64."""
-    factor = grad_factor(grad_scale, grad_norm, max_norm, device)
-    return skip_flag(found_inf, grad_scale), -factor if maximize else factor, lr.to(device, torch.float64)
+@dataclass(frozen=True)
+class Step:
+    """The scalars of an update in plain torch, on the device of the masters."""
+
+    taken: torch.Tensor  # fp32: steps of each tensor before this one,
+    later: torch.Tensor  # and after it
+    skip: torch.Tensor | None  # `skip_flag`
+    factor: torch.Tensor | None  # what gradients are multiplied by, fp64; None: by 1
+    given_lr: torch.Tensor
+
+    @classmethod
+    def of(cls, steps, lr, grad_scale, found_inf, grad_norm, max_norm) -> "Step | None":
+        """None where the step is known to be skipped."""
+        device, skip, factor = steps[0].device, skip_flag(found_inf, grad_scale), None
+        if skip is not None and values_are_here(device):
+            if skip:
+                return None
+            skip = None
+        if grad_scale is not None or max_norm is not None:
+            factor = grad_factor(grad_scale, grad_norm, max_norm, device)
+        taken = torch.stack(list(steps))
+        return cls(taken, taken + 1, skip, factor, lr)  # counts in fp32, as torch's: they stay at 2^24
+
+    @cached_property
+    def counts(self) -> tuple[torch.Tensor, ...]:
+        """`later`, one by one."""
+        return self.later.unbind()
+
+    @property
+    def lr(self) -> torch.Tensor:
+        return self.given_lr.to(self.taken.device, torch.float64)
+
+    @cached_property
+    def lr_of_fused(self) -> float | torch.Tensor:
+        """As torch's fused optimizers take it: a number, or a tensor of a GPU in fp32, which they do not wait for."""
+        return self.given_lr.item() if self.given_lr.device.type == "cpu" else self.given_lr.float()
+
+    def signed_factor(self, maximize: bool) -> torch.Tensor:
+        factor = inv_scale(None, self.taken.device) if self.factor is None else self.factor
+        return -factor if maximize else factor
+
+    def count(self, steps) -> None:
+        """Advance `steps`, where the step is taken."""
+        torch._foreach_copy_(list(steps), where_taken(self.skip, self.later, self.taken).unbind())
 
 
 def where_taken(skip: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
@@ -121,3 +169,10 @@ def skip_flag(found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None) -
         return skip
     bad_scale = ((grad_scale > 0) & grad_scale.isfinite()).logical_not()  # NOTE: `~` fails as in `_fake.copy_`
     return bad_scale if skip is None else skip | bad_scale
+
+
+def count_nonfinite(grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many elements are inf or NaN, and the largest magnitude of the others, fp64."""
+    finite = grad.detach().isfinite()
+    size = torch.where(finite, grad.detach().abs(), 0)
+    return (~finite).sum(), size.max().double() if size.numel() else size.new_zeros((), dtype=torch.float64)

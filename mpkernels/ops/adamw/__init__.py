@@ -23,6 +23,8 @@ Numerics
     Arithmetic in the master's dtype; scalars (factor, powers of beta) in fp64. A copy equals its master rounded once.
     `found_inf` not 0 (NaN included), or a `grad_scale` that is not positive and finite: not a byte of any list or of
     `steps` changes. Bounds: numerics 8 to 10 in tests/bounds.py.
+    `eager` on a GPU, which cannot know of a skip, writes the copies of a skipped step too: they are their masters rounded
+    as before.
     Moments in bf16 are widened, used unrounded, and rounded once at their store: exp_avgs and max_exp_avg_sqs to nearest
     even, exp_avg_sqs up or down with the probability that makes it right on average. To nearest, a v that changes by
     less than 2^-9 of itself a step (beta2 = 0.999) would only ever rise. The choice is a function of step count and place in

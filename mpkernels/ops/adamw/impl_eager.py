@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""adamw_ in plain torch, a tensor at a time: w -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)."""
+"""adamw_ in plain torch: w -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps).
+
+By torch's fused AdamW, many tensors a launch; what that does not serve a tensor at a time.
+"""
 
 import torch
 
 from mpkernels.ops._cast import cast, cast_to_either_side
-from mpkernels.ops._multi_tensor import step_scalars, where_taken
+from mpkernels.ops._fused import Contiguous, fused_why_not, update_fused
+from mpkernels.ops._multi_tensor import Step, where_taken
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -15,16 +19,41 @@ def adamw_(
     masters, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies, steps, lr, beta1, beta2, eps, weight_decay,
     decoupled, maximize, grad_scale=None, found_inf=None, grad_norm=None, max_norm=None,
 ):  # fmt: skip
-    device = masters[0].device
-    skip, factor, lr = step_scalars(device, lr, maximize, grad_scale, found_inf, grad_norm, max_norm)
-    if skip is not None and device.type == "cpu" and skip:
+    given_grads = grads
+    step = Step.of(steps, lr, grad_scale, found_inf, grad_norm, max_norm)
+    if step is None:
         return
-    taken = torch.stack(list(steps))
-    later = taken + 1  # in fp32, as torch's: it stays at 2^24
-    t = later.double()
+    layout = Contiguous(masters, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies)
+    masters, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies = layout.lists
+    name = "_fused_adamw_" if decoupled else "_fused_adam_"
+    why_not = [fused_why_not(name, w, [m], bool(max_exp_avg_sqs)) for w, m in zip(masters, exp_avgs, strict=True)]
+    options = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+
+    def by_fused(piece, work, **scalars):
+        of = lambda tensors: [tensors[i] for i in piece]
+        moments = of(exp_avgs), of(exp_avg_sqs), []
+        fused = getattr(torch, name)
+        fused(of(masters), work, *moments, of(step.counts), lr=step.lr_of_fused, amsgrad=False, **options, **scalars)
+
+    served = [i for i, reason in enumerate(why_not) if reason is None]
+    update_fused(by_fused, (masters, grads, copies), served, step.factor, step.skip)
+    if len(served) < len(masters):
+        rest = [i for i, reason in enumerate(why_not) if reason]
+        _one_by_one(rest, masters, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies, step, decoupled, **options)
+    step.count(steps)
+    layout.write_back(given_grads)
+
+
+def _one_by_one(
+    indices, masters, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies, step, decoupled, beta1, beta2, eps,
+    weight_decay, maximize,
+):  # fmt: skip
+    lr, skip, factor = step.lr, step.skip, step.signed_factor(maximize)
+    t = step.later.double()
     step_sizes, roots = lr / (1 - beta1**t), (1 - beta2**t).sqrt()
-    for i, master in enumerate(masters):
-        dtype, m, v = master.dtype, exp_avgs[i], exp_avg_sqs[i]
+    for i in indices:
+        master, m, v = masters[i], exp_avgs[i], exp_avg_sqs[i]
+        dtype = master.dtype
         g = grads[i].to(dtype) * factor.to(dtype)
         w = master
         if decoupled:
@@ -39,8 +68,7 @@ def adamw_(
             v_max.copy_(where_taken(skip, cast(v_used, v_max.dtype), v_max))
         w = w - step_sizes[i].to(dtype) * (m_new / (v_used.sqrt() / roots[i].to(dtype) + eps))
         m.copy_(where_taken(skip, cast(m_new, m.dtype), m))
-        v.copy_(where_taken(skip, cast_to_either_side(v_new, v.dtype, later[i]), v))
+        v.copy_(where_taken(skip, cast_to_either_side(v_new, v.dtype, step.later[i]), v))
         if copies[i].numel():
             copies[i].copy_(where_taken(skip, cast(w, copies[i].dtype), copies[i]))  # round: master -> copy
         master.copy_(where_taken(skip, w, master))
-    torch._foreach_copy_(list(steps), where_taken(skip, later, taken).unbind())

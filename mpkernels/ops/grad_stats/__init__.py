@@ -5,6 +5,9 @@
     found_inf = 1 if any nonfinite[i], or amax[i] / grad_scale is not finite, or grad_scale is not positive and finite
     grad_norm = sqrt(sum of squares of all gradients) / grad_scale
 
+    By `eager` on a GPU a gradient that is not finite has amax[i] = NaN and nonfinite[i] = -1: it is not counted, which would
+    be a second pass; `_multi_tensor.count_nonfinite` does it for who wants to know.
+
 Shapes and dtypes
     | tensor     | shape        | dtype                                                     |
     | grads      | any, a list  | fp16, bf16, fp32, fp64; any layout; read, never written   |

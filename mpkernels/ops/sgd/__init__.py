@@ -22,6 +22,8 @@ Numerics
     Arithmetic in the master's dtype; the factor in fp64. A copy equals its master rounded once.
     `found_inf` not 0 (NaN included), or a `grad_scale` that is not positive and finite: not a byte of any list or of
     `steps` changes, a first step stays a first step. Bounds: numerics 8 to 10 in tests/bounds.py.
+    `eager` on a GPU, which cannot know of a skip, writes the copies of a skipped step too: they are their masters rounded
+    as before. Where only some of its tensors take their first step it takes their buffers for zeros, as new ones are.
     A buffer in bf16 is widened, used unrounded, and rounded once at its store, to nearest even; a momentum above 0.99 would
     stall. Bytes per parameter with 16-bit gradients and copies: 18 instead of 22, the check included.
 Raises

@@ -3,6 +3,8 @@
 
 import torch
 
+from mpkernels._fake import copy_
+
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
@@ -21,11 +23,11 @@ def update_scale_(
     scale = grad_scale.double()  # as torch: the factor is not rounded to fp32 before it is applied
     grown = (scale * growth_factor).clamp(max=max_scale)
     backed_off = (scale * backoff_factor).clamp(min=min_scale)
-    grad_scale.copy_(torch.where(back_off, backed_off, torch.where(grow, grown, scale)))  # round: fp64 -> fp32
-    growth_tracker.copy_(torch.where(grow, 0, good_steps))
-    hysteresis_tracker.copy_(torch.where(grow, hysteresis, lives.clamp(min=0)))
-    more = _count_up(skipped)
-    skipped.copy_(torch.stack([torch.where(overflow, more[0], skipped[0]), torch.where(overflow, more[1], 0)]))
+    copy_(grad_scale, torch.where(back_off, backed_off, torch.where(grow, grown, scale)))  # round: fp64 -> fp32
+    copy_(growth_tracker, torch.where(grow, 0, good_steps))
+    copy_(hysteresis_tracker, torch.where(grow, hysteresis, lives.clamp(min=0)))
+    more, in_a_row = _count_up(skipped).unbind()
+    copy_(skipped, torch.stack([torch.where(overflow, more, skipped.select(0, 0)), torch.where(overflow, in_a_row, 0)]))
 
 
 def _count_up(count: torch.Tensor) -> torch.Tensor:
