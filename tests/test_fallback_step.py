@@ -113,10 +113,10 @@ ROWS = {
 
 @pytest.mark.parametrize("name", [name for name in ROWS if not name.startswith("torch")])
 def test_fallback_step_is_a_few_passes(name):
-    """At most 50 bytes a parameter, and as many launches for 4 tensors as for 256."""
-    (launches, moved), (of_many, moved_of_many) = counts(ROWS[name]), counts(ROWS[name], 256)
+    """At most 50 bytes a parameter, and as many launches for 4 tensors as for 64."""
+    (launches, moved), (of_many, moved_of_many) = counts(ROWS[name]), counts(ROWS[name], 64)
     assert launches == of_many
-    assert max(moved, moved_of_many) < 50.5  # the half: rows that are as long as one of 256 tensors
+    assert max(moved, moved_of_many) < 50.5  # the half: rows that are as long as one of 64 tensors
     assert moved <= 50
 
 
@@ -126,10 +126,10 @@ def test_fallback_step_table_is_what_is_counted():
 
 
 def table() -> str:
-    lines = ["| step | launches, 4 tensors | 256 tensors | bytes per parameter |", "|---|---|---|---|"]
+    lines = ["| step | launches, 4 tensors | 64 tensors | bytes per parameter |", "|---|---|---|---|"]
     for name, run in ROWS.items():
         launches, moved = counts(run)
-        lines.append(f"| {name} | {launches} | {counts(run, 256)[0]} | {moved:g} |")
+        lines.append(f"| {name} | {launches} | {counts(run, 64)[0]} | {moved:g} |")
     return "\n".join(lines)
 
 
