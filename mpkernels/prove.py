@@ -157,16 +157,24 @@ def _prove_in_child(device, todo, paths, full: bool, done: int) -> list[dict]:
                     started = None
             else:
                 return rows
+        except KeyboardInterrupt:  # that somebody had no time is no crash
+            if started is not None:
+                _record(paths, started, Verdict("not now", "interrupted"))
+            raise
         finally:
             _kill(process)
     if started is None and rows:  # it ended between two: the next process goes on
         return rows
     if started is None:
         raise RuntimeError(f"prove: the process that proves did not begin: {ending}")
-    verdict = Verdict("crashed", proof.sentence(ending), date=time.strftime("%Y-%m-%d"))
+    return [*rows, _record(paths, started, Verdict("crashed", proof.sentence(ending), date=time.strftime("%Y-%m-%d")))]
+
+
+def _record(paths: list[Path], started: dict, verdict: Verdict) -> dict:
+    """The row of what was started and did not end, written to the files."""
     more = {name: started[name] for name in ("op", "backend", "device")}
     kept = [proof.record(path, started["key"], verdict, **more) for path in paths]
-    return [*rows, started | verdict._asdict() | {"kept": all(kept)}]
+    return started | verdict._asdict() | {"kept": all(kept)}
 
 
 def _read_lines(stream, lines: queue.SimpleQueue) -> None:

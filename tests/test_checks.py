@@ -288,3 +288,39 @@ def test_checks_replay_what_they_capture(name, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         checks._replay(lambda *_: 1 / 0, case, CPU)
     assert Graph.states[3:] == ["capture_begin", "capture_end"]
+
+
+@pytest.mark.parametrize("where", [None, "stream", "graph"])
+@pytest.mark.parametrize("name", ["grad_stats_", "linear_act"])
+def test_checks_on_a_gpu_ask_streams_and_graphs(name, where, monkeypatch):
+    """On stand-ins: what has other bits in one of them is found."""
+    inside = []
+    monkeypatch.setattr(checks, "Memory", lambda device: Memory(CPU))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(Graph, "states", [])
+    stream = type("Stream", (), {"wait_stream": lambda *_: None})
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+    @contextlib.contextmanager
+    def on(stream):
+        inside.append(stream)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    op = ops[name]
+    right = op.function("eager")
+
+    def function(*arguments):
+        results = right(*arguments)
+        capturing = Graph.states[-1:] == ["capture_begin"]
+        if inside and where == ("graph" if capturing else "stream"):
+            (results[0] if results else arguments[3]).mul_(2)
+        return results
+
+    monkeypatch.setattr(op, "function", lambda backend: function)
+    found = checks.wrong(op, "eager", torch.device("cuda", 0), few=True)
+    assert (found is None) == (where is None)
+    assert where is None or found.endswith(f"{where} gives other bits")

@@ -145,6 +145,16 @@ def test_prove_says_that_the_process_did_not_begin(monkeypatch):
         mpk.prove("cpu")
 
 
+def test_prove_interrupted_is_no_crash(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_progress", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        with_child(monkeypatch, "pass")
+    assert proof.load(proof.own_file())["update_scale_"] == Verdict("not now", "interrupted")
+
+
 def test_prove_waits_longer_for_the_beginning(monkeypatch):
     """A process imports torch before it says anything."""
     monkeypatch.setattr(module, "LIMIT", 0.5)
