@@ -236,6 +236,22 @@ def test_checks_notice_a_copy_that_is_not_rounded_to_nearest(wrong):
     assert wrong("adamw_", change).endswith("a copy is not its master rounded")
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("bad", [False, True])
+def test_checks_let_a_gpu_leave_uncounted_what_is_not_finite(device, bad):
+    """As eager does there, and nothing else."""
+    case = next(case for case in cases.of("grad_stats_", few=True) if case.name.endswith("nan" if bad else " finite"))
+    arguments = case.make(Memory(CPU))
+    ops["grad_stats_"].function("eager")(*arguments)
+    case.check((), arguments, (), torch.device(device))
+    arguments[3][-1], arguments[4][-1] = torch.nan, -1
+    if bad and device == "cuda":
+        case.check((), arguments, (), torch.device(device))
+    else:
+        with pytest.raises(AssertionError, match="found_inf, amax, nonfinite are"):
+            case.check((), arguments, (), torch.device(device))
+
+
 def test_random_sign_excess_is_bound_2():
     """Beside check_forward, which does not do it on the device."""
     generator = torch.Generator().manual_seed(0)

@@ -91,8 +91,8 @@ def _room(tensor: torch.Tensor) -> int:
 
 
 def _views(flat: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
-    ends = accumulate(map(_room, like), initial=0)
-    return [flat.as_strided(t.shape, t.stride(), begin) for t, begin in zip(like, ends, strict=False)]
+    begins = accumulate(map(_room, like), initial=flat.storage_offset())
+    return [flat.as_strided(t.shape, t.stride(), begin) for t, begin in zip(like, begins, strict=False)]
 
 
 def _pieces(masters, grads, copies, indices: list[int], apart: list | None) -> Iterator[list[int]]:
