@@ -247,6 +247,7 @@ def test_checks_let_a_gpu_leave_uncounted_what_is_not_finite(device, bad):
     arguments[3][-1], arguments[4][-1] = torch.nan, -1
     if bad and device == "cuda":
         case.check((), arguments, (), torch.device(device))
+        assert arguments[4][-1] == -1, "the next run is compared with what was found"
     else:
         with pytest.raises(AssertionError, match="found_inf, amax, nonfinite are"):
             case.check((), arguments, (), torch.device(device))
