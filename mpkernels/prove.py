@@ -72,8 +72,9 @@ def prove(
             rows += found
             todo = todo[len(found) :]
     if not all(row["kept"] for row in rows):
-        reason = _cache.untrusted_reason() or "disk full or permission denied"
-        print(f"prove: {' or '.join(map(str, paths))} cannot be written: {reason}", file=sys.stderr)
+        untrusted = _cache.untrusted_reason()
+        files, reason = (paths[:1], untrusted) if untrusted else (paths, "disk full or permission denied")
+        print(f"prove: {' or '.join(map(str, files))} cannot be written: {reason}", file=sys.stderr)
     return rows
 
 

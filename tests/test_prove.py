@@ -340,6 +340,19 @@ def test_prove_where_the_cache_cannot_be_written(monkeypatch, tmp_path, capfd):
     assert f"prove: {proof.own_file()} cannot be written" in capfd.readouterr().err
 
 
+def test_prove_names_the_file_that_cannot_be_written(monkeypatch, tmp_path, capfd):
+    """A cache that others can write is left alone; the file that the user named is written."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    proof.own_file().parent.mkdir(parents=True)
+    proof.own_file().parent.chmod(0o777)
+    monkeypatch.setattr(module, "items", lambda device, full: iter(ITEMS[:1]))
+    mpk.prove("cpu", out=tmp_path / "verdicts.json")
+    said = capfd.readouterr().err
+    assert f"prove: {proof.own_file()} cannot be written" in said
+    assert "verdicts.json or" not in said
+    assert (tmp_path / "verdicts.json").exists()
+
+
 # ----- what is proven, and the command ---------------------------------------------------------------
 
 
