@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run once, without a trace, what the first use of a kernel does: load and check it, where capture and compile could not."""
+"""Run once, without a trace, what the first use of a kernel does: choose and load it, where capture and compile could not."""
 
 import contextlib
 import sys
@@ -15,7 +15,7 @@ from mpkernels._rng import fork_rng
 
 @torch._disable_dynamo
 def warmup(model: nn.Module, example_inputs: object) -> None:
-    """One forward and backward of `model`, so that its kernels are chosen and checked before a capture or a compile.
+    """One forward and backward of `model`, so that its kernels are chosen and loaded before a capture or a compile.
 
     example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, of the shapes that will come.
     Parameters, their gradients, buffers, modes and random numbers stay what they were, bit for bit; what the hooks of the

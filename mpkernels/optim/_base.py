@@ -230,7 +230,7 @@ class Optimizer(torch.optim.Optimizer):
         for call in plan.calls:
             group = self.param_groups[call.group]
             options = self._step_options(call.device, grad_scale, found_inf, max_norm)
-            calls.append((call, self._arguments(group, call, call.grads), options))
+            calls.append((call, self._arguments(group, call), options))
             if foreign or not plan.checked or isinstance(group["lr"], torch.Tensor):
                 self._op.check(*calls[-1][1], **options)
         return calls
@@ -242,7 +242,7 @@ class Optimizer(torch.optim.Optimizer):
 
     _op = None  # the op of the update
 
-    def _arguments(self, group: dict, rows: Call, grads: list[torch.Tensor]) -> tuple:
+    def _arguments(self, group: dict, call: Call) -> tuple:
         """What `_op` is given, up to the options that all of them share."""
         raise NotImplementedError
 
@@ -550,7 +550,7 @@ class Optimizer(torch.optim.Optimizer):
         self._refuse_while_swapped("master_weights")
         masters = master_weights.pairs(self.state)
         if any(_ranks.is_dtensor(p) for p, _ in masters):
-            raise RuntimeError("master_weights cannot lend the masters of DTensors: use master_state_dict")
+            raise RuntimeError("master_weights cannot put masters in the place of DTensors: use master_state_dict")
         with torch.no_grad():
             for parameter, master in masters:
                 master_weights.take_over(master, parameter)

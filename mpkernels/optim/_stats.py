@@ -81,14 +81,6 @@ def scalar(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | 
     return tensor.reshape(()) if tensor.dim() else tensor
 
 
-def read_rows(device, rows: list, grad_scale: torch.Tensor | None, norm: bool) -> GradStats:
-    """The same of the gradients of rows."""
-    if len(rows) == 1:
-        return read(device, rows[0].params, rows[0].grads, grad_scale, norm)
-    params, grads = ([t for some in rows for t in tensors(some)] for tensors in (lambda r: r.params, lambda r: r.grads))
-    return read(device, params, grads, grad_scale, norm)
-
-
 def joined(reads: list[GradStats]) -> GradStats:
     """What several reads on one device found."""
     if len(reads) == 1:

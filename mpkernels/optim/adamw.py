@@ -54,12 +54,13 @@ class AdamW(Optimizer):
     def _group_state_names(self, group):
         return ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
 
-    def _arguments(self, group, rows, grads):
-        states = rows.states
+    def _arguments(self, group, call):
+        states = call.states
         numbers = map(hyper.as_float, (*group["betas"], group["eps"], group["weight_decay"]))
         return (
-            rows.masters, grads, states["exp_avg"], states["exp_avg_sq"], states.get("max_exp_avg_sq", NO_TENSORS), rows.copies,
-            rows.steps, rows.lr(group["lr"]), *numbers, bool(group["decoupled_weight_decay"]), bool(group["maximize"]),
+            call.masters, call.grads, states["exp_avg"], states["exp_avg_sq"], states.get("max_exp_avg_sq", NO_TENSORS),
+            call.copies, call.steps, call.lr(group["lr"]), *numbers,
+            bool(group["decoupled_weight_decay"]), bool(group["maximize"]),
         )  # fmt: skip
 
 

@@ -62,9 +62,10 @@ class SGD(Optimizer):
     def _group_state_names(self, group):
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _arguments(self, group, rows, grads):
+    def _arguments(self, group, call):
         return (
-            rows.masters, grads, rows.states.get("momentum_buffer", NO_TENSORS), rows.copies, rows.steps, rows.lr(group["lr"]),
+            call.masters, call.grads, call.states.get("momentum_buffer", NO_TENSORS), call.copies, call.steps,
+            call.lr(group["lr"]),
             *map(hyper.as_float, (group["momentum"], group["dampening"], group["weight_decay"])),
             bool(group["nesterov"]), bool(group["maximize"]),
         )  # fmt: skip

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What torch.utils.flop_counter counts for linear_act: the products, as for nn.Linear.
 
-That module imports Triton, slowly, and a counter copies the registry when
-it is made: so the formulas are registered when that module is imported, by whoever wants to count.
+That module imports Triton, slowly, and a counter copies the registry when it is made: so the formulas are registered when
+that module is imported, by whoever wants to count.
 """
 
 import importlib.util

@@ -52,7 +52,7 @@ def _matmul_nt(
             return _matmul_nt_rounded_once(a, b, bias, activation)
         return _matmul_nt_in_fp32(a, b, bias, activation, pre, out_dtype, batch_invariant)
     dtypes = {a.dtype, b.dtype, out_dtype, b.dtype if bias is None else bias.dtype}
-    few = a.shape[0] <= FEW_ROWS and not batch_invariant and activation in (Activation.NONE, Activation.RELU)
+    few = a.shape[0] <= FEW_ROWS and not batch_invariant and activation in _AFTER_ROUNDING
     if few and b.stride(1) == 1 and dtypes == {compute_dtype} and acc != compute_dtype:
         # torch's dot-product loop: sums and adds the bias in fp32, rounds once, and reads 16 bits of a weight, not 32.
         return finish(F.linear(a, b, bias), activation, None, out_dtype)
