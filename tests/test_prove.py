@@ -316,6 +316,7 @@ def lock_file() -> str:
         (f"{os.getpid()} {platform.node()}", 3600, False),  # it no longer writes
         ("", 0, True),  # being written
     ],
+    ids=["held", "held on another node", "no such process", "no longer written to", "being written"],  # a pid is no name
 )
 def test_prove_is_alone(text, age, held, monkeypatch):
     monkeypatch.setattr(module, "_CHILD", STAND_IN % "pass")
