@@ -51,7 +51,7 @@ report: $(STAMPS)/demo
 lint: $(STAMPS)/test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc tests/host tests/device -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc tests/emulator tests/device -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 mutants: build $(STAMPS)/test
 	$(PY) tools/mutants.py $(FILES)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the tables of README.md and docs/performance.md and the plots from bench/results: python -m bench.report.
 
-A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; nothing there is written by hand. tests/test_bench.py
-fails when a table is not what the rows say, or when a plot was drawn from other rows.
+A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; nothing there is written by hand.
+tests/bench/test_bench.py fails when a table is not what the rows say, or when a plot was drawn from other rows.
 A ratio known to no better than 10 % is shown with its uncertainty.
 """
 

@@ -18,9 +18,9 @@ import mpkernels as mpk
 from bench.cases import Step
 from bench.contender import OURS, Contender, Missing, check_peer, numerics, package, with_forced
 from bench.rows import free_bytes
-from mpkernels import _copies
 from mpkernels.ops.adamw import reference
 from mpkernels.optim import _stats
+from mpkernels.runtime import compute_copy
 from tests import bounds
 
 LR, BETAS, EPS, DECAY, MAX_NORM = 1e-4, (0.9, 0.999), 1e-8, 1e-2, 1.0
@@ -89,7 +89,7 @@ def reader_of(parameter: nn.Parameter) -> nn.Module:
     """A layer that has asked for the fp16 copy of its weight."""
     layer = nn.Module()
     layer.weight = parameter
-    _copies.for_layer(layer, torch.float16)
+    compute_copy.for_layer(layer, torch.float16)
     return layer
 
 

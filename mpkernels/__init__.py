@@ -2,12 +2,12 @@
 """mpkernels: mixed-precision training for PyTorch, done in kernels."""
 
 from mpkernels import functional, nn, ops, optim
-from mpkernels._copies import refresh_
-from mpkernels._dispatch import is_available, why_not
 from mpkernels.amp import GradScaler
 from mpkernels.nn import MPMLP, MPLinear, cached_weights, convert, convert_report, revert, warmup
 from mpkernels.policy import Policy, default_policy, get_default_policy, set_default_policy
 from mpkernels.prove import prove
+from mpkernels.runtime.compute_copy import refresh_
+from mpkernels.runtime.dispatch import is_available, why_not
 from mpkernels.tune import tune
 
 __version__ = "0.1.0"

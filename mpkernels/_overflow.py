@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from mpkernels.ops._multi_tensor import count_nonfinite
+from mpkernels.ops.common.multi_tensor import count_nonfinite
 from mpkernels.optim import _ranks
 from mpkernels.optim._base import Optimizer
 

@@ -9,11 +9,11 @@ import torch
 from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 
 from mpkernels import _overflow, _scaler_values
-from mpkernels._dispatch import move_versions
 from mpkernels._overflow import SkipWatch
 from mpkernels.ops.update_scale import update_scale_
 from mpkernels.optim import _stats
 from mpkernels.optim._base import Optimizer
+from mpkernels.runtime.dispatch import move_versions
 
 _FUSED = "_step_supports_amp_scaling"  # torch's sign of an optimizer that takes the scale as an attribute
 

@@ -23,8 +23,7 @@ from typing import Any
 
 import torch
 
-from mpkernels import _cache, _dispatch
-from mpkernels.runtime import proof
+from mpkernels.runtime import cache, dispatch, proof
 from mpkernels.runtime.proof import Verdict
 
 LIMIT, LIMIT_FULL = 120.0, 900.0  # seconds without a word from the process that proves
@@ -35,7 +34,7 @@ STALE = 60.0  # seconds after which the lock of a process that no longer writes 
 # In the process that proves: what the launcher of a job set, what would be preloaded into it, and what this package reads.
 _REMOVED = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_INJECTION64_PATH",
-    "LD_PRELOAD", "CUDA_LAUNCH_BLOCKING", _dispatch.ENVIRONMENT_VARIABLE, _dispatch.VERDICTS_VARIABLE,
+    "LD_PRELOAD", "CUDA_LAUNCH_BLOCKING", dispatch.ENVIRONMENT_VARIABLE, dispatch.VERDICTS_VARIABLE,
 )  # fmt: skip
 _CHILD = """
 import json, sys
@@ -72,7 +71,7 @@ def prove(
             rows += found
             todo = todo[len(found) :]
     if not all(row["kept"] for row in rows):
-        untrusted = _cache.untrusted_reason()
+        untrusted = cache.untrusted_reason()
         files, reason = (paths[:1], untrusted) if untrusted else (paths, "disk full or permission denied")
         print(f"prove: {' or '.join(map(str, files))} cannot be written: {reason}", file=sys.stderr)
     return rows
@@ -114,7 +113,7 @@ def _is_shared_by_mps() -> bool:
 
 def items(device: torch.device, full: bool) -> Iterator[tuple[str, str]]:
     """Op and implementation of what can run there; eager too, which is what the others are raced with."""
-    for op in _dispatch.ops.values():
+    for op in dispatch.ops.values():
         for backend in proof.PREFERENCE:
             gemm = op.name.startswith("linear") and backend == "triton"
             if op.why_not(backend, device, op.dtype) is None and (full or not gemm):
@@ -293,7 +292,7 @@ def table(rows: list[dict], device: torch.device) -> str:
 def takes_first(rows: list[dict], op: str, device: torch.device) -> str:
     """What `auto` takes by these verdicts; on a CPU it takes what the tests proved."""
     if device.type != "cuda":
-        return _dispatch.ops[op].backend(device, _dispatch.ops[op].dtype)
+        return dispatch.ops[op].backend(device, dispatch.ops[op].dtype)
     for backend in proof.PREFERENCE:
         for row in rows:
             verdict = Verdict(*(row[name] for name in Verdict._fields))
@@ -306,7 +305,7 @@ def main(arguments: list[str]) -> int:
     """`python -m mpkernels prove`."""
     parser = argparse.ArgumentParser(prog="python -m mpkernels prove", description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="Triton's GEMM too, every size, offsets beyond 2^31; minutes")
-    parser.add_argument("--out", metavar="FILE", help=f"write the verdicts there too; {_dispatch.VERDICTS_VARIABLE} reads it")
+    parser.add_argument("--out", metavar="FILE", help=f"write the verdicts there too; {dispatch.VERDICTS_VARIABLE} reads it")
     parser.add_argument("--device", help="cuda:1, say, or cpu; by default the current GPU")
     parser.add_argument("--mps", action="store_true", help="also under NVIDIA's MPS, whose other clients a fault would end")
     options = parser.parse_args(arguments)

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpkernels import _cache, _dispatch, _table
-from mpkernels._rng import fork_rng
-from mpkernels._table import Entry, Problem
-from mpkernels.ops._cast import cast
+from mpkernels.ops.common.cast import cast
 from mpkernels.ops.linear_act import Activation, backward_op, forward_op, has_mask, tiles
+from mpkernels.runtime import cache, dispatch, tuned_table
+from mpkernels.runtime.rng import fork_rng
+from mpkernels.runtime.tuned_table import Entry, Problem
 from mpkernels.testing.timing import interleave
 
 SHAPES = {  # M, K, N
@@ -100,16 +100,16 @@ def problems_of(shapes: Iterable[tuple[int, int, int]], device: torch.device) ->
     found = {}
     for M, K, N in shapes:
         for half in (torch.float16, torch.bfloat16):
-            found[device, _table.problem("fprop", M, N, K, Activation.RELU, half, half, half)] = M
+            found[device, tuned_table.problem("fprop", M, N, K, Activation.RELU, half, half, half)] = M
             for grad in (half, torch.float32):
-                found[device, _table.problem("backward", M, N, K, Activation.RELU, half, half, half, grad)] = M
+                found[device, tuned_table.problem("backward", M, N, K, Activation.RELU, half, half, half, grad)] = M
     return found
 
 
 # ----- candidates ---------------------------------------------------------------
 
 
-def _op(problem: Problem) -> _dispatch.Op:
+def _op(problem: Problem) -> dispatch.Op:
     return forward_op if problem[0] == "fprop" else backward_op
 
 
@@ -120,8 +120,8 @@ def _gemms(problem: Problem) -> list[Problem]:
         return [problem]
     grad_x, grad_weight = rest
     return [
-        _table.problem("dgrad", M, N, K, 0, compute, weight, grad_x),
-        _table.problem("wgrad", M, N, K, 0, compute, grad_weight),
+        tuned_table.problem("dgrad", M, N, K, 0, compute, weight, grad_x),
+        tuned_table.problem("wgrad", M, N, K, 0, compute, grad_weight),
     ]
 
 
@@ -281,7 +281,7 @@ def _runner(problem, inputs, device, candidate, output_mask) -> Callable[[], tup
     function, arguments = _op(problem).function(candidate.backend), inputs.arguments(candidate.backend, output_mask)
 
     def run():
-        with _table.using(device, candidate.entries), torch.no_grad():
+        with tuned_table.using(device, candidate.entries), torch.no_grad():
             return function(*arguments)
 
     return run
@@ -312,11 +312,11 @@ def tune_problems(problems: dict[tuple[torch.device, Problem], int], *, rounds: 
     for (device, problem), rows in _progress(problems.items()):
         entries = tune_problem(problem, rows, device, rounds)
         if problem not in entries:
-            print(f"tune: {_table.written(problem)}: no candidate is right", file=sys.stderr)
-        named = {_table.written(p): entry for p, entry in entries.items()}
-        for path in [_table.own_file(device), *([_table.packaged_file(device)] if package else [])]:
-            if not _table.save(path, device, named):
-                reason = _cache.untrusted_reason() or "disk full or permission denied"
+            print(f"tune: {tuned_table.written(problem)}: no candidate is right", file=sys.stderr)
+        named = {tuned_table.written(p): entry for p, entry in entries.items()}
+        for path in [tuned_table.own_file(device), *([tuned_table.packaged_file(device)] if package else [])]:
+            if not tuned_table.save(path, device, named):
+                reason = cache.untrusted_reason() or "disk full or permission denied"
                 print(f"tune: {path} cannot be written: {reason}", file=sys.stderr)
         written |= named
         if device.type == "cuda" and problem in entries:
@@ -324,11 +324,11 @@ def tune_problems(problems: dict[tuple[torch.device, Problem], int], *, rounds: 
     return written
 
 
-def _say_unproven(op: _dispatch.Op, backend: str, device: torch.device) -> None:
+def _say_unproven(op: dispatch.Op, backend: str, device: torch.device) -> None:
     """A table decides among what is proven, and proves nothing."""
     if backend != "eager" and backend not in op.choices(device):
         command = f"python -m mpkernels prove{' --full' if backend == 'triton' else ''}"
-        _cache.warn_once(
+        cache.warn_once(
             f"mpkernels: tune found {backend} to be the fastest {op.name}; auto takes it once it is proven: {command}"
         )
 
@@ -340,12 +340,12 @@ def _progress(items: Iterable) -> Iterable:
         from tqdm import tqdm
     except ImportError:
         for i, item in enumerate(items):
-            print(f"tune: {i + 1} of {len(items)}: {_table.written(item[0][1])}", file=sys.stderr)
+            print(f"tune: {i + 1} of {len(items)}: {tuned_table.written(item[0][1])}", file=sys.stderr)
             yield item
         return
     with tqdm(items, desc="tune", unit="problem") as bar:
         for item in bar:
-            bar.set_postfix_str(_table.written(item[0][1]))
+            bar.set_postfix_str(tuned_table.written(item[0][1]))
             yield item
 
 
@@ -383,8 +383,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if options.show:
-        entries = _table.entries(device)
-        print(shown(entries) if entries else f"no table for {_table.name(device)}")
+        entries = tuned_table.entries(device)
+        print(shown(entries) if entries else f"no table for {tuned_table.name(device)}")
         return 0
     try:
         _refuse_to_tune(options.rounds)

@@ -12,7 +12,7 @@ torch.set_num_threads(1)  # tests run side by side in processes, and the order o
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest goes first, so that no process is left with it when the others have done."""
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_triton_interpreter.py"))
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/toolchain/test_triton_interpreter.py"))
 
 
 @pytest.fixture(autouse=True, scope="session")

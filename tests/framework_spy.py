@@ -15,9 +15,9 @@ from unittest import mock
 import torch
 
 import mpkernels as mpk
-from mpkernels._dispatch import Op
 from mpkernels.optim import _ranks
 from mpkernels.optim._base import Optimizer
+from mpkernels.runtime.dispatch import Op
 
 OVERFLOW = 5  # the step whose loss is scaled by inf
 

@@ -8,12 +8,12 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 
-import bounds
 import numpy as np
 import pytest
 import torch
 
-from mpkernels._dispatch import ENVIRONMENT_VARIABLE, Op
+from mpkernels.runtime.dispatch import ENVIRONMENT_VARIABLE, Op
+from tests import bounds
 
 # 1,000 elements: tails of every vector width, and tensors that end inside a chunk.
 SIZES = (1, 2, 7, 31, 64, 257, 638)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The words of sm_90a that C++ does not have, each a function of one PTX instruction or two: the only file with PTX.
 //
-// The host has them too (tests/host/common/sm90.cuh, found first there), written from the PTX ISA and not from this file: a
+// The host has them too (tests/emulator/common/sm90.cuh, found first there), written from the PTX ISA and not from this file: a
 // kernel that uses only these, <cuda_runtime.h> and plain C++ runs on both. Shared memory is handed over as ordinary pointers.
 // Source: PTX ISA 8.0 and later; the section of each instruction is that of its name.
 

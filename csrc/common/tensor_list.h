@@ -9,7 +9,7 @@
 namespace mpk {
 
 // int64 (3, n) on the CPU: elements, ScalarType and address of each tensor, which the caller keeps alive. Its elements fill
-// one stretch of memory, in the same order in every list of a call. mpkernels/ops/_layout.py makes it.
+// one stretch of memory, in the same order in every list of a call. mpkernels/ops/common/layout.py makes it.
 class TensorList {
  public:
   TensorList(const char* name, const Tensor& table) : size_(table.dim() == 2 ? table.size(1) : -1) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Where things lie: swizzled shared memory, WGMMA's descriptors and fragments, words of the mask, the order of the tiles.
 //
-// Plain arithmetic on the host and the device; tests/test_linear_act_layout.py holds it against definitions.
+// Plain arithmetic on the host and the device; tests/ops/linear_act/test_sm90_layout.py holds it against definitions.
 
 #pragma once
 

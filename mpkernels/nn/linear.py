@@ -9,10 +9,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from mpkernels import _copies, functional
-from mpkernels.ops._cast import cast
+from mpkernels import functional
+from mpkernels.ops.common.cast import cast
 from mpkernels.ops.linear_act import Activation, ActivationName, Seam, activation_of, name_of
 from mpkernels.policy import Policy, PolicyName, get_default_policy
+from mpkernels.runtime import compute_copy
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -29,7 +30,7 @@ class MPLinear(nn.Linear):
 
     # What a module that was an nn.Linear becomes without running __init__ (mpk.convert).
     _activation: Activation = Activation.NONE
-    _cached: _copies.ComputeCopy | None = None  # inside cached_weights
+    _cached: compute_copy.ComputeCopy | None = None  # inside cached_weights
     policy: Policy | None = None
 
     def __init__(
@@ -133,7 +134,7 @@ class MPLinear(nn.Linear):
                 self._cached = _cast(weight, policy.compute_dtype)
             return self._cached.tensor
         if torch.is_grad_enabled() and self.training and type(weight) is nn.Parameter:
-            copy = _copies.for_layer(self, policy.compute_dtype)
+            copy = compute_copy.for_layer(self, policy.compute_dtype)
             if copy is None:
                 return None
             if not copy.is_fresh():
@@ -159,8 +160,8 @@ def _grad_dtype(policy: Policy | None) -> torch.dtype | None:
     return None if policy is None else policy.grad_dtype
 
 
-def _cast(weight: torch.Tensor, dtype: torch.dtype) -> _copies.ComputeCopy:
-    return _copies.ComputeCopy(weight, cast(weight.detach(), dtype), _copies.stamp(weight))
+def _cast(weight: torch.Tensor, dtype: torch.dtype) -> compute_copy.ComputeCopy:
+    return compute_copy.ComputeCopy(weight, cast(weight.detach(), dtype), compute_copy.stamp(weight))
 
 
 @contextlib.contextmanager

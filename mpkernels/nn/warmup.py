@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from mpkernels import _dispatch
-from mpkernels._rng import fork_rng
+from mpkernels.runtime import dispatch
+from mpkernels.runtime.rng import fork_rng
 
 
 @torch._disable_dynamo
@@ -35,7 +35,7 @@ def warmup(model: nn.Module, example_inputs: object) -> None:
         if outputs and params:  # not backward(): that adds to .grad, and steps optimizers that live in hooks
             torch.autograd.grad(outputs, params, [torch.zeros_like(t) for t in outputs], allow_unused=True)
     for device, dtype in {(p.device, p.dtype) for p in params}:
-        for op in _dispatch.ops.values():
+        for op in dispatch.ops.values():
             if op.mutated is not None:  # the step's: those of the layers have just run, in their compute dtypes
                 op.backend(device, dtype)
 

@@ -12,17 +12,17 @@ from typing import Any, TypeVar, overload
 
 import torch
 
-from mpkernels import _copies
-from mpkernels._dispatch import agree_on_backends, move_versions
-from mpkernels._fake import addresses
-from mpkernels.ops._cast import DTYPES, cast
-from mpkernels.ops._layout import overlaps
-from mpkernels.ops._multi_tensor import MASTER_DTYPES, MOMENT_DTYPES, skip_flag
+from mpkernels.ops.common.cast import DTYPES, cast
+from mpkernels.ops.common.layout import overlaps
+from mpkernels.ops.common.multi_tensor import MASTER_DTYPES, MOMENT_DTYPES, skip_flag
 from mpkernels.optim import _checkpoints, _hyperparameters, _ranks, _stats, master_weights
 from mpkernels.optim._parameters import first_shared, has_memory, is_lazy, name_of, shape_of, takes_another_grad_dtype
 from mpkernels.optim._stats import Clip, GradStats
 from mpkernels.optim._unscale import Unscaling
 from mpkernels.optim.step_plan import Call, Signature, StepPlan
+from mpkernels.runtime import compute_copy
+from mpkernels.runtime.dispatch import agree_on_backends, move_versions
+from mpkernels.runtime.fake import addresses
 
 Loss = TypeVar("Loss")
 Params = Iterable[torch.Tensor | tuple[str, torch.Tensor] | dict[str, Any]]  # of a union of Iterables mypy infers nothing
@@ -449,14 +449,14 @@ class Optimizer(torch.optim.Optimizer):
         for i in plan.written_by_others(versions):
             master_weights.take_over(plan.masters[i], plan.local_params[i])
         plan.versions = versions
-        for compute_copy in plan.compute_copies.values():
-            if not compute_copy.is_fresh():
-                compute_copy.write(cast(compute_copy.weight, compute_copy.tensor.dtype))
+        for held in plan.compute_copies.values():
+            if not held.is_fresh():
+                held.write(cast(held.weight, held.tensor.dtype))
 
     def _after_update(self, plan: StepPlan) -> None:
         plan.checked, plan.versions = True, plan.versions_now()
-        for compute_copy in plan.compute_copies.values():
-            compute_copy.stamp = _copies.stamp(compute_copy.weight)
+        for held in plan.compute_copies.values():
+            held.stamp = compute_copy.stamp(held.weight)
 
     def _master_dtype(self, parameter: torch.Tensor) -> torch.dtype:
         return self.master_dtype or torch.promote_types(parameter.dtype, torch.float32)
@@ -511,8 +511,8 @@ class Optimizer(torch.optim.Optimizer):
         for parameter, master in master_weights.pairs(self.state):
             master_weights.take_over(master, parameter)
         for plan in self._plans:
-            for compute_copy in plan.compute_copies.values():
-                compute_copy.stamp = None
+            for held in plan.compute_copies.values():
+                held.stamp = None
 
     @torch.no_grad()
     def check_masters(self) -> list[str]:

@@ -9,10 +9,10 @@ import numbers
 
 import torch
 
-from mpkernels._fake import copy_, is_fake
-from mpkernels.ops._cast import DTYPES, cast
+from mpkernels.ops.common.cast import DTYPES, cast
 from mpkernels.optim import _ranks
 from mpkernels.optim._parameters import is_lazy, name_of
+from mpkernels.runtime.fake import copy_, is_fake
 
 _MOST_STEPS = torch.finfo(torch.float32).max  # what the tensor of the count holds
 

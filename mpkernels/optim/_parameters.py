@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch.nn.parameter import is_lazy
 
-from mpkernels._fake import is_fake
+from mpkernels.runtime.fake import is_fake
 
 __all__ = ["first_shared", "has_memory", "is_lazy", "name_of", "shape_of", "takes_another_grad_dtype"]
 

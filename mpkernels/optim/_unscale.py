@@ -3,9 +3,9 @@
 
 import torch
 
-from mpkernels._fake import copy_
-from mpkernels.ops._layout import overlaps
-from mpkernels.ops._multi_tensor import inv_scale
+from mpkernels.ops.common.layout import overlaps
+from mpkernels.ops.common.multi_tensor import inv_scale
+from mpkernels.runtime.fake import copy_
 
 
 class Unscaling:

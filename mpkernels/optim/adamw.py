@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import torch
 
-from mpkernels.ops._layout import NO_TENSORS
 from mpkernels.ops.adamw import adamw_
+from mpkernels.ops.common.layout import NO_TENSORS
 from mpkernels.optim import _hyperparameters as hyper
 from mpkernels.optim._base import Optimizer, Params
 

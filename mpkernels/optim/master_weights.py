@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import torch
 
-from mpkernels._fake import copy_
-from mpkernels.ops._cast import cast
+from mpkernels.ops.common.cast import cast
 from mpkernels.optim import _ranks
+from mpkernels.runtime.fake import copy_
 
 
 def pairs(state: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:

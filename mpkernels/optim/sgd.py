@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from mpkernels.ops._layout import NO_TENSORS
+from mpkernels.ops.common.layout import NO_TENSORS
 from mpkernels.ops.sgd import sgd_
 from mpkernels.optim import _hyperparameters as hyper
 from mpkernels.optim._base import Optimizer, Params

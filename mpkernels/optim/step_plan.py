@@ -10,10 +10,10 @@ from operator import attrgetter, is_, itemgetter
 
 import torch
 
-from mpkernels import _copies
-from mpkernels._fake import addresses, any_fake
-from mpkernels.ops._layout import Tensors, same_formats
+from mpkernels.ops.common.layout import Tensors, same_formats
 from mpkernels.optim import _ranks
+from mpkernels.runtime import compute_copy
+from mpkernels.runtime.fake import addresses, any_fake
 
 _version = attrgetter("_version")
 
@@ -104,18 +104,18 @@ class StepPlan:
         self.signature, self.ranks, self.dtensors = signature, ranks, ranks.dtensors
         signature.grads, grads = [], signature.with_gradient()[1]  # a plan keeps no gradients
         self.params = list(compress(signature.params, signature.present))
-        self.generation, self.names, self.checked = _copies.generation, names, False
+        self.generation, self.names, self.checked = compute_copy.generation, names, False
         self.versions: list | None = None  # of the parameters after our last write
         self.entries = [state[p] for p in self.params]
         self._state = list(state), list(state.values())
         self.local_params = list(map(self.local, self.params))
         self._is_fake = any_fake(self.local_params)
         self.has_master = [i for i, entry in enumerate(self.entries) if "master" in entry]
-        self.compute_copies = _copies.claim(optimizer, self.params)
+        self.compute_copies = compute_copy.claim(optimizer, self.params)
         self.always_taken_over = [i for i in self.has_master if self._may_be_written_unseen(self.params[i])]
         self.masters, self.copies = list(self.local_params), [self._no_copy(p) for p in self.params]
-        for i, compute_copy in self.compute_copies.items():
-            self.copies[i] = compute_copy.tensor
+        for i, copy in self.compute_copies.items():
+            self.copies[i] = copy.tensor
         for i in self.has_master:
             self.masters[i], self.copies[i] = self.local(self.entries[i]["master"]), self.local_params[i]
         self.calls = self._make_calls()
@@ -133,7 +133,7 @@ class StepPlan:
     @staticmethod
     def _may_be_written_unseen(parameter: torch.Tensor) -> bool:
         """NOTE: what `state_dict()` hands out of a DTensor has a version counter of its own."""
-        return _ranks.is_dtensor(parameter) or _copies.is_shared(parameter)
+        return _ranks.is_dtensor(parameter) or compute_copy.is_shared(parameter)
 
     @staticmethod
     def _no_copy(parameter: torch.Tensor) -> torch.Tensor:
@@ -156,7 +156,7 @@ class StepPlan:
     def is_current(self, state: dict, names: list[tuple[str, ...]]) -> bool:
         """Whether these parameters and what is in their state are, but for values, what they were when the plan was made."""
         return (
-            self.generation == _copies.generation
+            self.generation == compute_copy.generation
             and names == self.names
             and self._has_entries_of(state)
             and self._lies_where_it_lay()

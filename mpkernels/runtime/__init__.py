@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What chooses kernels at run time: verdicts of a proof on this GPU, and the agreement of ranks on them."""
+"""What runs below the ops: the compiled library, the choice of an implementation, verdicts and tables, compute copies."""

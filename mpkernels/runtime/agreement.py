@@ -14,8 +14,7 @@ import json
 import torch
 from torch import distributed
 
-from mpkernels import _cache
-from mpkernels.runtime import proof
+from mpkernels.runtime import cache, proof
 
 LIMIT = 60.0  # seconds that ranks wait for each other
 _PREFIX = "mpkernels/verdicts"
@@ -51,7 +50,7 @@ def agree(device: torch.device, decision: dict[str, dict[str, bool]], keys: list
     outcome = json.loads(text)
     proof.agree(device, outcome["decision"])
     if rank == 0 and outcome["reason"]:
-        _cache.warn_once(f"mpkernels: {outcome['reason']}: on GPUs torch's own ops serve on every rank")
+        cache.warn_once(f"mpkernels: {outcome['reason']}: on GPUs torch's own ops serve on every rank")
 
 
 def _difference(store, world: int, decision) -> str | None:

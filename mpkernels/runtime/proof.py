@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from mpkernels import _cache, _native
+from mpkernels.runtime import cache, native
 
 FILE = "verdicts.json"
 PREFERENCE = ("native", "triton", "eager")  # among the right ones; times do not order them: noise must not choose bits
@@ -57,7 +57,7 @@ _agreed: dict[torch.device, dict[str, dict[str, bool]]] = {}  # op -> implementa
 
 
 def own_file() -> Path:
-    return _cache.folder() / FILE
+    return cache.folder() / FILE
 
 
 def indexed(device: torch.device) -> torch.device:
@@ -75,18 +75,18 @@ def of(device: torch.device, file: str | None = None) -> dict[str, Verdict]:
     """All verdicts there are, of `device` and others, by their keys; `file` goes before the user's cache."""
     if device not in _read:
         if file and not Path(file).exists():
-            _cache.warn_once(f"mpkernels: MPKERNELS_VERDICTS={file}: there is no such file")
+            cache.warn_once(f"mpkernels: MPKERNELS_VERDICTS={file}: there is no such file")
         _read[device] = load(own_file()) | (load(Path(file)) if file else {})
     return _read[device]
 
 
 def load(path: Path) -> dict[str, Verdict]:
     """The well-formed verdicts of a file; the others count as absent, and one warning says so."""
-    found = _cache.read(path)
+    found = cache.read(path)
     good = {key: verdict for key, value in found.items() if (verdict := _parsed(value)) is not None}
     if len(good) < len(found):
         count = len(found) - len(good)
-        _cache.warn_ignored(path, f"{count} of its verdicts are not as `python -m mpkernels prove` writes them")
+        cache.warn_ignored(path, f"{count} of its verdicts are not as `python -m mpkernels prove` writes them")
     return good
 
 
@@ -103,7 +103,7 @@ def _parsed(value) -> Verdict | None:
 
 def record(path: Path, key: str, verdict: Verdict, **more: str) -> bool:
     """Write one verdict; whether that worked."""
-    return _cache.update(path, {key: verdict._asdict() | {"note": sentence(verdict.note)} | more})
+    return cache.update(path, {key: verdict._asdict() | {"note": sentence(verdict.note)} | more})
 
 
 def sentence(text: str) -> str:
@@ -134,7 +134,7 @@ def key(name: str, package: str, backend: str, device: torch.device) -> str:
 
 def machine(device: torch.device) -> dict[str, str]:
     """Model, size, driver and versions. A slice of a GPU (MIG) has its own name, multiprocessors and memory."""
-    found = _cache.machine(device) | {"cuda": str(torch.version.cuda)}
+    found = cache.machine(device) | {"cuda": str(torch.version.cuda)}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found["multiprocessors"] = str(properties.multi_processor_count)
@@ -146,6 +146,6 @@ def machine(device: torch.device) -> dict[str, str]:
 def _code(package: str, backend: str) -> int:
     """Checksum of the sources that every op shares and of the op's own, and for `native` of the library."""
     folder = Path(importlib.import_module(package).__file__).parent
-    files = [*sorted(folder.glob("*.py")), *sorted(folder.parent.glob("*.py"))]
-    files += [_native.LIBRARY] if backend == "native" and _native.LIBRARY.exists() else []
+    files = [*sorted(folder.glob("*.py")), *sorted((folder.parent / "common").glob("*.py"))]
+    files += [native.LIBRARY] if backend == "native" and native.LIBRARY.exists() else []
     return functools.reduce(lambda sum, path: zlib.crc32(path.read_bytes(), sum), files, 0)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from mpkernels import _dispatch
+from mpkernels.runtime import dispatch
 from mpkernels.testing import cases
 from mpkernels.testing.memory import Memory
 from mpkernels.testing.timing import interleave
@@ -14,7 +14,7 @@ from mpkernels.testing.timing import interleave
 ROUNDS = 5  # of a race
 
 
-def wrong(op: _dispatch.Op, backend: str, device: torch.device, *, few: bool = True, full: bool = False) -> str | None:
+def wrong(op: dispatch.Op, backend: str, device: torch.device, *, few: bool = True, full: bool = False) -> str | None:
     """What `backend` first does wrong, in a sentence, or None. Raises what a kernel raises, or that it is not here."""
     reason = op.why_not(backend, device, op.dtype)
     if reason is not None:
@@ -115,7 +115,7 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
 
 
-def race(op: _dispatch.Op, backend: str, device: torch.device) -> dict[str, float]:
+def race(op: dispatch.Op, backend: str, device: torch.device) -> dict[str, float]:
     """How many times as fast as eager `backend` is, at each size; of eager itself nothing."""
     speeds = {}
     if backend == "eager":

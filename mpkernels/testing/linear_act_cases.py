@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from mpkernels.ops._cast import cast
+from mpkernels.ops.common.cast import cast
 from mpkernels.ops.linear_act import Activation
 from mpkernels.ops.linear_act.passes import pack_mask, unpack_mask
 from mpkernels.testing import bounds

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import torch
 
-from mpkernels.ops._cast import cast
-from mpkernels.ops._multi_tensor import CLIP_EPS
+from mpkernels.ops.common.cast import cast
+from mpkernels.ops.common.multi_tensor import CLIP_EPS
 from mpkernels.testing import bounds
 
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

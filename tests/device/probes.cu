@@ -2,7 +2,7 @@
 // Probes of the words of csrc/common/sm90.cuh: kernels that show what an instruction did, bit by bit, and nothing else.
 //
 // Compiled by nvcc for a Hopper GPU, whose answers tests/device/probes.py writes down, and by the C++ compiler against
-// tests/host, which has to give the same. Inputs are such that every answer is exact.
+// tests/emulator, which has to give the same. Inputs are such that every answer is exact.
 
 #include <cuda_runtime.h>
 

@@ -3,8 +3,8 @@
 
     python tests/device/probes.py [--out FILE]      needs nvcc, a GPU of compute capability 9.0, torch; no network
 
-tests/test_sm90_probes.py asks tests/host the same and wants the same bits. Until that file is there, what tests/host
-believes of the chip is read from the PTX ISA and unproven.
+tests/emulator/test_sm90_probes.py asks tests/emulator the same and wants the same bits. Until that file is there,
+what tests/emulator believes of the chip is read from the PTX ISA and unproven.
 """
 
 import argparse

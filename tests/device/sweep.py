@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mpkernels import _native
 from mpkernels.ops.linear_act.impl_native import BLOCK_K, BLOCK_M, SUM_ROWS
+from mpkernels.runtime import native
 
 SIZES, MOST = 2000, 700  # random sizes, and the most of M, N and K
 GUARD = 4096  # bytes on either side of an output
@@ -175,7 +175,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rows", type=Path, help="a file of JSON lines to add the outcome to")
     options = parser.parse_args(arguments)
     device = torch.device("cuda")
-    reason = _native.cuda_why_not(device)
+    reason = native.cuda_why_not(device)
     if reason is not None:
         print(f"sweep: native {reason}")
         return 1

@@ -38,8 +38,8 @@ Raises
 Source: torch.optim.AdamW, torch.optim.Adam (Loshchilov and Hutter, "Decoupled Weight Decay Regularization").
 """
 
-from mpkernels._dispatch import Implementation, Op
-from mpkernels.ops._multi_tensor import check_update
+from mpkernels.ops.common.multi_tensor import check_update
+from mpkernels.runtime.dispatch import Implementation, Op
 
 
 def _check(

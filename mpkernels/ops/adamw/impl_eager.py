@@ -6,9 +6,9 @@ By torch's fused AdamW, many tensors a launch; what that does not serve a tensor
 
 import torch
 
-from mpkernels.ops._cast import cast, cast_to_either_side
-from mpkernels.ops._fused import Contiguous, fused_why_not, update_fused
-from mpkernels.ops._multi_tensor import Step, where_taken
+from mpkernels.ops.common.cast import cast, cast_to_either_side
+from mpkernels.ops.common.fused import Contiguous, fused_why_not, update_fused
+from mpkernels.ops.common.multi_tensor import Step, where_taken
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

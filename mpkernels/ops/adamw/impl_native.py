@@ -3,7 +3,7 @@
 
 import torch
 
-from mpkernels.ops._layout import SameLayout, described, why_not_native
+from mpkernels.ops.common.layout import SameLayout, described, why_not_native
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -8,12 +8,12 @@ import math
 
 import torch
 
-from mpkernels._dispatch import triton_why_not
-from mpkernels.ops import _triton_table as table
+from mpkernels.ops.common import triton_table as table
+from mpkernels.runtime.dispatch import triton_why_not
 
 try:
-    from mpkernels.ops._triton_kernels import TYPES, advance
     from mpkernels.ops.adamw.kernels_triton import adamw_kernel
+    from mpkernels.ops.common.triton_kernels import TYPES, advance
 except ImportError:  # without Triton there is still `why_not`, which says so
     adamw_kernel = None
 

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from mpkernels.ops._triton_kernels import (
+from mpkernels.ops.common.triton_kernels import (
     chunk_of,
     divide,
     double,

@@ -6,7 +6,7 @@
     grad_norm = sqrt(sum of squares of all gradients) / grad_scale
 
     By `eager` on a GPU a gradient that is not finite has amax[i] = NaN and nonfinite[i] = -1: it is not counted, which would
-    be a second pass; `_multi_tensor.count_nonfinite` does it for who wants to know.
+    be a second pass; `multi_tensor.count_nonfinite` does it for who wants to know.
 
 Shapes and dtypes
     | tensor     | shape        | dtype                                                     |
@@ -29,9 +29,9 @@ Source: torch.amp.GradScaler (`_amp_foreach_non_finite_check_and_unscale_`), whi
 
 import torch
 
-from mpkernels._dispatch import Implementation, Op
-from mpkernels.ops._memory import check_memory
-from mpkernels.ops._multi_tensor import check_list, check_tensor
+from mpkernels.ops.common.memory import check_memory
+from mpkernels.ops.common.multi_tensor import check_list, check_tensor
+from mpkernels.runtime.dispatch import Implementation, Op
 
 
 def _check(grads, grad_scale, found_inf, amax, nonfinite, grad_norm=None) -> None:

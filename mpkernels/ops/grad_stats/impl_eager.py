@@ -6,8 +6,8 @@ from collections import defaultdict
 
 import torch
 
-from mpkernels._fake import copy_
-from mpkernels.ops._multi_tensor import count_nonfinite, inv_scale, skip_flag, values_are_here
+from mpkernels.ops.common.multi_tensor import count_nonfinite, inv_scale, skip_flag, values_are_here
+from mpkernels.runtime.fake import copy_
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -6,11 +6,11 @@ Under TRITON_INTERPRET=1 it runs on the CPU.
 
 import torch
 
-from mpkernels._dispatch import triton_why_not
-from mpkernels.ops import _triton_table as table
+from mpkernels.ops.common import triton_table as table
+from mpkernels.runtime.dispatch import triton_why_not
 
 try:
-    from mpkernels.ops._triton_kernels import TYPES
+    from mpkernels.ops.common.triton_kernels import TYPES
     from mpkernels.ops.grad_stats.kernels_triton import chunk_kernel, tensor_kernel, verdict_kernel
 except ImportError:  # without Triton there is still `why_not`, which says so
     chunk_kernel = None

@@ -62,10 +62,10 @@ from typing import Literal, cast
 
 import torch
 
-from mpkernels._dispatch import Implementation, Op
-from mpkernels._table import problem
-from mpkernels.ops._cast import DTYPES
+from mpkernels.ops.common.cast import DTYPES
 from mpkernels.ops.linear_act import flops
+from mpkernels.runtime.dispatch import Implementation, Op
+from mpkernels.runtime.tuned_table import problem
 
 
 class Activation(enum.IntEnum):

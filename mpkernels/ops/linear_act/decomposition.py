@@ -6,7 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from mpkernels.ops._cast import cast
+from mpkernels.ops.common.cast import cast
 from mpkernels.ops.linear_act import Activation, acc_dtype
 from mpkernels.ops.linear_act.passes import CUBE, TANH, pack_mask
 

@@ -12,8 +12,8 @@ import threading
 import torch
 import torch.nn.functional as F
 
-from mpkernels.ops._cast import cast
-from mpkernels.ops._layout import overlaps
+from mpkernels.ops.common.cast import cast
+from mpkernels.ops.common.layout import overlaps
 from mpkernels.ops.linear_act import Activation, acc_dtype, passes
 from mpkernels.ops.linear_act.passes import finish
 

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from mpkernels import _native
-from mpkernels.ops._cast import cast
+from mpkernels.ops.common.cast import cast
 from mpkernels.ops.linear_act import Activation, empty_mask, passes
+from mpkernels.runtime import native
 
 BLOCK_M, BLOCK_K = 128, 64
 SELECT_ROWS, SUM_ROWS = 128, 64  # that one row of column sums stands for, of the select pass and of dgrad
@@ -31,8 +31,8 @@ MOST_SPLITS = 8
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu":
-        return _native.why_not() or ("has no float64" if dtype == torch.float64 else None)
-    reason = _native.cuda_why_not(device)
+        return native.why_not() or ("has no float64" if dtype == torch.float64 else None)
+    reason = native.cuda_why_not(device)
     if reason is not None:
         return reason
     major, minor = torch.cuda.get_device_capability(device)

@@ -12,11 +12,11 @@ import functools
 
 import torch
 
-from mpkernels import _table
-from mpkernels._dispatch import triton_why_not
-from mpkernels.ops._cast import cast
+from mpkernels.ops.common.cast import cast
 from mpkernels.ops.linear_act import Activation, acc_dtype, empty_saved, mask_pitch
 from mpkernels.ops.linear_act.tiles import TMA_SMS, Operand, plan
+from mpkernels.runtime import tuned_table
+from mpkernels.runtime.dispatch import triton_why_not
 
 try:
     import triton
@@ -103,8 +103,8 @@ def _matrix(saved, activation, rows, columns):
 
 def _tuned(device, *question):
     """The tile that a tuned table has for a GEMM, or None."""
-    table = _table.of(device)
-    entry = table.get(_table.problem(*question)) if table else None
+    table = tuned_table.of(device)
+    entry = table.get(tuned_table.problem(*question)) if table else None
     return None if entry is None else entry.tile
 
 

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from mpkernels.ops._cast import cast
+from mpkernels.ops.common.cast import cast
 from mpkernels.ops.linear_act import Activation
 
 

@@ -32,8 +32,8 @@ Raises
 Source: torch.optim.SGD.
 """
 
-from mpkernels._dispatch import Implementation, Op
-from mpkernels.ops._multi_tensor import check_update
+from mpkernels.ops.common.multi_tensor import check_update
+from mpkernels.runtime.dispatch import Implementation, Op
 
 
 def _check(

@@ -6,9 +6,9 @@ By torch's fused SGD, many tensors a launch; what that does not serve a tensor a
 
 import torch
 
-from mpkernels.ops._cast import cast
-from mpkernels.ops._fused import Contiguous, fused_why_not, update_fused
-from mpkernels.ops._multi_tensor import Step, values_are_here, where_taken
+from mpkernels.ops.common.cast import cast
+from mpkernels.ops.common.fused import Contiguous, fused_why_not, update_fused
+from mpkernels.ops.common.multi_tensor import Step, values_are_here, where_taken
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -6,11 +6,11 @@ Everything that decides lies on the device and is read there: no wait for it. Un
 
 import torch
 
-from mpkernels._dispatch import triton_why_not
-from mpkernels.ops import _triton_table as table
+from mpkernels.ops.common import triton_table as table
+from mpkernels.runtime.dispatch import triton_why_not
 
 try:
-    from mpkernels.ops._triton_kernels import TYPES, advance
+    from mpkernels.ops.common.triton_kernels import TYPES, advance
     from mpkernels.ops.sgd.kernels_triton import sgd_kernel
 except ImportError:  # without Triton there is still `why_not`, which says so
     sgd_kernel = None

@@ -4,7 +4,16 @@
 import triton
 import triton.language as tl
 
-from mpkernels.ops._triton_kernels import chunk_of, double, grad_factor, load_lr, pointer, round_once, steps_taken, takes_step
+from mpkernels.ops.common.triton_kernels import (
+    chunk_of,
+    double,
+    grad_factor,
+    load_lr,
+    pointer,
+    round_once,
+    steps_taken,
+    takes_step,
+)
 
 
 @triton.jit

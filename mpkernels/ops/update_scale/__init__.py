@@ -28,9 +28,9 @@ Source: torch.amp.GradScaler (`_amp_update_scale_`); hysteresis as in Megatron-L
 
 import torch
 
-from mpkernels._dispatch import Implementation, Op
-from mpkernels.ops._memory import check_memory
-from mpkernels.ops._multi_tensor import check_tensor
+from mpkernels.ops.common.memory import check_memory
+from mpkernels.ops.common.multi_tensor import check_tensor
+from mpkernels.runtime.dispatch import Implementation, Op
 
 
 def _check(

@@ -3,7 +3,7 @@
 
 import torch
 
-from mpkernels._fake import copy_
+from mpkernels.runtime.fake import copy_
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What adamw_ and sgd_ in plain torch share where torch's own fused optimizers compute: which tensors, and in what pieces.
+
+`torch._fused_adamw_` and its like take fp32 weights, gradients and moments, many tensors a launch. Gradients come to them as
+a copy in fp32 of a piece of the list at a time, since they write what they unscale, and gradients are never written.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+
+import torch
+
+from mpkernels.runtime.fake import copy_
+
+_MOST = {"cpu": 2**18, "cuda": 2**26}  # elements of a piece: 1 MiB stays in the cache; 256 MiB of a GPU's memory
+
+
+def fused_why_not(function: str, master: torch.Tensor, moments: list[torch.Tensor], amsgrad: bool = False) -> str | None:
+    """Why `torch.<function>` does not serve the update of this tensor, or None."""
+    if not hasattr(torch, function):
+        return f"this torch has no {function}"
+    if amsgrad:
+        return "its maximum of NaN and a number is not torch.maximum's"
+    if master.dtype != torch.float32:
+        return "copies of fp64 masters would be rounded twice"
+    if any(moment.dtype != torch.float32 for moment in moments):
+        return "it has one dtype for masters and moments"
+    return None
+
+
+class Contiguous:
+    """`lists` with contiguous stand-ins for tensors that are not: the bits of an update follow the place of an element.
+
+    Where a size is 1, whose stride says nothing but has to agree too, they are seen as vectors.
+    """
+
+    def __init__(self, *lists: list[torch.Tensor]):
+        self._stand_ins = []
+        self.lists = [tensors if all(map(_is_plain, tensors)) else list(map(self._stand_in, tensors)) for tensors in lists]
+
+    def _stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
+        stand_in = tensor.detach()
+        if not tensor.is_contiguous() or tensor.is_neg():
+            stand_in = stand_in.resolve_neg().contiguous()
+            self._stand_ins.append((tensor, stand_in))
+        return stand_in.as_strided((tensor.numel(),), (1,)) if 1 in tensor.shape else stand_in
+
+    def write_back(self, grads: list[torch.Tensor]) -> None:
+        """Copy the stand-ins to what they stand for, but for gradients, which are never written."""
+        read = set(map(id, grads))
+        for tensor, stand_in in self._stand_ins:
+            if id(tensor) not in read:
+                copy_(tensor, stand_in)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() and 1 not in tensor.shape and not tensor.is_neg()
+
+
+def update_fused(update: Callable, lists: tuple, indices: list[int], factor, skip, apart: list | None = None) -> None:
+    """`update(indices, gradients, grad_scale=, found_inf=)` for piece after piece of `lists`, then their copies.
+
+    lists: masters, grads and copies. factor: what gradients are multiplied by, or None. skip: `skip_flag`, or None.
+    apart: tensors for which it differs are not in one piece.
+    """
+    masters, grads, copies = lists
+    found_inf = None if skip is None else skip.float()  # exactly 0 or 1: others are no verdict to them
+    factor, divisor = (None, None) if factor is None else (factor.float(), factor.reciprocal().float())
+    scratch = None
+    for piece in _pieces(masters, grads, copies, indices, apart):
+        own, scale = [grads[i] for i in piece], None
+        if own[0].dtype == torch.float32:
+            # Multiplied here: with a scale near 2^127 and a clip the reciprocal of the factor can be beyond fp32.
+            work = own if factor is None else torch._foreach_mul(own, factor)
+        else:
+            room = sum(map(_room, own))
+            if scratch is None or scratch.numel() < room:  # pieces share it, so that it stays in a CPU's cache
+                scratch = torch.empty(room, dtype=torch.float32, device=own[0].device)
+            work = _views(scratch, own)
+            torch._foreach_copy_(work, own)
+            scale = divisor
+        update(piece, work, grad_scale=scale, found_inf=found_inf)
+        if copies[piece[0]].numel():
+            torch._foreach_copy_([copies[i] for i in piece], [masters[i] for i in piece])  # round: fp32 -> copy
+
+
+def _room(tensor: torch.Tensor) -> int:
+    """Elements up to where the next one is aligned for any vector."""
+    return -(-tensor.numel() // 16) * 16
+
+
+def _views(flat: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
+    begins = accumulate(map(_room, like), initial=flat.storage_offset())
+    return [flat.as_strided(t.shape, t.stride(), begin) for t, begin in zip(like, begins, strict=False)]
+
+
+def _pieces(masters, grads, copies, indices: list[int], apart: list | None) -> Iterator[list[int]]:
+    """Indices in runs of one dtype of gradients and of copies, of no more elements than a piece has or of one tensor."""
+    alike = defaultdict(list)
+    for i in indices:
+        if masters[i].numel():
+            alike[grads[i].dtype, copies[i].dtype if copies[i].numel() else None, apart and apart[i]].append(i)
+    for same in alike.values():
+        piece, room = [], _MOST[masters[0].device.type]
+        for i in same:
+            room -= masters[i].numel()
+            if piece and room < 0:
+                yield piece
+                piece, room = [], _MOST[masters[0].device.type] - masters[i].numel()
+            piece.append(i)
+        yield piece

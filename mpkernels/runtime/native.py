@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load the compiled library if there is one, else remember why not."""
+
+import functools
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
+
+
+@functools.cache
+def why_not() -> str | None:
+    """None once the library is loaded, else one sentence."""
+    if not LIBRARY.exists():
+        return "not built; run pip install --no-build-isolation ."
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"{LIBRARY.name} does not load: {error}"
+    return None
+
+
+@functools.cache
+def cuda_why_not(device: torch.device) -> str | None:
+    """None where the library's CUDA kernels run on `device`, else one sentence."""
+    reason = why_not()
+    if reason is not None:
+        return reason
+    if torch.version.hip is not None:
+        return f"needs an NVIDIA GPU, this torch is built for ROCm {torch.version.hip}"
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    try:
+        runtime, driver = torch.ops.mpkernels_C.cuda_versions()
+    except NotImplementedError:
+        return f"{LIBRARY.name} was built without nvcc"
+    return _too_old(runtime, driver, torch.cuda.get_device_capability(device))
+
+
+def _too_old(runtime: int, driver: int, capability: tuple[int, int]) -> str | None:
+    """Versions as CUDA counts them, 13000 for 13.0; a driver of 0 is none. A runtime runs on a driver of its generation."""
+    if driver // 1000 < runtime // 1000:
+        got = f"one for CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "none"
+        return f"needs a driver for CUDA {runtime // 1000}.0, got {got}"
+    if capability < (7, 5):
+        return f"needs sm75, got sm{capability[0]}{capability[1]}"
+    return None

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// csrc/linear_act/layout.h as C functions, for tests/ops/linear_act/test_sm90_layout.py.
+
+#include "linear_act/layout.h"
+
+extern "C" {
+
+uint32_t layout_swizzled(uint32_t row, uint32_t chunk) { return mpk::swizzled(row, chunk); }
+
+uint64_t layout_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
+  return mpk::descriptor(address, leading, stride);
+}
+
+uint64_t layout_descriptor_step(uint32_t bytes) { return mpk::descriptor_step(bytes); }
+
+void layout_acc(int thread, int j, int half, int* at) {
+  at[0] = mpk::acc_row(thread, half);
+  at[1] = mpk::acc_column(thread, j);
+  at[2] = mpk::acc_index(j, half);
+}
+
+uint32_t layout_nonzero_pair(uint32_t packed) { return mpk::nonzero_pair(packed); }
+
+uint32_t layout_word_bits(int64_t left) { return mpk::word_bits(left); }
+
+void layout_grouped_tile(int index, int rows, int columns, int group, int* at) {
+  const mpk::TileAt tile = mpk::grouped_tile(index, rows, columns, group);
+  at[0] = tile.row;
+  at[1] = tile.column;
+}
+
+void layout_part_of(int steps, int part, int parts, int* range) {
+  const mpk::Range part_range = mpk::part_of(steps, part, parts);
+  range[0] = part_range.begin;
+  range[1] = part_range.end;
+}
+}

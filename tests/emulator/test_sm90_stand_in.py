@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The words of sm_90a in tests/emulator, against definitions written here from the PTX ISA, and kernels that must not pass.
+
+The definitions are of numpy and owe nothing to csrc or tests/emulator. What a Hopper card does is not known here.
+"""
+
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+
+from tests import bounds
+from tests.emulator import host_kernels
+
+REASON = host_kernels.why_not()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+LIBRARY = "mpkernels_hopper"
+SEEDS = 6
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+NAN = -1  # as bits of 16
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int)]
+    _fields_ += [(name, ctypes.c_int64) for name in ("rows", "columns", "pitch")]
+
+
+class Case(ctypes.Structure):
+    """tests/emulator/sm90_kernels.cu has the same."""
+
+    _fields_ = [("kernel", ctypes.c_char_p), ("a", Matrix), ("b", Matrix), ("out", Matrix)]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("image", "floats", "halves")]
+    _fields_ += [(name, ctypes.c_int) for name in ("box_rows", "c0", "c1", "wrong", "n", "bf16", "trans_a", "trans_b")]
+    _fields_ += [(name, ctypes.c_uint64) for name in ("desc_a", "desc_b")]
+
+
+def run(kernel, seed=0, **options):
+    """Runs a kernel of sm90_kernels.cu; the error it was refused with, or ''."""
+    case, memory = Case(kernel=kernel.encode()), []
+    for name, value in options.items():
+        if torch.is_tensor(value):
+            memory.append(value)
+            kind = dict(Case._fields_)[name]
+            if kind is Matrix:
+                value = Matrix(value.data_ptr(), DTYPES.index(value.dtype), *value.shape, value.stride(0))
+            else:
+                value = value.data_ptr()
+        setattr(case, name, value)
+    library = host_kernels.library(LIBRARY)
+    library.host_seed(seed)
+    host_kernels.set_memory(memory, [], LIBRARY)
+    return library.host_run_kernel(ctypes.byref(case)).decode()
+
+
+def random_bits(*shape, generator):
+    return torch.randint(-(2**15), 2**15, shape, generator=generator).short()
+
+
+# ----- TMA ------------------------------------------------------------------------------------------
+
+
+def swizzled(byte):
+    """Where a byte of an image of rows of 128 bytes stands: 16-byte column c of row r at column c xor r % 8."""
+    row, chunk = byte // 128, byte % 128 // 16
+    return row * 128 + (chunk ^ row % 8) * 16 + byte % 16
+
+
+def box(tensor, rows, c0, c1):
+    """The bits that a box of `rows` x 128 bytes has in shared memory, as int16."""
+    width = 128 // tensor.itemsize
+    padded = np.zeros((rows, width), dtype=f"i{tensor.itemsize}")
+    bits = tensor.view({2: torch.int16, 4: torch.int32}[tensor.itemsize]).numpy()
+    for r in range(rows):
+        for c in range(width):
+            if 0 <= c1 + r < bits.shape[0] and 0 <= c0 + c < bits.shape[1]:
+                padded[r, c] = bits[c1 + r, c0 + c]
+    plain, image = padded.view(np.int16).ravel(), np.empty(rows * 64, np.int16)
+    halves = np.arange(rows * 64)
+    image[swizzled(2 * halves) // 2] = plain
+    return torch.from_numpy(image)
+
+
+BOXES = [(64, 0, 0), (64, 64, 8), (256, 32, 0), (8, -3, -2), (16, 77, 60), (64, 5, -70), (64, 1000, 0), (200, -64, 0)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("at", BOXES, ids=str)
+def test_tma_load_is_the_swizzled_box(dtype, at, generator):
+    rows, c0, c1 = at
+    tensor = random_bits(70, 104 * dtype.itemsize // 2, generator=generator).view(dtype)[:, :96]
+    halves = torch.full((rows * 64,), NAN, dtype=torch.int16)
+    assert run("box", a=tensor, halves=halves, box_rows=rows, c0=c0, c1=c1) == ""
+    assert halves.equal(box(tensor, rows, c0, c1))
+
+
+def test_tma_multicast_writes_both_blocks(generator):
+    tensor = random_bits(70, 64, generator=generator).view(torch.float16)
+    for seed in range(SEEDS):
+        halves = torch.full((2, 64 * 64), NAN, dtype=torch.int16)
+        assert run("multicast", seed, a=tensor, halves=halves, box_rows=32, c0=8, c1=30) == ""
+        assert halves.equal(box(tensor, 64, 8, 30).expand(2, -1))
+
+
+def test_tma_multicast_needs_the_other_blocks_barrier(generator):
+    tensor, halves = random_bits(70, 64, generator=generator).view(torch.float16), torch.zeros(2, 64 * 64, dtype=torch.int16)
+    errors = [run("multicast", seed, a=tensor, halves=halves, box_rows=32, wrong=1) for seed in range(SEEDS)]
+    assert any("an mbarrier that is not initialized" in error for error in errors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("at", BOXES, ids=str)
+def test_tma_store_writes_what_lies_inside(dtype, at, generator):
+    rows, c0, c1 = at
+    source = random_bits(rows, 64, generator=generator).view(dtype)
+    memory = torch.full((70, 104 * dtype.itemsize // 2), NAN, dtype=torch.int16).view(dtype)
+    assert run("store", out=memory[:, :96], image=box(source, rows, 0, 0), box_rows=rows, c0=c0, c1=c1) == ""
+    expected = torch.full_like(memory.view(torch.int16), NAN).view(dtype)
+    for r in range(max(c1, 0), min(c1 + rows, 70)):
+        begin, end = max(c0, 0), min(c0 + source.shape[1], 96)
+        if begin < end:
+            expected[r, begin:end] = source[r - c1, begin - c0 : end - c0]
+    assert memory.view(torch.int16).equal(expected.view(torch.int16))
+
+
+@pytest.mark.parametrize("change", ["address", "pitch", "empty", "box"])
+def test_tensor_map_is_refused(change):
+    tensor, rows = torch.zeros(64, 72).half(), 64
+    if change == "address":
+        tensor = tensor[:, 4:]
+    if change == "pitch":
+        tensor = torch.zeros(64, 68).half()
+    if change == "empty":
+        tensor = Matrix(tensor.data_ptr(), 0, 0, 64, 72)
+    if change == "box":
+        rows = 257
+    assert "cuTensorMapEncodeTiled refuses" in run("box", a=tensor, halves=torch.zeros(1).short(), box_rows=rows)
+
+
+def test_loads_are_checked_against_memory():
+    """The map says more rows than memory has."""
+    memory = torch.zeros(66, 64).half()
+    more = Matrix(memory.data_ptr(), 0, 66, 64, 64)
+    assert "a load outside of every tensor" in run("box", a=more, halves=memory[:-1].view(torch.int16), box_rows=66)
+
+
+# ----- stmatrix and rounding ------------------------------------------------------------------------
+
+
+def test_stmatrix_places_pairs():
+    """Row r of matrix i is where lane 8 i + r says; lane 4 r + c has its elements 2 c and 2 c + 1."""
+    halves = torch.full((32, 8), NAN, dtype=torch.int16)
+    assert run("stmatrix", halves=halves) == ""
+    for i, r, c, high in np.ndindex(4, 8, 4, 2):
+        assert halves[8 * i + r, 2 * c + high] == 4 * (4 * r + c) + i + 1000 * high
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_pack_rounds_to_nearest_even(dtype, generator):
+    values = torch.randn(256, generator=generator) * torch.logspace(-30, 20, 256, base=2)
+    ties = [1 + 2.0**-11, 1 + 3 * 2.0**-11, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 2.0**-25, 3 * 2.0**-25, 65519.0, 65520.0]
+    special = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, 3e38, -3e38]
+    values[:16] = torch.tensor(ties + special)
+    halves = torch.zeros(2, 256, dtype=torch.int16)
+    assert run("pack", floats=values, halves=halves, bf16=dtype == torch.bfloat16) == ""
+    plain = bounds.rounded(values.double().numpy(), dtype)
+    positive = np.where(plain < 0, 0, plain)
+    np.testing.assert_array_equal(halves.view(dtype).double().numpy(), [plain, positive])
+
+
+# ----- WGMMA ----------------------------------------------------------------------------------------
+
+
+def place(image, operand, start, form, transposed):
+    """Puts `operand` (MN, 16) into an image of bits from byte `start` on, and returns its descriptor without the address.
+
+    Canonical layouts with the swizzle of 128 bytes, in elements of 16 bits: along K ((8, m), (64)) : ((64, stride), (1)),
+    along MN ((64, m), (8, k)) : ((1, leading), (64, stride)).
+    """
+    mn, k = np.indices(operand.shape)
+    leading, stride = form
+    if transposed:
+        byte = start + mn % 64 * 2 + mn // 64 * leading + k % 8 * 128 + k // 8 * stride
+    else:
+        byte = start + mn % 8 * 128 + mn // 8 * stride + k * 2
+    image[swizzled(byte) // 2] = operand
+    return start >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | 1 << 62
+
+
+FORMS = {  # of b: (leading, stride); b starts behind 16 KB
+    "along K": (False, 0, (16, 1024)),
+    "along K, its third step": (False, 64, (16, 1024)),
+    "along K, spread": (False, 32, (16, 2048)),
+    "along N": (True, 0, (2048, 1024)),
+    "along N, the other order": (True, 0, (1024, 4096)),
+    "along N, its third step": (True, 4096, (8192, 1024)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("n", [64, 128, 256])
+def test_wgmma_matches_its_definition(form, n, generator):
+    """Both operands, all layouts, both dtypes; integers, so that sums are exact."""
+    trans_b, start_b, form_b = FORMS[form]
+    for seed, (trans_a, dtype) in enumerate([(False, torch.float16), (True, torch.bfloat16)]):
+        a, b = (torch.randint(-8, 9, (size, 16), generator=generator) for size in (64, n))
+        image = np.full(1 << 16, NAN, np.int16)
+        bits = lambda t, dtype=dtype: t.to(dtype).view(torch.int16).numpy()
+        desc_a = place(image, bits(a), 0 if trans_a else 32, (4096, 1024) if trans_a else (0, 2048), trans_a)
+        desc_b = place(image, bits(b), (1 << 14) + start_b, form_b, trans_b)
+        floats = torch.full((128, n // 2), torch.nan)
+        error = run(
+            "wgmma", seed, image=torch.from_numpy(image), floats=floats, box_rows=1 << 10, n=n, bf16=seed,
+            trans_a=trans_a, trans_b=trans_b, desc_a=desc_a, desc_b=desc_b,
+        )  # fmt: skip
+        assert error == ""
+        expected = 2 * a @ b.T
+        thread, i = np.indices(floats.shape)
+        row = thread // 32 * 16 + i // 2 % 2 * 8 + thread % 32 // 4
+        column = i // 4 * 8 + thread % 4 * 2 + i % 2
+        assert floats.equal(expected[row, column].float())
+
+
+@pytest.mark.parametrize("descriptor, message", [
+    (0, "a matrix descriptor without the swizzle of 128 bytes"),
+    (1 << 62 | 1 << 49, "a matrix descriptor with a base offset"),
+    (1 << 62 | 0x3000, "shared memory that the block does not have"),
+])  # fmt: skip
+def test_wgmma_refuses_descriptors(descriptor, message):
+    image, floats = torch.zeros(1 << 12).short(), torch.zeros(128, 32)
+    assert message in run("wgmma", image=image, floats=floats, box_rows=64, n=64, desc_a=descriptor, desc_b=descriptor)
+
+
+# ----- a pipeline, and what can be wrong with it ----------------------------------------------------
+
+TILES, STEPS = 3, 5
+FENCE = "TMA or WGMMA meets ordinary stores to shared memory with no fence.proxy.async since"
+LENT = "shared memory is written that a TMA store may still read"
+LOADING = "wgmma reads what TMA is still loading"
+WRONG = [  # (what, in which way it must be noticed, where None is wrong values)
+    ("swapped parity", LOADING),
+    ("no wait for full stages", LOADING),
+    ("no wait for empty stages", "more arrivals than an mbarrier expects"),
+    ("early release", "TMA loads over what wgmma may still read"),
+    ("one arrival too many is expected", "deadlock"),
+    ("one arrival too few", "TMA loads over what wgmma may still read"),
+    ("too many bytes are expected", "deadlock"),
+    ("too few bytes", "more bytes than an mbarrier expects"),
+    ("shifted swizzle", None),
+    ("shifted descriptor", None),
+    ("no proxy fence", FENCE),
+    ("no wait for the stores' reading", LENT),
+    ("no wait for the stores", "a block ends before a TMA store has read its memory"),
+    ("no commit", LENT),
+    ("no wait for products", None),
+    ("no wgmma fence", "wgmma with no wgmma.fence"),
+    ("no fence of barriers", "TMA meets an mbarrier with no fence"),
+    ("wrong count at a named barrier", "deadlock"),
+    ("no named barrier", FENCE),
+    ("a load past shared memory", "shared memory that the block does not have"),
+    ("a load too many", "a block ends with bytes that an mbarrier expects"),
+    ("half a warp at stmatrix", "deadlock"),
+]
+
+
+def run_pipeline(wrong, seed, generator, tiles=TILES):
+    """(error, whether the result is right)."""
+    a, b = (torch.randint(-4, 5, (rows, 64 * STEPS), generator=generator).half() for rows in (64 * tiles, 64))
+    out = torch.full((64 * tiles, 64), torch.nan).half()
+    error = run("pipeline", seed, a=a, b=b, out=out, box_rows=64, c0=STEPS, c1=tiles, wrong=wrong)
+    return error, out.float().equal(a.float() @ b.float().T)
+
+
+def test_pipeline_is_right_in_any_order(generator):
+    assert [run_pipeline(0, seed, generator) for seed in range(8 * SEEDS)] == [("", True)] * 8 * SEEDS
+
+
+@pytest.mark.parametrize("wrong", range(1, len(WRONG) + 1), ids=lambda i: WRONG[i - 1][0])
+def test_wrong_pipeline_is_noticed(wrong, generator):
+    results = [run_pipeline(wrong, seed, generator) for seed in range(SEEDS)]
+    message = WRONG[wrong - 1][1]
+    noticed = [not right if message is None else message in error for error, right in results]
+    assert any(noticed), results
+
+
+def test_stores_need_a_group(generator):
+    wrong = [what for what, _ in WRONG].index("no commit") + 1
+    errors = {run_pipeline(wrong, seed, generator, tiles=1)[0] for seed in range(SEEDS)}
+    assert any("a TMA store that is in no group" in error for error in errors)
+    assert "" not in errors
+
+
+def test_deadlock_report_says_who_waits_for_what(generator):
+    error, _ = run_pipeline([what for what, _ in WRONG].index("too many bytes are expected") + 1, 0, generator)
+    assert "deadlock in block 0: threads 0-128 at an mbarrier, parity 0;" in error
+
+
+def test_wrong_pipelines_leave_nothing_behind(generator):
+    for wrong in range(1, len(WRONG) + 1):
+        run_pipeline(wrong, wrong, generator)
+        assert run_pipeline(0, wrong, generator) == ("", True)
+
+
+# ----- what PTX does not allow ----------------------------------------------------------------------
+
+MISUSE = [
+    ("arrives twice", "a thread arrives at the cluster's barrier twice"),
+    ("waits and has not arrived", "a thread waits at the cluster's barrier and has not arrived"),
+    ("ends and has not waited", "a thread ends that has arrived at the cluster's barrier and not waited"),
+    ("two counts at a named barrier", "a named barrier for"),
+    ("a part of a warp at a named barrier", "a named barrier with a part of a warp"),
+    ("a named barrier too many", "no named barrier 16"),
+    ("a named barrier for half a warp", "a named barrier for 48 threads"),
+    ("initializes twice", "an mbarrier is initialized twice"),
+    ("does not initialize", "an mbarrier that is not initialized"),
+    ("misaligned mbarrier", "an mbarrier at no multiple of 8 bytes"),
+    ("arrives at an ended block", "an arrival reaches a block that has ended"),
+    ("arrives at no block", "the cluster has no block 2"),
+    ("arrives too often", "more arrivals than an mbarrier expects"),
+    ("expects too many bytes", "an mbarrier's tx-count is out of range"),
+    ("misaligned stmatrix", "stmatrix at no multiple of 16 bytes"),
+    ("misaligned box", "TMA to shared memory at no multiple of 128 bytes"),
+    ("no tensor map", "this is no tensor map"),
+    ("a warp at two instructions", "lanes of a warp at"),
+    ("wgmma of two descriptors", "the threads of a warpgroup differ in their wgmma"),
+    ("unfinished wgmma", "a thread ends before its wgmma"),
+    ("two accumulators", "the stand-in has one accumulator at a time"),
+    ("wgmma by three warps", "wgmma by a part of a warpgroup"),
+    ("ends while its warp shuffles", "while"),
+    ("arrives relaxed past an mbarrier", "a relaxed arrival after an mbarrier with no fence"),
+]
+
+
+@pytest.mark.parametrize("which", range(len(MISUSE)), ids=lambda i: MISUSE[i][0])
+def test_misuse_is_refused(which):
+    what, message = MISUSE[which]
+    tensor = torch.zeros(64, 64).half()
+    errors = [run("misuse", seed, a=tensor, box_rows=8, wrong=which, n=1 + (which == 10)) for seed in range(4 * SEEDS)]
+    assert any(message in error for error in errors), set(errors)
+    assert what == "arrives at an ended block" or "" not in errors
+
+
+# ----- launches -------------------------------------------------------------------------------------
+
+
+def test_shared_memory_has_an_end():
+    rows = 232448 // 128 + 1
+    error = run("wgmma", image=torch.zeros(1).short(), floats=torch.zeros(1), n=64, box_rows=rows)
+    assert f"no {128 * rows} bytes of shared memory for a block" in error
+
+
+def test_schedules_differ(generator):
+    """The seed decides: a block that does not wait for its stores is in time or is not."""
+    wrong = [what for what, _ in WRONG].index("no wait for the stores") + 1
+    assert {run_pipeline(wrong, seed, generator)[0] == "" for seed in range(8 * SEEDS)} == {True, False}

@@ -1,0 +1,604 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear_act in Triton against fp64: on a GPU, or through Triton's interpreter (test_triton_interpreter.py starts it)."""
+
+import dataclasses
+import importlib
+import re
+import runpy
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from mpkernels.functional import linear_act
+from mpkernels.nn import MPMLP
+from mpkernels.ops.common.cast import cast
+from mpkernels.ops.linear_act import Activation, backward_op, empty_mask, forward_op, impl_triton, tiles
+from mpkernels.runtime import tuned_table
+from mpkernels.testing import checks, linear_act_cases
+from tests import bounds
+from tests import linear_act_cases as cases
+from tests.linear_act_cases import DTYPES, Case, backward, bits_of, forward, same_bits
+
+triton = pytest.importorskip("triton")
+INTERPRETED = triton.knobs.runtime.interpret
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1, which test_triton_interpreter.py sets", allow_module_level=True)
+if INTERPRETED:
+    from tests.toolchain import triton_interpreter
+
+    triton_interpreter.install()
+
+f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def _force_triton(monkeypatch):
+    monkeypatch.setenv("MPKERNELS_BACKEND", "linear_act=triton,linear_act_backward=triton")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of the interpreter")
+def test_interpreter_computes_bf16_by_value():
+    """First, and not to be skipped there: without it no bf16 test below means anything."""
+    triton_interpreter.check()
+
+
+def test_linear_act_runs_in_triton(device):
+    assert forward_op.backend(device, f16) == backward_op.backend(device, f16) == "triton"
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_linear_act_matches_reference(name, generator, device):
+    cases.run(Case(19, 70, 45, DTYPES[name], copy=name == "mixed_float16 inside"), generator, device)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 3, 1), (1, 97, 31), (37, 1, 64), (16, 32, 32), (17, 33, 65), (5, 128, 7)])
+@pytest.mark.parametrize("name", ["float16", "mixed_bfloat16"])
+def test_linear_act_odd_shapes(sizes, name, generator, device):
+    cases.run(Case(*sizes, DTYPES[name], save=sizes[0] % 2, bias=sizes[1] != 33), generator, device)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU would take 2 GiB that a CPU hardly touches")
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+def test_linear_act_rows_beyond_int32_bytes_apart(name, generator):
+    tensors = dict(zip(("x", "weight", "bias"), Case(3, 5, 7, DTYPES["mixed_float16 inside"]).tensors(generator), strict=False))
+    out = forward(**tensors | {name: cases.far_apart(tensors[name])}, dtypes=DTYPES["mixed_float16 inside"])[0]
+    assert same_bits(out, forward(**tensors, dtypes=DTYPES["mixed_float16 inside"])[0])
+
+
+@pytest.mark.parametrize("name", ["float32", "mixed_float16", "mixed_bfloat16 inside", "fp64 to fp16"])
+@pytest.mark.parametrize("sizes", [(19, 70, 45), (33, 5, 97), (1, 1, 1), (0, 5, 7), (5, 0, 7), (5, 7, 0)])
+def test_linear_act_below(name, sizes, generator, device):
+    """The dgrad epilogue does the pass of the layer below: the bits of dgrad and then the selection, sums of the unrounded."""
+    dtypes = DTYPES[name]
+    x, weight, bias, grad_out = Case(*sizes, dtypes).tensors(generator, device)
+    x = cast(x.relu(), dtypes.compute)
+    out, saved, _ = forward(x, weight, bias, dtypes)
+    same = cases.Dtypes(dtypes.compute, dtypes.compute, dtypes.compute, dtypes.compute, f32)
+    _, mask, _ = forward(x, torch.eye(sizes[2], dtype=dtypes.compute, device=device), None, same)
+    plain = backward(grad_out, x, weight, saved, dtypes)
+    for selector in (mask, x):
+        grads = cases.backward_below(grad_out, x, weight, saved, selector, dtypes)
+        assert same_bits(grads[0], torch.where(x > 0, plain[0], 0))
+        assert all(same_bits(a, b) for a, b in zip(grads[1:3], plain[1:], strict=True))
+        v = bounds.accumulator_roundoff(device, dtypes.compute)
+        checked = (grads[0], grads[3])
+        bounds.check_backward_below(checked, grad_out, weight, out > 0, x > 0, dtypes.compute, v, True)
+    no_bias = cases.backward_below(grad_out, x, weight, saved, mask, dtypes, wants_bias=False)
+    assert same_bits(no_bias[0], grads[0])
+    unselected = cases.backward_below(grad_out, x, weight, saved, None, dtypes, activation_below=Activation.NONE)
+    assert same_bits(unselected[0], plain[0])
+    checked = (unselected[0], unselected[3])
+    bounds.check_backward_below(checked, grad_out, weight, out > 0, None, dtypes.compute, v, True)
+
+
+def test_linear_act_below_selects(device):
+    """An inf or NaN behind a 0 of the layer below is 0 in both gradients; padding rows add nothing to the sum, not even NaN."""
+    x = torch.tensor([[-1.0, 0.0, 1.0, NAN]], dtype=f16, device=device)
+    for value in (3.0, INF, NAN):
+        grad_out, weight = torch.ones(1, 1, dtype=f16, device=device), torch.full((1, 4), value, dtype=f16, device=device)
+        grads = cases.backward_below(grad_out, x, weight, None, x, DTYPES["float16"], Activation.NONE)
+        expected = torch.tensor([0, 0, value, value], dtype=f16, device=device)
+        assert same_bits(grads[0][0], expected)
+        assert same_bits(grads[3], expected)
+
+
+@pytest.mark.parametrize("activation", list(Activation)[2:], ids=lambda a: a.name.lower())
+@pytest.mark.parametrize("name", ["float64", "mixed_float16", "bfloat16"])
+def test_linear_act_activations(activation, name, generator, device):
+    """Value, saved pre-activation and gradients; the slope at infinity; and in the epilogue of the layer above."""
+    dtypes = DTYPES[name]
+    cases.run(Case(19, 70, 45, dtypes, activation=activation), generator, device)
+    grad_out, weight = Case(19, 37, 45, dtypes).tensors(generator, device)[3], torch.randn(37, 45, generator=generator)
+    weight, x, saved = weight.to(device, dtypes.weight), *torch.randn(2, 19, 45, generator=generator).to(device, dtypes.compute)
+    saved[0, :3] = torch.tensor([NAN, INF, -INF])
+    wide = cases.Dtypes(f64 if dtypes.compute == f64 else f32, dtypes.weight, dtypes.compute, dtypes.out, dtypes.grad)
+    grads = cases.backward_below(grad_out, x, weight, None, saved, wide, Activation.NONE, activation)
+    arrived = cases.backward_below(grad_out, x, weight, None, None, wide, Activation.NONE, Activation.NONE)[0]
+    assert grads[0][0, 0].isnan()
+    assert grads[0][0, 1] == arrived[0, 1] * (INF if activation == Activation.RELU2 else 1)
+    assert grads[0][0, 2] == 0
+    v = bounds.accumulator_roundoff(device, dtypes.compute)
+    bounds.check_slope(grads[0][1:], arrived[1:], saved[1:], activation, wide.x, v)
+    bounds.check_summed_slopes(grads[3][3:], arrived[:, 3:], saved[:, 3:], activation, dtypes.compute, v)
+
+
+@pytest.mark.parametrize("policy", ["float16", "mixed_float16", "mixed_bfloat16"])
+def test_linear_act_mlp_moves_up(policy, generator, device):
+    """Through MPMLP: forward and the gradients of x and weights have the bits of the layers one by one, biases the bound."""
+    torch.manual_seed(0)
+    model = MPMLP([21, 34, 40, 10], policy=policy, device=device)
+    x = torch.randn(19, 21, generator=generator).to(device, model[0].weight.dtype)
+    grads = []
+    for function in (model, lambda x: model[4](model[2](model[0](x)))):
+        leaf = x.clone().requires_grad_()
+        out = function(leaf)
+        grads.append((out, *torch.autograd.grad(out.square().sum(), (leaf, *model.parameters()))))
+    for i, (joined, single) in enumerate(zip(*grads, strict=True)):
+        if i in (3, 5):  # biases of inner layers: summed before they are rounded
+            bounds.check_bias_summed_unrounded(joined, single, 19, model[0].policy.compute_dtype)
+            assert policy == "float16" or not same_bits(joined, single)
+        else:
+            assert same_bits(joined, single), i
+
+
+@pytest.mark.parametrize("name", ["mixed_float16", "float32", "bfloat16"])
+def test_linear_act_batch_invariant(name, generator, device):
+    """A row has its bits at every M and every place."""
+    dtypes = DTYPES[name]
+    x, weight, bias, _ = Case(37, 40, 70, dtypes).tensors(generator, device)
+    call = lambda x: forward(x, weight, bias, dtypes, save=0, batch_invariant=True)[0]
+    out = call(x)
+    for M in (1, 2, 15, 16, 17, 33):
+        assert same_bits(call(x[:M]), out[:M])
+        assert same_bits(call(x[-M:].t().contiguous().t()), out[-M:])
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS[1:])
+def test_linear_act_strided(layout, generator, device):
+    cases.run(Case(19, 37, 21, DTYPES["mixed_float16"], layout=layout, lead=(19,)), generator, device)
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 7), (5, 0, 7), (5, 7, 0), (0, 0, 0)])
+def test_linear_act_empty(sizes, generator, device):
+    cases.run(Case(*sizes, DTYPES["mixed_float16"]), generator, device)
+
+
+@pytest.mark.parametrize("sizes", [(3, 5, 1000), (2 * impl_triton.SELECT_ROWS + 45, 3, 5)])
+def test_linear_act_long_sums(sizes, generator, device):
+    cases.run(Case(*sizes, DTYPES["bfloat16, fp32 gradients"], activation=Activation.NONE), generator, device)
+
+
+def test_linear_act_keeps_leading_dimensions(generator, device):
+    cases.run(Case(6, 9, 11, DTYPES["mixed_float16"], lead=(2, 3)), generator, device)
+
+
+@pytest.mark.parametrize("dtype", [f16, bf16, f32])
+def test_linear_act_exact_integers(dtype, generator, device):
+    """Every sum is an integer below 2**24, so nothing may be off by a bit."""
+    x, weight, bias, grad_out = _integers(((33, 70), (40, 70), (40,), (33, 40)), dtype, generator, device)
+    dtypes = cases.Dtypes(dtype, dtype, dtype, f32, f32)
+    out, saved, _ = forward(x, weight, bias, dtypes)
+    assert torch.equal(out.double(), (x.double() @ weight.double().T + bias.double()).relu())
+    _, grad_weight, grad_bias = backward(grad_out.float(), x, weight, saved, dtypes)
+    grad_z = torch.where(out > 0, grad_out.double(), 0)
+    assert torch.equal(grad_weight.double(), grad_z.T @ x.double())
+    assert torch.equal(grad_bias.double(), grad_z.sum(0))
+
+
+def test_linear_act_is_right_in_every_case(device, monkeypatch):
+    monkeypatch.setattr(linear_act_cases, "FEW", ((9, 24, 40),))
+    for op in (forward_op, backward_op):
+        assert checks.wrong(op, "triton", device) is None
+
+
+@pytest.mark.parametrize("dtype", [f16, bf16])
+def test_linear_act_mask_is_of_the_rounded_output(dtype, device):
+    """0 at zeros and where the rounding underflows, 1 at NaN and at what rounds up to the least subnormal."""
+    least = bounds.least_subnormal(dtype)
+    values = [NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, least, 0.75 * least, 0.5 * least, -least]
+    x = torch.tensor(values, dtype=f32, device=device)[:, None]
+    out, saved, _ = forward(x, torch.ones(1, 1, device=device), None, cases.Dtypes(f32, f32, f32, dtype, f32))
+    expected = [NAN, INF, 0, 0, 0, 1, 0, least, least, 0, 0]
+    assert same_bits(out.abs().flatten().float(), torch.tensor(expected, device=device))
+    assert bits_of(saved, 1)[:, 0].tolist() == [value != 0 for value in expected]
+
+
+def test_linear_act_mask_has_no_bits_behind_the_edge(device):
+    """A row of NaN is NaN in the padding of the tile too."""
+    x, weight = torch.full((3, 4), NAN, dtype=f16, device=device), torch.ones(35, 4, dtype=f16, device=device)
+    _, saved, _ = forward(x, weight, None, DTYPES["float16"])
+    assert saved.stride() == empty_mask(x, 3, 35).stride()
+    bits = bits_of(saved, 35)
+    assert bits[:, :35].all()
+    assert not bits[:, 35:].any()
+
+
+def test_linear_act_nonfinite_stays_in_its_row(generator, device):
+    x, weight, bias, _ = Case(20, 40, 33, DTYPES["float16"]).tensors(generator, device)
+    expected, _, _ = forward(x, weight, bias, DTYPES["float16"])
+    x[7, 3], x[11, 0] = NAN, INF
+    out, _, _ = forward(x, weight, bias, DTYPES["float16"])
+    bounds.check_forward(out, x, weight, bias, Activation.RELU, f16, bounds.accumulator_roundoff(device, f16))
+    others = [row for row in range(20) if row not in (7, 11)]
+    assert same_bits(out[others], expected[others])
+
+
+def test_linear_act_reads_nothing_behind_the_edges(generator, device):
+    """Every operand lies inside NaN: an edge without its mask shows, on K even where the other operand is 0 there."""
+    dtypes = DTYPES["mixed_float16"]
+    tensors = Case(19, 37, 21, dtypes).tensors(generator, device)
+    results = []
+    for x, weight, bias, grad_out in (tensors, map(_inside_nan, tensors)):
+        out, saved, _ = forward(x, weight, bias, dtypes)
+        results.append((out, saved, *backward(grad_out, _inside_nan(x.half()), weight, saved, dtypes)))
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("by_mask", [True, False])
+def test_linear_act_selects(by_mask, device):
+    """An inf or NaN gradient behind a 0 is 0, one behind a NaN output passes."""
+    x = torch.tensor([[-1.0], [0.0], [1.0], [NAN]], dtype=f16, device=device)
+    weight = torch.ones(1, 1, dtype=f16, device=device)
+    out, saved, _ = forward(x, weight, None, DTYPES["float16"])
+    for value in (INF, NAN):
+        grad_out = torch.tensor([[value], [value], [1.0], [2.0]], dtype=f16, device=device)
+        grad_x, _, grad_bias = backward(grad_out, x, weight, saved if by_mask else out, DTYPES["float16"])
+        assert grad_x.flatten().tolist() == [0, 0, 1, 2]
+        assert grad_bias.item() == 3
+
+
+def test_linear_act_rounds_fp64_once(device):
+    """Just above a tie between two bf16 numbers; through fp32 it would be the tie itself, and round down."""
+    above = 1 + 2.0**-8 + 2.0**-40
+    one, wide = torch.ones(1, 1, dtype=f64, device=device), torch.full((1, 1), above, dtype=f64, device=device)
+    inside = DTYPES["fp64 to bf16"]
+    assert forward(wide, one, None, inside)[0].item() == forward(one, wide, None, inside)[0].item() == 1 + 2.0**-7
+    assert forward(one, wide, None, cases.Dtypes(f64, f64, f64, bf16, f64))[0].item() == 1 + 2.0**-7
+    grad_x, _, _ = backward(wide, one.bfloat16(), one, None, inside, Activation.NONE)
+    assert grad_x.item() == 1 + 2.0**-7
+
+
+@pytest.mark.parametrize("mask", [(True, False, False), (False, True, False), (False, False, True), (False, False, False)])
+def test_linear_act_computes_what_is_asked_for(mask, generator, device):
+    dtypes = DTYPES["mixed_float16"]
+    x, weight, bias, grad_out = Case(5, 6, 7, dtypes).tensors(generator, device)
+    _, saved, x_compute = forward(x, weight, bias, dtypes)
+    every = backward(grad_out, x_compute, weight, saved, dtypes)
+    some = backward(grad_out, x_compute if mask[1] else None, weight, saved, dtypes, output_mask=mask)
+    for wanted, grad, full in zip(mask, some, every, strict=True):
+        assert same_bits(grad, full) if wanted else grad.numel() == 0
+
+
+def test_linear_act_deterministic(generator, device):
+    """Twice the same bits, and rows in another order have the bits of their own."""
+    dtypes = DTYPES["float16"]
+    x, weight, bias, grad_out = Case(40, 33, 50, dtypes).tensors(generator, device)
+    order = torch.randperm(40, generator=generator).to(device)
+    out, saved, _ = forward(x, weight, bias, dtypes)
+    again, saved_again, _ = forward(x, weight, bias, dtypes)
+    assert same_bits(out, again)
+    assert torch.equal(saved, saved_again)
+    assert same_bits(forward(x[order], weight, bias, dtypes)[0], out[order])
+    grads, grads_again = (backward(grad_out, x, weight, saved, dtypes) for _ in range(2))
+    assert all(same_bits(a, b) for a, b in zip(grads, grads_again, strict=True))
+
+
+def test_linear_act_gradients(generator, device):
+    """Through autograd: forward writes the mask, backward reads it."""
+    x, weight, bias, grad_out = Case(9, 35, 13, DTYPES["mixed_float16"]).tensors(generator, device)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    out = linear_act(*leaves, activation="relu", policy="mixed_float16")
+    out.backward(grad_out)
+    v = bounds.accumulator_roundoff(device, f16)
+    bounds.check_forward(out, x, weight, bias, Activation.RELU, f16, v)
+    bounds.check_backward([t.grad for t in leaves], grad_out, x, weight, out > 0, f16, v)
+
+
+def test_linear_act_opcheck(generator, device):
+    """Schema and fake agree with what the kernels return: strides of the mask included."""
+    dtypes = DTYPES["mixed_float16"]
+    x, weight, bias, grad_out = Case(3, 35, 5, dtypes).tensors(generator, device)
+    utils = ("test_schema", "test_faketensor")
+    args = (x, weight, bias, None, 1, dtypes.compute, dtypes.out, 1)
+    torch.library.opcheck(torch.ops.mpkernels.linear_act, args, test_utils=utils)
+    _, saved, x_compute = forward(x, weight, bias, dtypes)
+    args = (grad_out, x_compute, weight, None, saved, 1, dtypes.compute, f32, f32, f32, [True, False, True])
+    torch.library.opcheck(torch.ops.mpkernels.linear_act_backward, args, test_utils=utils)
+
+
+# ----- by tensor descriptors ---------------------------------------------------------------
+
+
+@pytest.fixture
+def gemms(device, monkeypatch) -> list[impl_triton._Launch]:
+    """The GEMMs that were launched since; skips where the GPU has no descriptors."""
+    if not INTERPRETED and torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        pytest.skip("descriptors are for sm_90 and sm_100")
+    return _noted(monkeypatch)
+
+
+def _noted(monkeypatch) -> list[impl_triton._Launch]:
+    launches, make = [], impl_triton._gemm_launch.__wrapped__  # without its cache, as tests change what it depends on
+    monkeypatch.setattr(impl_triton, "_gemm_launch", lambda *args: launches.append(make(*args)) or launches[-1])
+    return launches
+
+
+def _by_tma(gemms) -> list[bool]:
+    return [launch.by_tma for launch in gemms]
+
+
+ALIGNED = {  # M, N, K of whole and of ragged tiles, several to a program; the smallest that a descriptor takes
+    "whole tiles": (64, 128, 64),
+    "ragged": (40, 104, 72),
+    "many tiles": (72, 200, 40),
+    "smallest": (8, 8, 8),
+}
+
+
+@pytest.mark.parametrize("sizes", ALIGNED.values(), ids=ALIGNED)
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "bfloat16, fp32 gradients", "float16, fp32 gradients"])
+def test_linear_act_by_descriptors(sizes, name, generator, device, gemms):
+    cases.run(Case(*sizes, DTYPES[name]), generator, device)
+    assert _by_tma(gemms) == [True] * 5  # forward, and backward by the mask and by the output
+
+
+def test_linear_act_by_descriptors_without_bias_and_mask(generator, device, gemms):
+    cases.run(Case(24, 72, 40, DTYPES["float16"], bias=False, activation=Activation.NONE), generator, device)
+    assert _by_tma(gemms) == [True] * 3
+
+
+@pytest.mark.parametrize("sizes", ALIGNED.values(), ids=ALIGNED)
+@pytest.mark.parametrize("name", ["float16", "bfloat16, fp32 gradients"])
+def test_linear_act_below_by_descriptors(sizes, name, generator, device, gemms):
+    """Against fp64, and the bits of dgrad by descriptors and then the selection; by the pointer kernel where x is what is
+    selected by, with the same bits."""
+    dtypes, (M, N, K) = DTYPES[name], sizes
+    grad_out, weight = (torch.randn(s, generator=generator).to(device, dtypes.compute) for s in ((M, N), (N, K)))
+    x = torch.randn(M, K, generator=generator).to(device, dtypes.compute).relu()
+    _, mask, _ = forward(x, torch.eye(K, dtype=dtypes.compute, device=device), None, dtypes)
+    plain = backward(grad_out, x, weight, None, dtypes, Activation.NONE)[0]
+    gemms.clear()
+    grads = cases.backward_below(grad_out, x, weight, None, mask, dtypes, Activation.NONE)
+    assert same_bits(grads[0], torch.where(x > 0, plain, 0))
+    v = bounds.accumulator_roundoff(device, dtypes.compute)
+    bounds.check_backward_below((grads[0], grads[3]), grad_out, weight, None, x > 0, dtypes.compute, v, True)
+    no_bias = cases.backward_below(grad_out, x, weight, None, mask, dtypes, Activation.NONE, wants_bias=False)
+    assert same_bits(no_bias[0], grads[0])
+    unselected = cases.backward_below(grad_out, x, weight, None, None, dtypes, Activation.NONE, Activation.NONE)
+    assert same_bits(unselected[0], plain)
+    bounds.check_backward_below((unselected[0], unselected[3]), grad_out, weight, None, None, dtypes.compute, v, True)
+    by_x = cases.backward_below(grad_out, x, weight, None, x, dtypes, Activation.NONE)
+    bounds.check_backward_below((by_x[0], by_x[3]), grad_out, weight, None, x > 0, dtypes.compute, v, True)
+    assert _by_tma(gemms) == [True] * 6 + [False, True]  # dgrad and wgrad, four times
+
+
+def test_linear_act_below_by_descriptors_selects(device, gemms):
+    """An inf or NaN behind a 0 of the layer below is 0 in both gradients; rows behind the edge add nothing, not even NaN."""
+    x = torch.tensor([0.0, 1.0, 1.0] + [0.0] * 37, dtype=f16, device=device).repeat(8, 1)
+    _, mask, _ = forward(x, torch.eye(40, dtype=f16, device=device), None, DTYPES["float16"])
+    gemms.clear()
+    for value in (3.0, INF, NAN):
+        grad_out, weight = torch.ones(8, 8, dtype=f16, device=device), torch.zeros(8, 40, dtype=f16, device=device)
+        weight[0] = value
+        grads = cases.backward_below(grad_out, x, weight, None, mask, DTYPES["float16"], Activation.NONE)
+        expected = torch.where(x > 0, value, 0.0).half()
+        assert same_bits(grads[0], expected)
+        assert same_bits(grads[3], 8 * expected[0])
+    assert _by_tma(gemms) == [True] * 6
+
+
+def test_linear_act_casts_a_wide_weight_for_descriptors(generator, device, gemms):
+    """fp32 weights of many rows are cast in a pass of their own, of few rows in the kernel that takes any."""
+    cases.run(Case(impl_triton.CAST_FIRST, 40, 24, DTYPES["mixed_float16 inside"], save=0), generator, device)
+    assert _by_tma(gemms) == [True] * 3
+    gemms.clear()
+    cases.run(Case(16, 40, 24, DTYPES["mixed_float16 inside"], save=0), generator, device)
+    assert _by_tma(gemms) == [False, False, True]  # wgrad reads no weight
+
+
+def test_linear_act_descriptors_and_pointers_agree(generator, device, gemms, monkeypatch):
+    """On integers, where every sum is exact: bit for bit, the mask and its tail included, a NaN row too."""
+    tensors = _integers(((40, 72), (104, 72), (104,), (40, 104)), f16, generator, device)
+    tensors[0][3, 5] = NAN
+    results = []
+    for sms in (tiles.TMA_SMS, ()):
+        monkeypatch.setattr(tiles, "TMA_SMS", sms)
+        x, weight, bias, grad_out = tensors
+        out, saved, _ = forward(x, weight, bias, DTYPES["float16"])
+        results.append((out, saved, *backward(grad_out, x, weight, saved, DTYPES["float16"])))
+        assert not bits_of(saved, 104)[:, 104:].any()
+    assert _by_tma(gemms) == [True] * 3 + [False] * 3
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_linear_act_descriptors_read_nothing_behind_the_edges(generator, device, gemms):
+    """Operands inside NaN, on rows that a tensor map can describe."""
+    dtypes = DTYPES["float16"]
+    x, weight, bias, grad_out = Case(40, 104, 72, dtypes).tensors(generator, device)
+    results = []
+    for wrap in (lambda tensor: tensor, _inside_nan):
+        out, saved, _ = forward(wrap(x), wrap(weight), bias, dtypes)
+        results.append((out, saved, *backward(wrap(grad_out), wrap(x), wrap(weight), saved, dtypes)))
+    assert _by_tma(gemms) == [True] * 6
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_linear_act_allocator_is_there_in_autograds_thread_and_ours_alone(generator, device, gemms, monkeypatch):
+    """triton.set_allocator fills a ContextVar: other threads do not see it, and the user's is not to be replaced."""
+    allocation = importlib.import_module("triton.runtime._allocation")
+    before, seen, launch = allocation._allocator.get(), [], impl_triton._launch_tma
+
+    def launch_and_look(*args):
+        launch(*args)
+        seen.append(allocation._allocator.get())
+
+    monkeypatch.setattr(impl_triton, "_launch_tma", launch_and_look)
+    x, weight, bias, grad_out = Case(16, 32, 24, DTYPES["float16"]).tensors(generator, device)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    with ThreadPoolExecutor(1) as pool:
+        out = linear_act(*leaves, activation="relu")
+        pool.submit(out.backward, grad_out).result()
+        assert pool.submit(allocation._allocator.get).result() is before
+    assert seen == [impl_triton._allocate] * 3
+    assert allocation._allocator.get() is before
+    assert _by_tma(gemms) == [True] * 3
+
+
+def test_linear_act_tuned_tiles_are_checked_written_and_used(generator, device, gemms, monkeypatch, tmp_path):
+    """A tile that nothing else chooses, to tell it: raced, written, read by the next process, launched."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    other, tma_tiles = tiles.TmaTile(32, 32, 32, 4, 1), tiles.tma_tiles
+    monkeypatch.setattr(tiles, "tma_tiles", lambda sm, out, specializes: (other,))
+    tune = importlib.import_module("mpkernels.tune")
+    found = {(device, tuned_table.problem(*p)): 24 for p in (
+        ("fprop", 24, 40, 16, Activation.RELU, f16, f16, f16), ("backward", 24, 40, 16, Activation.RELU, f16, f16, f16, f16),
+    )}  # fmt: skip
+    monkeypatch.setattr(tuned_table, "_tables", {})
+    written = tune.tune_problems(found, rounds=1)
+    assert sorted(name.split()[0] for name in written) == ["backward", "dgrad", "fprop", "wgrad"]
+    assert "triton 32x32x32 w4 s1 parts1" in tune.shown(written)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("MPKERNELS_BACKEND", "linear_act=triton,linear_act_backward=triton")
+    monkeypatch.setattr(tuned_table, "_tables", {})
+    monkeypatch.setattr(tiles, "tma_tiles", lambda *args: (other, *tma_tiles(*args)))
+    launched = _noted(monkeypatch)
+    cases.run(Case(24, 40, 16, DTYPES["float16"], save=0), generator, device)
+    assert [launch.constants["BLOCK_M"] for launch in launched] == [32] * 3
+    launched.clear()
+    cases.run(Case(24, 40, 24, DTYPES["float16"], save=0), generator, device)
+    assert 32 not in [launch.constants["BLOCK_M"] for launch in launched]
+
+
+# ----- which kernel, which tile ---------------------------------------------------------------
+
+
+def _operand(shape, dtype=f16, stride=None, misalignment=0):
+    return tiles.Operand(dtype, shape, stride or (shape[1], 1), misalignment)
+
+
+A, B, OUT = _operand((64, 32)), _operand((32, 48), stride=(1, 32)), _operand((64, 48))
+RUNGS = {
+    "sm80": (dict(sm=80), "needs sm90 or sm100, got sm80"),
+    "fp32": (dict(a=A._replace(dtype=f32)), "one 16-bit dtype"),
+    "a wider weight": (dict(b=B._replace(dtype=f32)), "one 16-bit dtype"),
+    "two 16-bit dtypes": (dict(b=B._replace(dtype=bf16)), "one 16-bit dtype"),
+    "fp64 out": (dict(out=OUT._replace(dtype=f64)), "at most 32 bits of result"),
+    "K=0": (dict(a=_operand((64, 0)), b=_operand((0, 48))), "a needs sizes from 1"),
+    "M=2**31": (dict(a=A._replace(shape=(1 << 31, 32))), "a needs sizes from 1 to 2"),
+    "every second column": (dict(a=A._replace(stride=(64, 2))), "a needs a stride of 1"),
+    "expanded": (dict(a=A._replace(stride=(0, 1))), "a needs rows that do not overlap"),
+    "overlapping columns": (dict(b=B._replace(stride=(1, 24))), "b needs rows that do not overlap"),
+    "odd pitch": (dict(b=B._replace(stride=(1, 36))), "b needs rows at multiples of 16 bytes, got a pitch of 72"),
+    "odd address": (dict(a=A._replace(misalignment=2)), "a needs rows at multiples of 16 bytes.*address 2 past"),
+    "odd rows of out": (dict(b=_operand((32, 44), stride=(1, 32)), out=_operand((64, 44))), "out needs rows at multiples"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), RUNGS.values(), ids=RUNGS)
+def test_linear_act_alignment_ladder(change, reason):
+    """One rung at a time, each with its reason; then the pointer kernel has a tile."""
+    ladder = dict(sm=90, a=A, b=B, out=OUT)
+    assert tiles.tma_why_not(**ladder) is None
+    assert re.search(reason, tiles.tma_why_not(**ladder | change))
+    operands = ladder | change
+    assert not tiles.plan(operands.pop("sm"), 132, True, *operands.values()).by_tma
+
+
+@pytest.mark.parametrize("sm", [80, 86, 89, 90, 100])
+def test_linear_act_tile_follows_the_size(sm):
+    """Large results get the largest tile, small ones the smallest; odd strides get few registers."""
+    every = tiles.tiles(sm, f16, f16, True)
+    assert tiles.choose(8192, 8192, every) == every[0]
+    assert tiles.choose(64, 64, every) == every[-1]
+    assert tiles.choose(8192, 8192, tiles.tiles(sm, f16, f32, False)) not in every
+
+
+def test_linear_act_plan_is_persistent_and_specialized_where_it_can_be():
+    big = [_operand((8192, 8192)), _operand((8192, 8192), stride=(1, 8192)), _operand((8192, 8192))]
+    for sm, specializes in ((90, True), (90, False), (100, True)):
+        plan = tiles.plan(sm, 132, specializes, *big)
+        assert plan.by_tma
+        assert plan.grid == (132,)
+        assert plan.options["SPECIALIZE"] == (sm == 90 and specializes)
+        assert (plan.options["A_IS_KM"], plan.options["B_IS_NK"]) == (False, True)
+    small = tiles.plan(90, 132, True, A, B, OUT)
+    assert small.grid == (1,)
+
+
+@pytest.mark.parametrize("sm", [80, 86, 89, 90, 100])
+def test_linear_act_plan_of_richer_epilogues(sm):
+    """By descriptors for the layer below, not specialized; by pointers for a slope, never with a tile that spills then."""
+    big = [_operand((8192, 8192)), _operand((8192, 8192), stride=(1, 8192)), _operand((8192, 8192))]
+    below = tiles.plan(sm, 132, True, *big, below=True)
+    assert below.by_tma == (sm in tiles.TMA_SMS)
+    assert not below.options.get("SPECIALIZE")
+    for how in (dict(smooth=True), dict(smooth=True, below=True)):
+        plan = tiles.plan(sm, 132, True, *big, **how)
+        assert not plan.by_tma
+        assert plan.options["BLOCK_M"] * plan.options["BLOCK_N"] <= tiles.LARGEST_RICH
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({}, True),
+        ({"specializes": False}, False),
+        ({"below": True}, False),
+        ({"smooth": True}, False),
+        ({"BLOCK_M": 3}, False),
+        ({"num_stages": 99}, False),
+        ({"more": 1}, False),
+    ],
+    ids=str,
+)
+def test_linear_act_plan_takes_a_tuned_tile_where_it_is_one_of_its_own(change, taken):
+    """A packaged table outlives Triton's versions, and a file may say anything: what cannot run here is left aside."""
+    big = [_operand((8192, 8192)), _operand((8192, 8192), stride=(1, 8192)), _operand((8192, 8192))]
+    tuned = tiles._SM90_SPECIALIZED[2][1]
+    fields = dataclasses.asdict(tuned) | {n: v for n, v in change.items() if n in ("BLOCK_M", "num_stages", "more")}
+    how = {n: v for n, v in change.items() if n in ("below", "smooth")}
+    plan = tiles.plan(90, 132, change.get("specializes", True), *big, tuple(fields.items()), **how)
+    assert (plan.options.items() >= dataclasses.asdict(tuned).items()) == taken
+    assert all(plan.options[name] != 3 for name in ("BLOCK_M", "BLOCK_N"))
+
+
+@pytest.mark.parametrize("sm", [80, 86, 89, 90, 100])
+@pytest.mark.parametrize("N, K", [(64, 64), (4096, 1024), (4096, 16384), (100, 36)])
+def test_linear_act_plan_is_the_same_for_every_batch(sm, N, K):
+    """batch_invariant: one kernel and one tile whatever M is; without it a larger M gets a larger tile."""
+    found = [
+        tiles.plan(
+            sm, 132, True, _operand((M, K)), _operand((K, N), stride=(1, K)), _operand((M, N)), batch_invariant=True
+        )
+        for M in (1, 2, 17, 128, 129, 4096, 100_000)
+    ]  # fmt: skip
+    assert len({(plan.by_tma, *plan.options.items()) for plan in found}) == 1
+
+
+def test_linear_act_without_triton_says_so(monkeypatch):
+    package = "mpkernels.ops.linear_act"
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setitem(sys.modules, f"{package}.kernels_triton", None)
+    monkeypatch.delattr(f"{package}.kernels_triton")
+    names = runpy.run_path(impl_triton.__file__)
+    assert names["why_not"](torch.device("meta"), f16).startswith("triton is not installed")  # no answer kept for meta
+
+
+def _integers(shapes, dtype, generator, device):
+    return [torch.randint(-3, 4, shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+def _inside_nan(tensor):
+    """The same values as a view with NaN on every side."""
+    room = tensor.new_full([size + 64 for size in tensor.shape], NAN)
+    view = room[tuple(slice(32, 32 + size) for size in tensor.shape)]
+    return view.copy_(tensor)

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear_act as `native` on Hopper: the op's implementation over its kernels, their source run on the CPU by tests/emulator."""
+
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from mpkernels.ops.linear_act import Activation, empty_mask, impl_native
+from tests import bounds, linear_act_cases
+from tests.emulator import host_kernels
+from tests.linear_act_cases import DTYPES, LAYOUTS, Case, bits_of, data, same_bits
+
+f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+HALVES = (f16, bf16)
+
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+LIBRARY = "mpkernels_hopper"
+
+
+@pytest.fixture(params=["cpu"] + ["cuda"] * HOPPER)
+def device(request, monkeypatch) -> torch.device:
+    """A Hopper GPU where there is one, and tests/emulator as a chip of 4 multiprocessors on which every order may happen."""
+    if request.param == "cpu":
+        reason = host_kernels.why_not()
+        if reason is not None:
+            pytest.skip(reason)
+        host_kernels.library(LIBRARY).host_seed(zlib.crc32(request.node.name.encode()))
+        monkeypatch.setattr(torch.ops, "mpkernels_C", host_kernels.HostOps(library=LIBRARY))
+        monkeypatch.setattr(impl_native, "_multiprocessors", lambda device: 4)
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def implementation(monkeypatch):
+    """The cases of the op go to `native`; what is allocated there is NaN until it is written."""
+    monkeypatch.setattr(linear_act_cases, "forward", forward)
+    monkeypatch.setattr(linear_act_cases, "backward", backward)
+    torch.use_deterministic_algorithms(True)  # so that torch fills what it allocates
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def forward(x, weight, bias, dtypes, activation=Activation.RELU, save=1, copy=None):
+    return impl_native.linear_act_hopper(x, weight, bias, copy, int(activation), dtypes.compute, dtypes.out, save)
+
+
+def backward(grad_out, x, weight, saved, dtypes, activation=Activation.RELU, copy=None, output_mask=(True,) * 3):
+    return impl_native.linear_act_backward_hopper(
+        grad_out, x, weight, copy, saved, int(activation), dtypes.compute, dtypes.x, dtypes.grad, dtypes.grad, output_mask
+    )[:3]
+
+
+def fprop(x, weight, bias, relu, out_dtype, cut):
+    """(out, mask)."""
+    M, N = x.shape[0], weight.shape[0]
+    out, mask = x.new_full((M, N), torch.nan, dtype=out_dtype), empty_mask(x, M, N) if relu else None
+    torch.ops.mpkernels_C.linear_act_fprop(x, weight, bias, relu, out, mask, *cut)
+    return out, mask
+
+
+# ----- the op ---------------------------------------------------------------
+
+SIZES = (
+    (1, 8, 8),
+    (65, 72, 40),
+    (130, 264, 64),
+    (200, 136, 328),
+    (257, 8, 72),
+    (2, 520, 8),
+    (1030, 8, 16),
+)  # the last splits its rows
+
+
+@pytest.mark.parametrize("name", [name for name, d in DTYPES.items() if d.compute in HALVES and d.out != f64])
+def test_hopper_matches_reference(name, generator, device):
+    """Forward, backward by the mask and by the output, every combination of dtypes that the kernels store."""
+    for i, (M, N, K) in enumerate(SIZES[:3]):
+        linear_act_cases.run(Case(M, N, K, DTYPES[name], bias=i != 1, activation=Activation(i != 2)), generator, device)
+
+
+@pytest.mark.parametrize("M, N, K", SIZES)
+@pytest.mark.parametrize("name", ["float16", "mixed_bfloat16"])
+def test_hopper_odd_shapes(M, N, K, name, generator, device):
+    linear_act_cases.run(Case(M, N, K, DTYPES[name]), generator, device)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "unaligned"])
+def test_hopper_strided(layout, generator, device):
+    linear_act_cases.run(Case(70, 136, 72, DTYPES["float16"], layout=layout), generator, device)
+    linear_act_cases.run(
+        Case(70, 136, 72, DTYPES["mixed_float16"], layout=layout, activation=Activation.NONE), generator, device
+    )
+
+
+@pytest.mark.parametrize("M, N, K", [(0, 8, 8), (8, 0, 8), (8, 16, 0), (0, 0, 0)])
+def test_hopper_empty(M, N, K, generator, device):
+    linear_act_cases.run(Case(M, N, K, DTYPES["mixed_float16"]), generator, device)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (dict(N=12), "multiples of 8 .* got 16 and 12"),
+        (dict(K=20), "multiples of 8 .* got 20 and 16"),
+        (dict(out=f64), "torch.float16 or torch.float32, got torch.float64"),
+        (dict(out=bf16), "torch.float16 or torch.float32, got torch.bfloat16"),
+    ],
+)
+def test_hopper_refuses_with_the_reason(change, reason):
+    sizes = dict(M=4, N=16, K=16, out=f16) | change
+    x, weight = torch.ones(sizes["M"], sizes["K"], dtype=f16), torch.ones(sizes["N"], sizes["K"], dtype=f16)
+    with pytest.raises(RuntimeError, match=f"linear_act: native needs .*{reason}"):
+        impl_native.linear_act_hopper(x, weight, None, None, 1, f16, sizes["out"], 1)
+
+
+HALF = torch.zeros(40, 64, dtype=f16)
+LADDER = {
+    "as it is": (HALF, None),
+    "rows of a wider one": (HALF[:, 8:40], None),
+    "one column": (HALF[:, :1], None),
+    "transposed": (HALF.t(), "needs contiguous rows, got a stride of 64"),
+    "every second column": (HALF[:, ::2], "needs contiguous rows, got a stride of 2"),
+    "expanded": (HALF[:1].expand(9, 64), "needs rows that do not overlap, got a pitch of 0 for 64 elements"),
+    "overlapping": (HALF.view(-1).as_strided((9, 64), (8, 1)), "needs rows that do not overlap, got a pitch of 8"),
+    "odd pitch": (HALF.view(-1)[:300].view(10, 30), "needs rows at multiples of 16 bytes, got a pitch of 60"),
+    "odd address": (HALF[:, 1:41], "needs rows at multiples of 16 bytes, got a pitch of 128 and an address 2 past one"),
+}
+
+
+@pytest.mark.parametrize(("matrix", "reason"), LADDER.values(), ids=LADDER)
+def test_hopper_alignment_ladder(matrix, reason):
+    """What TMA cannot read is copied, what it can is not."""
+    why_not = impl_native.tma_why_not(matrix)
+    assert (why_not or "").startswith(reason or "")
+    assert (why_not is None) == (reason is None)
+    given = impl_native._matrix(matrix)
+    assert (given is matrix) == (reason is None)
+    assert torch.equal(given, matrix)
+    assert impl_native.tma_why_not(given) is None or matrix.shape[1] % 8
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("block", range(10))
+def test_hopper_random_sizes(block, device):
+    """Any sizes in multiples of 8, layouts and dtypes; 2000 on a GPU."""
+    random, torch_random = np.random.default_rng(block), torch.Generator().manual_seed(block)
+    names = [name for name, d in DTYPES.items() if d.compute in HALVES and d.out != f64]
+    for _ in range(200 if device.type == "cuda" else 5):
+        M, N, K = (int(random.integers(1, limit)) for limit in (600, 80, 80))
+        case = Case(
+            M, 8 * N, 8 * K, DTYPES[random.choice(names)], bool(random.random() < 0.7), Activation(int(random.random() < 0.8)),
+            layout=random.choice([layout for layout in LAYOUTS if layout != "unaligned"]),
+        )  # fmt: skip
+        linear_act_cases.run(case, torch_random, device)
+
+
+# ----- fprop ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias_dtype", [f16, bf16, f32, f64])
+def test_hopper_fprop_adds_the_bias_unrounded(bias_dtype, generator, device):
+    x, weight = (torch.zeros(rows, 8, dtype=f16, device=device) for rows in (8, 136))
+    bias = data((272,), bias_dtype, "normal", generator).to(device)[::2]
+    out, _ = fprop(x, weight, bias, False, f32, (128, 1, 1))
+    assert torch.equal(out, bias.float().expand(8, 136))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("out_dtype", [None, f32], ids=["16-bit", "fp32"])
+def test_hopper_fprop_nan_zero_and_overflow(dtype, out_dtype, device):
+    """NaN goes through and its bit is 1; both zeros and what underflows are 0; a row with NaN leaves the tail bits 0."""
+    out_dtype = out_dtype or dtype
+    tiny = bounds.least_subnormal(dtype) ** 0.5 / 2  # squared it rounds to 0
+    values = [1.0, -1.0, torch.nan, torch.inf, -torch.inf, 0.0, -0.0, tiny, -tiny, 60000.0]
+    x, weight = (torch.zeros(rows, 8, dtype=dtype, device=device) for rows in (len(values), 40))
+    x[:, 0] = torch.tensor(values)
+    weight[::2, 0] = tiny
+    weight[1::2, 0] = 2.0
+    out, mask = fprop(x, weight, None, True, out_dtype, (128, 1, 1))
+    bounds.check_forward(out, x, weight, None, Activation.RELU, dtype, bounds.accumulator_roundoff(device, dtype))
+    assert out[2].isnan().all()
+    bits = bits_of(mask, 40)
+    assert (bits[:, :40] == ~(out <= 0).cpu().numpy()).all()
+    assert bits[2, :40].all()
+    assert not bits[[1, 5, 6]][:, :40].any()
+    assert bits[7, 0] == (out_dtype == f32)
+    assert not bits[:, 40:].any()
+
+
+def test_hopper_fprop_same_bits_for_any_number_of_rows(generator, device):
+    x, weight = (data((rows, 200), f16, "normal", generator).to(device) for rows in (300, 136))
+    out, _ = fprop(x, weight, None, True, f16, (128, 2, 2))
+    for M in (1, 130):
+        for cut in ((128, 1, 1), (256, 2, 4)):
+            assert same_bits(fprop(x[:M], weight, None, True, f16, cut)[0], out[:M])
+
+
+# ----- dgrad ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("activation_below", [Activation.NONE, Activation.RELU])
+@pytest.mark.parametrize("by_mask", [True, False], ids=["mask", "output"])
+def test_hopper_gradients_of_the_layer_below(name, activation_below, by_mask, generator, device):
+    dtypes, M, N, K = DTYPES[name], 130, 72, 136
+    x, weight, _, grad_out = Case(M, N, K, dtypes).tensors(generator, device)
+    positive, v = ~(x <= 0), bounds.accumulator_roundoff(device, dtypes.compute)
+    saved_below = None if activation_below == Activation.NONE else pack(positive) if by_mask else x
+    grad_x, _, _, grad_bias_below = impl_native.linear_act_backward_hopper(
+        grad_out, None, weight, None, None, 0, dtypes.compute, dtypes.x, dtypes.grad, dtypes.grad, (True, False, False),
+        saved_below, int(activation_below), dtypes.grad,
+    )  # fmt: skip
+    selected = None if activation_below == Activation.NONE else positive
+    bounds.check_backward_below(
+        (grad_x, grad_bias_below), grad_out, weight, None, selected, dtypes.compute, v, random_sign=True
+    )
+
+
+def pack(positive: torch.Tensor) -> torch.Tensor:
+    """The mask of these bits, packed by numpy."""
+    M, N = positive.shape
+    mask = empty_mask(positive, M, N)
+    padded = np.zeros((M, mask.shape[1] * 32), bool)
+    padded[:, :N] = positive.cpu().numpy()
+    mask.copy_(torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view("<i4").copy()))
+    return mask
+
+
+# ----- how a GEMM is cut ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rows, columns, depth", [(1, 8, 8), (4096, 4096, 1024), (512, 4096, 64), (1024, 1024, 16384), (384, 64, 640)]
+)
+def test_hopper_cut_is_one_that_runs(rows, columns, depth):
+    cut = impl_native.choose(rows, columns, 132)
+    splits = impl_native.choose_splits(rows, columns, depth, cut)
+    assert cut.block_n in (128, 256)
+    assert cut.cluster in (1, 2)
+    assert 1 <= splits <= max(1, -(-depth // 64))
+    assert splits == 1 or splits * -(-rows // 128) * -(-columns // cut.block_n) <= 132
+
+
+def test_hopper_cut_follows_the_size():
+    """The larger tile for long work; the smaller where there are few tiles, whatever K is: there is no third."""
+    assert impl_native.choose(8192, 8192, 132).block_n == impl_native.choose(16384, 4096, 132).block_n == 256
+    assert impl_native.choose(512, 4096, 132).block_n == impl_native.choose(1024, 1024, 132).block_n == 128
+    chosen = [impl_native.choose(rows, 4096, 132).block_n for rows in range(128, 8192, 128)]
+    assert chosen == sorted(chosen)
+
+
+@pytest.mark.parametrize("columns", [8, 1024, 4096, 16384])
+def test_hopper_batch_invariant_cuts_alike(columns, monkeypatch):
+    """One cut whatever the number of rows, and no sum in parts: fprop has none."""
+    cuts = []
+    ops = SimpleNamespace(linear_act_fprop=lambda x, weight, bias, relu, out, mask, *cut: cuts.append(cut))
+    monkeypatch.setattr(torch.ops, "mpkernels_C", ops)
+    monkeypatch.setattr(impl_native, "_multiprocessors", lambda device: 132)
+    weight = torch.zeros(columns, 8, dtype=f16)
+    for rows in (1, 2, 127, 128, 129, 1024, 4096):
+        for invariant in (True, False):
+            impl_native.linear_act_hopper(torch.zeros(rows, 8, dtype=f16), weight, None, None, 1, f16, f16, 0, invariant)
+    assert len(set(cuts[::2])) == 1
+    assert len(set(cuts[1::2])) > 1
+
+
+def test_hopper_small_weights_are_split():
+    cut = impl_native.choose(1024, 1024, 132)
+    assert impl_native.choose_splits(1024, 1024, 16384, cut) > 1

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear_act by torch's own ops: on a GPU, counted without one, beside F.linear and relu; in bf16 on a CPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+
+from mpkernels.ops.linear_act import Activation, backward_op, forward_op, impl_eager
+from tests import bounds
+from tests.dispatch_count import Counting
+from tests.linear_act_cases import bf16, data, f16, f32, same_bits
+from tests.paths import ROOT
+
+M, N, K = 4096, 2048, 64  # more outputs than any operand has elements
+TABLE = ROOT / "docs" / "fallback.md"
+RELU = int(Activation.RELU)
+
+
+def counts(run) -> tuple[int, float]:
+    """Launches, and bytes per output of the tensors that are as large as the output."""
+    with FakeTensorMode(), Counting() as counted:
+        run()
+    return counted.launches, counted.bytes_of(M * N) / (M * N)
+
+
+def of(shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def forward(bias_dtype, out_dtype, batch_invariant=False):
+    bias = None if bias_dtype is None else of(N, bias_dtype)
+    args = (of((M, K), f16), of((N, K), f16), bias, None, RELU, f16, out_dtype, 0, batch_invariant)
+    forward_op.function("eager")(*args)
+
+
+def backward(grad_weight_dtype):
+    args = (of((M, N), f16), of((M, K), f16), of((N, K), f16), None, of((M, N), f16), RELU, f16, f16, grad_weight_dtype, f32)
+    backward_op.function("eager")(*args, [True] * 3)
+
+
+def torchs_forward():
+    F.relu(F.linear(of((M, K), f16), of((N, K), f16), of(N, f16)))
+
+
+def torchs_backward():
+    """What autograd calls of the same."""
+    grad, x, weight = of((M, N), f16), of((M, K), f16), of((N, K), f16)
+    grad = torch.ops.aten.threshold_backward(grad, of((M, N), f16), 0)
+    return torch.mm(grad, weight), torch.mm(grad.t(), x), grad.sum(0)
+
+
+ROWS = {
+    "forward, bias in fp16": lambda: forward(f16, f16),
+    "forward, no bias": lambda: forward(None, f16),
+    "forward, bias in fp32": lambda: forward(f32, f16),
+    "forward, bias and output in fp32": lambda: forward(f32, f32),
+    "forward, batch_invariant, bias in fp32": lambda: forward(f32, f16, batch_invariant=True),
+    "torch: F.linear and relu in fp16": torchs_forward,
+    "backward, weight gradient in fp32": lambda: backward(f32),
+    "backward, weight gradient in fp16": lambda: backward(f16),
+    "torch: backward of the same in fp16": torchs_backward,
+}
+
+
+@pytest.mark.parametrize("bias, most", [(f16, 6), (None, 6), (f32, 14)], ids=str)
+def test_fallback_bytes_per_output(bias, most):
+    launches, moved = counts(lambda: forward(bias, f16))
+    assert moved <= most
+    assert launches <= 3
+    assert counts(torchs_forward)[1] == 6
+
+
+def test_fallback_batch_invariant_is_not_a_launch_per_few_rows():
+    """Whole blocks are multiplied where they lie: a product each, the bias, ReLU and the rounding."""
+    launches, _ = counts(lambda: forward(f32, f16, batch_invariant=True))
+    assert launches <= M // impl_eager.GPU_ROWS + 4
+
+
+@pytest.mark.parametrize("rows", [0, 1, 511, 512, 1300])
+def test_fallback_batch_invariant_products_have_one_size(rows, generator, monkeypatch):
+    """On a CPU, whose mm has no out_dtype: what is multiplied, and that all of it arrives."""
+    a, b = (torch.randint(-4, 5, shape, generator=generator).half() for shape in ((rows, 7), (7, 5)))
+    exact, sizes = a.double() @ b.double(), set()
+
+    def mm(a, b, *, out_dtype, out=None):
+        sizes.add(tuple(a.shape))
+        product = (a.double() @ b.double()).to(out_dtype)
+        return product if out is None else out.copy_(product)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    assert torch.equal(impl_eager._by_equal_gemms(a, b).double(), exact)
+    assert sizes == {(impl_eager.GPU_ROWS, 7)}
+
+
+def test_fallback_backward_is_torchs():
+    """Select, sum, two products: what autograd does, the sum in fp32."""
+    assert counts(lambda: backward(f16)) == counts(torchs_backward)
+
+
+def test_fallback_table_is_what_is_counted():
+    """docs/fallback.md, whose table `python tests/ops/test_fallback.py` writes."""
+    assert table() in TABLE.read_text(), "run python tests/ops/test_fallback.py"
+
+
+@pytest.mark.parametrize("accumulation", [False, True])
+def test_fallback_sums_in_fp32_whatever_is_allowed(accumulation, monkeypatch):
+    """Within a product nothing is allowed, after it everything is as it was, after an exception too."""
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_fp16_accumulation")
+    before = {name: getattr(matmul, name) for name in names}
+    state = lambda: [getattr(matmul, name) for name in names]
+    try:
+        matmul.allow_fp16_accumulation = accumulation
+        matmul.allow_fp16_reduced_precision_reduction = True
+        expected, seen = state(), []
+        addmm = torch.addmm
+
+        def watched(*args):
+            seen.append(state())
+            return addmm(*args)
+
+        monkeypatch.setattr(torch, "addmm", watched)
+        with FakeTensorMode():
+            forward(f16, f16)
+            with pytest.raises(RuntimeError):
+                impl_eager._matmul_nt_rounded_once(of((4, 3), f16), of((2, 5), f16), of(5, f16), RELU)
+        assert seen == [[False] * 3] * 2
+        assert state() == expected
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)
+
+
+def table() -> str:
+    lines = ["| call | launches | bytes per output |", "|---|---|---|"]
+    for name, run in ROWS.items():
+        launches, moved = counts(run)
+        lines.append(f"| {name} | {launches} | {moved:g} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    head, mark, _ = TABLE.read_text().partition("| call |")
+    TABLE.write_text(f"{head}{table()}\n")
+
+
+# ----- bf16 on a CPU, by oneDNN ---------------------------------------------------------------
+
+by_bf16 = pytest.mark.skipif(not impl_eager._has_bf16_instructions(), reason="this CPU has no instructions for bf16")
+
+
+@by_bf16
+@pytest.mark.parametrize("K", [5, 31, 50, 64, 784])
+def test_fallback_bf16_rounds_once(K, generator, monkeypatch):
+    """As `test_linear_act_correctly_rounded`, whatever K; and that oneDNN's bf16 is what computed it."""
+    linear, seen = torch.ops.mkldnn._linear_pointwise, []
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: seen.append(args[0].dtype) or linear(*args))
+    x, weight = (data(shape, bf16, "normal", generator) for shape in ((70, K), (60, K)))
+    bias = data((60,), f32, "normal", generator)
+    out = forward_op.function("eager")(x, weight, bias, None, 0, bf16, bf16, 0)[0]
+    assert seen == [bf16]
+    bounds.check_correctly_rounded(out, x, weight, bias, Activation.NONE, bf16)
+
+
+@by_bf16
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("K", [33, 50, 64])
+def test_fallback_bf16_keeps_nan_in_its_row(K, value, generator):
+    """Which oneDNN itself does not where AMX reads on into the next row."""
+    x, weight = (data(shape, bf16, "normal", generator) for shape in ((40, K), (60, K)))
+    call = lambda: forward_op.function("eager")(x, weight, None, None, 0, bf16, bf16, 0)[0]
+    clean = call()
+    x[7] = value
+    out = call()
+    assert same_bits(torch.cat([out[:7], out[8:]]), torch.cat([clean[:7], clean[8:]]))
+    assert not out[7].isfinite().any()
+
+
+@pytest.mark.parametrize("exponents", [(-133, 100), (-60, 0), (0, -60), (-51, 51), (-50, -50), (-49, -40)], ids=str)
+@pytest.mark.parametrize("bias", [None, 0.0, 2.0**-130, 2.0**-99, -(2.0**-120)])
+def test_fallback_bf16_loses_nothing_small(exponents, bias, generator):
+    """These instructions take what is below 2^-126 for 0, a result too."""
+    a, b = (data((40, 64), bf16, "normal", generator).sign() * 2.0**exponent for exponent in exponents)
+    a[3], a[4, 1:], b[5] = 0, 0, 0
+    bias = None if bias is None else torch.full((40,), bias)
+    out = forward_op.function("eager")(a, b, bias, None, 0, bf16, bf16, 0)[0]
+    bounds.check_forward(out, a, b, bias, Activation.NONE, bf16)

@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verdicts, and what `auto` makes of them on a GPU. There need not be one: the machine is made up, the kernels only count."""
+
+import itertools
+import json
+import math
+import warnings
+
+import pytest
+import torch
+
+from mpkernels import __main__ as command
+from mpkernels.ops.linear_act import Activation, forward_op
+from mpkernels.runtime import cache, dispatch, proof, tuned_table
+from mpkernels.runtime.dispatch import ENVIRONMENT_VARIABLE, VERDICTS_VARIABLE, Implementation, Op, ops
+from mpkernels.runtime.proof import Verdict
+from mpkernels.runtime.tuned_table import Entry
+
+GPU, f16, f32 = torch.device("cuda", 0), torch.float16, torch.float32
+MACHINE = {"name": "NVIDIA H200", "architecture": "sm90", "driver": "570", "torch": "2.13", "multiprocessors": "132"}
+UNPROVEN = "python -m mpkernels prove"
+unique = itertools.count()
+
+
+class Modules:
+    """What `op._module` gives: why_not of each backend by `reasons`, why_not_call by `refusals`."""
+
+    def __init__(self):
+        self.reasons, self.refusals = {}, {}
+
+    def __call__(self, backend):
+        found = {"why_not": staticmethod(lambda device, dtype: self.reasons.get(backend))}
+        if backend in self.refusals:
+            found["why_not_call"] = staticmethod(self.refusals[backend])
+        return type("Module", (), found)
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch, tmp_path):
+    """A GPU that is not there, in a process that has asked nothing yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(VERDICTS_VARIABLE, raising=False)
+    monkeypatch.setattr(proof, "machine", lambda device: dict(MACHINE))
+    monkeypatch.setattr(cache, "machine", lambda device: MACHINE)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    forget()
+    yield
+    forget()
+
+
+def forget():
+    """As in a new process."""
+    proof._read.clear()
+    proof._agreed.clear()
+    proof.key.cache_clear()
+    proof._code.cache_clear()
+    dispatch._choose.cache_clear()
+    tuned_table._tables.clear()
+    cache._warned.clear()
+
+
+@pytest.fixture
+def op(monkeypatch):
+    """Three implementations; a problem is the size, `why_not_call` is asked by it too."""
+    made = Op(
+        f"proof_test_{next(unique)}(Tensor x) -> Tensor",
+        "mpkernels.ops.linear_act",
+        tuple(Implementation(backend, ("cpu", "cuda")) for backend in ("eager", "triton", "native")),
+        check=lambda x: None,
+        fake=lambda x: x.new_empty(x.shape),
+        key=lambda x: (GPU, x.dtype),
+        problem=lambda x: tuned_table.problem("fprop", x.numel(), 1, 1, 0, x.dtype),
+        call=lambda x: (x.numel(),),
+    )
+    factors = {"eager": 2, "native": 3, "triton": 4}
+    monkeypatch.setattr(made, "_module", Modules())
+    monkeypatch.setattr(made, "function", lambda backend: lambda x: x * factors[backend])
+    yield made
+    del ops[made.name]
+
+
+def found(op, path=None, **verdicts):
+    """Write verdicts: a state, or speeds of what is right."""
+    for backend, value in verdicts.items():
+        verdict = Verdict(value) if isinstance(value, str) else Verdict("right", speeds=dict(zip("abcd", value)))
+        assert proof.record(path or proof.own_file(), proof.key(op.name, op.package, backend, GPU), verdict)
+
+
+def chosen(op, size: int = 3) -> str:
+    return {2: "eager", 3: "native", 4: "triton"}[int(op(torch.ones(size))[0])]
+
+
+# ----- what is chosen ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        ({"native": "right", "triton": "right"}, "native"),
+        ({"triton": "right"}, "triton"),
+        ({"native": "wrong", "triton": "right"}, "triton"),
+        ({"native": "crashed", "triton": "right"}, "triton"),
+        ({"native": "started", "triton": "right"}, "triton"),  # a process ended in it
+        ({"native": "not now"}, "eager"),
+        ({"native": "wrong", "triton": "wrong"}, "eager"),
+        ({"native": (2.0, 2.0, 0.5, 0.5)}, "native"),  # a majority decides
+        ({"native": (2.0, 0.5, 0.5, 0.5)}, "eager"),
+        ({"native": (0.98, 0.98, 0.98, 0.98)}, "native"),  # 3 % is noise
+        ({"native": (0.96, 0.96, 0.96, 1.5), "triton": (1.1, 1.1, 1.1, 1.1)}, "triton"),
+        ({"native": (1.01,) * 4, "triton": (9.0,) * 4}, "native"),  # fixed: times do not order what is right
+    ],
+)
+def test_proof_decides_what_auto_takes(verdicts, expected, op):
+    found(op, **verdicts)
+    assert chosen(op) == expected
+
+
+def test_proof_of_what_is_no_longer_there(op):
+    found(op, native="right", triton="right")
+    op._module.reasons["native"] = "no driver"
+    assert chosen(op) == "triton"
+
+
+def test_proof_is_frozen(op):
+    """A switch in the middle would break replicas, graphs and compiled code."""
+    found(op, native="right")
+    assert chosen(op) == "native"
+    found(op, native="wrong")
+    dispatch._choose.cache_clear()
+    assert chosen(op, 5) == "native"
+    forget()
+    assert chosen(op) == "eager"
+
+
+def test_proof_missing_is_eager_and_one_warning(op):
+    """That names the command, once per process."""
+    with pytest.warns(UserWarning, match=UNPROVEN) as warned:
+        assert [chosen(op, size) for size in (1, 2, 3)] == ["eager"] * 3
+    assert len(warned) == 1
+
+
+def test_proof_missing_where_nothing_could_be_proven(op):
+    op._module.reasons |= {"native": "not built", "triton": "not installed"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(op) == "eager"
+
+
+def test_proof_that_found_nothing_right_does_not_warn(op):
+    found(op, eager="right", native="wrong")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(op) == "eager"
+
+
+@pytest.mark.parametrize("changed", [*MACHINE, "code", "op"])
+def test_proof_holds_for_its_machine_and_code(changed, op, monkeypatch):
+    found(op, native="right")
+    if changed == "code":
+        monkeypatch.setattr(proof, "_code", type("Code", (), {"__call__": lambda *_: 1, "cache_clear": lambda _: None})())
+    elif changed == "op":
+        text = proof.own_file().read_text().replace(op.name, "another")
+        proof.own_file().write_text(text)
+    else:
+        monkeypatch.setattr(proof, "machine", lambda device: MACHINE | {changed: "another"})
+    forget()
+    with pytest.warns(UserWarning, match=UNPROVEN):
+        assert chosen(op) == "eager"
+
+
+def test_proof_knows_the_code_that_ran(monkeypatch, tmp_path):
+    """Another checksum where a source of the op, one that ops share, or the library changes."""
+    import mpkernels.ops.adamw as package
+    from mpkernels.runtime import native
+
+    library = tmp_path / "_C.abi3.so"
+    library.write_bytes(b"one")
+    monkeypatch.setattr(native, "LIBRARY", library)
+    folder = tmp_path / "ops" / "adamw"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(package, "__file__", str(folder / "__init__.py"))
+    seen = []
+    for path in (None, folder / "impl_native.py", folder.parent / "_shared.py", library):
+        if path is not None:
+            path.write_text("two")
+        proof._code.cache_clear()
+        seen.append(proof._code("mpkernels.ops.adamw", "native"))
+    assert len(set(seen)) == 4
+    assert proof._code("mpkernels.ops.adamw", "triton") != seen[-1]
+
+
+@pytest.mark.parametrize("busy", ["compile", "capture", "mode", "transform"])
+def test_proof_is_not_read_in_the_middle(busy, op, monkeypatch):
+    """A first question under capture or compile: eager serves, and nothing is decided."""
+    found(op, native="right")
+    with monkeypatch.context() as patch:
+        if busy == "compile":
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        elif busy == "capture":
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        elif busy == "mode":
+            patch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+        else:
+            patch.setattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+        assert op.backend(GPU, f32) == "eager"
+        assert op.backend(GPU, f32) == "eager"
+    assert op.backend(GPU, f32) == "native"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    dispatch._choose.cache_clear()
+    assert op.backend(GPU, f32) == "native", "what is read holds in a capture"
+
+
+def test_proof_never_runs_unasked(op, monkeypatch):
+    from mpkernels.testing import checks
+
+    monkeypatch.setattr(checks, "wrong", lambda *_, **__: pytest.fail("a kernel was run"))
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
+    with pytest.warns(UserWarning, match=UNPROVEN):
+        assert chosen(op) == "eager"
+
+
+def test_proof_does_not_force(op, monkeypatch):
+    """And what is forced asks for no proof."""
+    found(op, native="right")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, f"{op.name}=triton")
+    assert chosen(op) == "triton"
+
+
+def test_proof_is_for_gpus(op):
+    """On a CPU the tests have proven what auto takes."""
+    assert op.backend(torch.device("cpu"), f32) == "eager"
+    assert not proof._read
+
+
+def test_proof_needs_a_gpu(op, monkeypatch):
+    """A FakeTensor says that it is on one where there is none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(op) == "eager"
+    assert not proof._read
+
+
+# ----- by problem ---------------------------------------------------------------
+
+
+def entry(size: int, backend: str):
+    return {tuned_table.problem("fprop", size, 1, 1, 0, f32): Entry(backend, None)}
+
+
+def test_table_decides_by_problem_among_the_proven(op):
+    found(op, native="right", triton="right")
+    with tuned_table.using(GPU, entry(4, "triton") | entry(64, "eager")):
+        assert [chosen(op, size) for size in (2, 4, 64)] == ["native", "triton", "eager"]
+    assert chosen(op, 4) == "native"
+
+
+def test_table_proves_nothing(op):
+    found(op, triton="wrong", eager="right")
+    with tuned_table.using(GPU, entry(4, "triton") | entry(64, "native")):
+        assert [chosen(op, size) for size in (4, 64)] == ["eager", "eager"]
+
+
+def test_table_may_prefer_what_is_slow_elsewhere(op):
+    found(op, native="right", triton=(0.5, 0.5, 0.5, 2.0))
+    with tuned_table.using(GPU, entry(4, "triton")):
+        assert [chosen(op, size) for size in (2, 4)] == ["native", "triton"]
+
+
+def test_calls_that_a_kernel_refuses_go_to_the_next(op):
+    found(op, native="right", triton="right")
+    op._module.refusals["native"] = lambda size: None if size % 8 == 0 else "needs multiples of 8"
+    assert [chosen(op, size) for size in (8, 9, 16)] == ["native", "triton", "native"]
+    op._module.refusals["triton"] = lambda size: "too small" if size < 10 else None
+    dispatch._choose.cache_clear()
+    assert [chosen(op, size) for size in (8, 9, 17)] == ["native", "eager", "triton"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "activation", "expected"), [(16, Activation.RELU, "native"), (10, Activation.RELU, "eager"), (16, 3, "eager")]
+)
+def test_hoppers_gemm_serves_what_it_can(columns, activation, expected, monkeypatch):
+    """A layer of 10 outputs, or with a GELU, is no error: it goes elsewhere, the mask that it saves too."""
+    from mpkernels.ops import linear_act
+    from mpkernels.ops.linear_act import impl_native
+
+    found(forward_op, native="right")
+    monkeypatch.setattr(impl_native, "why_not", lambda device, dtype: None)
+    x, weight = torch.ones(4, 8, dtype=f16), torch.ones(columns, 8, dtype=f16)
+    arguments = (x, weight, None, None, activation, f16, f16, 0)
+    call = forward_op.gpu_call(GPU, *arguments)
+    assert forward_op.gpu_call(torch.device("cpu"), *arguments) is None
+    assert forward_op.backend(GPU, f16, None, call) == expected
+    assert linear_act.writes_mask(GPU, f16, None, call) == (expected == "native")
+
+
+@pytest.mark.parametrize("op_name", ["linear_act", "linear_act_backward"])
+def test_proof_covers_what_its_cases_are(op_name):
+    """And nothing else: of another activation or dtype a verdict says nothing."""
+    from mpkernels.testing import cases
+
+    op = ops[op_name]
+    calls = [case.call for few in (True, False) for case in cases.of(op_name, few=few, full=not few)]
+    assert all(map(op.covers, calls))
+    for place, value in ((2, Activation.GELU), (3, f32), (3, torch.float64)):
+        call = list(calls[0])
+        call[place] = value
+        assert not op.covers(tuple(call))
+        assert dispatch._refuses(op, "triton", tuple(call))
+    assert not dispatch._refuses(op, "triton", calls[0])
+
+
+# ----- files ---------------------------------------------------------------
+
+
+def test_proof_from_a_named_file_goes_first(op, monkeypatch, tmp_path):
+    """Shipped with an image, or pinned."""
+    found(op, native="wrong", triton="right")
+    found(op, path=tmp_path / "pinned.json", native="right")
+    monkeypatch.setenv(VERDICTS_VARIABLE, str(tmp_path / "pinned.json"))
+    assert chosen(op) == "native"
+    assert op.choices(GPU) == {"native": False, "triton": False}
+
+
+def test_proof_from_a_named_file_that_is_not_there(op, monkeypatch, tmp_path):
+    found(op, native="right")
+    monkeypatch.setenv(VERDICTS_VARIABLE, str(tmp_path / "nowhere.json"))
+    with pytest.warns(UserWarning, match=f"{VERDICTS_VARIABLE}={tmp_path}/nowhere.json: there is no such file"):
+        assert chosen(op) == "native"
+
+
+def test_proof_from_a_cache_of_others_is_not_taken(op):
+    found(op, native="right")
+    proof.own_file().chmod(0o666)
+    with pytest.warns(UserWarning, match="can be written by others"):
+        assert chosen(op) == "eager"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"a": ', "\x00\xff", "[" * 100000])
+@pytest.mark.filterwarnings("ignore:mpkernels")
+def test_proof_survives_a_broken_file(text, op):
+    proof.own_file().parent.mkdir(parents=True)
+    proof.own_file().write_text(text)
+    assert chosen(op) == "eager"
+    found(op, native="right")
+    forget()
+    assert chosen(op) == "native"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        7, True, None, [], {}, "right", {"state": "fine"}, {"state": ["right"]}, {"state": "right", "note": 3},
+        {"state": "right", "note": "\x1b[2J"}, {"state": "right", "note": "x" * 501}, {"state": "right", "date": 3},
+        *({"state": "right", "speeds": speeds} for speeds in (3, [1.0], {"a": "fast"}, {"a": 0}, {"a": -1}, {"a": math.inf})),
+    ],
+)  # fmt: skip
+def test_proof_survives_verdicts_of_another_kind(value, op):
+    """They count as absent, the others serve, and one warning names the file."""
+    found(op, native="right", triton="right")
+    key = proof.key(op.name, op.package, "native", GPU)
+    path = proof.own_file()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.warns(UserWarning, match=f"mpkernels ignores {path}: 1 of its verdicts"):
+        assert chosen(op) == "triton"
+
+
+def test_proof_is_one_printable_line(op):
+    key = proof.key(op.name, op.package, "native", GPU)
+    proof.record(proof.own_file(), key, Verdict("wrong", "off\tby \u00e9" + "9" * 999 + "\nand more"))
+    note = proof.load(proof.own_file())[key].note
+    assert note.startswith("off?by ?999")
+    assert len(note) == proof.LONGEST
+
+
+# ----- the report ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("verdict", "expected"),
+    [
+        (None, ("unproven", UNPROVEN)),
+        (Verdict("right", date="2026-11-30"), ("chosen", "right, 2026-11-30")),
+        (
+            Verdict("right", "", {"a": 1.5, "b": 2.0}, "2026-11-30"),
+            ("chosen", "right, 2026-11-30, 1.50, 2.00 x the speed of eager"),
+        ),
+        (
+            Verdict("right", "", {"a": 0.5}, "2026-11-30"),
+            ("works", "right, 2026-11-30, 0.50 x the speed of eager: slower, left out"),
+        ),
+        (Verdict("wrong", "off", {}, "2026-11-30"), ("wrong", "wrong: off, 2026-11-30")),
+        (Verdict("started", date="2026-11-30"), ("wrong", "crashed: it was begun and did not end, 2026-11-30")),
+        (Verdict("not now", "no memory", {}, "2026-11-30"), ("unproven", "not now: no memory, 2026-11-30")),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:mpkernels")
+def test_command_shows_verdicts(verdict, expected, op):
+    """With date, and what auto takes; nothing is run on a GPU."""
+    if verdict is not None:
+        proof.record(proof.own_file(), proof.key(op.name, op.package, "native", GPU), verdict)
+    assert command.state(op, GPU, "native") == expected
