@@ -5,6 +5,7 @@ from mpkernels import functional, nn, ops, optim
 from mpkernels.amp import GradScaler
 from mpkernels.nn import MPMLP, MPLinear, cached_weights, convert, convert_report, revert, warmup
 from mpkernels.policy import Policy, default_policy, get_default_policy, set_default_policy
+from mpkernels.precision import check_batch_invariant, find_nonfinite
 from mpkernels.prove import prove
 from mpkernels.runtime.compute_copy import refresh_
 from mpkernels.runtime.dispatch import is_available, why_not
@@ -18,9 +19,11 @@ __all__ = [
     "MPLinear",
     "Policy",
     "cached_weights",
+    "check_batch_invariant",
     "convert",
     "convert_report",
     "default_policy",
+    "find_nonfinite",
     "functional",
     "get_default_policy",
     "is_available",

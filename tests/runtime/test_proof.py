@@ -180,10 +180,11 @@ def test_proof_knows_the_code_that_ran(monkeypatch, tmp_path):
     library.write_bytes(b"one")
     monkeypatch.setattr(native, "LIBRARY", library)
     folder = tmp_path / "ops" / "adamw"
-    folder.mkdir(parents=True)
+    for path in (folder, folder.parent / "common"):
+        path.mkdir(parents=True)
     monkeypatch.setattr(package, "__file__", str(folder / "__init__.py"))
     seen = []
-    for path in (None, folder / "impl_native.py", folder.parent / "_shared.py", library):
+    for path in (None, folder / "impl_native.py", folder.parent / "common" / "shared.py", library):
         if path is not None:
             path.write_text("two")
         proof._code.cache_clear()

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""find_nonfinite: the first module whose output, or in backward whose input's gradient, is inf or NaN."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpkernels.precision.capture import check_is_module, hooked, mapped, tensors_of, untouched
+from mpkernels.precision.report import Report
+
+
+def find_nonfinite(model: nn.Module, step: Callable[[nn.Module], torch.Tensor]) -> Report:
+    """Run `step(model)` and its backward once, and name the first module that makes inf or NaN of what is finite.
+
+    step: runs one forward on real data and returns the loss, a scalar with a graph; where a loss scale is in use, the scaled
+    one (`lambda model: scaler.scale(loss_of(model))`), since backward overflows with it.
+    "First" is in the order in which modules end, so it is the innermost; a module that was given inf or NaN is not named, and
+    where the first module was, the data is. In backward the gradient of a module's input counts, and of its parameters.
+    It waits for the device. The model stays what it was: gradients, buffers, hooks, random numbers.
+    Raises TypeError for what is no module and for a loss that is no tensor, ValueError for a loss that is no scalar,
+    RuntimeError for one without a graph.
+    """
+    check_is_module("find_nonfinite", model)
+    with untouched(model), torch.enable_grad():
+        search = _Search()
+        with hooked(model, search.register):
+            loss = step(model)
+            _check_loss(loss)
+            if search.found is None and not _finite(loss):
+                last = f" (the last, {search.last}, returned amax {search.last_amax:g})" if search.last is not None else ""
+                message = f"first in forward: the loss is {loss.item():g}, every module's output is finite{last}"
+                search.found = Report(False, message, None, "forward", amax=search.last_amax)
+            if search.found is None:
+                loss.backward()
+        found = _of_parameters(model) if search.found is None else search.found
+        return Report(True, "every output and every gradient is finite") if found is None else found
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, torch.Tensor):
+        raise TypeError(f"find_nonfinite: step must return the loss, a tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"find_nonfinite: step must return a scalar, got shape {tuple(loss.shape)}")
+    if not loss.requires_grad:
+        raise RuntimeError("find_nonfinite: the loss has no graph: it was computed under no_grad, or detached")
+
+
+class _Search:
+    """Hooks on every module, and the first fault that they saw."""
+
+    def __init__(self) -> None:
+        self.found: Report | None = None
+        self.last: str | None = None  # the module that ended last, and what it returned
+        self.last_amax = 0.0
+
+    def register(self, name: str, module: nn.Module) -> list:
+        return [
+            module.register_forward_pre_hook(lambda _, args: self.enter(name, module, args)),
+            module.register_forward_hook(lambda _, args, out: self.leave(name, module, args, out)),
+        ]
+
+    def enter(self, name: str, module: nn.Module, args: tuple) -> tuple | None:
+        """Each module reads a view of its own, whose gradient is the one that this module alone gives."""
+        if self.found is None and self.last is None and not all(map(_finite, tensors_of(args))):
+            message = f"in the data: {_called(name, module)} was given {_worst(args)}, and no module ran before"
+            self.found = Report(False, message, None, "data", amax=_amax(args))
+        return mapped(lambda t: self._view(t, name, module), args) if torch.is_grad_enabled() else None
+
+    def leave(self, name: str, module: nn.Module, args: tuple, out: Any) -> None:
+        if self.found is None and not all(map(_finite, tensors_of(out))):
+            bad = [which for which, p in module.named_parameters(recurse=False) if not _finite(p)]
+            why = f"; its {' and '.join(bad)} is not finite" if bad else ""
+            message = f"first in forward: {_called(name, module)}: returns {_worst(out)}; it read amax {_amax(args):g}{why}"
+            self.found = Report(False, message, name, "forward", amax=_amax(args))
+        self.last, self.last_amax = name or type(module).__name__, _amax(out)
+        for t in tensors_of(out):
+            if t.requires_grad:
+                t.register_hook(lambda grad: self.backward_enters(name, module, grad))
+
+    def _view(self, t: torch.Tensor, name: str, module: nn.Module) -> torch.Tensor:
+        if not t.requires_grad:
+            return t
+        view = t.view_as(t)
+        view.register_hook(lambda grad: self.backward_leaves(name, module, grad))
+        return view
+
+    def backward_enters(self, name: str, module: nn.Module, grad: torch.Tensor) -> None:
+        if self.found is None and not _finite(grad):
+            message = (
+                f"first in backward: the gradient of what {_called(name, module)} returns is {_worst(grad)}, made by the loss "
+                "or an operation after it that is no module"
+            )
+            self.found = Report(False, message, name, "backward", amax=self.last_amax)
+
+    def backward_leaves(self, name: str, module: nn.Module, grad: torch.Tensor) -> None:
+        if self.found is None and not _finite(grad):
+            message = f"first in backward: {_called(name, module)}: grad_x is {_worst(grad)}, its forward was fine"
+            self.found = Report(False, message, name, "backward", amax=None)
+
+
+def _of_parameters(model: nn.Module) -> Report | None:
+    """Gradients of inputs were all fine: those of parameters, the last registered module first, as backward goes."""
+    for name, module in reversed(list(model.named_modules())):
+        bad = [w for w, p in module.named_parameters(recurse=False) if p.grad is not None and not _finite(p.grad)]
+        if bad:
+            grads = [module.get_parameter(which).grad for which in bad]
+            message = (
+                f"first in backward: {_called(name, module)}: the gradient of its {' and '.join(bad)} is {_worst(grads)}, "
+                "those of all inputs are finite"
+            )
+            return Report(False, message, name, "backward")
+    return None
+
+
+def _called(name: str, module: nn.Module) -> str:
+    return f"{name} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
+
+
+def _finite(t: torch.Tensor) -> bool:
+    return not t.is_floating_point() or bool(t.isfinite().all())
+
+
+def _amax(tree: Any) -> float:
+    """The largest magnitude of the tensors in `tree`; NaN where there is one, 0 where there is nothing."""
+    found = [t.abs().max().item() for t in tensors_of(tree) if t.is_floating_point() and t.numel()]
+    return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
+
+
+def _worst(tree: Any) -> str:
+    """How many are inf and how many NaN."""
+    inf = sum(int(t.isinf().sum()) for t in tensors_of(tree) if t.is_floating_point())
+    nan = sum(int(t.isnan().sum()) for t in tensors_of(tree) if t.is_floating_point())
+    of = sum(t.numel() for t in tensors_of(tree) if t.is_floating_point())
+    return " and ".join(f"{what} at {n} of {of}" for what, n in (("inf", inf), ("NaN", nan)) if n)
