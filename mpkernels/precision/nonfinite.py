@@ -73,7 +73,7 @@ class _Search:
         if self.found is None and not all(map(_finite, tensors_of(out))):
             bad = [which for which, p in module.named_parameters(recurse=False) if not _finite(p)]
             why = f"; its {' and '.join(bad)} is not finite" if bad else ""
-            message = f"first in forward: {_called(name, module)}: returns {_worst(out)}; it read amax {_amax(args):g}{why}"
+            message = f"first in forward: {_called(name, module)} returns {_worst(out)}; it read amax {_amax(args):g}{why}"
             self.found = Report(False, message, name, "forward", amax=_amax(args))
         self.last, self.last_amax = name or type(module).__name__, _amax(out)
         for t in tensors_of(out):
