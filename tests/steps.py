@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from mpkernels.ops.grad_stats import op as grad_stats
 from mpkernels.runtime.dispatch import ENVIRONMENT_VARIABLE, Op
 from tests import bounds
 
@@ -48,6 +49,12 @@ def force(op: Op, target: tuple[str, str], monkeypatch) -> torch.device:
     backend, device = target
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, f"{op.name}={backend}")
     return torch.device(device)
+
+
+def norm_is_in_fp32(grads) -> bool:
+    """Whether grad_stats_ sums squares in fp32 first (see `bounds.check_norm`): eager on a CPU, of 16-bit gradients."""
+    backends = {grad_stats.backend(grad.device, grad.dtype) for grad in grads if grad.dtype.itemsize == 2 and grad.is_cpu}
+    return "eager" in backends
 
 
 def scalar(value: float, device="cpu", dtype=torch.float32) -> torch.Tensor:

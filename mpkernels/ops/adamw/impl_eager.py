@@ -7,7 +7,7 @@ By torch's fused AdamW, many tensors a launch; what that does not serve a tensor
 import torch
 
 from mpkernels.ops.common.cast import cast, cast_to_either_side
-from mpkernels.ops.common.fused import Contiguous, fused_why_not, update_fused
+from mpkernels.ops.common.fused import Contiguous, update_fused, why_not_fused
 from mpkernels.ops.common.multi_tensor import Step, where_taken
 
 
@@ -26,7 +26,7 @@ def adamw_(
     layout = Contiguous(masters, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies)
     masters, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies = layout.lists
     name = "_fused_adamw_" if decoupled else "_fused_adam_"
-    why_not = [fused_why_not(name, w, [m], bool(max_exp_avg_sqs)) for w, m in zip(masters, exp_avgs, strict=True)]
+    why_not = why_not_fused(name, masters, exp_avgs, bool(max_exp_avg_sqs))
     options = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
 
     def by_fused(piece, work, **scalars):

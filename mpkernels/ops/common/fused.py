@@ -16,17 +16,24 @@ from mpkernels.runtime.fake import copy_
 _MOST = {"cpu": 2**18, "cuda": 2**26}  # elements of a piece: 1 MiB stays in the cache; 256 MiB of a GPU's memory
 
 
-def fused_why_not(function: str, master: torch.Tensor, moments: list[torch.Tensor], amsgrad: bool = False) -> str | None:
-    """Why `torch.<function>` does not serve the update of this tensor, or None."""
+def fused_why_not(function: str, master: torch.dtype, moments: torch.dtype, amsgrad: bool = False) -> str | None:
+    """Why `torch.<function>` does not serve an update of masters and moments of these dtypes, or None."""
     if not hasattr(torch, function):
         return f"this torch has no {function}"
     if amsgrad:
         return "its maximum of NaN and a number is not torch.maximum's"
-    if master.dtype != torch.float32:
+    if master != torch.float32:
         return "copies of fp64 masters would be rounded twice"
-    if any(moment.dtype != torch.float32 for moment in moments):
+    if moments != torch.float32:
         return "it has one dtype for masters and moments"
     return None
+
+
+def why_not_fused(function: str, masters: list[torch.Tensor], moments: list[torch.Tensor], amsgrad: bool = False) -> list:
+    """`fused_why_not` of each master with its moment; without moments of the master alone."""
+    kinds = [(master.dtype, moment.dtype) for master, moment in zip(masters, moments or masters, strict=True)]
+    reasons = {kind: fused_why_not(function, *kind, amsgrad) for kind in set(kinds)}
+    return [reasons[kind] for kind in kinds]
 
 
 class Contiguous:
@@ -37,7 +44,7 @@ class Contiguous:
 
     def __init__(self, *lists: list[torch.Tensor]):
         self._stand_ins = []
-        self.lists = [tensors if all(map(_is_plain, tensors)) else list(map(self._stand_in, tensors)) for tensors in lists]
+        self.lists = [tensors if _are_plain(tensors) else list(map(self._stand_in, tensors)) for tensors in lists]
 
     def _stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
         stand_in = tensor.detach()
@@ -54,8 +61,11 @@ class Contiguous:
                 copy_(tensor, stand_in)
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return tensor.is_contiguous() and 1 not in tensor.shape and not tensor.is_neg()
+def _are_plain(tensors: list[torch.Tensor]) -> bool:
+    for tensor in tensors:  # noqa: SIM110 - a generator takes longer
+        if not tensor.is_contiguous() or 1 in tensor.shape or tensor.is_neg():
+            return False
+    return True
 
 
 def update_fused(update: Callable, lists: tuple, indices: list[int], factor, skip, apart: list | None = None) -> None:

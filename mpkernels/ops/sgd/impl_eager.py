@@ -7,7 +7,7 @@ By torch's fused SGD, many tensors a launch; what that does not serve a tensor a
 import torch
 
 from mpkernels.ops.common.cast import cast
-from mpkernels.ops.common.fused import Contiguous, fused_why_not, update_fused
+from mpkernels.ops.common.fused import Contiguous, update_fused, why_not_fused
 from mpkernels.ops.common.multi_tensor import Step, values_are_here, where_taken
 
 
@@ -37,8 +37,8 @@ def sgd_(
 
     served = []
     if is_first or not dampening:
-        moments = [[b] for b in momentum_buffers] or [[]] * len(masters)
-        served = [i for i, w in enumerate(masters) if fused_why_not("_fused_sgd_", w, moments[i]) is None]
+        why_not = why_not_fused("_fused_sgd_", masters, momentum_buffers)
+        served = [i for i, reason in enumerate(why_not) if reason is None]
         update_fused(by_fused, (masters, grads, copies), served, step.factor, step.skip, is_first)
     if rest := sorted(set(range(len(masters))) - set(served)):
         _one_by_one(rest, masters, grads, momentum_buffers, copies, step, **options)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """grad_stats_ against fp64: found_inf, amax, count of non-finite and the norm."""
 
+import functools
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from mpkernels.ops.common.multi_tensor import count_nonfinite
-from mpkernels.ops.grad_stats import op, reference
+from mpkernels.ops.grad_stats import impl_eager, op, reference
 from tests import bounds
 from tests.steps import (
     BAD_SCALES,
@@ -19,6 +20,7 @@ from tests.steps import (
     counts,
     force,
     layouts,
+    norm_is_in_fp32,
     raw,
     scalar,
     split,
@@ -74,7 +76,7 @@ def check(grads, grad_scale):
     assert out["amax"].tolist() == amax
     assert out["nonfinite"].tolist() == nonfinite
     if math.isfinite(norm):
-        bounds.check_norm(out["grad_norm"].item(), norm, sum(g.numel() for g in grads))
+        bounds.check_norm(out["grad_norm"].item(), norm, sum(g.numel() for g in grads), norm_is_in_fp32(grads))
     else:
         assert not math.isfinite(out["grad_norm"].item())
     return out
@@ -258,6 +260,25 @@ def test_grad_stats_norm_of_any_magnitude(device, sizes):
                 assert raw([first]) == raw([again])
 
 
+@pytest.mark.parametrize("device", [("eager", "cpu")], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_grad_stats_squares_in_fp32(device, dtype):
+    """Of the largest pieces, of equal elements, whose roundings do not cancel, and of a bf16 magnitude beyond fp32's root."""
+    for value in (0.1, 1 / 3, 1e-4, *((2.0**-80, 1e30, 3e38) if dtype == torch.bfloat16 else (2.0**-24, 65504.0))):
+        for n in (impl_eager.PIECE, 2 * impl_eager.PIECE + 5):
+            grad = torch.full((n,), value, dtype=dtype)
+            norm, exact = stats([grad], None)["grad_norm"].item(), grad[0].item() * math.sqrt(n)
+            bounds.check_norm(norm, exact, n, in_fp32=True)
+
+
+def test_grad_stats_rejects_squares_in_a_row():
+    """Negative control: fp32 additions one after another, in 32 lanes, are outside of the bound for a cascade."""
+    values = np.full((2**13, 32), np.float32(np.float16(1 / 3)) ** 2)
+    rows = functools.reduce(np.add, values)
+    with pytest.raises(AssertionError, match="grad_norm"):
+        bounds.check_norm(math.sqrt(rows.astype(np.float64).sum()), math.sqrt(values.astype(np.float64).sum()), 2**18, True)
+
+
 def test_grad_stats_norm_of_mixed_magnitudes(device):
     """One tensor tiny, one usual, one huge, in every order; zeros and what is not finite among them."""
     at = lambda size, dtype=torch.float64: torch.full((300,), size, dtype=torch.float64).to(device, dtype)
@@ -266,7 +287,7 @@ def test_grad_stats_norm_of_mixed_magnitudes(device):
                  [at(1e-145), at(1e-144)], [at(2.0**480), at(2.0**479)], [at(0.0)], [at(5e-324), at(0.0)]):  # fmt: skip
         for grads in (some, some[::-1]):
             exact = reference.grad_stats([g.cpu() for g in grads], 1.0)[3]
-            bounds.check_norm(stats(grads, None)["grad_norm"].item(), exact, 300 * len(grads))
+            bounds.check_norm(stats(grads, None)["grad_norm"].item(), exact, 300 * len(grads), norm_is_in_fp32(grads))
     for bad in BAD_VALUES:
         for size in (1e-200, 1e200):
             grads = [at(size), at(size)]

@@ -238,14 +238,14 @@ def test_fallback_without_the_fused_op(monkeypatch):
     steps.check_copies(args["copies"], args["masters"])
     from mpkernels.ops.common.fused import fused_why_not
 
-    assert "no _fused_adamw_" in fused_why_not("_fused_adamw_", torch.ones(1), [])
+    assert "no _fused_adamw_" in fused_why_not("_fused_adamw_", f32, f32)
 
 
 def test_fallback_pieces_are_bounded(monkeypatch, fused):
     """A piece has no more elements than it may, or one tensor; every tensor is in one."""
-    from mpkernels.ops.common import fused
+    from mpkernels.ops.common import fused as common
 
-    monkeypatch.setattr(fused, "_MOST", {"cpu": 100})
+    monkeypatch.setattr(common, "_MOST", {"cpu": 100})
     sizes = (60, 50, 0, 30, 400, 10, 90, 1)
     adamw.adamw_(**test_adamw.arguments([torch.ones(n) for n in sizes], [torch.ones(n).half() for n in sizes]))
     pieces = [[t.numel() for t in args[0]] for _, args, _ in fused]
