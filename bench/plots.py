@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plots of docs/performance.md, as SVG, from rows alone; each carries a digest of the rows it was drawn from."""
+"""The charts of README and docs/benchmarks, as SVG, from rows alone; each has a digest of the rows it was drawn from."""
 
+import functools
 import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from bench.contender import OURS
+from bench.figures import IN_CHART, Cases, times
+from bench.tables import by_case
 
 PEERS_OVER_K = ("oneDNN on fp32 copies", "MKL on fp32 copies", "torch float16", "torch bfloat16", "torch.compile default")
 OVER_K = {"cpu": (256, 1024), "cuda": (4096, 4096)}  # M, N
@@ -16,29 +18,43 @@ SHOWN_STEPS = (OURS, "classical fp16 recipe", "fp32 parameters", "Apex's passes"
 KEYS = ("case", "contender", "us_p50", "ratio", "bytes_per_parameter", "tflop_s", "gb_s", "bytes", "flops", "limits")
 
 
-def draw(rows: list[dict], folder: Path, device: str = "cpu") -> Iterable[tuple[Path, str]]:
-    """(path, SVG) of every plot that has rows."""
+def draw(rows: dict[str, list[dict]], names: dict[str, str]) -> Iterable[tuple[str, str]]:
+    """(file, SVG) of every chart that has rows; rows by page, and what its machine is called."""
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "mpkernels"
+    matplotlib.rcParams |= {"svg.hashsalt": "mpkernels", "svg.fonttype": "none", "font.family": "sans-serif"}
     from matplotlib import pyplot
 
-    for name, chosen in chosen_rows(rows, device).items():
+    for file, (chosen, plot) in charts(rows, names).items():
         figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-        PLOTS[name][1](axes, chosen)
+        plot(axes)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Description": digest(chosen)})
         pyplot.close(figure)
-        yield folder / file_name(name, device), "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+        yield file, "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 
-def file_name(name: str, device: str) -> str:
-    return f"{name}.svg" if device == "cpu" else f"{device}_{name}.svg"
+def charts(rows: dict[str, list[dict]], names: dict[str, str]) -> dict[str, tuple[list[dict], Callable]]:
+    """{file: (its rows, how to draw it)}."""
+    found = {
+        f"{page}_{name}.svg": (chosen, functools.partial(PLOTS[name][1], rows=chosen))
+        for page, of_page in rows.items()
+        for name, chosen in chosen_rows(of_page, kind(of_page)).items()
+    }
+    cases = {names[page]: by_case(of_page) for page, of_page in rows.items() if kind(of_page) == "cpu"}
+    for name, (select, plot) in README_PLOTS.items():
+        if chosen := [row for of_page in rows.values() if kind(of_page) == "cpu" for row in of_page if select(row)]:
+            found[f"{name}.svg"] = (chosen, functools.partial(plot, cases=cases))
+    return found
+
+
+def kind(rows: list[dict]) -> str:
+    return "cuda" if rows[-1]["clock"] == "GPU events" else "cpu"
 
 
 def chosen_rows(rows: list[dict], device: str) -> dict[str, list[dict]]:
-    """{plot: its rows}, where there are any."""
+    """{plot: its rows} of one machine, where there are any."""
     chosen = {name: [row for row in rows if select(row, device)] for name, (select, _) in PLOTS.items()}
     return {name: found for name, found in chosen.items() if found}
 
@@ -49,12 +65,7 @@ def digest(rows: list[dict]) -> str:
     return "rows " + hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def expected_digests(rows: list[dict], device: str = "cpu") -> dict[str, str]:
-    """{file: digest of its rows}."""
-    return {file_name(name, device): digest(chosen) for name, chosen in chosen_rows(rows, device).items()}
-
-
-# ----- the plots ---------------------------------------------------------------
+# ----- of one machine ---------------------------------------------------------------
 
 
 def roofline(axes, rows):
@@ -138,4 +149,63 @@ PLOTS: dict[str, tuple[Callable[[dict, str], bool], Callable]] = {
     "bytes_per_parameter": (lambda r, device: r["case"] == f"step/float16/plain/{SIZE[device]}in300", bytes_per_parameter),
     "step_over_parameters": (lambda r, _: _step_of(r) and tensors(r) == 300, step_over_parameters),
     "step_over_tensors": (lambda r, device: _step_of(r) and f"/{SIZE[device]}in" in r["case"], step_over_tensors),
+}
+
+
+# ----- of all machines, for README ---------------------------------------------------------------
+
+
+def bytes_moved(axes, cases: dict[str, Cases]):
+    """Counted bytes per parameter of the recipes for a step, without and with clipping: the same on every machine."""
+    plain, clip = (next(iter(cases.values()))[case] for case in STEP_CASES)
+    counted = {name: row["bytes_per_parameter"] for name, row in plain.items() if name == OURS or not name.startswith(OURS)}
+    names = sorted(filter(counted.get, counted), key=lambda name: (counted[name], name != OURS))  # 0: not counted
+    clipped = [clip[name]["bytes_per_parameter"] if name in clip else 0 for name in names]
+    axes.barh(names, clipped, color="lightgray", label="with clipping, where counted")
+    bars = axes.barh(
+        names, [counted[name] for name in names], height=0.5, color=["C0" if name == OURS else "C7" for name in names]
+    )
+    axes.bar_label(bars, padding=4)
+    axes.invert_yaxis()
+    axes.set(title="AdamW step: bytes moved per parameter, fp16 gradients")
+    axes.legend(loc="upper right", frameon=False)
+    _bare(axes)
+
+
+def speed(axes, cases: dict[str, Cases]):
+    """How much faster than a baseline, on a logarithmic axis from 1, a bar for each machine."""
+    height = 0.8 / len(cases)
+    for i, (machine, of) in enumerate(cases.items()):
+        found = [(place, comparison.on(of)) for place, comparison in enumerate(IN_CHART)]
+        known = [(place + (i + 0.5) * height - 0.4, row) for place, row in found if row]
+        bars = axes.barh(
+            [y for y, _ in known],
+            [1 / row["ratio"] - 1 for _, row in known],
+            height,
+            left=1,
+            label=machine,
+            color=f"C{i}",
+        )
+        axes.bar_label(bars, [times(row) for _, row in known], padding=4)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlim=(0.5, 64), title="x faster than the baseline (below 1x: slower)")
+    axes.set_yticks(range(len(IN_CHART)), [f"{c.what}\nagainst {c.baseline}" for c in IN_CHART], fontsize=8)
+    axes.set_xticks((0.5, 1, 2, 4, 8, 16, 32), ("0.5x", "1x", "2x", "4x", "8x", "16x", "32x"))
+    axes.minorticks_off()
+    axes.invert_yaxis()
+    axes.legend(loc="upper right", frameon=False)
+    _bare(axes)
+
+
+def _bare(axes):
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+STEP_CASES = tuple(f"step/float16/{kind}/{SIZE['cpu']}in300" for kind in ("plain", "clip"))
+_IN_CHART = {(c.case, name) for c in IN_CHART for name in (c.subject, c.baseline)}
+
+README_PLOTS: dict[str, tuple[Callable[[dict], bool], Callable]] = {
+    "bytes": (lambda row: row["case"] in STEP_CASES, bytes_moved),
+    "speed": (lambda row: (row["case"], row["contender"]) in _IN_CHART, speed),
 }

@@ -1,288 +1,205 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the tables of README.md and docs/performance.md and the plots from bench/results: python -m bench.report.
+"""Write the tables of README.md and docs/performance.md, docs/benchmarks and the charts from bench/results.
 
-A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; nothing there is written by hand.
-tests/bench/test_bench.py fails when a table is not what the rows say, or when a plot was drawn from other rows.
-A ratio known to no better than 10 % is shown with its uncertainty.
+python -m bench.report. A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; nothing there is written by
+hand, nor is anything in docs/benchmarks. tests/bench/test_bench.py fails where a table is not what the rows say, or a chart
+was drawn from other rows. A ratio known to no better than 10 % is shown with its uncertainty.
 """
 
-import math
 import re
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from bench import bars, plots
-from bench.contender import OURS
+from bench import plots, tables
+from bench.figures import AGAINST_AMP, KEY_FIGURES, Comparison
 from bench.rows import RESULTS, read
+from bench.tables import EVERY_OP, by_case, markdown, taken
+from mpkernels.runtime.dispatch import ops
 
 ROOT = RESULTS.parent.parent
+PLOTS = ROOT / "docs" / "plots"
 DOCUMENTS = ("README.md", "docs/performance.md")
-FILES = {  # of a case that several of them have, the last one's rows are shown: bench/device.sh writes one per forced backend
-    "cpu": ("cpu",),
-    "intel": ("cpu-intel",),
-    "cuda": ("cuda", "cuda-triton", "cuda-step", "cuda-native"),
-}
-PLOTTED = ("cpu", "cuda")
-HOW_TO_READ = (
-    "Medians of ratios taken within a round, or a quotient of two: below 1, mpkernels is faster; ± where known less well "
-    "than to 10 %."
-)
 
-# README's table: what, the case, whose time, and whom it is compared with.
-KEY_FIGURES = (
-    ("forward with ReLU, fp16, M=512 K=1024 N=4096", "linear_act/forward/float16/512x1024x4096", OURS, (
-        "torch float16", "MKL on fp32 copies", "oneDNN on fp32 copies, ReLU fused",
-    )),
-    ("forward with ReLU, bf16, M=256 K=1024 N=1024", "linear_act/forward/bfloat16/256x1024x1024", OURS, (
-        "torch bfloat16", "MKL on fp32 copies",
-    )),
-    ("backward, fp16, M=256 K=1024 N=1024", "linear_act/backward/float16/256x1024x1024", OURS, (
-        "torch float16", "MKL on fp32 copies", "oneDNN on fp32 copies",
-    )),
-    ("AdamW step with scaler, 50e6 fp16 parameters in 300 tensors", "step/float16/plain/5e7in300", OURS, (
-        "classical fp16 recipe", "fp32 parameters", "Apex's passes",
-    )),
-    ("training step, 784-1024-1024-1024-10, batch 256, mixed_float16", "training/mlp", OURS, (
-        "torch autocast fp16", "torch fp16 model, fp32 masters", "torch fp32",
-    )),
-    ("the same, mixed_bfloat16", "training/mlp", f"{OURS} mixed_bfloat16", ("torch autocast bf16", "torch fp32")),
-)  # fmt: skip
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine with a page in docs/benchmarks.
+
+    device: as its rows name it. files: of bench/results; of a case that several have, the last one's rows are shown, since
+    bench/device.sh writes one per forced backend. note: what a reader of its tables has to know.
+    """
+
+    name: str
+    device: str
+    kind: str
+    files: tuple[str, ...]
+    note: str = ""
+
+
+MACHINES = {  # by the name of their page
+    "zen3": Machine("AMD EPYC, Zen 3 (AVX2)", "AMD EPYC family 25 model 1", "cpu", ("cpu",)),
+    "intel": Machine(
+        "Intel Xeon (AVX-512 FP16, AMX)",
+        "Intel(R) Xeon(R) Processor family 6 model 167",
+        "cpu",
+        ("cpu-intel",),
+        "In forward, in chains and in models `oneDNN on fp32 copies`, `fp32, oneDNN` and `torch fp32, oneDNN` multiply in\n"
+        "bf16 on this CPU, which is how oneDNN reads the setting that selects it (the error is in the rows); with ReLU fused,\n"
+        "and in backward, they compute in fp32. The targets for training against torch's fp16 were set for a CPU without fp16\n"
+        "instructions, which this is not.",
+    ),
+    "h200": Machine("NVIDIA H200", "NVIDIA H200", "cuda", ("cuda", "cuda-triton", "cuda-step", "cuda-native")),
+}
+
+NAMES = {page: machine.name for page, machine in MACHINES.items()}
 
 
 def main() -> int:
     rows = current_rows()
     for path, text in documents(rows):
+        path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    for device in rows.keys() & PLOTTED:
-        for path, text in plots.draw(rows[device], ROOT / "docs" / "plots", device):
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
+    PLOTS.mkdir(exist_ok=True)
+    for name, text in plots.draw(rows, NAMES):
+        (PLOTS / name).write_text(text)
     return 0
 
 
 def current_rows(folder: Path = RESULTS) -> dict[str, list[dict]]:
-    """{"cpu": rows, ...}, of the files that are in bench/results; the rows of a case are of one file."""
+    """{page: rows} of the machines that have files in bench/results; the rows of a case are of one file."""
     found = {}
-    for device, names in FILES.items():
+    for page, machine in MACHINES.items():
         cases = {}
-        for path in (folder / f"{name}.jsonl" for name in names):
+        for path in (folder / f"{name}.jsonl" for name in machine.files):
             of_file: dict[str, list[dict]] = {}
             for row in read(path) if path.exists() else ():
                 of_file.setdefault(row["case"], []).append(row)
             cases |= of_file
         if cases:
-            found[device] = [row for rows in cases.values() for row in rows]
+            found[page] = [row for rows in cases.values() for row in rows]
     return found
 
 
 def documents(rows: dict[str, list[dict]]) -> Iterable[tuple[Path, str]]:
     """(path, the text it should have)."""
     for name in DOCUMENTS:
-        path = ROOT / name
-        yield path, filled(path.read_text(), rows)
+        yield ROOT / name, filled((ROOT / name).read_text(), rows)
+    for page, of_page in rows.items():
+        yield ROOT / "docs" / "benchmarks" / f"{page}.md", benchmarks(page, of_page)
 
 
 def filled(text: str, rows: dict[str, list[dict]]) -> str:
     """The text with every table made anew; KeyError for a marker that names no table."""
 
     def table(match: re.Match) -> str:
-        name, devices = match[1].split(" on ")
-        found = [rows[device] for device in devices.split(" and ") if device in rows]
-        body = TABLES[name](*found) if found else "No rows yet."
-        return f"<!-- bench:{match[1]} -->\n\n{body}\n\n<!-- /bench:{match[1]} -->"
+        return f"<!-- bench:{match[1]} -->\n\n{TABLES[match[1]](rows)}\n\n<!-- /bench:{match[1]} -->"
 
-    return re.sub(r"<!-- bench:([a-z_ +]+) -->.*?<!-- /bench:\1 -->", table, text, flags=re.S)
+    return re.sub(r"<!-- bench:([a-z ]+) -->.*?<!-- /bench:\1 -->", table, text, flags=re.S)
 
 
-# ----- tables ---------------------------------------------------------------
+# ----- tables of several machines ---------------------------------------------------------------
 
 
-def markdown(header: list[str], lines: Iterable[list[str]]) -> str:
-    rule = ["---"] * len(header)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
+def compared(comparisons: Iterable[Comparison], rows: dict[str, list[dict]]) -> str:
+    """A column of "x faster" per CPU; a baseline that none of them has is left out."""
+    pages = [page for page in rows if MACHINES[page].kind == "cpu"]
+    cases = [by_case(rows[page]) for page in pages]
+    found = [[c.what, c.baseline, *(c.faster(of) for of in cases)] for c in comparisons]
+    return markdown(["mpkernels, x faster", "than", *(MACHINES[page].name for page in pages)], [c for c in found if any(c[2:])])
 
 
-def by_case(rows: list[dict], *ops: str, prefix: str = "") -> dict[str, dict[str, dict]]:
-    """{case: {contender: row}}."""
-    found: dict[str, dict[str, dict]] = {}
-    for row in rows:
-        if row["op"] in ops and row["case"].startswith(prefix):
-            found.setdefault(row["case"], {})[row["contender"]] = row
-    return found
+def places(rows: dict[str, list[dict]]) -> str:
+    """Where and when each machine's rows were taken, a line each."""
+    lines = {f"[{MACHINES[page].name}](benchmarks/{page}.md)": taken(of_page) for page, of_page in rows.items()}
+    return "\n".join(f"- {link}: {where}\n  {when}" for link, (where, when) in lines.items())
 
 
-def contenders_of(cases: dict[str, dict[str, dict]]) -> list[str]:
-    return list(dict.fromkeys(name for case in cases.values() for name in case))
+def support(_: dict[str, list[dict]]) -> str:
+    """device x op x backend, as the ops declare their implementations."""
+    names: dict[tuple[str, ...], list[str]] = {}  # of the ops, by what the cells of their line say
+    for name, op in sorted(ops.items()):
+        on_gpu = {backend: f"sm{i.sm}" if i.sm else LEAST_SM[backend] for backend, i in op.implementations.items()}
+        places = (("eager", "cpu"), ("native", "cpu"), ("eager", "cuda"), ("native", "cuda"), ("triton", "cuda"))
+        cells = [
+            "" if device not in getattr(op.implementations.get(backend), "device_types", ())
+            else "yes" if device == "cpu" else on_gpu[backend]
+            for backend, device in places
+        ]  # fmt: skip
+        names.setdefault(tuple(cells), []).append(f"`{name}`")
+    lines = [[", ".join(of), *cells] for cells, of in names.items()]
+    return markdown(["op", "CPU, torch ops", "CPU, C++", "GPU, torch ops", "GPU, CUDA C++", "GPU, Triton"], lines)
 
 
-def time_of(us: float) -> str:
-    """Three digits with a unit."""
-    for unit, size in (("s", 1e6), ("ms", 1e3)):
-        if us >= size:
-            return f"{us / size:.3g} {unit}"
-    return f"{us:.3g} µs"
+LEAST_SM = {"eager": "any", "native": "sm75+", "triton": "sm80+"}  # where an implementation is not for one architecture alone
 
 
-def ratio_of(row: dict) -> str:
-    return with_doubt(f"{row['ratio']:.3g}", row)
+# ----- a machine's page ---------------------------------------------------------------
 
-
-def with_doubt(text: str, row: dict) -> str:
-    return f"{text} ± {row['uncertainty']:.0%}" if bars.doubtful(row) else text
-
-
-def between(subject: dict, peer: dict) -> dict:
-    """The subject's time over the peer's, both of which were taken in rounds with the case's first contender."""
-    uncertainty = math.hypot(subject["uncertainty"], peer["uncertainty"])
-    return {"ratio": peer["ratio"] / subject["ratio"], "uncertainty": uncertainty}
-
-
-def key_figures(*machines: list[dict]) -> str:
-    """A column of ratios per machine; peers that none of them has are left out."""
-    cases = [by_case(rows, "linear_act", "step", "training") for rows in machines]
-
-    def cell(of: dict[str, dict[str, dict]], case: str, subject: str, peer: str) -> str:
-        return ratio_of(between(of[case][subject], of[case][peer])) if peer in of[case] else ""
-
-    lines = [
-        [what, peer, *(cell(of, case, subject, peer) for of in cases)]
-        for what, case, subject, peers in KEY_FIGURES
-        for peer in peers
-        if any(peer in of[case] for of in cases)
-    ]
-    header = ["mpkernels", "compared with", *(f"on {rows[-1]['device']}" for rows in machines)]
-    places = [taken(rows) for rows in machines]
-    return "\n\n".join([markdown(header, lines), "\n".join(places) + f" {HOW_TO_READ}"])
-
-
-def everything(rows: list[dict]) -> str:
-    """All tables that have something in them, and the plots."""
-    titles = [name for name, (ops, _) in OF_OPS.items() if any(row["op"] in ops for row in rows)]
-    tables = [f"### {name[0].upper()}{name[1:]}\n\n{OF_OPS[name][1](rows)}" for name in titles]
-    device = device_of(rows)
-    pictures = [
-        f"![{name.replace('_', ' ')}](plots/{plots.file_name(name, device)})" for name in plots.chosen_rows(rows, device)
-    ]
-    return "\n\n".join([*tables, "\n".join(pictures)])
-
-
-def device_of(rows: list[dict]) -> str:
-    return "cuda" if rows[-1]["clock"] == "GPU events" else "cpu"
-
-
-def taken(rows: list[dict]) -> str:
-    """Where and when, in a line."""
-    r, loads = rows[-1], [row["load"] for row in rows]
-    dates, commits = sorted({row["date"] for row in rows}), sorted({row["commit"] for row in rows})
-    return (
-        f"{r['device']}, {r['clock']}, torch {r['torch']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
-        f"commit {', '.join(commits)}, load {min(loads):.1f} to {max(loads):.1f}."
-    )
-
-
-def ratios(rows: list[dict], *ops: str, prefix: str = "") -> str:
-    """A line per case: our time, its share of the limit, and its ratio to everyone else's."""
-    cases = by_case(rows, *ops, prefix=prefix)
-    others = [name for name in contenders_of(cases) if name != OURS]
-    lines = []
-    for case, found in cases.items():
-        subject = found[OURS]
-        share = subject["share_of_limit"]
-        cells = [ratio_of(found[name]) if name in found else "" for name in others]
-        lines.append([case.removeprefix(prefix), time_of(subject["us_p50"]), f"{share:.0%}" if share else "", *cells])
-    return markdown(["case", "ours", "of the limit", *others], lines)
-
-
-def numerics(rows: list[dict]) -> str:
-    """The worst of every contender over all cases of an op and dtype."""
-    groups: dict[tuple[str, str], list[dict]] = {}
-    for row in rows:
-        if row["op"] in ("linear_act", "step") and row.get("error_to_best") is not None:
-            groups.setdefault(("/".join(row["case"].split("/")[:3]), row["contender"]), []).append(row)
-    lines = [
-        [
-            group, name, f"{max(r['error_to_best'] for r in found):.4g}",
-            f"{min(r['correctly_rounded'] for r in found):.2%}",
-        ]
-        for (group, name), found in groups.items()
-    ]  # fmt: skip
-    return markdown(["cases", "contender", "error, of the least possible", "correctly rounded"], lines)
-
-
-def bytes_per_parameter(rows: list[dict]) -> str:
-    """Counted, and what the time is worth at the rate of a plain stream."""
-    cases = by_case(rows, "step", prefix="step/float16/plain/")
-    lines = []
-    for case, found in cases.items():
-        count = int(float(case.rsplit("/", 1)[1].split("in")[0]))
-        for name, row in found.items():
-            worth = row["us_p50"] * row["limits"]["gb_s"] * 1e3 / count
-            lines.append([case, name, str(row["bytes_per_parameter"] or "not counted"), with_doubt(f"{worth:.0f}", row)])
-    return markdown(["case", "contender", "bytes per parameter, counted", "its time in bytes of a plain stream"], lines)
-
-
-def training(rows: list[dict]) -> str:
-    lines = [
-        [
-            case.removeprefix("training/"), name, time_of(r["us_p50"]), ratio_of(r),
-            f"{r['peak_bytes'] / 2**20:.1f}", f"{r['first_loss']:.4f}", f"{r['last_loss']:.4f} after {r['steps']}",
-        ]
-        for case, found in by_case(rows, "training").items()
-        for name, r in found.items()
-    ]  # fmt: skip
-    return markdown(["model", "contender", "step", "ours / this", "peak MiB", "first loss", "last loss"], lines)
-
-
-def overhead(rows: list[dict]) -> str:
-    lines = [
-        [case.removeprefix("overhead/"), name, time_of(r["us_p50"]), ratio_of(r)]
-        for case, found in by_case(rows, "overhead").items()
-        for name, r in found.items()
-    ]
-    return markdown(["call", "contender", "time", "ours / this"], lines)
-
-
-def kept(rows: list[dict]) -> str:
-    """What is promised, and whether it is so."""
-    found = by_case(rows, "linear_act", "step", "training", "overhead")
-    return markdown(["what", "against", "wanted", "worst", "case", ""], bars.lines(device_of(rows), found))
-
-
-def left_out(rows: list[dict]) -> str:
-    """Who did not compete, where first, and why."""
-    reasons: dict[str, tuple[str, str]] = {}
-    for row in rows:
-        for name, reason in row.get("left_out", {}).items():
-            reasons.setdefault(name, (row["case"], reason))
-    if not reasons:
-        return "Nobody."
-    return markdown(["contender", "first in", "because"], [[name, *why] for name, why in reasons.items()])
-
-
-def limits(rows: list[dict]) -> str:
-    found = rows[-1]["limits"]
-    lines = [["memory", f"{found['gb_s']:.3g} GB/s (copy: {found['copy_gb_s']:.3g})"]]
-    lines += [[f"GEMM, {dtype} operands", f"{rate:.3g} TFLOP/s"] for dtype, rate in found["tflop_s"].items()]
-    return markdown(["limit", "measured"], lines) + f"\n\n{taken(rows)} {HOW_TO_READ}"
-
-
-_EVERY_OP = ("linear_act", "mlp", "step", "training", "overhead")
-OF_OPS = {  # name: (the ops it shows, how)
-    "bars": (_EVERY_OP, kept),
-    "limits": (_EVERY_OP, limits),
-    "forward": (("linear_act",), lambda rows: ratios(rows, "linear_act", prefix="linear_act/forward/")),
-    "backward": (("linear_act",), lambda rows: ratios(rows, "linear_act", prefix="linear_act/backward/")),
-    "forward+backward": (("linear_act",), lambda rows: ratios(rows, "linear_act", prefix="linear_act/both/")),
-    "mlp": (("mlp",), lambda rows: ratios(rows, "mlp")),
-    "step": (("step",), lambda rows: ratios(rows, "step")),
-    "bytes": (("step",), bytes_per_parameter),
-    "training": (("training",), training),
-    "overhead": (("overhead",), overhead),
-    "numerics": (("linear_act", "step"), numerics),
-    "left out": (_EVERY_OP, left_out),
+SECTIONS = {  # title: (the ops it shows, a sentence on it, its table)
+    "Targets": (EVERY_OP, "What the project aims at on such a device, and the worst case of each target.", tables.outcomes),
+    "Roofs": (EVERY_OP, "What this machine can do at most, measured beside the cases.", tables.limits),
+    "Forward": (
+        ("linear_act",),
+        "Shapes are M x K x N, with ReLU.",
+        lambda rows: tables.ratios(rows, "linear_act", prefix="linear_act/forward/"),
+    ),
+    "Backward": (
+        ("linear_act",),
+        "All three gradients. The graph is kept, so baselines on fp32 copies keep theirs from forward; ours casts again.",
+        lambda rows: tables.ratios(rows, "linear_act", prefix="linear_act/backward/"),
+    ),
+    "Forward and backward": (("linear_act",), "", lambda rows: tables.ratios(rows, "linear_act", prefix="linear_act/both/")),
+    "Chains": (("mlp",), "Four layers, forward and backward, fp32 parameters.", lambda rows: tables.ratios(rows, "mlp")),
+    "Optimizer step": (
+        ("step",),
+        "`scaler.step(opt)` and `scaler.update()` together, the launch overhead of every tensor included.",
+        lambda rows: tables.ratios(rows, "step"),
+    ),
+    "Bytes of the optimizer step": (("step",), "", tables.bytes_per_parameter),
+    "Training steps": (
+        ("training",),
+        'Forward, loss, backward and update. `mpkernels` is `convert(model, "mixed_float16")` with our AdamW and scaler.',
+        tables.training,
+    ),
+    "Per call": (
+        ("overhead",),
+        "CPU launch overhead: calls on tiny tensors, steps of tensors of 16 elements, the first training step of a process.",
+        tables.overhead,
+    ),
+    "Left out": (EVERY_OP, "", tables.left_out),
+    "Numerics": (
+        ("linear_act", "step"),
+        "The worst of each over its cases, against fp64 on the same rounded inputs; 1 is one rounding of the exact result.",
+        tables.numerics,
+    ),
 }
-TABLES = {name: table for name, (_, table) in OF_OPS.items()} | {"key figures": key_figures, "everything": everything}
+
+
+def benchmarks(page: str, rows: list[dict]) -> str:
+    """docs/benchmarks/<page>.md: every section that has rows, and the charts."""
+    machine = MACHINES[page]
+    head = (
+        *taken(rows),
+        "How rows are taken, and what each baseline is: [methodology](../methodology.md).",
+        "Ratios are our time over theirs: below 1, mpkernels is faster.",
+    )
+    written = "<!-- Written by python -m bench.report: change that, not this. -->"
+    parts = [written, f"# {machine.name}", "\n".join(head), machine.note]
+    for title, (of_ops, sentence, table) in SECTIONS.items():
+        if any(row["op"] in of_ops for row in rows):
+            parts += [f"## {title}", sentence, table(rows)]
+    charts = [f"![{name.replace('_', ' ')}](../plots/{page}_{name}.svg)" for name in plots.chosen_rows(rows, machine.kind)]
+    return "\n\n".join(part for part in (*parts, *(["## Charts", *charts] if charts else ())) if part) + "\n"
+
+
+TABLES = {
+    "against amp": lambda rows: compared(AGAINST_AMP, rows),
+    "key figures": lambda rows: compared(KEY_FIGURES, rows),
+    "places": places,
+    "support": support,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

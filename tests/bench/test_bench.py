@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 
-from bench import bars, compare, plots, report, rows, step
+from bench import compare, figures, plots, report, rows, step, tables, targets
 from bench.__main__ import check
 from bench.cases import CASES, LinearAct, Mlp, Step, select
 from bench.contender import OURS
@@ -26,7 +26,11 @@ SMALL = (
 )
 
 
-NAMED = {bar.against for promises in bars.BARS.values() for bar in promises} | {"mpkernels", step.PLAIN_STEP, step.PLAIN_READ}
+NAMED = {target.against for some in targets.TARGETS.values() for target in some} | {
+    "mpkernels",
+    step.PLAIN_STEP,
+    step.PLAIN_READ,
+}
 
 
 def found(**ratios: float) -> dict[str, dict]:
@@ -76,14 +80,14 @@ def test_bench_checks_what_statistics_are_compared_with():
     assert (ours["step"], plain["step"]) == (2, 3), "each counts on by itself"
 
 
-def test_bench_has_the_cases_of_every_promise():
-    """No promise waits for a case that does not exist, and `--quick` says something of each."""
-    for device, promises in bars.BARS.items():
+def test_bench_has_the_cases_of_every_target():
+    """No target waits for a case that does not exist, and `--quick` says something of each."""
+    for device, some in targets.TARGETS.items():
         every, quick = ([case.name for case in select(device, quick=only)] for only in (False, True))
-        for bar in promises:
-            for name in bar.cases:
-                assert any(case.startswith(name) if name.endswith("/") else case == name for case in every), (bar.what, name)
-            assert bar.line({name: found(**dict.fromkeys(NAMED, 1)) for name in quick})[-1] != "not measured", bar.what
+        for target in some:
+            for name in target.cases:
+                assert any(case.startswith(name) if name.endswith("/") else case == name for case in every), (target.what, name)
+            assert target.line({name: found(**dict.fromkeys(NAMED, 1)) for name in quick})[-1] != "not measured", target.what
 
 
 # ----- what is shown ---------------------------------------------------------------
@@ -92,136 +96,154 @@ def test_bench_has_the_cases_of_every_promise():
 def test_bench_compares_two_contenders_by_their_ratios_to_a_third():
     """Ours takes 2, the one 4, the other 1: the one takes 4 times as long as the other."""
     one, other = {"ratio": 2 / 4, "uncertainty": 0.03}, {"ratio": 2 / 1, "uncertainty": 0.04}
-    assert report.between(one, other) == {"ratio": 4.0, "uncertainty": pytest.approx(0.05)}
+    assert figures.between(one, other) == {"ratio": 4.0, "uncertainty": pytest.approx(0.05)}
 
 
 @pytest.mark.parametrize(
     "path, text", list(report.documents(report.current_rows())), ids=lambda value: getattr(value, "name", "")
 )
 def test_bench_tables_are_what_the_rows_say(path, text):
-    assert "<!-- bench:" in text
+    assert "<!-- bench:" in text or "<!-- Written by python -m bench.report" in text
     assert path.read_text() == text, f"{path.name}: run python -m bench.report"
 
 
+def test_bench_a_page_per_machine():
+    """Pages, and charts, of machines with rows alone; all rows of a page are of the machine that it names."""
+    rows, docs = report.current_rows(), report.ROOT / "docs"
+    assert {path.stem for path in (docs / "benchmarks").glob("*.md")} == rows.keys()
+    assert {path.name for path in report.PLOTS.glob("*.svg")} == plots.charts(rows, report.NAMES).keys()
+    for page, of_page in rows.items():
+        assert {row["device"] for row in of_page} == {report.MACHINES[page].device}, page
+
+
 def test_bench_a_table_without_its_row_fails():
-    rows = [row for row in report.current_rows()["cpu"] if row["case"] != report.KEY_FIGURES[0][1]]
+    rows = {page: list(of_page) for page, of_page in report.current_rows().items()}
+    rows["zen3"] = [row for row in rows["zen3"] if row["case"] != figures.KEY_FIGURES[0].case]
     with pytest.raises(KeyError, match="linear_act/forward"):
-        report.filled((report.ROOT / "README.md").read_text(), {"cpu": rows})
+        report.filled((report.ROOT / "docs" / "performance.md").read_text(), rows)
 
 
-def test_bench_everything_has_every_table():
-    rows = report.current_rows()["cpu"]
-    text = report.everything(rows)
-    assert all(table(rows) in text for _, table in report.OF_OPS.values())
-    assert "### Step" not in report.everything([row for row in rows if row["op"] != "step"])
+def test_bench_key_figures_are_times_faster():
+    """Ours takes 2 and the baseline 4: 2x; what no machine has is left out, what one lacks is empty."""
+    comparison = figures.Comparison("a step", "a", OURS, "theirs")
+    rows = {"theirs": {"ratio": 0.5, "uncertainty": 0.2}, OURS: {"ratio": 1.0, "uncertainty": 0.0}}
+    assert comparison.faster({"a": rows}) == "2.0x ± 20%"
+    assert comparison.faster({"a": {OURS: rows[OURS]}}) == ""
+    assert [figures.times({"ratio": r}) for r in (1 / 27.6, 1 / 1.25, 1.07)] == ["28x", "1.2x", "0.93x"]
+    of_page = [{"op": "step", "case": "a", "contender": name, **row} for name, row in rows.items()]
+    other = figures.Comparison("a step", "a", OURS, "absent")
+    lines = report.compared([comparison, other], {"zen3": of_page, "intel": of_page[1:]}).splitlines()
+    assert lines[2:] == ["| a step | theirs | 2.0x ± 20% |  |"]
+
+
+def test_bench_page_has_every_table():
+    rows = report.current_rows()["zen3"]
+    text = report.benchmarks("zen3", rows)
+    assert all(f"## {title}\n" in text and table(rows) in text for title, (_, _, table) in report.SECTIONS.items())
+    assert "## Optimizer step" not in report.benchmarks("zen3", [row for row in rows if row["op"] != "step"])
 
 
 @pytest.mark.parametrize(
     "name, digest",
-    [
-        item
-        for device, rows in report.current_rows().items()
-        if device in report.PLOTTED
-        for item in plots.expected_digests(rows, device).items()
-    ],
+    [(file, plots.digest(chosen)) for file, (chosen, _) in plots.charts(report.current_rows(), report.NAMES).items()],
 )
 def test_bench_plots_are_drawn_from_the_rows(name, digest):
-    assert digest in (report.ROOT / "docs" / "plots" / name).read_text(), "run python -m bench.report"
+    assert digest in (report.PLOTS / name).read_text(), "run python -m bench.report"
 
 
-def test_bench_plots_rows_of_a_gpu(tmp_path):
+def test_bench_plots_rows_of_a_gpu():
     """Rows with the names of `--quick` on a GPU are enough for every plot, and for every table."""
     rows = []
     for case in select("cuda", quick=True):
-        like = next(row for row in report.current_rows()["cpu"] if row["op"] == case.op and row["contender"] == "mpkernels")
+        like = next(row for row in report.current_rows()["zen3"] if row["op"] == case.op and row["contender"] == "mpkernels")
         for name in NAMED | {"torch float16"}:
             rows.append(like | {"case": case.name, "contender": name, "clock": "GPU events", "peak_bytes": 1, "gb_s": 1.0})
-    drawn = [path.name for path, text in plots.draw(rows, tmp_path, "cuda") if "<svg" in text]
-    assert drawn == [f"cuda_{name}.svg" for name in plots.PLOTS]
-    text = report.filled("<!-- bench:everything on cuda --><!-- /bench:everything on cuda -->", {"cuda": rows})
+    drawn = [name for name, text in plots.draw({"h200": rows}, report.NAMES) if "<svg" in text]
+    assert drawn == [f"h200_{name}.svg" for name in plots.PLOTS]
+    text = report.benchmarks("h200", rows)
     assert all(f"plots/{name}" in text for name in drawn)
     assert "not measured" not in text
 
 
 def test_bench_every_plot_of_a_cpu_has_rows():
-    """docs/performance.md shows them all."""
-    assert list(plots.expected_digests(report.current_rows()["cpu"])) == [f"{name}.svg" for name in plots.PLOTS]
+    for page, of_page in report.current_rows().items():
+        assert list(plots.chosen_rows(of_page, report.MACHINES[page].kind)) == list(plots.PLOTS)
 
 
 def test_bench_shows_what_device_sh_wrote(tmp_path):
     """A file per forced backend, or some of them; of a case in two files the rows of one, and no plot without rows."""
-    like = report.current_rows()["cpu"][0] | {"clock": "GPU events"}
+    like = report.current_rows()["zen3"][0] | {"clock": "GPU events"}
 
     def write(name: str, op: str, case: str, **more) -> None:
         rows.merge(tmp_path / name, [like | {"op": op, "case": case, "contender": "mpkernels"} | more])
 
     write("cuda.jsonl", "overhead", "overhead/forward")
     found = report.current_rows(tmp_path)
-    assert list(found) == ["cuda"]
-    assert list(plots.draw(found["cuda"], tmp_path, "cuda")) == []
-    assert "### Overhead" in report.everything(found["cuda"])
+    assert list(found) == ["h200"]
+    assert list(plots.draw(found, report.NAMES)) == []
+    assert "## Per call" in report.benchmarks("h200", found["h200"])
     write("cuda-step.jsonl", "step", "step/float16/plain/1e8in300", bytes_per_parameter=30)
     for backend in ("native", "triton"):
         write(f"cuda-{backend}.jsonl", "linear_act", "linear_act/forward/float16/4096x1024x4096", backends=backend)
-    found = report.current_rows(tmp_path)["cuda"]
-    assert [row.get("backends") for row in found if row["op"] == "linear_act"] == ["native"]
-    assert {row["op"] for row in found} == {"overhead", "step", "linear_act"}
-    drawn = [path.name for path, _ in plots.draw(found, tmp_path, "cuda")]
-    assert "cuda_roofline.svg" in drawn
-    assert all(f"plots/{name}" in report.everything(found) for name in drawn)
+    found = report.current_rows(tmp_path)
+    assert [row.get("backends") for row in found["h200"] if row["op"] == "linear_act"] == ["native"]
+    assert {row["op"] for row in found["h200"]} == {"overhead", "step", "linear_act"}
+    drawn = [name for name, _ in plots.draw(found, report.NAMES)]
+    assert "h200_roofline.svg" in drawn
+    assert all(f"plots/{name}" in report.benchmarks("h200", found["h200"]) for name in drawn)
 
 
-def test_bench_bar_names_the_worst_case():
-    bar = bars.Bar("forward", "theirs", ("forward/", "one"), 1.10, bars.time_over("theirs"))
+def test_bench_target_names_the_worst_case():
+    target = targets.Target("forward", "theirs", ("forward/", "one"), 1.10, targets.time_over("theirs"))
     rows = {
         "forward/a": found(mpkernels=1, theirs=1.2),
         "forward/b": found(mpkernels=1, theirs=1.0),
         "backward": found(theirs=9),
     }
-    assert bar.line(rows) == ["forward", "theirs", "<= 1.1", "1.2", "forward/a", "missed in 1 of 2"]
+    assert target.line(rows) == ["forward", "theirs", "<= 1.1", "1.2", "forward/a", "missed in 1 of 2"]
     del rows["forward/a"]
-    assert bar.line(rows)[3:] == ["1", "forward/b", "met"]
-    assert bar.line({"forward/b": found(mpkernels=1)})[3:] == ["", "", "not measured"]
+    assert target.line(rows)[3:] == ["1", "forward/b", "met"]
+    assert target.line({"forward/b": found(mpkernels=1)})[3:] == ["", "", "not measured"]
 
 
-def test_bench_bar_takes_the_fastest_of_ours():
+def test_bench_target_takes_the_fastest_of_ours():
     """A kernel that is not chosen by itself yet counts: its ratio is ours over its own."""
     rows = {"a": found(mpkernels=1, mpkernels_native=2.0, theirs=1.5)}
-    assert bars.Bar("step", "theirs", ("a",), 0.8, bars.time_over("theirs")).line(rows)[3:] == ["0.75", "a", "met"]
-    assert bars.time_over_best(found(mpkernels=1, mpkernels_float16=1.25, torch=0.5, torch_compiled=1.0)) == 0.8
+    assert targets.Target("step", "theirs", ("a",), 0.8, targets.time_over("theirs")).line(rows)[3:] == ["0.75", "a", "met"]
+    assert targets.time_over_best(found(mpkernels=1, mpkernels_float16=1.25, torch=0.5, torch_compiled=1.0)) == 0.8
 
 
-def test_bench_bar_at_least():
-    bar = bars.Bar("bytes", "a copy", ("a",), 0.9, lambda rows: rows["mpkernels"]["ratio"], at_least=True)
-    assert bar.line({"a": found(mpkernels=0.89)})[3:] == ["0.89", "a", "missed in 1 of 1"]
-    assert bar.line({"a": found(mpkernels=0.91)})[3:] == ["0.91", "a", "met"]
-    both = bars.Bar("bytes", "a copy", ("a", "b"), 0.9, lambda rows: rows["mpkernels"]["ratio"], at_least=True)
+def test_bench_target_at_least():
+    target = targets.Target("bytes", "a copy", ("a",), 0.9, lambda rows: rows["mpkernels"]["ratio"], at_least=True)
+    assert target.line({"a": found(mpkernels=0.89)})[3:] == ["0.89", "a", "missed in 1 of 1"]
+    assert target.line({"a": found(mpkernels=0.91)})[3:] == ["0.91", "a", "met"]
+    both = targets.Target("bytes", "a copy", ("a", "b"), 0.9, lambda rows: rows["mpkernels"]["ratio"], at_least=True)
     assert both.line({"a": found(mpkernels=0.95), "b": found(mpkernels=0.5)})[3:] == ["0.5", "b", "missed in 1 of 2"]
 
 
-def test_bench_bar_leaves_out_what_is_in_doubt():
-    """A hiccup of theirs meets no promise, one of ours misses none."""
-    bar = bars.Bar("step", "theirs", ("a", "b", "c"), 0.6, bars.time_over("theirs"))
+def test_bench_target_leaves_out_what_is_in_doubt():
+    """A hiccup of theirs meets no target, one of ours misses none."""
+    target = targets.Target("step", "theirs", ("a", "b", "c"), 0.6, targets.time_over("theirs"))
     rows = {name: found(mpkernels=1, theirs=ratio) for name, ratio in (("a", 0.06), ("b", 0.5), ("c", 9))}
     for name in ("a", "c"):
         rows[name]["theirs"]["uncertainty"] = 4.6
-    assert bar.line(rows)[3:] == ["0.5", "b", "met, 2 in doubt"]
+    assert target.line(rows)[3:] == ["0.5", "b", "met, 2 in doubt"]
     rows["b"]["theirs"]["ratio"] = 0.7
-    assert bar.line(rows)[3:] == ["0.7", "b", "missed in 1 of 1, 2 in doubt"]
+    assert target.line(rows)[3:] == ["0.7", "b", "missed in 1 of 1, 2 in doubt"]
     del rows["b"]
-    assert bar.line(rows)[3:] == ["", "", "in doubt"]
+    assert target.line(rows)[3:] == ["", "", "in doubt"]
 
 
 def test_bench_tables_show_what_is_in_doubt():
-    row = next(row for row in report.current_rows()["cpu"] if row["case"] == "step/float16/plain/5e7in1")
+    row = next(row for row in report.current_rows()["zen3"] if row["case"] == "step/float16/plain/5e7in1")
     rows = [
         row | {"contender": "mpkernels"},
         row | {"contender": "theirs", "ratio": 0.0637, "uncertainty": 4.58, "us_p50": 1e6},
     ]
-    assert report.ratios(rows, "step").endswith("| 0.0637 ± 458% |")
-    assert report.bytes_per_parameter(rows).endswith(" ± 458% |")
+    assert tables.ratios(rows, "step").endswith("| 0.0637 ± 458% |")
+    assert tables.bytes_per_parameter(rows).endswith(" ± 458% |")
     rows[1]["uncertainty"] = 0.1
-    assert report.ratios(rows, "step").endswith("| 0.0637 |")
+    assert tables.ratios(rows, "step").endswith("| 0.0637 |")
 
 
 def test_bench_make_leaves_the_committed_rows():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is promised of speed, held against the rows: the worst case of each promise, met, missed or in doubt."""
+"""Targets for speed, held against the rows: the worst case of each target, met, missed or in doubt."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Found = dict[str, dict]  # the rows of a case by contender
 
 
 @dataclass(frozen=True)
-class Bar:
+class Target:
     """value(rows of a case) is at most (or at least) `limit` in each of `cases`.
 
     It is None where a case has nothing of the kind, NaN where it is in doubt.
@@ -99,7 +99,7 @@ def _best(found: Found, ours: bool) -> dict:
     return max((row for name, row in found.items() if name.startswith(OURS) == ours), key=lambda row: row["ratio"])
 
 
-# ----- the promises ---------------------------------------------------------------
+# ----- the targets ---------------------------------------------------------------
 
 
 _STEPS = tuple(f"step/float16/plain/{size}in{tensors}" for size in ("1e7", "5e7") for tensors in (1, 300))
@@ -113,33 +113,33 @@ _AUTOCAST, _BY_HAND = "torch autocast fp16", "torch fp16 model, fp32 masters"
 _MODELS = ("training/mlp6_wide", "training/dlrm_wide", "training/vit_b", "training/bert_base", "training/gpt2_small")
 _LARGE = ("step/float16/plain/1e8in300", "step/float16/plain/1e9in300")
 
-BARS = {
+TARGETS = {
     "cpu": (
-        Bar("forward with ReLU, fp16, M >= 64", _FUSED, _ROWS_64, 1.10, time_over(_FUSED)),
-        Bar("forward with ReLU, fp16, M=1 K=4096 N=4096", "torch float16", (_ONE_ROW,), 1.05, time_over("torch float16")),
-        Bar("backward, fp16", _MKL, ("linear_act/backward/float16/",), 0.6, time_over(_MKL)),
-        Bar("AdamW step, 10e6 and 50e6 parameters in 1 and 300", _CLASSICAL, _STEPS, 0.58, time_over(_CLASSICAL)),
-        Bar("AdamW step, 10e6 and 50e6 parameters in 1 and 300", _FP32, _STEPS, 0.80, time_over(_FP32)),
-        Bar("clipping adds to the step", "a step without", _CLIPPED, 0.05, added_to(PLAIN_STEP), ".1%"),
-        Bar("statistics add to the step", "a plain read of the gradients", _STEPS, 0.02, added_to(PLAIN_READ), ".1%"),
-        Bar("training step, MLP", _AUTOCAST, ("training/mlp",), 0.1, time_over(_AUTOCAST)),
-        Bar("training step, MLP", _BY_HAND, ("training/mlp",), 0.1, time_over(_BY_HAND)),
-        Bar("step of 100 small tensors, us", "the clock", ("overhead/step of 100",), 150, microseconds),
+        Target("forward with ReLU, fp16, M >= 64", _FUSED, _ROWS_64, 1.10, time_over(_FUSED)),
+        Target("forward with ReLU, fp16, M=1 K=4096 N=4096", "torch float16", (_ONE_ROW,), 1.05, time_over("torch float16")),
+        Target("backward, fp16", _MKL, ("linear_act/backward/float16/",), 0.6, time_over(_MKL)),
+        Target("AdamW step, 10e6 and 50e6 parameters in 1 and 300", _CLASSICAL, _STEPS, 0.58, time_over(_CLASSICAL)),
+        Target("AdamW step, 10e6 and 50e6 parameters in 1 and 300", _FP32, _STEPS, 0.80, time_over(_FP32)),
+        Target("clipping adds to the step", "a step without", _CLIPPED, 0.05, added_to(PLAIN_STEP), ".1%"),
+        Target("statistics add to the step", "a plain read of the gradients", _STEPS, 0.02, added_to(PLAIN_READ), ".1%"),
+        Target("training step, MLP", _AUTOCAST, ("training/mlp",), 0.1, time_over(_AUTOCAST)),
+        Target("training step, MLP", _BY_HAND, ("training/mlp",), 0.1, time_over(_BY_HAND)),
+        Target("step of 100 small tensors, us", "the clock", ("overhead/step of 100",), 150, microseconds),
     ),
     "cuda": (
-        Bar("AdamW step, bytes over time", "a device copy", _LARGE, 0.90, share_of_copy, at_least=True),
-        Bar("AdamW step", "fp32 parameters, weights cast", _LARGE, 1 / 1.40, time_over("fp32 parameters, weights cast")),
-        Bar("AdamW step", _CLASSICAL, _LARGE, 1 / 1.50, time_over(_CLASSICAL)),
-        Bar("clipping adds to the step", "a step without", ("step/float16/clip/",), 0.02, added_to(PLAIN_STEP), ".1%"),
-        Bar("a skipped step", "one that is taken", ("step/float16/skipped/",), 0.1, time_over(PLAIN_STEP)),
-        Bar("training step, whole models", "the best of torch", _MODELS, 1.0, time_over_best),
-        Bar("training step, MLP and DLRM", "the best of torch", _MODELS[:2], 1 / 1.10, time_over_best),
-        Bar("peak memory, whole models", "the best of torch", _MODELS, 1.0, memory_over_best),
-        Bar("step of 100 small tensors, us", "the clock", ("overhead/step of 100",), 150, microseconds),
+        Target("AdamW step, bytes over time", "a device copy", _LARGE, 0.90, share_of_copy, at_least=True),
+        Target("AdamW step", "fp32 parameters, weights cast", _LARGE, 1 / 1.40, time_over("fp32 parameters, weights cast")),
+        Target("AdamW step", _CLASSICAL, _LARGE, 1 / 1.50, time_over(_CLASSICAL)),
+        Target("clipping adds to the step", "a step without", ("step/float16/clip/",), 0.02, added_to(PLAIN_STEP), ".1%"),
+        Target("a skipped step", "one that is taken", ("step/float16/skipped/",), 0.1, time_over(PLAIN_STEP)),
+        Target("training step, whole models", "the best of torch", _MODELS, 1.0, time_over_best),
+        Target("training step, MLP and DLRM", "the best of torch", _MODELS[:2], 1 / 1.10, time_over_best),
+        Target("peak memory, whole models", "the best of torch", _MODELS, 1.0, memory_over_best),
+        Target("step of 100 small tensors, us", "the clock", ("overhead/step of 100",), 150, microseconds),
     ),
 }  # fmt: skip
 
 
 def lines(device: str, by_case: dict[str, Found]) -> list[list[str]]:
-    """A line for each promise on `device`."""
-    return [bar.line(by_case) for bar in BARS[device]]
+    """A line for each target on `device`."""
+    return [target.line(by_case) for target in TARGETS[device]]

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every page: its links, anchors and paths lead somewhere, its lines and words are as agreed, the site has it once."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import mpkernels
+from tests.paths import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "mpkernels" / "tuned" / "README.md"])
+WIDTH = 128
+TOP = ("bench", "csrc", "docs", "examples", "mpkernels", "tests", "tools", ".ci")  # folders that a path in a page begins with
+
+# Home-made terms for which the field has a word; the words to use stand in tests/toolchain or in the glossary.
+BANNED = re.compile(
+    r"\bput off\b|\bseams?\b|\bmoved_up\b|\bstand-ins?\b|\bragged\b|\bloading warpgroup|\bCUDA words\b|words of the CUDA"
+    r"|\bpast the cache\b|\bfetch(es)? ahead\b|\bscrambled\b|\bby pairs\b|\b(multiply|multiplies|multiplying) pairs\b"
+    r"|\blend(s|ing)?\b|\blent\b|\btakes? turns\b|\bcosts? the host\b|\bhost's time\b|\bluck of the heap\b|\bfor people\b"
+    r"|\b(some|no|any)body\b|\bnobody's\b|\bwhoever\b|\bwhomever\b|\bcontenders?\b|\bpromises\b|\bof the limit\b"
+    r"|\btells? of\b|\bnowhere\b.*\bdividing\b",
+    re.IGNORECASE,
+)
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def without_code(text: str) -> str:
+    """The text with fenced and indented code left out, line by line, so that numbers of lines stay."""
+    fenced = re.sub(r"^```.*?^```$", lambda m: "\n" * m[0].count("\n"), text, flags=re.M | re.S)
+    return re.sub(r"^ {4}\S.*$", "", fenced, flags=re.M)
+
+
+def anchors(path: Path) -> set[str]:
+    """Of the headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.*)$", without_code(path.read_text()), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_pages_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        assert linked.is_relative_to(DOCS) or not page.is_relative_to(DOCS), f"{target}: the site ends at docs/"
+        assert not anchor or anchor in anchors(linked), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_pages_name_files_that_exist(page):
+    """Paths in backticks, with a glob for several; CHANGELOG tells of what was."""
+    if page.name == "CHANGELOG.md":
+        pytest.skip("of the past")
+    for code in re.findall(r"`([^`\n]+)`", page.read_text()):
+        for path in re.findall(r"[\w.*/-]+", code):
+            if path.split("/")[0] in TOP and "/" in path and not path.startswith("bench/out"):
+                assert list(ROOT.glob(path.rstrip("/."))), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_pages_name_what_the_package_has(page):
+    """`mpk.convert`, `mpkernels.optim.AdamW`: every public name in a page is there."""
+    for dotted in re.findall(r"(?<![\w.])(?:mpk|mpkernels)((?:\.[A-Za-z_]\w*)+)", page.read_text()):
+        found = mpkernels
+        for part in dotted[1:].split("."):
+            if part in ("py", "md", "pth"):
+                break
+            assert hasattr(found, part), f"{dotted} in {page.name}"
+            found = getattr(found, part)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_pages_lines_are_short(page):
+    """Prose is; a row of a table is one line."""
+    if page.name == "gpu.md":
+        pytest.skip("is being rewritten")
+    lines = enumerate(without_code(page.read_text()).splitlines(), 1)
+    assert not [i for i, line in lines if len(line) > WIDTH and not line.startswith("|")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_pages_use_the_words_of_the_field(page):
+    text = without_code(page.read_text())
+    found = [match[0] for match in BANNED.finditer(re.sub(r"`[^`\n]*`|that take turns", "", text))]
+    assert not found
+
+
+def test_pages_of_the_site():
+    """The navigation has every page once, and index.md links every one but itself."""
+    nav = re.findall(r"^ +- [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    pages = [str(page.relative_to(DOCS)) for page in PAGES if page.is_relative_to(DOCS)]
+    assert sorted(nav) == pages
+    linked = re.findall(r"\]\(([^)\s]+\.md)\)", (DOCS / "index.md").read_text())
+    assert sorted({*linked, "index.md"}) == pages
+
+
+def test_pages_api_has_every_public_name():
+    """docs/api.md, in which the site puts the docstrings."""
+    named = re.findall(r"^::: mpkernels\.(\S+)$", (DOCS / "api.md").read_text(), re.M)
+    modules = {"nn", "ops", "optim", "functional"}
+    assert set(mpkernels.__all__) - modules <= set(named)
+    assert {f"optim.{n}" for n in mpkernels.optim.__all__} <= set(named)
+    for dotted in named:
+        found = mpkernels
+        for part in dotted.split("."):
+            found = getattr(found, part)
+        assert (found.__doc__ or "").strip(), dotted
+
+
+def test_pages_say_one_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {project['version']}\n" in citation
+    assert f"\nlicense: {project['license']}\n" in citation
+    assert f"\n## {project['version']} " in (ROOT / "CHANGELOG.md").read_text()
