@@ -115,7 +115,7 @@ def test_what_hangs_or_raises_fails(monkeypatch):
     """Negative control of the tests below."""
     with pytest.raises(AssertionError, match="on rank 1"):
         run_ranks(2, comes_to_grief)
-    monkeypatch.setattr("ranks.LIMIT", 3)
+    monkeypatch.setattr("tests.ranks.LIMIT", 3)
     with pytest.raises(AssertionError, match=r"ranks \[0, 1\] were not done"):
         run_ranks(2, never_comes)
 
