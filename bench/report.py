@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import plots, tables
+from bench.contender import OURS
 from bench.figures import AGAINST_AMP, KEY_FIGURES, Comparison
 from bench.rows import RESULTS, read
 from bench.tables import EVERY_OP, by_case, markdown, taken
@@ -110,6 +111,32 @@ def compared(comparisons: Iterable[Comparison], rows: dict[str, list[dict]]) -> 
     return markdown(["mpkernels, x faster", "than", *(MACHINES[page].name for page in pages)], [c for c in found if any(c[2:])])
 
 
+def memory(rows: dict[str, list[dict]]) -> str:
+    """Peak MiB of a GPT's training step, a column per CPU; a recipe that none of them has is left out."""
+    pages = [page for page in rows if MACHINES[page].kind == "cpu"]
+    found = [by_case(rows[page])["training/gpt2_tiny"] for page in pages]
+    cell = lambda of, name: f"{of[name]['peak_bytes'] / 2**20:.1f}" if name in of else ""
+    lines = [[name, *(cell(of, name) for of in found)] for name in dict.fromkeys(name for of in found for name in of)]
+    return markdown(["recipe", *(MACHINES[page].name for page in pages)], lines)
+
+
+def gpt_peak(rows: dict[str, list[dict]]) -> str:
+    """A sentence on the same, of the CPU that has most of it: what autocast around a converted model is for."""
+    peaks = ({r["contender"]: r["peak_bytes"] / 2**20 for r in of if r["case"] == "training/gpt2_tiny"} for of in rows.values())
+    most = max(peaks, key=lambda of: len(of.keys() & GPT_RECIPES.keys()))
+    said = [f"{words} {most[name]:.1f}" if name in most else f"{words} not measured yet" for name, words in GPT_RECIPES.items()]
+    return "Peak MiB of a small GPT's training step: {}; {};\n{}; {}.".format(*said)
+
+
+_BF16 = f"{OURS} mixed_bfloat16"
+GPT_RECIPES = {  # contender: in words
+    "torch fp32": "fp32",
+    "torch autocast bf16": "torch.autocast",
+    _BF16: "converted, outside of it",
+    f"{_BF16} in autocast": "converted, inside it",
+}
+
+
 def places(rows: dict[str, list[dict]]) -> str:
     """Where and when each machine's rows were taken, a line each."""
     lines = {f"[{MACHINES[page].name}](benchmarks/{page}.md)": taken(of_page) for page, of_page in rows.items()}
@@ -196,7 +223,9 @@ def benchmarks(page: str, rows: list[dict]) -> str:
 
 TABLES = {
     "against amp": lambda rows: compared(AGAINST_AMP, rows),
+    "gpt peak": gpt_peak,
     "key figures": lambda rows: compared(KEY_FIGURES, rows),
+    "memory": memory,
     "places": places,
     "support": support,
 }

@@ -24,7 +24,7 @@ def data(count: int):
 
 def test_readme_is_short():
     lines = README.splitlines()
-    assert len(lines) <= 112
+    assert len(lines) <= 120
     for what in (
         "**Status**",
         "pip install",
