@@ -28,7 +28,7 @@ help:
 	@echo "make docs    the pages of docs and the API as a site, in site/; a link that leads nowhere fails"
 	@echo "make wheel   one wheel for every supported torch and Python, in dist/"
 	@echo "make lint    ruff and clang-format"
-	@echo "make mutants change the sources in small ways and see that tests notice; hours (FILES='csrc/sgd/*' for some)"
+	@echo "make mutants change the sources in small ways and see that tests notice; hours (FILES='csrc/common/*' for some)"
 
 # What auto takes on a GPU; what is wrong there is left out, and is no reason to stop.
 prove: build

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Casts of a run of elements: loops that the compiler vectorizes, and AVX2's intrinsics where it cannot.
+// Casts of arrays: loops that the compiler vectorizes, and AVX2's intrinsics where it cannot.
 
 #include "cast.h"
 
@@ -18,7 +18,7 @@ namespace mpk {
 namespace {
 
 template <class From, class To>
-MPK_CLONES void cast_run(const void* from_bytes, void* to_bytes, int64_t n) {
+MPK_CLONES void cast_loop(const void* from_bytes, void* to_bytes, int64_t n) {
   const From* __restrict__ from = static_cast<const From*>(from_bytes);
   To* __restrict__ to = static_cast<To*>(to_bytes);
   for (int64_t i = 0; i < n; ++i) to[i] = convert<To>(from[i]);
@@ -58,11 +58,11 @@ Cast cast_between() {
     if (has_avx2) return float_to_half;
   }
 #endif
-  return cast_run<From, To>;
+  return cast_loop<From, To>;
 }
 
 #ifdef __x86_64__
-void store_past_cache(void* to_bytes, const void* from_bytes, int64_t bytes) {
+void store_non_temporal(void* to_bytes, const void* from_bytes, int64_t bytes) {
   char* to = static_cast<char*>(to_bytes);
   const char* from = static_cast<const char*>(from_bytes);
   const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<uintptr_t>(to) & 15);
@@ -75,15 +75,15 @@ void store_past_cache(void* to_bytes, const void* from_bytes, int64_t bytes) {
 }
 
 template <class From, class To>
-void cast_past_cache(const void* from_bytes, void* to_bytes, int64_t n) {
-  constexpr int64_t kRun = 128;
+void cast_non_temporal(const void* from_bytes, void* to_bytes, int64_t n) {
+  constexpr int64_t kBlock = 128;
   const From* from = static_cast<const From*>(from_bytes);
   To* to = static_cast<To*>(to_bytes);
-  alignas(64) char run[kRun * sizeof(To)];
-  for (int64_t i = 0; i < n; i += kRun) {
-    const int64_t some = std::min(kRun, n - i);
-    cast_between<From, To>()(from + i, run, some);
-    store_past_cache(to + i, run, some * sizeof(To));
+  alignas(64) char block[kBlock * sizeof(To)];
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t some = std::min(kBlock, n - i);
+    cast_between<From, To>()(from + i, block, some);
+    store_non_temporal(to + i, block, some * sizeof(To));
   }
 }
 
@@ -102,8 +102,9 @@ MPK_AVX2 inline __m128i rounded_to(BFloat16, __m256 x) {
 
 // From registers to memory: through a buffer, the step took 10 % longer.
 template <class To>
-MPK_AVX2 void float_past_cache(const void* from_bytes, void* to_bytes, int64_t n) {
-  if (reinterpret_cast<uintptr_t>(to_bytes) % sizeof(__m256i) != 0) return cast_past_cache<float, To>(from_bytes, to_bytes, n);
+MPK_AVX2 void float_non_temporal(const void* from_bytes, void* to_bytes, int64_t n) {
+  if (reinterpret_cast<uintptr_t>(to_bytes) % sizeof(__m256i) != 0)
+    return cast_non_temporal<float, To>(from_bytes, to_bytes, n);
   const float* from = static_cast<const float*>(from_bytes);
   To* to = static_cast<To*>(to_bytes);
   int64_t i = 0;
@@ -116,12 +117,12 @@ MPK_AVX2 void float_past_cache(const void* from_bytes, void* to_bytes, int64_t n
 #endif
 
 template <class From, class To>
-Cast cast_past_cache_between() {
+Cast non_temporal_cast_between() {
 #ifdef __x86_64__
   if constexpr (std::is_same_v<From, float> && sizeof(To) == 2) {
-    if (has_avx2) return float_past_cache<To>;
+    if (has_avx2) return float_non_temporal<To>;
   }
-  return cast_past_cache<From, To>;
+  return cast_non_temporal<From, To>;
 #else
   return cast_between<From, To>();
 #endif
@@ -149,14 +150,14 @@ Cast find_cast(ScalarType from, ScalarType to) {
   return of_dtypes(from, to, [](auto x, auto y) { return cast_between<decltype(x), decltype(y)>(); });
 }
 
-Cast find_cast_past_cache(ScalarType from, ScalarType to) {
-  return of_dtypes(from, to, [](auto x, auto y) { return cast_past_cache_between<decltype(x), decltype(y)>(); });
+Cast find_cast_non_temporal(ScalarType from, ScalarType to) {
+  return of_dtypes(from, to, [](auto x, auto y) { return non_temporal_cast_between<decltype(x), decltype(y)>(); });
 }
 
 #ifdef __x86_64__
-void fence_stores() { _mm_sfence(); }
+void store_fence() { _mm_sfence(); }
 #else
-void fence_stores() {}
+void store_fence() {}
 #endif
 
 }  // namespace mpk

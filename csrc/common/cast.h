@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Cast a run of elements on the CPU, rounding once.
+// Cast an array on the CPU, rounding once.
 
 #pragma once
 
@@ -15,9 +15,9 @@ using Cast = void (*)(const void* from, void* to, int64_t n);
 // Between any two of the four dtypes.
 Cast find_cast(ScalarType from, ScalarType to);
 
-// The same, but what is written does not enter the cache: nobody reads it in this pass, and a line that is not fetched before
-// it is overwritten saves its read. Call fence_stores before another thread reads it.
-Cast find_cast_past_cache(ScalarType from, ScalarType to);
-void fence_stores();
+// The same with non-temporal stores, for what this pass does not read again: a line that is not fetched before it is
+// overwritten saves its read. Call store_fence (sfence) before another thread reads it.
+Cast find_cast_non_temporal(ScalarType from, ScalarType to);
+void store_fence();
 
 }  // namespace mpk

@@ -49,14 +49,13 @@ inline void check_steps(const TensorList& steps, const TensorList& masters) {
   }
 }
 
-// A list of the masters' dtypes or of bf16, as `first` is; empty where the update does without it.
+// A list of the masters' dtypes or of bf16, as `first` is.
 inline void check_state(const char* name, const TensorList& tensors, const TensorList& masters, const TensorList& first) {
-  if (tensors.empty()) return;
   check_list(name, tensors, masters);
   for (int64_t i = 0; i < masters.size(); ++i) {
     const ScalarType dtype = tensors.dtype(i);
     STD_TORCH_CHECK((dtype == masters.dtype(i) || dtype == ScalarType::BFloat16) && dtype == first.dtype(i), name, "[", i,
-                    "] is neither of its master's dtype nor bf16, or not as the other moments");
+                    "] is neither of its master's dtype nor bf16, or not as the other states");
   }
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs of elements between global memory and registers, by the widest accesses, of up to 16 bytes.
+// Vectors of elements between global memory and registers, by the widest accesses, of up to 16 bytes.
 
 #pragma once
 
@@ -41,29 +41,29 @@ constexpr int word_bytes(int n, int size) { return n * size < kWidest ? n * size
 
 __device__ inline bool is_aligned(const void* address, int bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
 
-// For what another kernel of the step reads again soon.
-struct KeepInCache {
+// ld.global.nc: for what another kernel of the step reads again soon.
+struct LoadReadOnly {
   template <class W>
   __device__ static W read(const W* from) {
     return __ldg(from);
   }
 };
 
-// For what nobody reads again before the next step.
-struct PassCache {
+// ld.global.cs: for what nothing reads again before the next step.
+struct LoadStreaming {
   template <class W>
   __device__ static W read(const W* from) {
     return __ldcs(from);
   }
 };
 
-template <class Cache, int N, class E>
+template <class Load, int N, class E>
 __device__ inline void load(const E* from, Elements<E, N>& to) {
   using Word = typename WordOf<word_bytes(N, sizeof(E))>::type;
   constexpr int kWords = sizeof(to) / sizeof(Word);
   Word words[kWords];
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) words[i] = Cache::read(reinterpret_cast<const Word*>(from) + i);
+  for (int i = 0; i < kWords; ++i) words[i] = Load::read(reinterpret_cast<const Word*>(from) + i);
   memcpy(&to, words, sizeof(to));
 }
 

@@ -6,10 +6,10 @@
 #include <algorithm>
 #include <numeric>
 
+#include "../common/chunk_partition.h"
 #include "../common/clones.h"
 #include "../common/factor.h"
-#include "../common/fetch.h"
-#include "../common/runs.h"
+#include "../common/prefetch.h"
 #include "update.h"
 
 #ifdef __x86_64__
@@ -19,8 +19,8 @@
 namespace mpk {
 namespace {
 
-// A piece of a tensor is scanned for its largest magnitude, as bits and with NaN above inf; what is not finite is counted only
-// where that says that there is something to count.
+// A segment of a tensor is scanned for its largest magnitude, as bits and with NaN above inf; what is not finite is counted
+// only where that says that there is something to count.
 
 template <class T>
 typename Bits<T>::type magnitude(T x) {
@@ -32,7 +32,7 @@ MPK_CLONES typename Bits<T>::type largest_magnitude(const T* grad, int64_t n) {
   constexpr int64_t kLine = 64 / sizeof(T), kPlaces = 4;
   typename Bits<T>::type lanes[kLine] = {};
   // AMD's prefetchers follow several places at once, and bring more than they do of one.
-  const int64_t apart = kFetchesAhead ? 0 : n / (kPlaces * kLine) * kLine;
+  const int64_t apart = kPrefetches ? 0 : n / (kPlaces * kLine) * kLine;
   for (int64_t at = 0; at < apart; at += kLine) {
     for (int64_t place = 0; place < kPlaces; ++place) {
       const T* line = grad + place * apart + at;
@@ -41,7 +41,7 @@ MPK_CLONES typename Bits<T>::type largest_magnitude(const T* grad, int64_t n) {
   }
   int64_t i = kPlaces * apart;
   for (; i + kLine <= n; i += kLine) {
-    if (kFetchesAhead) fetch_line_ahead<4096>(grad + i);
+    if (kPrefetches) prefetch_line<4096>(grad + i);
     for (int64_t lane = 0; lane < kLine; ++lane) lanes[lane] = std::max(lanes[lane], magnitude(grad[i + lane]));
   }
   for (int64_t lane = 0; i < n; ++i, ++lane) lanes[lane] = std::max(lanes[lane], magnitude(grad[i]));
@@ -71,7 +71,7 @@ MPK_CLONES typename Bits<T>::type largest_magnitude_and_squares(const T* grad, i
   Lanes<T> lanes;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    if (kFetchesAhead) fetch_line_ahead<4096>(grad + i);
+    if (kPrefetches) prefetch_line<4096>(grad + i);
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       lanes.amax[lane] = std::max(lanes.amax[lane], magnitude(grad[i + lane]));
     }
@@ -130,7 +130,7 @@ MPK_AVX2 int16_t largest_magnitude_and_squares_of_16_bits(const T* grad, int64_t
   Squares<T> sums;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    if (i % (2 * kLanes) == 0) fetch_line_ahead<4096>(grad + i);  // on AMD's CPUs too
+    if (i % (2 * kLanes) == 0) prefetch_line<4096>(grad + i);  // on AMD's CPUs too
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(grad + i));
     amax = _mm256_max_epi16(amax, _mm256_and_si256(bits, kept));
     sums.add(grad + i);
@@ -170,18 +170,18 @@ MPK_CLONES double scaled_squares(const double* grad, int64_t n, double scale) {
   return std::accumulate(lanes.squares, lanes.squares + kLanes, sum);
 }
 
-// The count of what is not finite in a piece, and the largest magnitude that is not NaN.
+// The count of what is not finite in a segment, and the largest magnitude that is not NaN.
 template <class T>
 int64_t count(const T* grad, int64_t n, typename Bits<T>::type& amax) {
   using I = typename Bits<T>::type;
-  static_assert(Runs::kLength <= std::numeric_limits<I>::max());
+  static_assert(ChunkPartition::kLength <= std::numeric_limits<I>::max());
   I found = amax = 0;
   for (int64_t i = 0; i < n; ++i) grad_stats_element<T>(c10::bit_cast<I>(grad[i]), amax, found);
   return found;
 }
 
 template <class T>
-void stats_run(const void* grads, int64_t begin, int64_t end, bool with_norm, Stats& stats) {
+void segment_stats(const void* grads, int64_t begin, int64_t end, bool with_norm, Stats& stats) {
   const T* grad = static_cast<const T*>(grads) + begin;
   const int64_t n = end - begin;
   auto amax = with_norm ? find_largest_magnitude_and_squares<T>()(grad, n, stats.squares) : largest_magnitude(grad, n);
@@ -193,40 +193,40 @@ void stats_run(const void* grads, int64_t begin, int64_t end, bool with_norm, St
   }
 }
 
-auto find_run(ScalarType dtype) {
-  if (dtype == ScalarType::Half) return stats_run<Half>;
-  if (dtype == ScalarType::BFloat16) return stats_run<BFloat16>;
-  if (dtype == ScalarType::Float) return stats_run<float>;
+auto find_segment_stats(ScalarType dtype) {
+  if (dtype == ScalarType::Half) return segment_stats<Half>;
+  if (dtype == ScalarType::BFloat16) return segment_stats<BFloat16>;
+  if (dtype == ScalarType::Float) return segment_stats<float>;
   STD_TORCH_CHECK(dtype == ScalarType::Double, "grads must be floating point");
-  return stats_run<double>;
+  return segment_stats<double>;
 }
 
-Stats total(const Runs& runs, int64_t tensor, const std::vector<Stats>& pieces) {
+Stats total(const ChunkPartition& partition, int64_t tensor, const std::vector<Stats>& segments) {
   Stats sum{};
-  if (runs.numel(tensor) == 0) return sum;
-  for (int64_t i = runs.first_piece(tensor); i <= runs.last_piece(tensor); ++i) sum.merge(pieces[i]);
+  if (partition.numel(tensor) == 0) return sum;
+  for (int64_t i = partition.first_segment(tensor); i <= partition.last_segment(tensor); ++i) sum.merge(segments[i]);
   return sum;
 }
 
-std::vector<Stats> stats_of_pieces(const Runs& runs, const TensorList& grads, bool with_norm) {
-  std::vector<Stats> pieces(runs.pieces());
-  runs.parallel_for_each([&](int64_t i, int64_t begin, int64_t end, int64_t piece) {
-    find_run(grads.dtype(i))(grads.data(i), begin, end, with_norm, pieces[piece]);
+std::vector<Stats> stats_of_segments(const ChunkPartition& partition, const TensorList& grads, bool with_norm) {
+  std::vector<Stats> segments(partition.segments());
+  partition.parallel_for_each([&](int64_t i, int64_t begin, int64_t end, int64_t segment) {
+    find_segment_stats(grads.dtype(i))(grads.data(i), begin, end, with_norm, segments[segment]);
   });
-  return pieces;
+  return segments;
 }
 
 void grad_stats_(Tensor grads_, std::optional<Tensor> grad_scale, Tensor found_inf, Tensor amax, Tensor nonfinite,
                  std::optional<Tensor> grad_norm) {
   const TensorList grads("grads", grads_);
-  const Runs runs(grads);
-  const std::vector<Stats> pieces = stats_of_pieces(runs, grads, grad_norm.has_value());
+  const ChunkPartition partition(grads);
+  const std::vector<Stats> segments = stats_of_segments(partition, grads, grad_norm.has_value());
   const float scale = value_of<float>(grad_scale).value_or(1);
   const double inv = inv_scale(scale);
   bool bad = !is_good_scale(scale);
   Stats all{};
   for (int64_t i = 0; i < grads.size(); ++i) {
-    const Stats stats = total(runs, i, pieces);
+    const Stats stats = total(partition, i, segments);
     amax.mutable_data_ptr<double>()[i * amax.stride(0)] = stats.amax;
     nonfinite.mutable_data_ptr<int64_t>()[i * nonfinite.stride(0)] = stats.nonfinite;
     const bool is_double = grads.dtype(i) == ScalarType::Double;

@@ -112,7 +112,7 @@ struct Share {
       const int64_t at = begin + i / N * int64_t{kThreads} * N + i % N;
       if (at >= end) return;
       Elements<T, 1> x;
-      load<KeepInCache>(grad + at, x);
+      load<LoadReadOnly>(grad + at, x);
       I count = 0;
       grad_stats_element<T>(c10::bit_cast<I>(x.at[0]), amax, count);
       nonfinite += count;
@@ -127,7 +127,7 @@ struct Share {
 #pragma unroll
       for (int k = 0; k < kInFlight; ++k) {
         memset(&x[k], 0, sizeof(x[k]));  // zeros add nothing
-        if (i + k * kStride < end) load<KeepInCache>(grad + i + k * kStride, x[k]);
+        if (i + k * kStride < end) load<LoadReadOnly>(grad + i + k * kStride, x[k]);
       }
       const I largest = largest_magnitude(x);
       if (largest >= Bits<T>::kInf) {

@@ -205,7 +205,7 @@ __device__ __forceinline__ void multiply(const GemmArguments& g, GemmShared<BLOC
 template <class T>
 __device__ __forceinline__ float element(const char* data, int64_t i) {
   Elements<T, 1> one;
-  load<KeepInCache>(reinterpret_cast<const T*>(data) + i, one);
+  load<LoadReadOnly>(reinterpret_cast<const T*>(data) + i, one);
   return convert<float>(one.at[0]);
 }
 

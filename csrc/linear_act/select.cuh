@@ -51,13 +51,13 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(MPK_GRID_CONSTAN
     const G* const from = a.grad_out + row * a.grad_out_strides[0] + column * a.grad_out_strides[1];
     Elements<G, kSelectVector> grad;
     if (a.vectors && columns == kSelectVector) {
-      load<PassCache>(from, grad);
+      load<LoadStreaming>(from, grad);
     } else {
 #pragma unroll
       for (int k = 0; k < kSelectVector; ++k) {
         Elements<G, 1> one;
         one.at[0] = G(0.0f);
-        if (k < columns) load<PassCache>(from + k * a.grad_out_strides[1], one);
+        if (k < columns) load<LoadStreaming>(from + k * a.grad_out_strides[1], one);
         grad.at[k] = one.at[0];
       }
     }

@@ -32,9 +32,9 @@ MPK_HOST_DEVICE inline void back_off(const ScaleState& s, const ScaleOptions& o)
   *s.growth_tracker = 0;
   count_up(*s.skipped);
   count_up(*s.skipped_in_a_row);
-  const int32_t lives = *s.hysteresis_tracker > 0 ? *s.hysteresis_tracker - 1 : 0;
-  *s.hysteresis_tracker = lives;
-  if (lives > 0) return;
+  const int32_t hysteresis_left = *s.hysteresis_tracker > 0 ? *s.hysteresis_tracker - 1 : 0;
+  *s.hysteresis_tracker = hysteresis_left;
+  if (hysteresis_left > 0) return;
   const float scale = static_cast<float>(*s.grad_scale * o.backoff_factor);  // round: fp64 -> fp32
   const float least = static_cast<float>(o.min_scale);
   *s.grad_scale = scale < least ? least : scale;

@@ -25,7 +25,8 @@ from tests.steps import leaves
 BUILD = ROOT / "build/host"
 OPS = ("adamw_", "grad_stats_", "sgd_", "update_scale_")
 STAND_IN = tuple(f"tests/emulator/{name}" for name in ("fibers.cpp", "sm90.cpp", "on_device.cpp"))
-STEP = ("csrc/ops.cpp", *(f"csrc/{op.rstrip('_')}/cuda.cu" for op in OPS), "tests/emulator/wrong_kernels.cu")
+FOLDERS = ("grad_stats", "optimizer_update", "update_scale")
+STEP = ("csrc/ops.cpp", *(f"csrc/{folder}/cuda.cu" for folder in FOLDERS), "tests/emulator/wrong_kernels.cu")
 HOPPER = (
     "csrc/ops.cpp",
     "csrc/common/tensor_map.cu",

@@ -14,11 +14,11 @@ import torch
 from mpkernels.runtime import native
 
 ARCHITECTURES = (75, 80, 90)
-# Kernels by the start of their name, each with the widest access that its memory traffic is made of.
-VECTOR_LOADS = ("adamw_kernel", "sgd_kernel", "chunk_kernel")
-VECTOR_STORES = ("adamw_kernel", "sgd_kernel")
+# Kernels by what their names contain; those of a rule of csrc/optimizer_update are update_kernel<Rule, ...>.
+RULES = ("Adamw", "Sgd")  # their memory traffic is loads and stores of 16 bytes
+VECTOR_LOADS = (*RULES, "chunk_kernel")
 KERNELS = {  # how many there are for each architecture
-    "adamw_kernel": 16, "sgd_kernel": 6, "chunk_kernel": 2, "tensor_kernel": 1, "verdict_kernel": 1, "advance_kernel": 1,
+    "Adamw": 16, "Sgd": 6, "chunk_kernel": 2, "tensor_kernel": 1, "verdict_kernel": 1, "advance_kernel": 1,
     "update_scale_kernel": 1,
 }  # fmt: skip
 NARROW_MOMENTS = "BFloat16"  # in a kernel's name: moments of half the master's width, read and written 8 bytes at a time
@@ -139,7 +139,7 @@ def test_cuda_kernels_move_16_bytes_at_a_time(sm):
         if kind(name) in VECTOR_LOADS:
             lists = 1 if NARROW_MOMENTS in name else 2  # at least, that are read 16 bytes at a time; two vectors in flight
             assert loads >= 2 * lists, f"{name}: {loads} loads of 16 bytes"
-        if kind(name) in VECTOR_STORES:
+        if kind(name) in RULES:
             assert stores >= 2, f"{name}: {stores} stores of 16 bytes"
 
 
@@ -150,7 +150,7 @@ def wide_accesses(code: list[str]) -> tuple[int, int]:
 def test_cuda_skip_comes_before_any_other_load(sm):
     """A skipped step reads found_inf and grad_scale and ends."""
     for name, code in instructions(sm).items():
-        if kind(name) in (*VECTOR_STORES, "advance_kernel"):
+        if kind(name) in (*RULES, "advance_kernel"):
             before = [op.split(".")[0] for op in code[: code.index("EXIT")]]
             assert before.count("LDG") == 2, name
             assert not {"STG", "LD", "ST", "BAR"} & set(before), name

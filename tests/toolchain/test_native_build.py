@@ -21,8 +21,8 @@ from tests import bounds, steps
 from tests.paths import ROOT
 from tests.steps import DTYPES, counts, raw, scalar, split, step_counts
 
-RUN = 16384  # elements of a run: csrc/common/runs.h
-SIZES = (RUN - 1, 1, 0, 2 * RUN + 17, 63, RUN, 3, 64, 0)
+CHUNK = 16384  # elements of a chunk: csrc/common/chunk_partition.h
+SIZES = (CHUNK - 1, 1, 0, 2 * CHUNK + 17, 63, CHUNK, 3, 64, 0)
 HYPER = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, decoupled=True, maximize=False)
 
 
@@ -208,7 +208,7 @@ def test_adamw_runs_of_every_dtype(generator, grad_dtype, copy_dtype):
     steps.check_copies(args["copies"], args["masters"])
 
 
-@pytest.mark.parametrize("size", [5, 1000, RUN + 5])
+@pytest.mark.parametrize("size", [5, 1000, CHUNK + 5])
 def test_copies_beside_their_neighbours(generator, size):
     """A copy that starts anywhere in memory: the bytes beside it stay."""
     for offset in (0, 1, 7, 31):
@@ -261,15 +261,15 @@ def test_grad_stats_have_the_same_bits_with_two_threads(generator, two_threads):
 def test_grad_stats_counts_whole_runs_of_nonfinite(dtype):
     """A lane of the count is as wide as the gradient: it must hold what a block can bring."""
     for bad in (math.inf, math.nan):
-        grads = [torch.full((3 * RUN + 1,), bad, dtype=dtype), torch.full((5,), -2.0, dtype=dtype)]
+        grads = [torch.full((3 * CHUNK + 1,), bad, dtype=dtype), torch.full((5,), -2.0, dtype=dtype)]
         found_inf, amax, nonfinite = scalar(7.0), torch.empty(2, dtype=torch.float64), counts(2)
         native_of(grad_stats)(grads, None, found_inf, amax, nonfinite)
-        assert nonfinite.tolist() == [3 * RUN + 1, 0]
+        assert nonfinite.tolist() == [3 * CHUNK + 1, 0]
         assert amax.tolist() == [0.0, 2.0]
         assert found_inf == 1
 
 
-@pytest.mark.parametrize("size", [1, 15, 16, 17, 16 * 7 + 3, RUN - 1, RUN, RUN + 1, 3 * RUN])
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 16 * 7 + 3, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK])
 def test_norm_of_fp16_has_the_bits_of_fp32s(generator, size):
     """It is a loop of its own, in the same order."""
 

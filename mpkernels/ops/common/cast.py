@@ -20,7 +20,7 @@ def cast_to_either_side(tensor: torch.Tensor, dtype: torch.dtype, step: torch.Te
 
     An average that moves by less than half a last place a step is followed so, where rounding to nearest would hold it
     still. Random in appearance only: a function of the step's number and the element's place, in 64-bit integers, which
-    torch has everywhere, with 32 of them used. csrc/common/moment.h is the same in C++.
+    torch has everywhere, with 32 of them used. csrc/optimizer_update/round.h is the same in C++.
     """
     if tensor.dtype == dtype:
         return tensor

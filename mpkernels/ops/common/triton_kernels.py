@@ -111,7 +111,7 @@ def round_to_odd(x):
 
 @triton.jit
 def to_either_side(x, dtype: tl.constexpr, index, seed):
-    """`x` in its own dtype, or in bf16 rounded up or down with the probability that makes it the mean: csrc/common/moment.h."""
+    """`x` in its own dtype, or bf16, up or down with the probability that makes it the mean: optimizer_update/round.h."""
     if x.dtype == dtype:
         y = x
     else:

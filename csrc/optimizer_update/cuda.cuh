@@ -1,22 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the optimizer steps share on the GPU: the verdict and the scalars, the way of a chunk through registers, step counts.
+// The update of a chunk on the GPU: the call's scalars, vectors of gradients, states and copies, the loop over them.
 
 #pragma once
 
-#include <optional>
-#include <vector>
-
-#include "dtype.h"
-#include "factor.h"
-#include "launch.h"
-#include "multi_tensor.cuh"
-#include "stream.h"
-#include "tensor_list.h"
-#include "vector.cuh"
+#include "../common/dtype.h"
+#include "../common/factor.h"
+#include "../common/launch.h"
+#include "../common/multi_tensor.cuh"
+#include "../common/stream.h"
+#include "../common/vector.cuh"
+#include "call.h"
 
 namespace mpk {
-
-constexpr int kBlocksPerSm = 2;  // at least; asked for more, the compiler spills
 
 // The call's scalars, those on the device by their address; null where the caller gave none.
 struct StepInputs {
@@ -42,45 +37,8 @@ struct StepInputs {
   __device__ double lr() const { return lr_double != nullptr ? *lr_double : lr_float != nullptr ? *lr_float : lr_value; }
 };
 
-// The lists that every update has, in the order of its table.
-struct UpdateLists {
-  const TensorList &masters, &grads, &copies, &steps;
-};
+// The lists of a table, in their order; the states are the last.
 enum UpdateList { kMaster, kGrad, kCopy, kStep, kFirstState };
-
-template <class T>
-const T* address_of(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->const_data_ptr<T>() : nullptr;
-}
-
-inline void refuse_frozen_lr(const char* op, cudaStream_t stream) {
-  cudaStreamCaptureStatus status;
-  check_cuda(cudaStreamIsCapturing(stream, &status));
-  STD_TORCH_CHECK(status == cudaStreamCaptureStatusNone, op,
-                  ": lr is on the CPU and would be frozen in the CUDA graph; pass it as a tensor on the device");
-}
-
-inline StepInputs step_inputs(const char* op, cudaStream_t stream, const Tensor& lr, bool maximize,
-                              const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-                              const std::optional<Tensor>& grad_norm, std::optional<double> max_norm) {
-  StepInputs in{};
-  in.grad_scale = address_of<float>(grad_scale);
-  in.found_inf = address_of<float>(found_inf);
-  if (max_norm) in.grad_norm = grad_norm.value().const_data_ptr<double>();
-  in.max_norm = max_norm.value_or(0);
-  in.maximize = maximize;
-  if (!is_on_device(lr)) {
-    refuse_frozen_lr(op, stream);
-    in.lr_value = real_value(lr);
-  } else if (lr.scalar_type() == ScalarType::Double) {
-    in.lr_double = lr.const_data_ptr<double>();
-  } else {
-    in.lr_float = lr.const_data_ptr<float>();
-  }
-  return in;
-}
-
-// ----- on the device -----
 
 // Gradients and copies have their dtype asked for at run time, once a vector: a kernel for each combination would be twenty
 // kernels for one, and a launch for each.
@@ -130,7 +88,7 @@ class RawGrad {
   template <class Bits>
   __device__ void load_as(const char* data, int64_t i) {
     Elements<Bits, N> bits;
-    mpk::load<PassCache>(reinterpret_cast<const Bits*>(data) + i, bits);
+    mpk::load<LoadStreaming>(reinterpret_cast<const Bits*>(data) + i, bits);
     keep(bits);
   }
 
@@ -173,10 +131,87 @@ __device__ inline void store_copy(char* copy, ScalarType dtype, int64_t i, const
   }
 }
 
+// One tensor of an update by one variant of a rule, and what its elements share.
+template <class Variant, class Scalars, class T, class S>
+struct TensorUpdate {
+  using Indices = std::make_index_sequence<Variant::kStates>;
+  static constexpr int kStates = std::max(Variant::kStates, 1);  // an array has at least one element
+
+  const char* grad;
+  ScalarType grad_dtype, copy_dtype;
+  char* copy;  // null where none is wanted
+  T* master;
+  S* states[kStates];  // NOTE: indexed by constants only, or the compiler puts the struct into memory
+  Scalars scalars;
+
+  // Tensor i of a table.
+  template <class Table>
+  __device__ TensorUpdate(const Table& table, int i, const Scalars& scalars) {
+    grad = table.data[kGrad][i];
+    grad_dtype = table.grad_dtype[i];
+    copy_dtype = table.copy_dtype[i];
+    copy = table.data[kCopy][i];
+    master = reinterpret_cast<T*>(table.data[kMaster][i]);
+    set_states(table, i, Indices());
+    this->scalars = scalars;
+  }
+
+  template <int N>
+  struct Values {
+    RawGrad<T, N> grad;
+    Elements<T, N> w;
+    Elements<S, N> states[kStates];
+  };
+
+  template <int N>
+  __device__ bool aligned(int64_t i) const {
+    return aligned<N>(i, Indices());
+  }
+
+  template <int N>
+  __device__ void load(int64_t i, Values<N>& x) const {
+    load(i, x, Indices());
+  }
+
+  template <int N>
+  __device__ void step_and_store(int64_t i, Values<N>& x) const {
+    step_and_store(i, x, Indices());
+  }
+
+ private:
+  template <class Table, size_t... k>
+  __device__ void set_states(const Table& table, int i, std::index_sequence<k...>) {
+    ((states[k] = reinterpret_cast<S*>(table.data[kFirstState + k][i])), ...);
+  }
+
+  template <int N, size_t... k>
+  __device__ bool aligned(int64_t i, std::index_sequence<k...>) const {
+    return is_vector<N>(grad, grad_dtype, i) && (copy == nullptr || is_vector<N>(copy, copy_dtype, i)) &&
+           is_aligned(master + i, kWidest) && (is_vector<N>(states[k] + i) && ...);
+  }
+
+  template <int N, size_t... k>
+  __device__ void load(int64_t i, Values<N>& x, std::index_sequence<k...>) const {
+    x.grad.load(grad, grad_dtype, i);
+    mpk::load<LoadStreaming>(master + i, x.w);
+    (mpk::load<LoadStreaming>(states[k] + i, x.states[k]), ...);
+  }
+
+  template <int N, size_t... k>
+  __device__ void step_and_store(int64_t i, Values<N>& x, std::index_sequence<k...>) const {
+    const Elements<T, N> g = x.grad.get(grad_dtype);
+#pragma unroll
+    for (int j = 0; j < N; ++j) Variant::element(scalars, i + j, g.at[j], x.w.at[j], x.states[k].at[j]...);
+    store(master + i, x.w);
+    (store(states[k] + i, x.states[k]), ...);
+    if (copy != nullptr) store_copy(copy, copy_dtype, i, x.w);
+  }
+};
+
 // N elements at a time by each thread, kInFlight times over before the first is used. Neighbours read neighbours, so that a
 // warp's access is one stretch of memory whatever the list's dtype.
 template <int N, int kInFlight, class Update>
-__device__ inline void update_span(const Update& update, int64_t begin, int64_t end) {
+__device__ inline void update_vectors(const Update& update, int64_t begin, int64_t end) {
   constexpr int64_t kStride = int64_t{kThreads} * N;
   for (int64_t i = begin + int64_t{threadIdx.x} * N; i < end; i += kStride * kInFlight) {
     typename Update::template Values<N> values[kInFlight];
@@ -200,80 +235,15 @@ __device__ inline void update_chunk(const Update& update, const TensorChunk& chu
   int64_t body = chunk.begin + (N - past) % N;  // a chunk begins at a multiple of N
   if (body > chunk.end || !update.template aligned<N>(body)) body = chunk.end;
   const int64_t tail = body + (chunk.end - body) / N * N;
-  update_span<N, 2>(update, body, tail);
+  update_vectors<N, 2>(update, body, tail);
 #pragma unroll 1
-  for (int part = 0; part < 2; ++part) update_span<1, 2>(update, part ? tail : chunk.begin, part ? chunk.end : body);
+  for (int part = 0; part < 2; ++part) update_vectors<1, 2>(update, part ? tail : chunk.begin, part ? chunk.end : body);
 }
 
 // How many steps tensor i of a table has taken: the optimizer's own count, fp32, which stays at 2^24 as torch's does.
 template <class Table>
 __device__ inline float steps_taken(const Table& table, int i) {
   return *reinterpret_cast<const float*>(table.data[kStep][i]);
-}
-
-struct AdvanceArguments {
-  static constexpr int kCapacity = (kArgumentBytes - sizeof(StepInputs) - sizeof(int64_t)) / sizeof(float*);
-
-  StepInputs step;
-  int64_t count;
-  float* steps[kCapacity];
-};
-
-// One block, after the last launch of the update: no other block reads the counts any more.
-static __global__ void __launch_bounds__(kThreads) advance_kernel(MPK_GRID_CONSTANT(AdvanceArguments) a) {
-  if (!a.step.taken()) return;
-  for (int64_t i = threadIdx.x; i < a.count; i += kThreads) *a.steps[i] += 1;
-}
-
-// ----- on the host -----
-
-inline void advance_steps(const TensorList& steps, const StepInputs& in, cudaStream_t stream) {
-  AdvanceArguments a;
-  a.step = in;
-  for (int64_t begin = 0; begin < steps.size(); begin += a.count) {
-    a.count = std::min<int64_t>(steps.size() - begin, a.kCapacity);
-    for (int64_t i = 0; i < a.count; ++i) a.steps[i] = reinterpret_cast<float*>(steps.data(begin + i));
-    launch(advance_kernel, 1, kThreads, 0, stream, a);
-  }
-}
-
-// launch_as(T{}, S{}, rows) for each dtype T of a master and S of its moments that occur together.
-template <class F>
-void for_each_dtypes(const TensorList& masters, const TensorList& states, const F& launch_as) {
-  std::vector<int64_t> rows[4];
-  for (int64_t i = 0; i < masters.size(); ++i) {
-    const bool is_double = masters.dtype(i) == ScalarType::Double;
-    const bool is_narrow = !states.empty() && states.dtype(i) == ScalarType::BFloat16;
-    rows[2 * is_narrow + is_double].push_back(i);
-  }
-  if (!rows[0].empty()) launch_as(float{}, float{}, rows[0]);
-  if (!rows[1].empty()) launch_as(double{}, double{}, rows[1]);
-  if (!rows[2].empty()) launch_as(float{}, BFloat16{}, rows[2]);
-  if (!rows[3].empty()) launch_as(double{}, BFloat16{}, rows[3]);
-}
-
-// Fills the table with the tensors of `rows`, `states` behind the lists that every update has, and calls go() whenever it
-// is full and at the end.
-template <class Table, class Go>
-void for_each_table(Table& table, const std::vector<int64_t>& rows, const UpdateLists& lists,
-                    const std::vector<const TensorList*>& states, const Go& go) {
-  const auto flush = [&] {
-    if (table.chunks > 0) go();
-    table.clear(kChunkUnit);
-  };
-  table.clear(kChunkUnit);
-  for (const int64_t row : rows) {
-    const int i = table.add(row, lists.masters.numel(row));
-    table.grad_dtype[i] = lists.grads.dtype(row);
-    table.copy_dtype[i] = lists.copies.dtype(row);
-    table.data[kMaster][i] = lists.masters.data(row);
-    table.data[kGrad][i] = lists.grads.data(row);  // never written
-    table.data[kCopy][i] = lists.copies.numel(row) ? lists.copies.data(row) : nullptr;
-    table.data[kStep][i] = lists.steps.data(row);
-    for (size_t k = 0; k < states.size(); ++k) table.data[kFirstState + k][i] = states[k]->data(row);
-    if (table.is_full()) flush();
-  }
-  flush();
 }
 
 }  // namespace mpk

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+// The update of every rule on the GPU: one launch over many tensors, every byte read and written once.
+
+#include <torch/csrc/stable/library.h>
+
+#include "cuda.cuh"
+#include "rules.h"
+
+namespace mpk {
+namespace {
+
+constexpr int kBlocksPerSm = 2;  // at least; asked for more, the compiler spills
+
+template <class Options, int kStates>
+struct UpdateArguments {
+  StepInputs step;
+  Options options;  // lr is read on the device
+  TensorTable<kFirstState + kStates, sizeof(StepInputs) + sizeof(Options) + 32> tensors;
+};
+
+template <class Rule, class Variant>
+using ArgumentsOf = UpdateArguments<typename Rule::Options, Variant::kStates>;
+
+template <class Rule, class Variant, class T, class S>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) update_kernel(MPK_GRID_CONSTANT(ArgumentsOf<Rule, Variant>) a) {
+  // skip before any other load
+  if (!a.step.taken()) return;
+
+  // map block to chunk
+  const auto& tensors = a.tensors;
+  const TensorChunk chunk = tensors.find(blockIdx.x);
+  const int i = chunk.tensor;
+
+  // scalars, once a block: fp64 is slow
+  using Scalars = typename Rule::template Scalars<T>;
+  __shared__ Scalars scalars;
+  if (threadIdx.x == 0) {
+    typename Rule::Options options = a.options;
+    options.lr = a.step.lr();
+    scalars = Scalars(options, a.step.factor(), steps_taken(tensors, i));
+  }
+  __syncthreads();
+
+  // load / update / store
+  update_chunk<T>(TensorUpdate<Variant, Scalars, T, S>(tensors, i, scalars), chunk);
+}
+
+struct AdvanceArguments {
+  static constexpr int kCapacity = (kArgumentBytes - sizeof(StepInputs) - sizeof(int64_t)) / sizeof(float*);
+
+  StepInputs step;
+  int64_t count;
+  float* steps[kCapacity];
+};
+
+// One block, after the last launch of the update: no other block reads the counts any more.
+__global__ void __launch_bounds__(kThreads) advance_kernel(MPK_GRID_CONSTANT(AdvanceArguments) a) {
+  if (!a.step.taken()) return;
+  for (int64_t i = threadIdx.x; i < a.count; i += kThreads) *a.steps[i] += 1;
+}
+
+// ----- on the host -----
+
+template <class T>
+const T* address_of(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr<T>() : nullptr;
+}
+
+void refuse_frozen_lr(const char* op, cudaStream_t stream) {
+  cudaStreamCaptureStatus status;
+  check_cuda(cudaStreamIsCapturing(stream, &status));
+  STD_TORCH_CHECK(status == cudaStreamCaptureStatusNone, op,
+                  ": lr is on the CPU and would be frozen in the CUDA graph; pass it as a tensor on the device");
+}
+
+template <class Rule>
+StepInputs step_inputs(const UpdateCall<Rule>& call, cudaStream_t stream) {
+  StepInputs in{};
+  in.grad_scale = address_of<float>(call.grad_scale);
+  in.found_inf = address_of<float>(call.found_inf);
+  if (call.max_norm) in.grad_norm = call.grad_norm.value().template const_data_ptr<double>();
+  in.max_norm = call.max_norm.value_or(0);
+  in.maximize = call.maximize;
+  if (!is_on_device(call.lr)) {
+    refuse_frozen_lr(Rule::kName, stream);
+    in.lr_value = real_value(call.lr);
+  } else if (call.lr.scalar_type() == ScalarType::Double) {
+    in.lr_double = address_of<double>(call.lr);
+  } else {
+    in.lr_float = address_of<float>(call.lr);
+  }
+  return in;
+}
+
+void advance_steps(const TensorList& steps, const StepInputs& in, cudaStream_t stream) {
+  AdvanceArguments a;
+  a.step = in;
+  for (int64_t begin = 0; begin < steps.size(); begin += a.count) {
+    a.count = std::min<int64_t>(steps.size() - begin, a.kCapacity);
+    for (int64_t i = 0; i < a.count; ++i) a.steps[i] = reinterpret_cast<float*>(steps.data(begin + i));
+    launch(advance_kernel, 1, kThreads, 0, stream, a);
+  }
+}
+
+// launch_as(T{}, S{}, rows) for each dtype T of a master and S of its states that occur together.
+template <class F>
+void for_each_dtypes(const UpdateLists& lists, const F& launch_as) {
+  std::vector<int64_t> rows[4];
+  for (int64_t i = 0; i < lists.masters.size(); ++i) {
+    const bool is_double = lists.masters.dtype(i) == ScalarType::Double;
+    const bool is_narrow = !lists.states.empty() && lists.states[0].dtype(i) == ScalarType::BFloat16;
+    rows[2 * is_narrow + is_double].push_back(i);
+  }
+  if (!rows[0].empty()) launch_as(float{}, float{}, rows[0]);
+  if (!rows[1].empty()) launch_as(double{}, double{}, rows[1]);
+  if (!rows[2].empty()) launch_as(float{}, BFloat16{}, rows[2]);
+  if (!rows[3].empty()) launch_as(double{}, BFloat16{}, rows[3]);
+}
+
+// Fills the table with the tensors of `rows` and calls go() whenever it is full and at the end.
+template <class Table, class Go>
+void for_each_table(Table& table, const std::vector<int64_t>& rows, const UpdateLists& lists, const Go& go) {
+  const auto flush = [&] {
+    if (table.chunks > 0) go();
+    table.clear(kChunkUnit);
+  };
+  table.clear(kChunkUnit);
+  for (const int64_t row : rows) {
+    const int i = table.add(row, lists.masters.numel(row));
+    table.grad_dtype[i] = lists.grads.dtype(row);
+    table.copy_dtype[i] = lists.copies.dtype(row);
+    table.data[kMaster][i] = lists.masters.data(row);
+    table.data[kGrad][i] = lists.grads.data(row);  // never written
+    table.data[kCopy][i] = lists.copies.numel(row) ? lists.copies.data(row) : nullptr;
+    table.data[kStep][i] = lists.steps.data(row);
+    for (size_t k = 0; k < lists.states.size(); ++k) table.data[kFirstState + k][i] = lists.states[k].data(row);
+    if (table.is_full()) flush();
+  }
+  flush();
+}
+
+template <class Rule>
+struct CudaUpdate {
+  // Always true: whether the step is taken is known on the device, and a skipped one has changed nothing.
+  static bool update(const UpdateCall<Rule>& call) {
+    const OnDevice device(call.on);
+    const StepInputs step = step_inputs(call, device.stream());
+    Rule::with_variant(call.options, call.lists.states.size(),
+                       [&](auto variant) { launch_variant<decltype(variant)>(call, step, device.stream()); });
+    advance_steps(call.lists.steps, step, device.stream());
+    return true;
+  }
+
+ private:
+  template <class Variant>
+  static void launch_variant(const UpdateCall<Rule>& call, const StepInputs& step, cudaStream_t stream) {
+    ArgumentsOf<Rule, Variant> a;
+    static_assert(sizeof(a) <= kArgumentBytes);
+    a.step = step;
+    a.options = call.options;
+    for_each_dtypes(call.lists, [&](auto t, auto s, const std::vector<int64_t>& rows) {
+      using S = std::conditional_t<Variant::kStates == 0, decltype(t), decltype(s)>;
+      const auto kernel = update_kernel<Rule, Variant, decltype(t), S>;
+      for_each_table(a.tensors, rows, call.lists, [&] { launch(kernel, a.tensors.chunks, kThreads, 0, stream, a); });
+    });
+  }
+};
+
+}  // namespace
+}  // namespace mpk
+
+STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, CUDA, m) {
+  mpk::for_each_rule([&](auto rule) {
+    using Op = mpk::PrivateOp<decltype(rule), mpk::CudaUpdate<decltype(rule)>>;
+    m.impl(decltype(rule)::kName, TORCH_BOX(&Op::call));
+  });
+}
