@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_act in ATen, for graphs that leave this package: out = round(act(x @ weight.T + bias))."""
 
-import math
+import functools
 
 import torch
 import torch.nn.functional as F
 
 from mpkernels.ops.common.cast import cast
 from mpkernels.ops.linear_act import Activation, acc_dtype
-from mpkernels.ops.linear_act.passes import CUBE, TANH, pack_mask
+from mpkernels.ops.linear_act.passes import pack_mask
 
-_ACTIVATE = {  # as in passes.py, where they are in place
+_ACTIVATE = {
     Activation.NONE: lambda z: z,
     Activation.RELU: torch.relu,
     Activation.RELU2: lambda z: torch.relu(z).square(),
-    Activation.GELU: lambda z: z * (0.5 * (1 + torch.erf(z * math.sqrt(0.5)))),
-    Activation.GELU_TANH: lambda z: z * (0.5 * (1 + torch.tanh(z * (z * z * (TANH * CUBE) + TANH)))),
-    Activation.SILU: lambda z: z / (1 + torch.exp(-z)),
+    Activation.GELU: F.gelu,
+    Activation.GELU_TANH: functools.partial(F.gelu, approximate="tanh"),
+    Activation.SILU: F.silu,
 }
 
 

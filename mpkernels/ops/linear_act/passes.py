@@ -6,7 +6,7 @@ round(act(a @ b.T + bias)) for a (M, K) in compute_dtype and b (N, K). pre: None
 applied to.
 """
 
-import math
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -72,44 +72,32 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
 
 # ----- activations ---------------------------------------------------------------
 
-# torch's fused GELU, SiLU and sigmoid have other bits in the vectors of a tensor than in what is left over; its exp, tanh and
-# erf do not, nor does arithmetic. So activations are composed of those, a piece at a time, which stays in the cache.
+# torch's fused GELU and SiLU have other bits in the vectors of a tensor than in what is left over behind them. So they are
+# given whole vectors, a piece at a time, which stays in the cache; what is left over is padded.
 
 _PIECE = 1 << 15  # elements of a thread
+_ALONE = 1 << 14  # elements that torch does not share among threads
+_VECTORS = 64  # elements: a multiple of what any CPU takes at once
 STEEP = 1000.0  # from here on slopes of gelu and silu are 0 or 1 in fp64 too, and at infinity their formulas are NaN
-TANH, CUBE = math.sqrt(2 / math.pi), 0.044715
-
-
-def _normal_cdf(z):
-    return (z * math.sqrt(0.5)).erf_().add_(1).mul_(0.5)
-
-
-def _tanh_term(z):
-    return (z * z).mul_(TANH * CUBE).add_(TANH).mul_(z).tanh_()
-
-
-def _gelu_slope(z):
-    return (z * z).mul_(-0.5).exp_().mul_(z).mul_(1 / math.sqrt(2 * math.pi)).add_(_normal_cdf(z))
-
-
-def _gelu_tanh_slope(z):
-    t = _tanh_term(z)
-    inner = (z * z).mul_(3 * TANH * CUBE).add_(TANH).mul_(z)
-    return inner.mul_(1 - t).add_(1).mul_(t.add_(1)).mul_(0.5)
-
-
-def _silu_slope(z):
-    s = torch.neg(z).exp_().add_(1).reciprocal_()
-    return (1 - s).mul_(z).add_(1).mul_(s)
-
 
 _ACTIVATE_ = {  # in place
     Activation.RELU2: lambda z: z.relu_().square_(),
-    Activation.GELU: lambda z: z.mul_(_normal_cdf(z)),
-    Activation.GELU_TANH: lambda z: z.mul_(_tanh_term(z).add_(1).mul_(0.5)),
-    Activation.SILU: lambda z: z.div_(torch.neg(z).exp_().add_(1)),
+    Activation.GELU: torch.ops.aten.gelu_,
+    Activation.GELU_TANH: functools.partial(torch.ops.aten.gelu_, approximate="tanh"),
+    Activation.SILU: torch.ops.aten.silu_,
 }
-_SLOPE = {Activation.GELU: _gelu_slope, Activation.GELU_TANH: _gelu_tanh_slope, Activation.SILU: _silu_slope}
+_BACKWARD_ = {  # in place of the gradient, from what the activation is applied to
+    Activation.RELU2: lambda grad, z: grad.mul_(2 * z).masked_fill_(z <= 0, 0),
+    Activation.GELU: lambda grad, z: torch.ops.aten.gelu_backward(grad, _not_steep(z), grad_input=grad),
+    Activation.GELU_TANH: lambda grad, z: torch.ops.aten.gelu_backward(
+        grad, _not_steep(z), approximate="tanh", grad_input=grad
+    ),
+    Activation.SILU: lambda grad, z: torch.ops.aten.silu_backward(grad, _not_steep(z), grad_input=grad),
+}
+
+
+def _not_steep(z):
+    return z.clamp(-STEEP, STEEP)
 
 
 def finish(z, activation, pre, out_dtype):
@@ -119,14 +107,24 @@ def finish(z, activation, pre, out_dtype):
     if activation == Activation.RELU:
         z.relu_()
     elif activation != Activation.NONE:
-        for piece in _pieces(z):
-            _ACTIVATE_[activation](piece)
+        _by_vectors(_ACTIVATE_[activation], z)
     return cast(z, out_dtype)
 
 
-def _pieces(tensor):
-    """Views of a contiguous tensor that hold all of it."""
-    return tensor.view(-1).split(_PIECE * torch.get_num_threads()) if tensor.is_cpu else (tensor,)
+def _by_vectors(function_, written, *others):
+    """function_(written, *others) of contiguous tensors, elements of one place together, in pieces of whole vectors."""
+    if not written.is_cpu:
+        function_(written, *others)
+        return
+    flat, begin, n = [tensor.view(-1) for tensor in (written, *others)], 0, written.numel()
+    for size in (_PIECE * torch.get_num_threads(), _ALONE, n % _ALONE // _VECTORS * _VECTORS):
+        while size and begin + size <= n:
+            function_(*(tensor.narrow(0, begin, size) for tensor in flat))
+            begin += size
+    if begin < n:
+        padded = [F.pad(tensor.narrow(0, begin, n - begin), (0, _VECTORS - n + begin)) for tensor in flat]
+        function_(*padded)
+        flat[0].narrow(0, begin, n - begin).copy_(padded[0].narrow(0, 0, n - begin))
 
 
 def _through(activation, saved, grad, compute_dtype):
@@ -135,12 +133,7 @@ def _through(activation, saved, grad, compute_dtype):
         return _select(saved, grad)
     acc = acc_dtype(compute_dtype)
     out = torch.empty(grad.shape, dtype=acc, device=grad.device).copy_(grad)
-    for z, piece in zip(_pieces(saved.contiguous()), _pieces(out), strict=True):
-        z = z.to(acc)
-        if activation == Activation.RELU2:
-            piece.copy_(torch.where(z <= 0, 0, 2 * z * piece))
-        else:
-            piece.mul_(_SLOPE[activation](z.clamp(-STEEP, STEEP)))
+    _by_vectors(lambda grad, z: _BACKWARD_[activation](grad, z.to(acc)), out, saved.contiguous())
     return out
 
 

@@ -91,7 +91,7 @@ def test_linear_act_batch_invariant_with_other_instructions(capability):
     """A process whose libraries use AVX2 alone, or nothing that not every x86-64 has."""
     isa = {"avx2": "AVX2", "default": "SSE41"}[capability]
     code = (
-        "from tests.test_linear_act_batch_invariant import *\n"
+        "from tests.ops.linear_act.test_batch_invariant import *\n"
         f"assert torch.backends.cpu.get_cpu_capability() == {capability.upper()!r}\n"
         "[assert_rows_stand_alone(a, p, 100) for a in Activation for p in ('float32', 'float64')]"
     )
