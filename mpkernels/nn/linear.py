@@ -171,6 +171,8 @@ def cached_weights(model: Model) -> Iterator[Model]:
     A write that torch can see (load_state_dict, no_grad in-place) makes the cast anew; a write through `.data` does not.
     Of weights made under `torch.inference_mode()` it sees none: they are cast at each call.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r}")
     layers = [m for m in model.modules() if hasattr(m, "_weight_copy") and m.policy is not None]
     try:
         for layer in layers:

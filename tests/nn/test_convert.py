@@ -323,6 +323,8 @@ def test_small_linears_are_left_where_the_user_says_so():
     assert own[0].policy.compute_dtype == torch.float16
     for bad in (True, 1.5, "all"):
         before = snapshot(model)
+        with pytest.raises(ValueError, match="min_size must be 0 or more, got -1"):
+            mpk.convert(sizes(), min_size=-1)
         with pytest.raises(TypeError, match="min_size must be an int or None, got"):
             mpk.convert(model, min_size=bad)
         assert snapshot(model) == before

@@ -172,6 +172,8 @@ def _min_sizes(model: nn.Module, min_size: int | None, narrow: torch.dtype | Non
     if min_size is not None:
         if isinstance(min_size, bool) or not isinstance(min_size, int):
             raise TypeError(f"min_size must be an int or None, got {min_size!r}")
+        if min_size < 0:
+            raise ValueError(f"min_size must be 0 or more, got {min_size}")
         return dict.fromkeys(model.modules(), min_size)
     if narrow is not None:  # what is left would compute in 16 bits all the same, by torch's numerics
         return {}
