@@ -305,7 +305,7 @@ def _check_scale(state, found, before, after, results, device) -> None:
     scale = Scale(*state)
     scale.update(found != 0, **SCALING)
     got = [tensor.tolist() for tensor in after[:4]]
-    expected = [scale.scale, scale.growth_tracker, scale.lives, [scale.skipped, scale.in_a_row]]
+    expected = [scale.scale, scale.growth_tracker, scale.hysteresis_left, [scale.skipped, scale.in_a_row]]
     assert got == expected, f"the state is {got}, expected {expected}"
 
 

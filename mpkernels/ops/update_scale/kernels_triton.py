@@ -24,7 +24,7 @@ def update_scale_kernel(
     # ----- load
     overflow = tl.load(found_inf_ptr) != 0  # NOTE: true for NaN
     scale = tl.load(grad_scale_ptr).to(tl.float64)
-    lives = tl.maximum(tl.load(hysteresis_tracker_ptr), 0) - overflow.to(tl.int32)
+    hysteresis_left = tl.maximum(tl.load(hysteresis_tracker_ptr), 0) - overflow.to(tl.int32)
     good_steps = tl.where(overflow, 0, count_up(tl.load(growth_tracker_ptr), MOST_INT32))
     in_a_row = tl.where(overflow, count_up(tl.load(skipped_ptr + skipped_stride), MOST_INT64), 0)
     # ----- update
@@ -32,11 +32,11 @@ def update_scale_kernel(
     grown, backed_off = scale * double(growth_factor), scale * double(backoff_factor)
     grown = tl.where(grown > double(max_scale), double(max_scale), grown)
     backed_off = tl.where(backed_off < double(min_scale), double(min_scale), backed_off)
-    scale = tl.where(overflow & (lives <= 0), backed_off, tl.where(grow, grown, scale))
+    scale = tl.where(overflow & (hysteresis_left <= 0), backed_off, tl.where(grow, grown, scale))
     # ----- store
     tl.store(grad_scale_ptr, scale.to(tl.float32))  # round: fp64 -> fp32
     tl.store(growth_tracker_ptr, tl.where(grow, 0, good_steps))
-    tl.store(hysteresis_tracker_ptr, tl.where(grow, hysteresis, tl.maximum(lives, 0)))
+    tl.store(hysteresis_tracker_ptr, tl.where(grow, hysteresis, tl.maximum(hysteresis_left, 0)))
     all_skipped = tl.load(skipped_ptr)
     tl.store(skipped_ptr, tl.where(overflow, count_up(all_skipped, MOST_INT64), all_skipped))
     tl.store(skipped_ptr + skipped_stride, in_a_row)

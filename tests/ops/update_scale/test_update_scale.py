@@ -83,7 +83,7 @@ def test_update_scale_matches_reference(device, hysteresis, share, interval):
     for i, found in enumerate(overflows(300, share, 10 * hysteresis + interval)):
         ours.update(found)
         expected.update(found != 0, **options)
-        state = [expected.scale, expected.growth_tracker, expected.lives, [expected.skipped, expected.in_a_row]]
+        state = [expected.scale, expected.growth_tracker, expected.hysteresis_left, [expected.skipped, expected.in_a_row]]
         assert ours.values() == state, f"update {i}"
 
 
