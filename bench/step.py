@@ -6,6 +6,7 @@ with the same bytes, rebuilt from torch ops; it is not X, whose own kernels comp
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from bench.cases import Step
 from bench.contender import OURS, Contender, Missing, check_peer, numerics, package, with_forced
 from bench.rows import free_bytes
 from mpkernels.ops.adamw import reference
-from mpkernels.optim import _stats
+from mpkernels.optim import grad_reading
 from mpkernels.runtime import compute_copy
 from tests import bounds
 
@@ -100,9 +101,13 @@ def ours(case, device) -> Recipe:
     optimizer = mpk.optim.AdamW(params, **HYPER, max_norm=MAX_NORM if case.kind == "clip" else None)
     scaler = scaler_of(mpk.GradScaler, device)
 
+    steps = itertools.count(1)
+
     def step():
         scaler.step(optimizer)
         scaler.update()
+        if case.kind == "skipped" and not next(steps) % 10:  # or the scaler would warn of so many in a row
+            scaler.skipped_in_a_row.zero_()
 
     if case.grads == "float32":
         return Recipe(step, params, optimizer=optimizer, layers=layers)
@@ -125,11 +130,11 @@ def plain_read(case, device) -> Recipe:
         found_inf.zero_()
 
     def step_with_plain_read():
-        whole, _stats.grad_stats_ = _stats.grad_stats_, read
+        whole, grad_reading.grad_stats_ = grad_reading.grad_stats_, read
         try:
             step()
         finally:
-            _stats.grad_stats_ = whole
+            grad_reading.grad_stats_ = whole
 
     return replace(recipe, step=step_with_plain_read)
 

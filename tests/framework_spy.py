@@ -15,8 +15,9 @@ from unittest import mock
 import torch
 
 import mpkernels as mpk
-from mpkernels.optim import _ranks
-from mpkernels.optim._base import Optimizer
+from mpkernels.optim.distributed import local
+from mpkernels.optim.grad_reading import GradReader
+from mpkernels.optim.optimizer import Optimizer
 from mpkernels.runtime.dispatch import Op
 
 OVERFLOW = 5  # the step whose loss is scaled by inf
@@ -28,7 +29,8 @@ class Spy(ExitStack):
     def __enter__(self):
         self.calls, self.squares, self.optimizers, self.scaled = collections.Counter(), [], {}, 0
         self._wrap(Op, "_run_checked", lambda op, *_: self.calls.update([op.name]))
-        self._wrap(Optimizer, "_read_grads", self._read)
+        self._wrap(Optimizer, "step", lambda optimizer, *_: self.optimizers.update({id(optimizer): optimizer}))
+        self._wrap(GradReader, "read", self._read)
         for owner, name in ((Optimizer, "_unscale_grads"), (torch.nn.utils, "clip_grad_norm_"), (torch.optim.AdamW, "step")):
             self._wrap(owner, name, lambda *_, name=name: self.calls.update([name]))
         scale = mpk.GradScaler.scale
@@ -49,10 +51,9 @@ class Spy(ExitStack):
 
         self.enter_context(mock.patch.object(owner, name, wrapped))
 
-    def _read(self, optimizer, rows, grad_scale, *_):
-        self.optimizers[id(optimizer)] = optimizer
+    def _read(self, _, plan, grad_scale, *__):
         scale = 1.0 if grad_scale is None else grad_scale.double()
-        grads = [_ranks.local(p.grad).double() / scale for p in optimizer._parameters()]
+        grads = [local(grad).double() / scale for grad in plan.grads_of_params()]
         self.squares.append(sum(grad.square().sum().item() for grad in grads))
 
     def seen(self) -> dict:
@@ -61,7 +62,7 @@ class Spy(ExitStack):
         return {
             "calls": dict(self.calls),
             "squares": self.squares,
-            "elements": sum(p.numel() for p in optimizer._parameters()),
+            "elements": sum(p.numel() for group in optimizer.param_groups for p in group["params"]),
             "steps": sorted({int(state["step"]) for state in optimizer.state.values()}),
             "groups": len({str({k: v for k, v in g.items() if not k.startswith("param")}) for g in optimizer.param_groups}),
         }

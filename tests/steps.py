@@ -27,7 +27,7 @@ STEPS = 1000
 
 def compute_copies(optimizer) -> list[torch.Tensor]:
     """Those that `optimizer` writes."""
-    return [c.tensor for plan in optimizer._plans[:1] for c in plan.compute_copies.values()]
+    return [c.tensor for plan in optimizer._plans.plans[:1] for c in plan.compute_copies]
 
 
 def targets(op: Op) -> list:

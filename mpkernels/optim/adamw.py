@@ -6,9 +6,8 @@ from typing import ClassVar
 import torch
 
 from mpkernels.ops.adamw import adamw_
-from mpkernels.ops.common.layout import NO_TENSORS
-from mpkernels.optim import _hyperparameters as hyper
-from mpkernels.optim._base import Optimizer, Params
+from mpkernels.optim import hyperparameters as hyper
+from mpkernels.optim.optimizer import Optimizer, Params
 
 
 class AdamW(Optimizer):
@@ -16,16 +15,17 @@ class AdamW(Optimizer):
 
     params: parameters, named parameters (their names then stand in errors and reports) or groups. lr: float, or a
     1-element tensor on any device. betas, eps, weight_decay, amsgrad, maximize: as torch.
-    foreach, capturable, fused: kept in the groups for whoever reads them there, without effect: the step always is fused and
+    foreach, capturable, fused: kept in the groups for code that reads them there, without effect: the step always is fused and
     capturable. differentiable: False, the step has no gradient.
     master_dtype, state_dtype, max_norm, process_group, write_grads, skip_nonfinite: see Optimizer.
     `grad_norm`: 0-d fp64 on the device, unscaled, before clipping; None before the first step with `max_norm`.
     Raises ValueError for values torch refuses, and for inf and NaN too. Source: torch.optim.AdamW.
     """
 
-    _optional_states = ("max_exp_avg_sq",)
     _op = adamw_
-    _rules: ClassVar = {
+    _moments = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    _optional: ClassVar = {"max_exp_avg_sq": "amsgrad"}
+    _requirements: ClassVar = {
         **hyper.COMMON,
         "betas": hyper.BETAS,
         "eps": hyper.at_least_0("epsilon value"),
@@ -51,23 +51,15 @@ class AdamW(Optimizer):
             write_grads=write_grads, skip_nonfinite=skip_nonfinite,
         )  # fmt: skip
 
-    def _group_state_names(self, group):
-        return ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
-
-    def _arguments(self, group, call):
-        states = call.states
+    def _options(self, group):
         numbers = map(hyper.as_float, (*group["betas"], group["eps"], group["weight_decay"]))
-        return (
-            call.masters, call.grads, states["exp_avg"], states["exp_avg_sq"], states.get("max_exp_avg_sq", NO_TENSORS),
-            call.copies, call.steps, call.lr(group["lr"]), *numbers,
-            bool(group["decoupled_weight_decay"]), bool(group["maximize"]),
-        )  # fmt: skip
+        return *numbers, bool(group["decoupled_weight_decay"]), bool(group["maximize"])
 
 
 class Adam(AdamW):
     """`torch.optim.Adam` in the same pass: weight_decay is added to the gradient and is 0 by default."""
 
-    _rules: ClassVar = {**AdamW._rules, "decoupled_weight_decay": hyper.flag("decoupled_weight_decay value")}
+    _requirements: ClassVar = {**AdamW._requirements, "decoupled_weight_decay": hyper.flag("decoupled_weight_decay value")}
 
     def __init__(
         self, params: Params, lr: float | torch.Tensor = 1e-3,

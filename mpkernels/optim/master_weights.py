@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 
 from mpkernels.ops.common.cast import cast
-from mpkernels.optim import _ranks
-from mpkernels.runtime.fake import copy_
+from mpkernels.optim.distributed import is_dtensor, local
+from mpkernels.runtime.fake import addresses, copy_
 
 
 def pairs(state: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -18,9 +18,38 @@ def pairs(state: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def take_over(master: torch.Tensor, parameter: torch.Tensor) -> None:
-    """What somebody wrote to the parameter becomes the master's; where the parameter is the master rounded, it stays."""
-    master, parameter = _ranks.local(master), _ranks.local(parameter)
+    """What was written to the parameter becomes the master's; where the parameter is the master rounded, it stays."""
+    master, parameter = local(master), local(parameter)
     copy_(master, torch.where(cast(master, parameter.dtype) == parameter, master, parameter))
+
+
+def stamps(state: dict) -> dict[int, tuple]:
+    """By id, version and address of each parameter that has a master."""
+    return {id(p): _stamp(p) for p, _ in pairs(state)}
+
+
+def _stamp(parameter: torch.Tensor) -> tuple:
+    """As `StepPlan.stamps` has it. The address: `p.data = ...`, as vector_to_parameters writes, moves no version."""
+    shard = local(parameter)
+    version = (shard._version, parameter._version) if is_dtensor(parameter) else parameter._version
+    return version, *addresses([shard])
+
+
+def take_over_written(state: dict, known: dict[int, tuple]) -> None:
+    """Take over each parameter whose stamp is not the known one."""
+    for parameter, master in pairs(state):
+        if is_dtensor(parameter) or known.get(id(parameter)) != _stamp(parameter):
+            take_over(master, parameter)
+
+
+def in_state_dict(model: torch.nn.Module, state: dict) -> dict[str, torch.Tensor]:
+    """`model.state_dict()` with the masters in it."""
+    masters = {id(p): master for p, master in pairs(state)}
+    result = model.state_dict()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in masters and name in result:
+            result[name] = masters[id(parameter)].detach()
+    return result
 
 
 def strays(rounded: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[bool]:
@@ -28,7 +57,7 @@ def strays(rounded: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[bool]:
     flags: dict[torch.device, list[torch.Tensor]] = {}
     places = []
     for narrow, wide in rounded:
-        narrow, expected = _ranks.local(narrow), cast(_ranks.local(wide), narrow.dtype)
+        narrow, expected = local(narrow), cast(local(wide), narrow.dtype)
         on_device = flags.setdefault(narrow.device, [])
         places.append((narrow.device, len(on_device)))
         on_device.append(~((narrow == expected) | (narrow.isnan() & expected.isnan())).all())
@@ -37,7 +66,22 @@ def strays(rounded: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[bool]:
 
 
 @contextlib.contextmanager
-def swapped_in(parameter: torch.Tensor, master: torch.Tensor):
+def all_swapped_in(state: dict):
+    """Inside, each parameter that has a master is it; what was written to the parameters is taken over first."""
+    masters = pairs(state)
+    if any(is_dtensor(p) for p, _ in masters):
+        raise RuntimeError("master_weights cannot put masters in the place of DTensors: use master_state_dict")
+    with torch.no_grad():
+        for parameter, master in masters:
+            take_over(master, parameter)
+    with contextlib.ExitStack() as swaps:
+        for parameter, master in masters:
+            swaps.enter_context(_swapped_in(parameter, master))
+        yield
+
+
+@contextlib.contextmanager
+def _swapped_in(parameter: torch.Tensor, master: torch.Tensor):
     """Inside, `parameter` is `master`.
 
     NOTE: `parameter.data = master` would change its dtype, for which torch drops the node that accumulates its gradient,

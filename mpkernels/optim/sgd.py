@@ -5,10 +5,9 @@ from typing import ClassVar
 
 import torch
 
-from mpkernels.ops.common.layout import NO_TENSORS
 from mpkernels.ops.sgd import sgd_
-from mpkernels.optim import _hyperparameters as hyper
-from mpkernels.optim._base import Optimizer, Params
+from mpkernels.optim import hyperparameters as hyper
+from mpkernels.optim.optimizer import Optimizer, Params
 
 
 class SGD(Optimizer):
@@ -22,9 +21,10 @@ class SGD(Optimizer):
 
     # NOTE: torch's SGD saves no step count; a buffer that it saved is past its first step.
     _default_step = 1
-    _optional_states = ("momentum_buffer",)
     _op = sgd_
-    _rules: ClassVar = {
+    _moments = ("momentum_buffer",)
+    _optional: ClassVar = {"momentum_buffer": "momentum"}
+    _requirements: ClassVar = {
         **hyper.COMMON,
         "momentum": hyper.at_least_0("momentum value"),
         "dampening": hyper.finite("dampening value"),
@@ -55,17 +55,11 @@ class SGD(Optimizer):
 
     def _init_state(self, group, parameter, name):
         state = self.state.get(parameter, {})
-        if group["momentum"] and "step" in state and "momentum_buffer" not in state:
-            state["step"] = torch.zeros_like(state["step"])  # a buffer that comes late begins with the gradient too
+        is_late = group["momentum"] and "step" in state and "momentum_buffer" not in state
         super()._init_state(group, parameter, name)
+        if is_late:
+            state["step"].zero_()  # a buffer that comes late begins with the gradient too
 
-    def _group_state_names(self, group):
-        return ("momentum_buffer",) if group["momentum"] else ()
-
-    def _arguments(self, group, call):
-        return (
-            call.masters, call.grads, call.states.get("momentum_buffer", NO_TENSORS), call.copies, call.steps,
-            call.lr(group["lr"]),
-            *map(hyper.as_float, (group["momentum"], group["dampening"], group["weight_decay"])),
-            bool(group["nesterov"]), bool(group["maximize"]),
-        )  # fmt: skip
+    def _options(self, group):
+        numbers = map(hyper.as_float, (group["momentum"], group["dampening"], group["weight_decay"]))
+        return *numbers, bool(group["nesterov"]), bool(group["maximize"])

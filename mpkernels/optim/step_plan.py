@@ -1,40 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
 """StepPlan: the parameters of a step and all that belongs to them, looked at once and kept while nothing but values is new.
 
-What a step asks of a tensor is asked of a whole list at once: Python's time per tensor is most of what it costs the host.
-A plan is made for one set of parameters with gradients; it `is_for` a step or not, `is_current` or is made anew, as a whole.
+What a step asks of a tensor is asked of a whole list at once: Python's time per tensor is most of what a step costs the host.
+A plan is made for one `Signature`: it matches that of a step or not, it `is_current` or is rebuilt, as a whole.
 """
 
+import weakref
 from itertools import chain, compress
 from operator import attrgetter, is_, itemgetter
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from mpkernels.ops.common.layout import Tensors, same_formats
-from mpkernels.optim import _ranks
+from mpkernels.ops.common.cast import cast
+from mpkernels.ops.common.layout import same_formats
+from mpkernels.optim import distributed, hyperparameters, master_weights
+from mpkernels.optim.state import ParameterState
+from mpkernels.optim.update_call import readings, update_calls
 from mpkernels.runtime import compute_copy
 from mpkernels.runtime.fake import addresses, any_fake
 
+_optimizers: weakref.WeakSet = weakref.WeakSet()  # that have a plan
+_hook = None  # of torch, while there is a plan or was one
+MAX_PLANS = 8  # of steps that find other parameters with a gradient, as experts and dropped layers alternate
+
 _version = attrgetter("_version")
+_params_of = itemgetter("params")
+
+
+class GroupValues:
+    """The hyperparameters of all groups as of the last look, and what follows from them.
+
+    partition: per group, the first with the same values: one call of the op serves both. moments: per group, their names.
+    generation: moves at every look.
+    """
+
+    def __init__(self, requirements: dict[str, hyperparameters.Requirement], kept: ParameterState):
+        self._requirements, self._kept = {**requirements, "lr": hyperparameters.LEARNING_RATE_AT_A_STEP}, kept
+        self._values_of = itemgetter(*requirements)
+        self._seen: list[tuple] = []
+        self._are_immutable = True
+        self.generation = 0
+        self.partition: list[int] = []
+        self.moments: list[tuple[str, ...]] = []
+
+    def is_current(self, groups: list[dict]) -> bool:
+        """Whether no group was given another value since; never where a value may be written in place, as a tensor."""
+        if not self._are_immutable or len(groups) != len(self._seen):
+            return False
+        try:
+            now = chain.from_iterable(map(self._values_of, groups))
+            return all(map(is_, now, chain.from_iterable(self._seen)))
+        except KeyError:  # a group lacks one
+            return False
+
+    def look(self, groups: list[dict]) -> None:
+        """Raise ValueError for a value that a user or a scheduler has put there since and that is not allowed."""
+        for i, group in enumerate(groups):
+            values = map(group.get, self._requirements)
+            if i >= len(self._seen) or not all(map(is_, values, self._seen[i])):
+                hyperparameters.check(self._requirements, group)
+        self._seen = [self._values_of(group) for group in groups]
+        first: dict[tuple, int] = {}
+        self.partition = [first.setdefault(hyperparameters.comparable(values), i) for i, values in enumerate(self._seen)]
+        self.moments = [self._kept.moments_of(group) for group in groups]
+        self._are_immutable = all(map(hyperparameters.is_immutable, chain.from_iterable(self._seen)))
+        self.generation += 1
 
 
 class Signature:
-    """Which parameters a step finds, in which groups, which of them have a gradient, and which groups go together.
-
-    partition: per group, the first with the same hyperparameters.
-    """
+    """Which parameters a step finds, in which groups, which of them have a gradient, and which groups go together."""
 
     def __init__(self, param_groups: list[dict], partition: list[int]):
-        self.params = list(chain.from_iterable(group["params"] for group in param_groups))
+        self.params = list(chain.from_iterable(map(_params_of, param_groups)))
         self.grads = [p.grad for p in self.params]
         self.present = [grad is not None for grad in self.grads]
         self.all_present = all(self.present)
-        self.sizes = [len(group["params"]) for group in param_groups]
+        self.sizes = list(map(len, map(_params_of, param_groups)))
         self.partition = partition
 
     def redistribute_grads(self) -> None:
         """Lay the gradients of DTensors out as the parameters lie: a collective where they do not."""
-        _ranks.redistribute_grads(self.params)
+        distributed.redistribute_grads(self.params)
         self.grads = [p.grad for p in self.params]
 
     def matches(self, other: "Signature") -> bool:
@@ -55,165 +102,137 @@ class Signature:
         return list(compress(groups, self.present))
 
 
-class Call:
-    """What one call of the update op is given: the parameters of one device whose groups have the same hyperparameters.
-
-    rows: their places among the plan's parameters. group: the index of the first of their groups.
-    """
-
-    def __init__(self, plan: "StepPlan", group: int, rows: list[int], names: tuple[str, ...]):
-        self.group, self.rows, self.names = group, rows, names
-        pick = list if len(rows) == len(plan.params) else lambda tensors: [tensors[i] for i in rows]
-        self.device = plan.params[rows[0]].device
-        entries = pick(plan.entries)
-        self.masters, self.copies = Tensors(pick(plan.masters)), Tensors(pick(plan.copies))
-        self.states = {name: Tensors(plan.local(entry[name]) for entry in entries) for name in names}
-        self.steps = Tensors(entry["step"] for entry in entries)
-        self.grads = Tensors([])  # inside a step; of DTensors what this rank holds
-        states = chain(*self.states.values(), self.steps)
-        dtensors = filter(_ranks.is_dtensor, pick(plan.params)) if plan.dtensors else ()
-        self.written = [*self.masters, *(copy for copy in self.copies if copy.numel()), *states, *dtensors]
-        self._lr: tuple[float, torch.Tensor] | None = None
-
-    def lr(self, value) -> torch.Tensor:
-        """The learning rate as the ops take it: 0-d, on the CPU for a float."""
-        if isinstance(value, torch.Tensor):
-            return value.reshape(()).to(torch.promote_types(value.dtype, torch.float32))
-        if self._lr is None or self._lr[0] != value:
-            self._lr = value, torch.tensor(value, dtype=torch.float64, device="cpu")
-        return self._lr[1]
-
-
-class Reading:
-    """The gradients of one device in the order of the parameters, which decides the bits of their norm."""
-
-    def __init__(self, device: torch.device, rows: list[int], params: list[torch.Tensor], calls: list[Call]):
-        self.device, self.rows, self.params = device, rows, [params[i] for i in rows]
-        same = (call.grads for call in calls if call.rows == rows)
-        self.grads = next(same, Tensors([]))  # usually those of its only call
-
-
 class StepPlan:
-    """The lists of a step.
+    """The lists of a step, with their addresses and versions.
 
-    signature: what it is for. state: the optimizer's, with all that these parameters need. names: what an op needs of the
-    state, by group. checked: whether an op has checked these lists; then only values are new.
+    signature: what it is for. state: the optimizer's, with all that these parameters need. versions: of the parameters after
+    our last write, None before it.
     """
 
-    def __init__(self, signature: Signature, state: dict, names: list[tuple[str, ...]], ranks: _ranks.Ranks, optimizer):
+    def __init__(self, signature: Signature, state: dict, values: GroupValues, ranks: distributed.Ranks, optimizer):
         self.signature, self.ranks, self.dtensors = signature, ranks, ranks.dtensors
-        signature.grads, grads = [], signature.with_gradient()[1]  # a plan keeps no gradients
+        signature.grads = []  # a plan keeps no gradients
         self.params = list(compress(signature.params, signature.present))
-        self.generation, self.names, self.checked = compute_copy.generation, names, False
-        self.versions: list | None = None  # of the parameters after our last write
+        self.moments, self._values_generation = values.moments, None
+        self._copies_generation = compute_copy.generation
+        self.versions: list | None = None
         self.entries = [state[p] for p in self.params]
         self._state = list(state), list(state.values())
         self.local_params = list(map(self.local, self.params))
-        self._is_fake = any_fake(self.local_params)
         self.has_master = [i for i, entry in enumerate(self.entries) if "master" in entry]
-        self.compute_copies = compute_copy.claim(optimizer, self.params)
-        self.always_taken_over = [i for i in self.has_master if self._may_be_written_unseen(self.params[i])]
-        self.masters, self.copies = list(self.local_params), [self._no_copy(p) for p in self.params]
-        for i, copy in self.compute_copies.items():
-            self.copies[i] = copy.tensor
-        for i in self.has_master:
-            self.masters[i], self.copies[i] = self.local(self.entries[i]["master"]), self.local_params[i]
-        self.calls = self._make_calls()
-        self.readings = self._make_readings()
-        self._owners = [(name, [self.entries[i] for i in call.rows]) for call in self.calls for name in ("step", *call.names)]
+        self._always_taken_over = [i for i in self.has_master if self._may_be_written_unseen(self.params[i])]
+        self._claim_copies()
+        _watch_other_optimizers(optimizer)
+        self.calls = update_calls(self)
+        self.readings = readings(self)
+        shared = {id(call.grads) for call in self.calls}
+        self._grad_lists = [*self.calls, *(reading for reading in self.readings if id(reading.grads) not in shared)]
+        self._owners = [(name, call.entries) for call in self.calls for name in ("step", *call.moments)]
         self._owners.append(("master", [self.entries[i] for i in self.has_master]))
-        self._state_tensors = self._state_tensors_now()
-        self._addresses = self._addresses_now()
-        self._same_params = same_formats(self.local_params)
-        self.give(list(map(self.local, grads)))
+        self._state_tensors = list(self._find_state_tensors())
+        self._is_fake = any_fake(self.local_params)
+        self._addresses = self._find_addresses()
+        self._copied_addresses = [self._addresses[i] for i in self._copied]
+        self._same_params, self._same_grads = same_formats(self.local_params), None
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
-        return _ranks.local(tensor) if self.dtensors else tensor
+        return distributed.local(tensor) if self.dtensors else tensor
 
     @staticmethod
     def _may_be_written_unseen(parameter: torch.Tensor) -> bool:
         """NOTE: what `state_dict()` hands out of a DTensor has a version counter of its own."""
-        return _ranks.is_dtensor(parameter) or compute_copy.is_shared(parameter)
+        return distributed.is_dtensor(parameter) or compute_copy.is_shared(parameter)
+
+    def _claim_copies(self) -> None:
+        """What the op writes, and the 16-bit copies: the parameter of a master, or what layers ask for."""
+        claimed = compute_copy.claim(self.params)
+        self.compute_copies, self._copied = list(claimed.values()), list(claimed)
+        self._copied_params = [self.params[i] for i in claimed]
+        self.masters, self.copies = list(self.local_params), [self._no_copy(p) for p in self.params]
+        for i, copy in claimed.items():
+            self.copies[i] = copy.tensor
+        for i in self.has_master:
+            self.masters[i], self.copies[i] = self.local(self.entries[i]["master"]), self.local_params[i]
 
     @staticmethod
     def _no_copy(parameter: torch.Tensor) -> torch.Tensor:
         return torch.empty(0, dtype=torch.float16, device=parameter.device)
 
-    def _make_calls(self) -> list[Call]:
-        rows: dict[tuple[int, torch.device], list[int]] = {}
-        for i, (parameter, group) in enumerate(zip(self.params, self.signature.groups_with_gradient(), strict=True)):
-            rows.setdefault((self.signature.partition[group], parameter.device), []).append(i)
-        return [Call(self, group, members, self.names[group]) for (group, _), members in rows.items()]
-
-    def _make_readings(self) -> list[Reading]:
-        rows: dict[torch.device, list[int]] = {}
-        for i, parameter in enumerate(self.params):
-            rows.setdefault(parameter.device, []).append(i)
-        return [Reading(device, members, self.params, self.calls) for device, members in rows.items()]
-
     # ----- whether it is still what it was ---------------------------------------------------
 
-    def is_current(self, state: dict, names: list[tuple[str, ...]]) -> bool:
+    def is_current(self, state: dict, values: GroupValues) -> bool:
         """Whether these parameters and what is in their state are, but for values, what they were when the plan was made."""
         return (
-            self.generation == compute_copy.generation
-            and names == self.names
+            self._copies_generation == compute_copy.generation
+            and values.moments == self.moments
             and self._has_entries_of(state)
-            and self._lies_where_it_lay()
+            and self._has_same_tensors()
         )
 
     def _has_entries_of(self, state: dict) -> bool:
-        keys, values = self._state
-        if len(state) == len(keys) and all(map(is_, state, keys)) and all(map(is_, state.values(), values)):
+        keys, entries = self._state
+        if len(state) == len(keys) and all(map(is_, state, keys)) and all(map(is_, state.values(), entries)):
             return True
         self._state = list(state), list(state.values())
         return all(state.get(p) is entry for p, entry in zip(self.params, self.entries, strict=True))
 
-    def _lies_where_it_lay(self) -> bool:
+    def _has_same_tensors(self) -> bool:
         """NOTE: users replace what is in the state, as those do who move it to the host and back."""
         params = list(map(self.local, self.params)) if self.dtensors else self.local_params
-        if not self._same_params(*params):
-            return False
         try:
-            now = self._state_tensors_now()
-            return all(map(is_, now, self._state_tensors)) and self._addresses_now() == self._addresses
+            return (
+                self._same_params(*params)
+                and all(map(is_, self._find_state_tensors(), self._state_tensors))
+                and self._find_addresses() == self._addresses
+            )
         except (KeyError, TypeError, RuntimeError):  # an entry is gone, is no tensor, or has no address
             return False
 
-    def _state_tensors_now(self) -> list[torch.Tensor]:
-        return list(chain.from_iterable(map(itemgetter(name), entries) for name, entries in self._owners))
+    def _find_state_tensors(self) -> chain:
+        return chain.from_iterable(map(itemgetter(name), entries) for name, entries in self._owners)
 
-    def _addresses_now(self) -> list[int]:
+    def _find_addresses(self) -> list[int]:
         """NOTE: of DTensors it asks anew for what this rank holds."""
         if self.dtensors:
-            return addresses(map(_ranks.local, chain(self.params, self._state_tensors)))
+            return addresses(map(distributed.local, chain(self.params, self._state_tensors)))
         tensors = chain(self.local_params, self._state_tensors)
         return addresses(tensors) if self._is_fake else list(map(torch.Tensor.data_ptr, tensors))
+
+    def take_options(self, values: GroupValues, param_groups: list[dict], options_of, all_moments: tuple[str, ...]) -> None:
+        """Put the hyperparameters into the arguments of the calls, where they are not those already."""
+        if self._values_generation != values.generation:
+            for call in self.calls:
+                group = param_groups[call.group]
+                call.set_options(group["lr"], options_of(group), all_moments)
+            self._values_generation = values.generation
 
     # ----- the gradients of a step -----------------------------------------------------------
 
     def rebind(self, grads: list[torch.Tensor]) -> bool:
         """Take these gradients, of DTensors what this rank holds, if they are but for values and places as those before."""
-        if not self._same_grads(*grads):
+        if self._same_grads is None or not self._same_grads(*grads):
             return False
-        for part in self._distinct_lists():
-            part.grads.replace(grads if len(part.rows) == len(grads) else [grads[i] for i in part.rows])
+        for part in self._grad_lists:
+            part.grads.replace(grads if len(part.indices) == len(grads) else [grads[i] for i in part.indices])
         return True
 
-    def give(self, grads: list[torch.Tensor]) -> None:
-        """Take these gradients, whatever they are."""
-        self.checked, self._same_grads = False, same_formats(grads)
-        for part in self._distinct_lists():
-            part.grads[:] = [grads[i] for i in part.rows]
+    def rebuild_grads(self, grads: list[torch.Tensor], check) -> None:
+        """Take these gradients, whatever they are; `check`, the op's, raises where it cannot work on them."""
+        self._same_grads = None
+        for part in self._grad_lists:
+            part.grads[:] = [grads[i] for i in part.indices]
             part.grads.describe()
+        for call in self.calls:
+            check(*call.arguments)
+        self._same_grads = same_formats(grads)
 
-    def _distinct_lists(self) -> list[Call | Reading]:
-        shared = {id(call.grads) for call in self.calls}
-        return [*self.calls, *(reading for reading in self.readings if id(reading.grads) not in shared)]
+    def grads_of_params(self) -> list[torch.Tensor]:
+        """As the parameters have them, DTensors too."""
+        return [p.grad for p in self.params]
 
     def release_grads(self) -> None:
         """Or those of this step would live on while the next backward allocates its own."""
-        for part in (*self.calls, *self.readings):
+        for part in self._grad_lists:
             part.grads.clear()
 
     def has_memory(self) -> bool:
@@ -222,22 +241,98 @@ class StepPlan:
 
     # ----- what was written by others --------------------------------------------------------
 
-    def versions_now(self) -> list:
+    def sync_external_writes(self) -> None:
+        """Take over what others wrote since our last step: a skipped one must not leave a copy behind its weight."""
+        versions = self._find_versions()
+        for i in self._externally_written(versions):
+            master_weights.take_over(self.masters[i], self.local_params[i])
+        self.versions = versions
+        for copy, stamp in zip(self.compute_copies, self._find_copy_stamps(), strict=True):
+            if copy.stamp != stamp:
+                copy.write(cast(copy.weight, copy.tensor.dtype))
+
+    def record_writes(self) -> None:
+        """To be called after the update."""
+        self.versions = self._find_versions()
+        for copy, stamp in zip(self.compute_copies, self._find_copy_stamps(), strict=True):
+            copy.stamp = stamp
+
+    def _find_versions(self) -> list:
         """What changes when a parameter, or what this rank holds of it, is written visibly; nothing where none has a master."""
         if not self.has_master:
             return []
         versions = list(map(_version, self.local_params))
         return list(zip(versions, map(_version, self.params), strict=True)) if self.dtensors else versions
 
+    def _find_copy_stamps(self) -> zip:
+        """`compute_copy.stamp` of the weights, whose addresses are known here."""
+        return zip(map(_version, self._copied_params), self._copied_addresses, strict=True)
+
+    def _externally_written(self, versions: list) -> list[int]:
+        """Places of parameters with a master that may have been written since our last write."""
+        if self.versions is None:
+            return self.has_master
+        if versions == self.versions:
+            return self._always_taken_over
+        unseen, old = set(self._always_taken_over), self.versions
+        return [i for i in self.has_master if versions[i] != old[i] or i in unseen]
+
     def stamps(self) -> dict[int, tuple]:
         """By id, version and address of each parameter after our last write; the state's addresses come behind."""
         return dict(zip(map(id, self.params), zip(self.versions or (), self._addresses, strict=False), strict=False))
 
-    def written_by_others(self, versions: list) -> list[int]:
-        """Rows with a master whose parameter may have been written since our last write."""
-        if self.versions is None:
-            return self.has_master
-        if versions == self.versions:
-            return self.always_taken_over
-        unseen, old = set(self.always_taken_over), self.versions
-        return [i for i in self.has_master if versions[i] != old[i] or i in unseen]
+
+def _watch_other_optimizers(optimizer: torch.optim.Optimizer) -> None:
+    """NOTE: torch offers a hook for the steps of all optimizers or of one that is known."""
+    global _hook
+    _hook = _hook or register_optimizer_step_post_hook(_after_any_step)
+    _optimizers.add(optimizer)
+
+
+def _after_any_step(optimizer, args, kwargs) -> None:
+    """torch's fused optimizers, and those that write through `.data`, move no version: move it for parameters of ours."""
+    if optimizer in _optimizers:  # ours do move it
+        return
+    watched = {id(p) for ours in _optimizers for group in ours.param_groups for p in group["params"]}
+    if watched and (written := [p for group in optimizer.param_groups for p in group["params"] if id(p) in watched]):
+        torch.autograd.graph.increment_version(written)
+
+
+class PlanCache:
+    """The plans of an optimizer, the last used first.
+
+    stamps: by id, version and address of the parameters of these plans after our last write.
+    """
+
+    def __init__(self):
+        self.plans: list[StepPlan] = []
+        self.stamps: dict[int, tuple] = {}
+
+    def find(self, signature: Signature) -> StepPlan | None:
+        return next((plan for plan in self.plans if plan.signature.matches(signature)), None)
+
+    def use(self, plan: StepPlan) -> None:
+        """Put `plan` first. What was written meanwhile under other plans is not external to it."""
+        if plan is not self.plans[0]:
+            self.save_stamps()
+            plan.versions = [self.stamps.get(id(p), (None,))[0] for p in plan.params]
+            self.plans.remove(plan)
+            self.plans.insert(0, plan)
+
+    def add(self, plan: StepPlan) -> None:
+        self.save_stamps()
+        kept = (p for p in self.plans if not p.signature.matches(plan.signature) and p.signature.has_params_of(plan.signature))
+        self.plans = [plan, *kept][:MAX_PLANS]
+        known = {id(p) for some in self.plans for p in some.params}
+        self.stamps = {key: stamp for key, stamp in self.stamps.items() if key in known}
+
+    def save_stamps(self) -> None:
+        for plan in self.plans[:1]:
+            self.stamps.update(plan.stamps())
+
+    def release_grads(self) -> None:
+        for plan in self.plans[:1]:
+            plan.release_grads()
+
+    def compute_copies(self) -> list[compute_copy.ComputeCopy]:
+        return list({id(copy): copy for plan in self.plans for copy in plan.compute_copies}.values())

@@ -7,7 +7,7 @@ its address are those of the last write; after another write that torch can see 
 version, as through `.data`, are invisible: `refresh_`.
 
 Nothing here refers weakly to a tensor, which would keep torch from swapping it (`torch.utils.swap_tensors`), or finds
-anything by a tensor's id: only layers and optimizers are looked up.
+anything by a tensor's id: only layers are looked up.
 """
 
 import weakref
@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 @dataclass(eq=False)
@@ -52,8 +51,6 @@ class _Request:
 
 
 _requests: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # layer -> _Request
-_optimizers: weakref.WeakSet = weakref.WeakSet()  # of ours
-_hook = None
 generation = 0  # moves when a layer wants a copy that is not there, or one is replaced: optimizers then look again
 
 
@@ -90,11 +87,8 @@ def for_layer(layer: torch.nn.Module, dtype: torch.dtype) -> ComputeCopy | None:
     return None
 
 
-def claim(optimizer: torch.optim.Optimizer, params: list[torch.Tensor]) -> dict[int, ComputeCopy]:
+def claim(params: list[torch.Tensor]) -> dict[int, ComputeCopy]:
     """The copies that layers want of `params`, by index, for the optimizer that steps these, which holds and writes them."""
-    global _hook
-    _optimizers.add(optimizer)
-    _hook = _hook or register_optimizer_step_post_hook(_after_any_step)
     index, wanted = {id(p): i for i, p in enumerate(params)}, {}
     for layer, request in list(_requests.items()):
         weight = layer._parameters.get("weight")
@@ -105,7 +99,7 @@ def claim(optimizer: torch.optim.Optimizer, params: list[torch.Tensor]) -> dict[
 
 
 def _copy_for(weight: torch.Tensor, requests: list[_Request]) -> ComputeCopy:
-    """One copy for all layers that share `weight`, whoever has made it; in the dtype that the first of them wants."""
+    """One copy for all layers that share `weight`; in the dtype that the first of them wants."""
     there = (request.copy() for request in requests)
     copy = next((c for c in there if c is not None and c.weight is weight and c.fits()), None)
     if copy is None:
@@ -122,20 +116,13 @@ def forget(layer: torch.nn.Module) -> None:
         bump_generation()
 
 
-def _after_any_step(optimizer, args, kwargs) -> None:
-    """torch's fused optimizers, and those that write through `.data`, move no version: move it for what we watch."""
-    if optimizer in _optimizers:  # ours do move it
-        return
-    watched = {id(p) for ours in _optimizers for group in ours.param_groups for p in group["params"]}
-    if watched and (written := [p for group in optimizer.param_groups for p in group["params"] if id(p) in watched]):
-        torch.autograd.graph.increment_version(written)
-
-
 def refresh_(model: torch.nn.Module) -> None:
     """Make every compute copy of `model` anew at its next use: the remedy after writes that move no version.
 
     Such are writes through `.data`, numpy and DLPack views, and collectives (`dist.broadcast(p, 0)`, all_reduce, scatter).
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r}")
     for layer in model.modules():
         if (request := _requests.get(layer)) is not None and (copy := request.copy()) is not None:
             copy.stamp = None

@@ -741,7 +741,7 @@ def test_many_skips_where_warnings_are_errors():
 @pytest.mark.parametrize("late", [1, 3, 50])
 def test_many_skips_are_read_when_the_copy_is_there(monkeypatch, late):
     """As on a GPU: nothing waits, and what is read is of the update at which it was copied."""
-    from mpkernels import _overflow
+    from mpkernels.amp import skip_watch
 
     now, copies, capturing = [0], [], range(16, 22)
 
@@ -760,9 +760,9 @@ def test_many_skips_are_read_when_the_copy_is_there(monkeypatch, late):
         copies.append(now[0])
         return values.as_subclass(torch.Tensor).clone(), Event(values)
 
-    monkeypatch.setattr(_overflow, "_copy_to_host", copy_to_host)
+    monkeypatch.setattr(skip_watch, "_copy_to_host", copy_to_host)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now[0] in capturing)
-    watch, found = _overflow.SkipWatch(), []
+    watch, found = skip_watch.SkipWatch(), []
     for i in range(1, 121):
         now[0] = i
         with warnings.catch_warnings(record=True) as caught:
@@ -1012,7 +1012,7 @@ def test_clip_after_clip_does_not_undo_it(norms, change):
 def test_clip_reads_once(monkeypatch):
     params, optimizer, scaler = clipping()
     scaler.clip_grad_norm_(optimizer, 1.0)
-    monkeypatch.setattr(optimizer, "_read_grads", None)
+    monkeypatch.setattr(optimizer._reader, "read", None)
     scaler.step(optimizer)
     assert all(p.all() for p in params)
 

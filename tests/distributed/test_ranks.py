@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import mpkernels as mpk
+from mpkernels.optim.grad_reading import GradReader, GradStats, combine_devices
 from mpkernels.runtime import compute_copy
 from tests.bounds import check_norm
 from tests.ranks import gathered, run_ranks
@@ -339,6 +340,61 @@ def test_norm_and_verdict_over_two_meshes():
     run_ranks(4, norm_over_two_meshes)
 
 
+def norms_beyond_the_squares(rank):
+    """fp64 gradients whose squares would be 0 or inf, of several ranks."""
+    for size in (2.0**-600, 1.0, 2.0**600):
+        parameter = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        optimizer = mpk.optim.SGD([parameter], lr=1.0, max_norm=1.0, process_group=distributed.group.WORLD)
+        parameter.grad = torch.full_like(parameter, size)
+        optimizer.step()
+        assert optimizer.grad_norm.item() == 2 * size
+
+
+def test_norm_of_ranks_neither_over_nor_underflows():
+    run_ranks(2, norms_beyond_the_squares)
+
+
+@pytest.mark.parametrize("size", [2.0**-1000, 2.0**-500, 1.0, 2.0**500, 2.0**1000])
+def test_norm_of_devices_neither_over_nor_underflows(size):
+    flag, norm = torch.zeros(()), torch.tensor(size, dtype=torch.float64)
+    stats = [GradStats([], flag, flag, flag, norm * k, None) for k in (3, 4)]
+    combine_devices(stats)
+    assert stats[0].grad_norm.item() == 5 * size
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_norm_of_devices_keeps_what_is_not_finite(bad):
+    flag = torch.zeros(())
+    stats = [GradStats([], flag, flag, flag, torch.tensor(x, dtype=torch.float64), None) for x in (1.0, bad)]
+    combine_devices(stats)
+    assert not stats[0].grad_norm.isfinite()
+
+
+def one_rank_drops_its_gradients(rank):
+    """Between the clip and the step: the other one steps, clipped by the norm of what is left."""
+    for enabled in (False, True):
+        parameter = nn.Parameter(torch.zeros(4))
+        optimizer = mpk.optim.SGD([parameter], lr=1.0, process_group=distributed.group.WORLD)
+        scaler = mpk.GradScaler("cpu", init_scale=4.0, enabled=enabled)
+        scaler.scale(torch.ones(()))
+        parameter.grad = torch.full((4,), 8.0 if enabled else 2.0)
+        assert scaler.clip_grad_norm_(optimizer, 1.0).item() == pytest.approx(4 * math.sqrt(2), rel=2**-40)
+        if rank == 1:
+            optimizer.zero_grad()
+        scaler.step(optimizer)
+        scaler.update()
+        expected = 0.0 if rank == 1 else -2.0 / (4 + 1e-6)
+        assert torch.equal(parameter.detach(), torch.full((4,), expected)), parameter
+        optimizer.zero_grad()
+        parameter.grad = torch.full((4,), 2.0 * (4 if enabled else 1))
+        scaler.step(optimizer)  # the clip was for one step
+        assert torch.equal(parameter.detach(), torch.full((4,), expected) - 2), parameter
+
+
+def test_one_rank_drops_its_gradients_after_a_clip():
+    run_ranks(2, one_rank_drops_its_gradients)
+
+
 def rows_add_in_another_order(rank):
     """Each group rounds its sum in its own way, as a network with several rings may: replicas still get one clip factor."""
     sharded, all_reduce = Sharded("mixed"), distributed.all_reduce
@@ -523,14 +579,15 @@ class Net(nn.Sequential):
         mpk.convert(self, policy)
 
 
-def test_device_without_gradients_has_no_verdict():
+def test_device_without_gradients_has_no_statistics():
     """What was read of a device that has no gradients this time is not among what is read now."""
     parameter = nn.Parameter(torch.ones(3))
     optimizer = mpk.optim.SGD([parameter], lr=1.0)
-    optimizer._ranks.many, optimizer._stats = True, {torch.device("meta"): None}
     parameter.grad = torch.ones(3)
-    optimizer._clip_at_next_step(None, 1.0)
-    assert optimizer._stats.keys() == {parameter.device}
+    plan, reader = optimizer._current_plan(), GradReader()
+    plan.ranks.many, reader.stats = True, {torch.device("meta"): None}
+    reader.clip_at_next_step(plan, None, 1.0)
+    assert reader.stats.keys() == {parameter.device}
 
 
 def batch(t: int, rows: int = 12):

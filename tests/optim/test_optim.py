@@ -231,7 +231,7 @@ def test_gradients_none_late_and_alternating(name):
         assert raw(params) == raw(alone), t
     steps = [optimizer.state_dict()["state"][i]["step"].item() for i in range(3)]
     assert steps == [single.state_dict()["state"][0]["step"].item() for single in singles] == [6, 5, 3]
-    assert len(optimizer._plans) == 6, "one for each set, but that with none"
+    assert len(optimizer._plans.plans) == 6, "one for each set, but that with none"
 
 
 @ours
@@ -620,6 +620,18 @@ def test_momentum_may_come_later(dtype, reload):
         trajectories.append(np.stack(weights))
     got, exact, plain = trajectories
     bounds.check_trajectory(got, exact, plain if dtype == torch.float32 else None)
+
+
+def test_momentum_that_comes_later_keeps_the_step_tensor():
+    """What holds it, as a captured graph does, sees it go on."""
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = mpk.optim.SGD([parameter], lr=0.1)
+    train([parameter], optimizer, 2)
+    step = optimizer.state[parameter]["step"]
+    optimizer.param_groups[0]["momentum"] = 0.9
+    train([parameter], optimizer, 1)
+    assert optimizer.state[parameter]["step"] is step
+    assert step.item() == 1, "the buffer's first step"
 
 
 def test_adam_and_adamw_of_torch_are_told_apart():
@@ -1078,7 +1090,9 @@ def test_step_checks_the_lists_once(monkeypatch):
             optimizer.state[params[2]]["momentum_buffer"].data = torch.zeros(8)  # moved: looked at again
         optimizer.step()
     assert len(checks) == 2
-    assert torch.equal(optimizer._plans[0].calls[0].states["momentum_buffer"][2], optimizer.state[params[2]]["momentum_buffer"])
+    assert torch.equal(
+        optimizer._plans.plans[0].calls[0].states["momentum_buffer"][2], optimizer.state[params[2]]["momentum_buffer"]
+    )
 
 
 def test_step_of_one_gradient_for_all_looks_at_the_lists_once(monkeypatch):
@@ -1115,11 +1129,11 @@ def test_step_keeps_the_table_of_gradients_that_stay():
     params = parameters(torch.float16, torch.float32)
     optimizer = mpk.optim.AdamW(params)
     train(params, optimizer, 1)
-    grads = optimizer._plans[0].calls[0].grads
+    grads = optimizer._plans.plans[0].calls[0].grads
     table = grads.table
     optimizer.step()
     assert grads.table is table
-    assert optimizer._plans[0].calls[0].grads is grads
+    assert optimizer._plans.plans[0].calls[0].grads is grads
 
 
 @pytest.fixture(params=["torch.compile's", "in Python"])
@@ -1221,7 +1235,7 @@ def test_step_sees_state_that_somebody_has_put_in(pair, change):
         for t in range(3, 6):
             train(params, optimizer, 1, t)
             trajectories[-1].append(torch.cat([p.detach() for p in params]).double().numpy())
-        held = optimizer._plans[0].calls[0].states if make is ours else {}
+        held = optimizer._plans.plans[0].calls[0].states if make is ours else {}
         assert all(
             t is optimizer.state[p][name] for name, tensors in held.items() for p, t in zip(params, tensors, strict=True)
         )

@@ -292,6 +292,15 @@ def test_bad_max_norm(value):
         mpk.optim.AdamW(params(), max_norm=value)
 
 
+@pytest.mark.parametrize("name", ["write_grads", "skip_nonfinite"])
+@pytest.mark.parametrize("make", [mpk.optim.AdamW, mpk.optim.SGD])
+def test_bad_switches(make, name):
+    for value in (None, "yes", 2, torch.tensor(True)):
+        with pytest.raises(ValueError, match=f"Invalid {name}: .*: {name} must be True or False"):
+            make(params(), **{name: value})
+    assert getattr(make(params(), **{name: 1}), name) is True
+
+
 def test_group_that_lost_a_value():
     optimizer = mpk.optim.AdamW(params())
     del optimizer.param_groups[0]["eps"]

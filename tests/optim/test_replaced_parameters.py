@@ -186,9 +186,9 @@ def test_plans_of_replaced_parameters_do_not_pile_up():
         state = optimizer.state.pop(params[0])
         params[0] = optimizer.param_groups[0]["params"][0] = nn.Parameter(params[0].detach().clone())
         optimizer.state[params[0]] = state
-    assert len(optimizer._plans) == 1
-    assert len(optimizer._stamps) <= len(params)
-    assert len(optimizer._made_for) <= len(params)
+    assert len(optimizer._plans.plans) == 1
+    assert len(optimizer._plans.stamps) <= len(params)
+    assert len(optimizer._dtypes._recorded) <= len(params)
 
 
 @every_dtype
@@ -226,7 +226,7 @@ def test_sets_that_take_turns_are_not_taken_for_written_by_others(monkeypatch):
             parameter.grad = torch.ones_like(parameter) if i != t % 2 else None
         optimizer.step()
     assert not taken_over
-    assert len(optimizer._plans) == 2
+    assert len(optimizer._plans.plans) == 2
 
 
 def test_groups_of_equal_hyperparameters_are_one_call(monkeypatch):
@@ -238,7 +238,7 @@ def test_groups_of_equal_hyperparameters_are_one_call(monkeypatch):
         if t == 2:
             optimizer.param_groups[3]["lr"] = apart[3].param_groups[0]["lr"] = 0.5
         train(params, optimizer, t, 1)
-        assert len(optimizer._plans[0].calls) == count
+        assert len(optimizer._plans.plans[0].calls) == count
         for i, (p, single) in enumerate(zip(twins, apart, strict=True)):
             p.grad = params[i].grad.clone()
             single.step()

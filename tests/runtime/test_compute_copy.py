@@ -358,3 +358,10 @@ def test_copy_saved_for_backward_is_not_overwritten_silently():
     assert copy_of(layer)._version > version
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+def test_refresh_and_cached_weights_want_a_module():
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got 3"):
+        mpk.refresh_(3)
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got 3"), mpk.cached_weights(3):
+        pass

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The step on many ranks: one verdict, one norm, and the local tensors that the ops work on.
+"""The step on many ranks: one found_inf, one norm, and the local tensors that the ops work on.
 
-The rule: a verdict is taken over all ranks of the meshes of the optimizer's DTensors and of `process_group`. Each of them
-joins the collectives whether its shards are empty or not, and also without any gradient. The norm sums a DTensor over the
-mesh dimensions that divide it (of replicas the first counts) and plain tensors over `process_group`; without one they
-are taken for the same on every rank. All ranks get the same bits. Meshes come in the order of the parameters, which is
-the same on all ranks; two that share only some of their ranks must be slices of one mesh.
+found_inf is agreed on by all ranks of the meshes of the optimizer's DTensors and of `process_group`. Each of them joins the
+collectives whether its shards are empty or not, and also without any gradient. The norm sums a DTensor over the mesh
+dimensions that shard it (of replicas the first counts) and plain tensors over `process_group`; without one they are taken
+for the same on every rank. All ranks get the same bits. Meshes come in the order of the parameters, which is the same on
+all ranks; two that share only some of their ranks must be slices of one mesh.
 """
 
 import sys
@@ -14,45 +14,58 @@ from dataclasses import dataclass
 import torch
 from torch import distributed
 
-HERE, NOWHERE = "here", "nowhere"  # parts of the norm that no collective sums: the same on every rank; not the first replica
+LOCAL, UNCOUNTED = "local", "uncounted"  # parts of the norm without a collective: the same on all ranks; a later replica's
+_SCALES = 1.0, 2.0**600, 2.0**-600  # of norms before they are squared: as they are, for tiny ones, for huge ones
+
+
+def squares_of(norm: torch.Tensor) -> torch.Tensor:
+    """The squares of a norm, or the sums of those of several, (3,) fp64: one of them neither over- nor underflows."""
+    return torch.stack([norm * scale for scale in _SCALES]).square().reshape(len(_SCALES), -1).sum(1)
+
+
+def norm_of(squares: torch.Tensor) -> torch.Tensor:
+    """The norm of sums of `squares_of`."""
+    plain, up, down = squares.sqrt().unbind()
+    tiny, huge = up / _SCALES[1], down / _SCALES[2]
+    return torch.where(plain.isinf(), huge, torch.where(plain < 2.0**-400, tiny, plain))
 
 
 @dataclass(eq=False)
-class _Span:
+class _Mesh:
     """The ranks that hold something together, as the process groups whose collectives reach all of them in turn."""
 
-    dividing: list  # one per dimension that divides a tensor
-    replicating: list
-    first: tuple[bool, ...] = ()  # per mesh dimension: whether this rank's coordinate is 0
+    shard_groups: list  # one per dimension that shards a tensor
+    replicate_groups: list
+    is_first: tuple[bool, ...] = ()  # per mesh dimension: whether this rank's coordinate is 0
 
     def reduce_(self, packed: torch.Tensor, norm: bool) -> None:
         """Sum over all ranks. A group per row of a mesh may add in another order than the next row's: they agree by maximum."""
-        for group in self.dividing:
+        for group in self.shard_groups:
             distributed.all_reduce(packed, distributed.ReduceOp.SUM, group=group)
-        for group in self.dividing[:-1] if norm else ():
+        for group in self.shard_groups[:-1] if norm else ():
             distributed.all_reduce(packed, distributed.ReduceOp.MAX, group=group)
-        for group in self.replicating:  # squares come from the first replica alone: an exact sum
+        for group in self.replicate_groups:  # squares come from the first replica alone: an exact sum
             distributed.all_reduce(packed, distributed.ReduceOp.SUM, group=group)
 
 
 class Ranks:
-    """Who takes part in the steps of one optimizer.
+    """The ranks that take part in the steps of one optimizer.
 
-    `dtensors`: whether a parameter is a DTensor. `many`: whether a verdict needs a collective.
+    dtensors: whether a parameter is a DTensor. many: whether found_inf needs a collective.
     """
 
     def __init__(self, params: list[torch.Tensor], process_group=None):
         placed = [p for p in params if is_dtensor(p)]
         self.dtensors = bool(placed)
-        self._spans = {mesh: _mesh_span(mesh, placed) for mesh in dict.fromkeys(p.device_mesh for p in placed)}
+        self._meshes = {mesh: _mesh(mesh, placed) for mesh in dict.fromkeys(p.device_mesh for p in placed)}
         if process_group is not None:
             alone = distributed.get_world_size(process_group) == 1
-            self._spans[None] = _Span([] if alone else [process_group], [])
-        self._plain = HERE if process_group is None else None
-        self.many = any(span.dividing or span.replicating for span in self._spans.values())
+            self._meshes[None] = _Mesh([] if alone else [process_group], [])
+        self._plain = LOCAL if process_group is None else None
+        self.many = any(m.shard_groups or m.replicate_groups for m in self._meshes.values())
 
     def parts(self, params: list[torch.Tensor]) -> dict:
-        """`params` by what their squares are summed over: a mesh, None (the process group), HERE or NOWHERE."""
+        """`params` by what their squares are summed over: a mesh, None (the process group), LOCAL or UNCOUNTED."""
         result: dict = {}
         for parameter in params:
             result.setdefault(self._part(parameter), []).append(parameter)
@@ -61,27 +74,27 @@ class Ranks:
     def _part(self, parameter: torch.Tensor):
         if not is_dtensor(parameter):
             return self._plain
-        mesh, first = parameter.device_mesh, self._spans[parameter.device_mesh].first
-        counts = all(first[dim] for dim, where in enumerate(parameter.placements) if where.is_replicate())
-        return mesh if counts else NOWHERE
+        mesh, is_first = parameter.device_mesh, self._meshes[parameter.device_mesh].is_first
+        counts = all(is_first[dim] for dim, where in enumerate(parameter.placements) if where.is_replicate())
+        return mesh if counts else UNCOUNTED
 
     def agree(self, found_inf: torch.Tensor, squares: dict | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The verdict and the norm of all ranks, from this rank's verdict and its sums of squares by part (None: no norm)."""
-        found, zero = found_inf.double(), torch.zeros((), dtype=torch.float64, device=found_inf.device)
-        total = None if squares is None else squares.get(HERE, zero)
-        for key, span in self._spans.items():
-            packed = torch.stack([found, zero if squares is None else squares.get(key, zero)])
-            span.reduce_(packed, norm=squares is not None)
-            found = packed[0]
-            total = None if squares is None else total + packed[1]
-        return (found != 0).to(found_inf.dtype), None if total is None else total.sqrt()
+        """found_inf and the norm of all ranks, from this rank's found_inf and `squares_of` its parts (None: no norm)."""
+        nothing = torch.zeros(len(_SCALES), dtype=torch.float64, device=found_inf.device)
+        found, total = found_inf.double().reshape(1), None if squares is None else squares.get(LOCAL, nothing)
+        for key, mesh in self._meshes.items():
+            packed = torch.cat([found, nothing if squares is None else squares.get(key, nothing)])
+            mesh.reduce_(packed, norm=squares is not None)
+            found = packed[:1]
+            total = None if total is None else total + packed[1:]
+        return (found != 0).to(found_inf.dtype).reshape(()), None if total is None else norm_of(total)
 
 
-def _mesh_span(mesh, placed: list[torch.Tensor]) -> _Span:
+def _mesh(mesh, placed: list[torch.Tensor]) -> _Mesh:
     coordinate = mesh.get_coordinate()
     if coordinate is None:  # this rank holds nothing of it
-        return _Span([], [], (False,) * mesh.ndim)
-    dividing = {
+        return _Mesh([], [], (False,) * mesh.ndim)
+    sharded = {
         dim
         for parameter in placed
         if parameter.device_mesh == mesh
@@ -91,8 +104,8 @@ def _mesh_span(mesh, placed: list[torch.Tensor]) -> _Span:
     groups: tuple[list, list] = ([], [])
     for dim in range(mesh.ndim):
         if mesh.size(dim) > 1:
-            groups[dim not in dividing].append(mesh.get_group(dim))
-    return _Span(*groups, tuple(c == 0 for c in coordinate))
+            groups[dim not in sharded].append(mesh.get_group(dim))
+    return _Mesh(*groups, tuple(c == 0 for c in coordinate))
 
 
 def is_dtensor(tensor) -> bool:

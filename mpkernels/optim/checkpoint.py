@@ -1,54 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """A state_dict, ours or torch's, checked against an optimizer and converted to what it keeps, before anything is loaded.
 
-What the optimizer knows nothing of is kept as torch keeps it: keys of `state` that name no parameter, and further entries of
+What the optimizer does not know is kept as torch keeps it: keys of `state` that name no parameter, and further entries of
 a parameter, whose tensors take its dtype and device.
 """
 
 import numbers
+from collections.abc import Callable
 
 import torch
 
 from mpkernels.ops.common.cast import DTYPES, cast
-from mpkernels.optim import _ranks
-from mpkernels.optim._parameters import is_lazy, name_of
+from mpkernels.optim.distributed import laid_out_as
+from mpkernels.optim.format_checks import is_lazy, name_of
+from mpkernels.optim.state import ParameterState
 from mpkernels.runtime.fake import copy_, is_fake
 
 _MOST_STEPS = torch.finfo(torch.float32).max  # what the tensor of the count holds
 
 
-def checked_state(optimizer, state_dict: dict) -> dict[torch.Tensor, dict]:
-    """The state by parameter, converted, or ValueError."""
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError("state_dict must have the keys state and param_groups")
-    saved, ours = state_dict["param_groups"], optimizer.param_groups
-    if not isinstance(saved, list) or not all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in saved):
-        raise ValueError("state_dict: param_groups must be a list of groups with params")
-    keys = [key for group in saved for key in group["params"]]
-    if not all(isinstance(key, int | str) for key in keys) or len(set(keys)) < len(keys):
-        raise ValueError("state_dict: params of param_groups must be different numbers or names, one for each parameter")
-    states = state_dict["state"]
-    if not isinstance(states, dict):
-        raise ValueError(f"state_dict: state must be a dict, got {type(states).__name__}")
-    sizes = [len(g["params"]) for g in saved], [len(g["params"]) for g in ours]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"state_dict has groups of {sizes[0]} parameters, the optimizer of {sizes[1]}")
-    by_id = {
+def checked_state(
+    state_dict: dict, ours: list[dict], kept: ParameterState, check_hyperparameters: Callable[[dict], None], optimizer_name: str
+) -> dict[torch.Tensor, dict]:
+    """The state by parameter, converted for `ours`, the groups of the optimizer, or ValueError."""
+    saved = _saved_groups(state_dict, ours)
+    by_key = {
         key: ({**group, **new, **identity(group)}, i, parameter)
         for new, group in zip(saved, ours, strict=True)
         for i, (key, parameter) in enumerate(zip(new["params"], group["params"], strict=True))
     }
-    moments = {*optimizer._optional_states, *(n for g in ours for n in optimizer._group_state_names(g))}
-    known = {"step", "master", *moments}
-    foreign = {key: state for key, state in states.items() if key not in by_id}
-    if unknown := [key for key, state in foreign.items() if isinstance(key, int) or moments & _keys(state)]:
+    known, states = {"step", "master", *kept.moments}, state_dict["state"]
+    foreign = {key: state for key, state in states.items() if key not in by_key}
+    if unknown := [key for key, state in foreign.items() if isinstance(key, int) or _keys(state) & {*kept.moments}]:
         raise ValueError(f"state_dict has state for {unknown}, which no group names")
     for new, group in zip(saved, ours, strict=True):
-        optimizer._check_hyperparameters({**group, **new})
+        check_hyperparameters({**group, **new})
         decoupled = group.get("decoupled_weight_decay")
         if new.get("decoupled_weight_decay", decoupled) != decoupled:
             raise ValueError(
-                f"state_dict: decoupled_weight_decay is {not decoupled}, {type(optimizer).__name__} was made with {decoupled}: "
+                f"state_dict: decoupled_weight_decay is {not decoupled}, {optimizer_name} was made with {decoupled}: "
                 "load Adam into Adam, AdamW into AdamW"
             )
     result = {}
@@ -56,13 +46,31 @@ def checked_state(optimizer, state_dict: dict) -> dict[torch.Tensor, dict]:
         if key in foreign:
             result[key] = state
             continue
-        group, i, parameter = by_id[key]
+        group, i, parameter = by_key[key]
         if not isinstance(state, dict):
             raise ValueError(f"state_dict: the state of {name_of(group, i)} must be a dict, got {type(state).__name__}")
         result[parameter] = _extras(state, known, parameter)
         if known & state.keys():
-            result[parameter].update(_converted(optimizer, state, parameter, group, name_of(group, i)))
+            result[parameter].update(_converted(kept, state, parameter, name_of(group, i)))
     return result
+
+
+def _saved_groups(state_dict: dict, ours: list[dict]) -> list[dict]:
+    """The groups of a state_dict of the right form, and as large as `ours`."""
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError("state_dict must have the keys state and param_groups")
+    saved = state_dict["param_groups"]
+    if not isinstance(saved, list) or not all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in saved):
+        raise ValueError("state_dict: param_groups must be a list of groups with params")
+    keys = [key for group in saved for key in group["params"]]
+    if not all(isinstance(key, int | str) for key in keys) or len(set(keys)) < len(keys):
+        raise ValueError("state_dict: params of param_groups must be different numbers or names, one for each parameter")
+    if not isinstance(state_dict["state"], dict):
+        raise ValueError(f"state_dict: state must be a dict, got {type(state_dict['state']).__name__}")
+    sizes = [len(g["params"]) for g in saved], [len(g["params"]) for g in ours]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"state_dict has groups of {sizes[0]} parameters, the optimizer of {sizes[1]}")
+    return saved
 
 
 def _keys(state) -> set:
@@ -84,18 +92,16 @@ def _like(value, parameter: torch.Tensor):
     return value
 
 
-def _converted(optimizer, state: dict, parameter: torch.Tensor, group: dict, name: str) -> dict:
+def _converted(kept: ParameterState, state: dict, parameter: torch.Tensor, name: str) -> dict:
     if is_lazy(parameter):
         raise ValueError(f"state_dict: {name} has state, but no shape yet: load it after a first forward of the model")
     # torch's reader of flattened distributed checkpoints puts {} where one lacks an entry
     state = {key: value for key, value in state.items() if not (isinstance(value, dict) and not value)}
-    dtype, optional = optimizer._master_dtype(parameter), optimizer._optional_states
-    wanted = tuple(dict.fromkeys((*optimizer._group_state_names(group), *optional)))
-    result = {"step": _converted_step(state, name, optimizer._default_step, parameter.device)}
-    for key in wanted:
-        if key in optional and state.get(key) is None:
-            continue
-        result[key] = _converted_tensor(state.get(key), parameter, optimizer._moment_dtype(parameter), f"{key} of {name}")
+    dtype = kept.master_dtype(parameter)
+    result = {"step": _converted_step(state, name, kept.default_step, parameter.device)}
+    for key in kept.moments:
+        if state.get(key) is not None or key not in kept.optional:
+            result[key] = _converted_tensor(state.get(key), parameter, kept.moment_dtype(parameter), f"{key} of {name}")
     if dtype != parameter.dtype:
         master = parameter if state.get("master") is None else state["master"]
         result["master"] = _converted_tensor(master, parameter, dtype, f"master of {name}")
@@ -113,7 +119,7 @@ def _converted_tensor(value, parameter: torch.Tensor, dtype: torch.dtype, name: 
             f"state_dict: {name} must be a dense floating-point tensor with data, "
             f"got {value.dtype}, {value.layout} on {value.device}"
         )
-    return copy_(torch.empty_like(parameter, dtype=dtype), cast(_ranks.laid_out_as(value, parameter), dtype))
+    return copy_(torch.empty_like(parameter, dtype=dtype), cast(laid_out_as(value, parameter), dtype))
 
 
 def _converted_step(state: dict, name: str, default: int | None, device) -> torch.Tensor:

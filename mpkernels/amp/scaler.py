@@ -8,17 +8,17 @@ from typing import Any, overload
 import torch
 from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 
-from mpkernels import _overflow, _scaler_values
-from mpkernels._overflow import SkipWatch
+from mpkernels.amp import overflow_report, values
+from mpkernels.amp.scale_state import ScaleState
 from mpkernels.ops.update_scale import update_scale_
-from mpkernels.optim import _stats
-from mpkernels.optim._base import Optimizer
+from mpkernels.optim.grad_reading import scalar
+from mpkernels.optim.optimizer import Optimizer
 from mpkernels.runtime.dispatch import move_versions
 
 _FUSED = "_step_supports_amp_scaling"  # torch's sign of an optimizer that takes the scale as an attribute
 
 
-class GradScaler(torch.amp.GradScaler):
+class GradScaler(ScaleState):
     """`torch.amp.GradScaler` with bounds, hysteresis and counters on the device.
 
     device: where the scale lives; None: where the first scaled loss is. init_scale, growth_factor, backoff_factor,
@@ -36,51 +36,6 @@ class GradScaler(torch.amp.GradScaler):
     On many ranks each has a scaler, and our optimizers agree on the overflow, so that all scales stay the same.
     Raises ValueError for values that make no scale, RuntimeError for a device that is not there.
     """
-
-    def __init__(
-        self, device: torch.device | str | None = None, init_scale: float = 2.0**16, growth_factor: float = 2.0,
-        backoff_factor: float = 0.5, growth_interval: int = 2000, enabled: bool = True,
-        *, min_scale: float = 2.0**-126, max_scale: float = 2.0**127, hysteresis: int = 1,
-    ) -> None:  # fmt: skip
-        if enabled and device is not None:
-            _scaler_values.check_device(device)
-        self._min_scale, self._max_scale = (
-            _scaler_values.bound("min_scale", min_scale),
-            _scaler_values.bound("max_scale", max_scale),
-        )
-        self._hysteresis = _scaler_values.hysteresis(hysteresis)
-        super().__init__(
-            "cpu",
-            _scaler_values.scale("init_scale", init_scale, self._min_scale, self._max_scale),
-            _scaler_values.growth_factor(growth_factor),
-            _scaler_values.backoff_factor(backoff_factor),
-            _scaler_values.growth_interval(growth_interval),
-            enabled,
-        )
-        self._placed = None if device is None else torch.device(device)
-        self._hysteresis_tracker: torch.Tensor | None = None
-        self._skipped: torch.Tensor | None = None
-        self._loaded = {"hysteresis_tracker": self._hysteresis, "skipped": [0, 0]}  # what the two start from
-        self._watch = SkipWatch()
-
-    def set_growth_factor(self, new_factor: float) -> None:
-        """Set what the scale grows by."""
-        super().set_growth_factor(_scaler_values.growth_factor(new_factor))
-
-    def set_backoff_factor(self, new_factor: float) -> None:
-        """Set what the scale backs off by."""
-        super().set_backoff_factor(_scaler_values.backoff_factor(new_factor))
-
-    def set_growth_interval(self, new_interval: int) -> None:
-        """Set after how many steps without an overflow the scale grows."""
-        super().set_growth_interval(_scaler_values.growth_interval(new_interval))
-
-    def _lazy_init_scale_growth_tracker(self, dev: torch.device) -> None:
-        dev = self._placed or dev
-        super()._lazy_init_scale_growth_tracker(dev)
-        self._device = dev.type
-        self._hysteresis_tracker = torch.full((), self._loaded["hysteresis_tracker"], dtype=torch.int32, device=dev)
-        self._skipped = torch.tensor(self._loaded["skipped"], dtype=torch.int64, device=dev)
 
     # ----- scale, unscale, step, update ---------------------------------------------------------
 
@@ -103,7 +58,7 @@ class GradScaler(torch.amp.GradScaler):
         """
         if not self._enabled:
             return outputs
-        _scaler_values.refuse_float16(outputs, self._init_scale)
+        values.refuse_float16(outputs, self._init_scale)
         if isinstance(outputs, torch.Tensor):
             return super().scale(outputs)
         if isinstance(outputs, abc.Iterable):
@@ -147,7 +102,7 @@ class GradScaler(torch.amp.GradScaler):
         That is the norm to log (`optimizer.grad_norm` has it too): `.grad` is scaled. `math.inf` clips nothing.
         For one of our optimizers the gradients are read once and the factor is left to `step`, which reads them again where
         they were written since, and on many ranks always. Where all of them are gone, or written since, as zeroed and
-        accumulated into, the clip is dropped: torch, which clips at the call, does not clip what comes after it. So whoever
+        accumulated into, the clip is dropped: torch, which clips at the call, does not clip what comes after it. Code that
         writes to all gradients clips afterwards. For another optimizer, or after `unscale_`, it is torch's (not with a
         `process_group`, of which that knows nothing).
         Raises ValueError for an optimizer with its own `max_norm`.
@@ -156,30 +111,21 @@ class GradScaler(torch.amp.GradScaler):
             raise ValueError(
                 f"the optimizer clips by itself: it was made with max_norm={optimizer.max_norm}; leave one of the two out"
             )
-        max_norm = _scaler_values.number("max_norm", max_norm)
+        max_norm = values.number("max_norm", max_norm)
         if not max_norm > 0:
             raise ValueError(f"Invalid max_norm: {max_norm}; it must be greater than 0")
         stage = self._stage(optimizer)
         if stage is OptState.STEPPED:
             raise RuntimeError("clip_grad_norm_() is being called after step(): call it between backward and step()")
         if isinstance(optimizer, Optimizer) and (stage is OptState.READY or optimizer.process_group is not None):
-            grad_scale = self._grad_scale(optimizer, "clip_grad_norm_")
-            if stage is not OptState.READY:  # only what the user has set is left to divide by
-                grad_scale = getattr(optimizer, "grad_scale", None)
-            norm = optimizer._clip_at_next_step(grad_scale, max_norm)
+            is_scaled = self._enabled and stage is OptState.READY
+            scale = self._check_scale_growth_tracker("clip_grad_norm_")[0] if is_scaled else None
+            norm = optimizer._clip_at_next_step(scale, max_norm)
             return torch.zeros((), dtype=torch.float64, device="cpu") if norm is None else norm
         if stage is OptState.READY:
             self.unscale_(optimizer)
         params = [p for group in optimizer.param_groups for p in group["params"]]
         return torch.nn.utils.clip_grad_norm_(params, max_norm)
-
-    def _grad_scale(self, optimizer: Optimizer, caller: str) -> torch.Tensor | None:
-        """What the gradients are divided by: the scale times a `grad_scale` that the user has set on the optimizer."""
-        preset = getattr(optimizer, "grad_scale", None)
-        if not self._enabled:
-            return preset
-        scale, _ = self._check_scale_growth_tracker(caller)
-        return scale if preset is None else scale * preset
 
     @torch._disable_dynamo
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
@@ -210,28 +156,21 @@ class GradScaler(torch.amp.GradScaler):
             )
         scale, _ = self._check_scale_growth_tracker("step")
         state = self._per_optimizer_states[id(optimizer)]
-        unscaled = None if state["stage"] is OptState.READY else optimizer._stats
-        preset, calls = getattr(optimizer, "grad_scale", None), optimizer.steps_called
-        if unscaled is None:
-            optimizer.grad_scale = self._grad_scale(optimizer, "step")
-        elif unscaled:
-            optimizer.found_inf = _any(list(state["found_inf_per_device"].values()), scale.device)
+        is_unscaled = state["stage"] is OptState.UNSCALED
+
+        def on_taken(found_inf: dict[torch.device, torch.Tensor]) -> None:
+            if not is_unscaled:
+                state["found_inf_per_device"] = found_inf
+            state["stage"] = OptState.STEPPED
+
+        found = list(state["found_inf_per_device"].values()) if is_unscaled else []
+        found_inf = _any(found, scale.device) if found else None
         try:
-            return optimizer.step()
-        finally:
-            for name in ("grad_scale", "found_inf"):
-                vars(optimizer).pop(name, None)
-            if unscaled is not None:
-                optimizer._stats = unscaled  # for the report: the step has read no more than the norm
-            if optimizer.steps_called > calls:  # also where a hook raised after it
-                if unscaled is None:
-                    state["found_inf_per_device"] = {s.found_inf.device: s.found_inf for s in optimizer._stats.values()}
-                state["stage"] = OptState.STEPPED
-            else:  # nothing was written: the step can be taken again
-                if preset is not None:
-                    optimizer.grad_scale = preset
-                if state["stage"] is OptState.READY:
-                    self._per_optimizer_states.pop(id(optimizer), None)  # as if it had not been called
+            return optimizer._scaled_step(None if is_unscaled else scale, found_inf, on_taken)
+        except BaseException:
+            if state["stage"] is OptState.READY:  # nothing was written: as if it had not been called
+                self._per_optimizer_states.pop(id(optimizer), None)
+            raise
 
     def _step_other(self, optimizer, *args, **kwargs):
         """As torch's, of an optimizer that is not ours; after an exception its attributes are what they were."""
@@ -266,9 +205,9 @@ class GradScaler(torch.amp.GradScaler):
         states, updated = self._per_optimizer_states.values(), [scale, growth_tracker, self._hysteresis_tracker]
         if new_scale is not None:
             if not isinstance(new_scale, torch.Tensor):
-                new_scale = _scaler_values.scale("new_scale", new_scale, self._min_scale, self._max_scale)
+                new_scale = values.scale("new_scale", new_scale, self._min_scale, self._max_scale)
             super().update(new_scale)
-            updated = [tensor.clone() for tensor in updated]  # nobody's: the op is to count
+            updated = [tensor.clone() for tensor in updated]  # copies of no effect: the op is to count
         elif not any(state["stage"] is not OptState.READY for state in states):
             raise AssertionError(
                 "No inf checks were recorded prior to update: call step() of an optimizer first, and update() once after it"
@@ -286,28 +225,6 @@ class GradScaler(torch.amp.GradScaler):
         if found:
             self._watch.after_update(self._skipped, scale)
 
-    # ----- what happened --------------------------------------------------------------------------
-
-    @property
-    def skipped_steps(self) -> torch.Tensor:
-        """How many steps were skipped: 0-d int64 on the device."""
-        return self._counters().select(0, 0)
-
-    @property
-    def skipped_in_a_row(self) -> torch.Tensor:
-        """How many of the last steps were skipped without one taken between: 0-d int64 on the device."""
-        return self._counters().select(0, 1)
-
-    @property
-    def last_step_skipped(self) -> torch.Tensor:
-        """Whether the last step was skipped: 0-d bool on the device."""
-        return self._counters().select(0, 1) > 0
-
-    def _counters(self) -> torch.Tensor:
-        if self._skipped is not None:
-            return self._skipped
-        return torch.tensor(self._loaded["skipped"], dtype=torch.int64, device="cpu")
-
     def overflow_report(self, optimizer: torch.optim.Optimizer) -> str:
         """Which gradients of the last step were not finite; "" if it was taken. Waits for the device.
 
@@ -316,39 +233,10 @@ class GradScaler(torch.amp.GradScaler):
         Where all of them are, or nearly all, it began before backward: one line says so. Of DTensors and other shards each
         rank names and counts its own. Raises TypeError for an optimizer that is not of mpkernels.optim.
         """
-        return _overflow.report(optimizer)
-
-    # ----- checkpoints ------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """torch's five entries, `hysteresis_tracker` and `skipped`; waits for the device."""
-        return {**super().state_dict(), **self._counts()} if self._enabled else {}
-
-    def _counts(self) -> dict:
-        if self._skipped is None:
-            return {**self._loaded, "skipped": list(self._loaded["skipped"])}
-        return {"hysteresis_tracker": self._hysteresis_tracker.item(), "skipped": self._skipped.tolist()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load ours or torch's. Raises ValueError for values that make no scaler, or not this one; nothing is loaded then."""
-        if not self._enabled:
-            return
-        if not state_dict:
-            super().load_state_dict(state_dict)  # which says why it may be empty
-        loaded = _scaler_values.state(state_dict, self._hysteresis, self._min_scale, self._max_scale)
-        super().load_state_dict(loaded)
-        self._loaded = {name: loaded[name] for name in ("hysteresis_tracker", "skipped")}
-        self._watch = SkipWatch()
-        if self._scale is not None:
-            self._hysteresis_tracker.fill_(self._loaded["hysteresis_tracker"])
-            self._skipped.copy_(torch.tensor(self._loaded["skipped"], dtype=torch.int64, device="cpu"))
-
-    def __getstate__(self) -> dict:
-        fresh = {"_hysteresis_tracker": None, "_skipped": None, "_watch": SkipWatch()}
-        return {**super().__getstate__(), "_loaded": self._counts(), **fresh}
+        return overflow_report.report(optimizer)
 
 
 def _any(found: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     """Whether one of these flags, of whatever devices, is set."""
-    found = [_stats.scalar(flag, device) for flag in found]
+    found = [scalar(flag, device) for flag in found]
     return found[0] if len(found) == 1 else torch.stack(found).amax()

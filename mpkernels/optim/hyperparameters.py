@@ -5,7 +5,6 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import is_
 
 import torch
 
@@ -13,7 +12,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class Rule:
+class Requirement:
     """`words`: what torch's message calls it. `wanted`: what ours says that it must be."""
 
     words: str
@@ -22,7 +21,7 @@ class Rule:
 
 
 def as_float(value) -> float:
-    """A number, or a 1-element tensor on the CPU, as a float; NaN for anything else: then no rule holds."""
+    """A number, or a 1-element tensor on the CPU, as a float; NaN for anything else: then no requirement holds."""
     if type(value) is float:
         return value
     if isinstance(value, torch.Tensor):
@@ -63,51 +62,57 @@ def _are_betas(value) -> bool:
     return isinstance(value, tuple | list) and len(value) == 2 and all(0 <= as_float(beta) < 1 for beta in value)
 
 
-def at_least_0(words: str) -> Rule:
-    return Rule(words, "a finite number, 0 or more", lambda value: 0 <= as_float(value) < math.inf)
+def at_least_0(words: str) -> Requirement:
+    return Requirement(words, "a finite number, 0 or more", lambda value: 0 <= as_float(value) < math.inf)
 
 
-def finite(words: str) -> Rule:
-    return Rule(words, "a finite number", lambda value: math.isfinite(as_float(value)))
+def finite(words: str) -> Requirement:
+    return Requirement(words, "a finite number", lambda value: math.isfinite(as_float(value)))
 
 
-def flag(words: str) -> Rule:
-    return Rule(words, "True or False", _is_flag)
+def flag(words: str) -> Requirement:
+    return Requirement(words, "True or False", _is_flag)
 
 
-LEARNING_RATE = Rule(
+LEARNING_RATE = Requirement(
     "learning rate", "a finite number, 0 or more, or a 1-element floating-point tensor with data", _is_learning_rate
 )
 # NOTE: at a step below 0 as well, as for torch's, which checks nothing there: some ascend, and a schedule may round below 0.
-LEARNING_RATE_AT_A_STEP = Rule("learning rate", "a finite number or a 1-element floating-point tensor with data", _is_finite_lr)
-BETAS = Rule("betas", "two numbers of 0 or more and below 1", _are_betas)
-ALWAYS_DECOUPLED = Rule(
+LEARNING_RATE_AT_A_STEP = Requirement(
+    "learning rate", "a finite number or a 1-element floating-point tensor with data", _is_finite_lr
+)
+BETAS = Requirement("betas", "two numbers of 0 or more and below 1", _are_betas)
+ALWAYS_DECOUPLED = Requirement(
     "decoupled_weight_decay value", "True: Adam has the other", lambda value: _is_flag(value) and bool(value)
 )
 COMMON = {
     "lr": LEARNING_RATE,
     "weight_decay": at_least_0("weight_decay value"),
     "maximize": flag("maximize value"),
-    "differentiable": Rule("differentiable value", "False: the step has no gradient", lambda value: not value),
+    "differentiable": Requirement("differentiable value", "False: the step has no gradient", lambda value: not value),
 }
 
 
-def check(rules: dict[str, Rule], group: dict) -> None:
-    """Raise ValueError for the first value of `group` that is not what its rule wants."""
-    for name, rule in rules.items():
+def check(requirements: dict[str, Requirement], group: dict) -> None:
+    """Raise ValueError for the first value of `group` that is not what is required."""
+    for name, requirement in requirements.items():
         if name not in group:
-            raise ValueError(f"a param group lacks {name}, which must be {rule.wanted}")
-        if not rule.holds(value := group[name]):
-            raise ValueError(_message(name, rule, value))
+            raise ValueError(f"a param group lacks {name}, which must be {requirement.wanted}")
+        if not requirement.holds(value := group[name]):
+            raise ValueError(_message(name, requirement, value))
 
 
-def check_replaced(optimizer, seen: dict[int, list]) -> None:
-    """The same at a step, of what a user or a scheduler has put into a group since it was checked; `seen`: its values then."""
-    for i, group in enumerate(optimizer.param_groups):
-        values = list(map(group.get, optimizer._rules))
-        if i not in seen or not all(map(is_, values, seen[i])):
-            check({**optimizer._rules, "lr": LEARNING_RATE_AT_A_STEP}, group)
-            seen[i] = values
+def comparable(value):
+    """What values are compared by; tensors by being the same one, which needs no look at the device."""
+    if isinstance(value, torch.Tensor):
+        return torch.Tensor, id(value)
+    if getattr(value, "ndim", None) == 0:  # an array of numpy's has no hash
+        return value.item()
+    return tuple(map(comparable, value)) if isinstance(value, list | tuple) else value
+
+
+def is_immutable(value) -> bool:
+    return isinstance(value, int | float | None) or (type(value) is tuple and all(map(is_immutable, value)))
 
 
 def check_as_torch(defaults: dict) -> None:
@@ -130,15 +135,15 @@ def check_as_torch(defaults: dict) -> None:
         raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
 
 
-def _message(name: str, rule: Rule, value) -> str:
+def _message(name: str, requirement: Requirement, value) -> str:
     if name == "lr" and isinstance(value, torch.Tensor) and value.numel() != 1:
         return f"Tensor lr must be 1-element, got {tuple(value.shape)}"
-    words = rule.words
+    words = requirement.words
     if name == "betas" and isinstance(value, tuple | list) and len(value) == 2:
         index = int(0 <= as_float(value[0]) < 1)
         words, value = f"beta parameter at index {index}", value[index]
-    remedy = "; convert it with float()" if isinstance(value, str) and "finite number" in rule.wanted else ""
-    return f"Invalid {words}: {_shown(value)}: {name} must be {rule.wanted}{remedy}"
+    remedy = "; convert it with float()" if isinstance(value, str) and "finite number" in requirement.wanted else ""
+    return f"Invalid {words}: {_shown(value)}: {name} must be {requirement.wanted}{remedy}"
 
 
 def _shown(value) -> str:

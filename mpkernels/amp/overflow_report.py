@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of which gradients of a skipped step were not finite."""
+
+from collections.abc import Iterator
+
+import torch
+
+from mpkernels.ops.common.multi_tensor import count_nonfinite
+from mpkernels.optim.distributed import local
+from mpkernels.optim.grad_reading import LastRead
+from mpkernels.optim.optimizer import Optimizer
+
+MOST = 0.75  # of all gradients: that many are not finite where the forward made inf or NaN
+
+HOW_TO_SEARCH = (
+    "check that the inputs and the loss are finite; torch.autograd.set_detect_anomaly(True), or forward hooks that look at "
+    "isfinite(), find the operation"
+)
+
+
+def report(optimizer: torch.optim.Optimizer) -> str:
+    """See `GradScaler.overflow_report`."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"overflow_report needs an optimizer of mpkernels.optim, which counts what it reads, got {_full_name(optimizer)}: "
+            + _instead(optimizer)
+        )
+    read = optimizer._last_read()
+    if not any(stats.found_inf.item() for stats in read.stats):
+        return ""
+    grad_scale = read.stats[0].grad_scale
+    scale = "none" if grad_scale is None else f"{grad_scale.item():.9g}"
+    head = f"step {read.steps_called} skipped at scale {scale}: "
+    return "\n".join(head + line for line in _lines(read))
+
+
+def _full_name(optimizer) -> str:
+    kind = type(optimizer)
+    public = getattr(torch.optim, kind.__name__, None) is kind
+    return f"{'torch.optim' if public else kind.__module__}.{kind.__qualname__}"
+
+
+def _instead(optimizer) -> str:
+    if isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        return "pass the one inside it, its .optimizer"
+    name = type(optimizer).__name__
+    return f"train with mpkernels.optim.{name if name in ('AdamW', 'Adam', 'SGD') else 'AdamW'}"
+
+
+def _lines(read: LastRead) -> list[str]:
+    """One line where it began in the forward, else a line for each gradient that is not finite, in order of backward.
+
+    What forward makes inf or NaN reaches the last layer's gradient, and from there most others: a ReLU may stop it. Under a
+    loss that is linear in the output it reaches the weights alone, through the inputs of their layers.
+    """
+    names = read.names
+    order = {key: i for i, key in enumerate(names)}
+    found = [
+        (order.get(id(p), -1), names.get(id(p), f"a replaced parameter {tuple(p.shape)}"), size, count, amax, p.dim() > 1)
+        for stats in read.stats
+        for p, count, amax in _counted(stats)
+        if (size := local(p).numel())
+    ]
+    found.sort(key=lambda row: -row[0])  # the last registered is the first that backward reaches
+    bad = [f"{name} {_what_is_bad(size, count, amax)}" for _, name, size, count, amax, _ in found if count]
+    if not bad and read.on_many_ranks:
+        return ["every gradient of this rank is finite: another rank's is not, or it is not once it is unscaled"]
+    if not bad:
+        return ["every gradient is finite, but not once it is unscaled"]
+    last_is_bad, others = found[0][3] != 0, len(found) - 1
+    a_whole_one = any(count == size for _, _, size, count, *_ in found)
+    weights = [count == size for _, _, size, count, _, is_weight in found if is_weight]
+    from_the_end = last_is_bad and a_whole_one and len(bad) >= MOST * len(found)
+    if not (from_the_end or (len(weights) > 1 and all(weights))):
+        return bad
+    many = "all" if len(bad) == len(found) else f"{len(bad) - 1} of"
+    too = f", and {many} {others} other gradients have inf or NaN too" if others else ""
+    return [
+        f"{bad[0]}{too}: this began in the forward, the loss or the data, unless the scale is far too large: {HOW_TO_SEARCH}"
+    ]
+
+
+def _counted(stats) -> Iterator[tuple[torch.Tensor, int, float]]:
+    """(parameter, non-finite elements, amax) of each; counted now where the op did not, -1 where the gradient is gone."""
+    for p, count, amax in zip(stats.params, stats.nonfinite.tolist(), stats.amax.tolist(), strict=True):
+        if count < 0 and p.grad is not None:
+            with torch.no_grad():
+                now, amax_now = (t.item() for t in count_nonfinite(local(p.grad)))
+            count, amax = (now, amax_now) if now else (count, amax)  # none: it is another gradient
+        yield p, count, amax
+
+
+def _what_is_bad(size: int, count: int, amax: float) -> str:
+    if count < 0:
+        return f"has non-finite of {size}, not counted: the gradient was replaced before this report"
+    return f"has {count} non-finite of {size}, {_finite(size - count, amax)}"
+
+
+def _finite(count: int, amax: float) -> str:
+    return f"amax {amax:g} of the finite ones" if count else "no finite element"

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base of the optimizers: what a new one declares, and a step that is one read of the gradients and one pass."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, overload
+
+import torch
+
+from mpkernels.optim import distributed, hyperparameters
+from mpkernels.optim.format_checks import check_gradient, check_not_shared, check_parameter, name_of, names_of
+from mpkernels.optim.grad_reading import GradReader, LastRead, Unscaling, scalar
+from mpkernels.optim.stateful import StatefulOptimizer
+from mpkernels.optim.step_plan import GroupValues, Signature, StepPlan
+from mpkernels.optim.update_call import UpdateCall
+from mpkernels.runtime.dispatch import agree_on_backends, move_versions
+
+Loss = TypeVar("Loss")
+Params = Iterable[torch.Tensor | tuple[str, torch.Tensor] | dict[str, Any]]  # of a union of Iterables mypy infers nothing
+Scalar = torch.Tensor | None
+
+_SWITCHES = {name: hyperparameters.flag(name) for name in ("write_grads", "skip_nonfinite")}
+
+
+class Optimizer(StatefulOptimizer):
+    """Base of AdamW, Adam and SGD.
+
+    master_dtype: fp32 or fp64, what 16-bit parameters are updated in (None: fp32). state_dtype: of the moments: None, the
+    master's, or bf16, for 2 bytes less per moment and parameter than fp32, of memory and of traffic each way; the arithmetic
+    stays the master's, see mpkernels.ops.adamw for what is lost.
+    max_norm: clip the global norm over all groups inside the step. write_grads: leave `.grad` unscaled after a step
+    under a scaler, as torch does. skip_nonfinite: without a scaler, skip a step with inf or NaN gradients.
+    process_group: needed where plain tensors are sharded by hand: the ranks that share one found_inf and whose gradients
+    one norm sums; every one of them calls each step. DTensors (FSDP2) need none, nor does DDP, whose ranks have the same
+    gradients.
+
+    A new optimizer is a subclass with torch's arguments that declares
+        _op             the op of its update: op(masters, grads, *moments, copies, steps, lr, *options, grad_scale=,
+                        found_inf=, grad_norm=, max_norm=), see mpkernels.ops
+        _moments        the names of its moments in the state of a parameter, in the order of the op
+        _optional       of these the ones that only some groups have: name -> the hyperparameter that asks for it
+        _requirements   what each hyperparameter must be; groups in which these are equal are one call of the op
+        _default_step   the step count of a loaded state that has none; None: it is refused
+        _options(group) the op's options, from the hyperparameters of a group
+    and may extend `_init_state` and `_check_hyperparameters`. mpkernels.GradScaler calls `_scaled_step`, `_unscale_grads`,
+    `_clip_at_next_step` and `_last_read`, and nothing else that is not public.
+    """
+
+    _op: Any = None
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler then passes grad_scale and found_inf as attributes
+
+    def _options(self, group: dict) -> tuple:
+        raise NotImplementedError
+
+    def __init__(
+        self, params: Params, defaults: dict[str, Any], *, master_dtype: torch.dtype | None, state_dtype: torch.dtype | None,
+        max_norm: float | None, write_grads: bool, skip_nonfinite: bool, process_group: "torch.distributed.ProcessGroup | None",
+    ) -> None:  # fmt: skip
+        if max_norm is not None and not hyperparameters.as_float(max_norm) > 0:
+            raise ValueError(f"Invalid max_norm: {max_norm!r}: it must be a number greater than 0, or None")
+        if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
+            raise TypeError(f"process_group must be a ProcessGroup that this rank is in, got {process_group!r}")
+        hyperparameters.check(_SWITCHES, {"write_grads": write_grads, "skip_nonfinite": skip_nonfinite})
+        self.max_norm, self.process_group = max_norm, process_group
+        self.write_grads, self.skip_nonfinite = bool(write_grads), bool(skip_nonfinite)
+        super().__init__(params, defaults, master_dtype, state_dtype)
+        agree_on_backends()
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.steps_called = 0
+        self._values, self._reader = GroupValues(self._requirements, self._kept), GradReader()
+        self._scaling: tuple[Scalar, Scalar, Callable] | None = None  # inside _scaled_step
+
+    # ----- the step ---------------------------------------------------------------------------
+
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """The global norm of the last step that clipped, 0-d fp64 on the device, unscaled, before clipping."""
+        return self._reader.norm
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
+    # NOTE: under torch.compile the step is a graph break: it is one or two kernels already, and dynamo would trace our
+    # bookkeeping in nine pieces. torch.compiler.disable does the same, but imports dynamo when this file is imported.
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Take a step, or skip it on the device where a scaler or `skip_nonfinite` asks for it. Returns the closure's loss.
+
+        torch's scaler sets `grad_scale` (the gradients are divided by it) and, when it has checked already, `found_inf`.
+        Raises RuntimeError for a gradient that is sparse or wider than its master, a parameter whose dtype or shape changed, a
+        closure under a scaler.
+        After an exception, out of a hook too, the step can be taken again or left out: what can fail, or allocates, comes
+        before the first write. (Not so where the op itself fails to allocate: `eager`, and layouts that differ.)
+        """
+        if self._is_swapped:
+            self._refuse_while_swapped("step")
+        if self._scaling is not None:
+            grad_scale, found_inf, on_taken = self._scaling
+        else:
+            grad_scale, found_inf, on_taken = getattr(self, "grad_scale", None), getattr(self, "found_inf", None), None
+            _check_scalars(grad_scale=grad_scale, found_inf=found_inf)
+        loss = None
+        if closure is not None:
+            if grad_scale is not None:
+                raise RuntimeError("a closure cannot be used with loss scaling: run it before, and call step() without it")
+            with torch.enable_grad():
+                loss = closure()
+        try:
+            plan = self._current_plan()
+            options = self._read_for_step(plan, grad_scale, found_inf, are_ours=on_taken is not None)
+            unscale = self.write_grads and grad_scale is not None
+            unscalings = [Unscaling(c.grads, o["grad_scale"], o["found_inf"]) for c, o in options] if unscale else ()
+        except BaseException:
+            self._reader.forget()
+            self._plans.release_grads()
+            raise
+        for call, scaling in options:
+            self._op(*call.arguments, **scaling, checked=True)
+            move_versions(call.written)
+        plan.record_writes()
+        self.steps_called += 1
+        self._reader.drop_clip()
+        for unscaling in unscalings:
+            unscaling.write()
+        self._plans.release_grads()
+        if on_taken is not None:
+            on_taken(self._reader.found_inf_by_device())
+        return loss
+
+    def _read_for_step(
+        self, plan: StepPlan, grad_scale: Scalar, found_inf: Scalar, *, are_ours: bool
+    ) -> list[tuple[UpdateCall, dict]]:
+        """Read the gradients if need be; each call of the op with its options of scaling and clipping.
+
+        are_ours: the scalars are our scaler's. What fails here, or allocates, has written nothing.
+        """
+        is_foreign = found_inf is not None and not are_ours
+        check = found_inf is None and (grad_scale is not None or self.skip_nonfinite)
+        max_norm = self._reader.read_for_step(plan, grad_scale, self.max_norm, check=check)
+        if check:
+            found_inf = self._reader.found_inf()
+        norm, result = None if max_norm is None else self._reader.norm, []
+        for call in plan.calls:
+            options = dict(
+                grad_scale=scalar(grad_scale, call.device), found_inf=scalar(found_inf, call.device),
+                grad_norm=scalar(norm, call.device), max_norm=max_norm,
+            )  # fmt: skip
+            if is_foreign or call.has_lr_tensor:
+                self._op.check(*call.arguments, **options)
+            result.append((call, options))
+        return result
+
+    def _current_plan(self) -> StepPlan:
+        """The plan of a step that finds these gradients; state is made where it is missing, external writes are taken over."""
+        if self._is_swapped:
+            self._refuse_while_swapped("a scaler's unscale_ or clip_grad_norm_")
+        groups, values, plans = self.param_groups, self._values, self._plans
+        if not values.is_current(groups):
+            values.look(groups)
+        signature = Signature(groups, values.partition)
+        plan = plans.find(signature)
+        if plan is None or not plan.is_current(self.state, values):
+            plan = self._make_plan(signature)
+        else:
+            plans.use(plan)
+            plan.take_options(values, groups, self._options, self._moments)
+            if plan.dtensors:
+                signature.redistribute_grads()
+                self._check_formats(plan.ranks)
+            grads = signature.with_gradient()[1]
+            if plan.dtensors:
+                grads = list(map(distributed.local, grads))
+            if not plan.rebind(grads):
+                self._check_formats(plan.ranks)
+                plan.rebuild_grads(grads, self._op.check)
+            elif not plan.has_memory():  # it may be only that a tensor has no elements
+                self._check_formats(plan.ranks)
+        plan.sync_external_writes()
+        return plan
+
+    def _make_plan(self, signature: Signature) -> StepPlan:
+        ranks = distributed.Ranks(signature.params, self.process_group)
+        if ranks.dtensors:
+            signature.redistribute_grads()
+        self._check_formats(ranks)
+        params, grads = signature.with_gradient()
+        check_not_shared(params, self.param_groups)
+        for group in self.param_groups:
+            for i, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:
+                    self._init_state(group, parameter, name_of(group, i))
+        self._dtypes.record(self.state)
+        plan = StepPlan(signature, self.state, self._values, ranks, self)
+        self._plans.add(plan)
+        plan.take_options(self._values, self.param_groups, self._options, self._moments)
+        plan.rebuild_grads(list(map(plan.local, grads)), self._op.check)
+        return plan
+
+    def _check_formats(self, ranks: distributed.Ranks) -> None:
+        """Raise RuntimeError for a parameter or gradient that is not what it should be."""
+        for group in self.param_groups:
+            for i, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:  # a lazy one has no shape then
+                    name = name_of(group, i)
+                    check_parameter(parameter, name, self._kept, RuntimeError)
+                    self._dtypes.check(parameter, self.state.get(parameter), name)
+                    check_gradient(parameter, parameter.grad, name, self._kept, ranks.dtensors)
+
+    # ----- what GradScaler calls ----------------------------------------------------------------
+
+    def _scaled_step(self, grad_scale: Scalar, found_inf: Scalar, on_taken: Callable[[dict], None]):
+        """`step()` under a scaler; `found_inf` only where `_unscale_grads` came before, which has divided by the scale.
+
+        on_taken: called with found_inf by device when the update is under way: a hook that raises then does not undo it.
+        """
+        read = self._reader.stats
+
+        def taken(found: dict) -> None:
+            for name in ("grad_scale", "found_inf"):  # what the user has set was for this step
+                vars(self).pop(name, None)
+            on_taken(found)
+
+        self._scaling = self._times_preset(grad_scale), found_inf, taken
+        try:
+            return self.step()
+        finally:
+            self._scaling = None
+            if found_inf is not None:
+                self._reader.stats = read  # for the report: the step has read no more than the norm
+
+    def _times_preset(self, grad_scale: Scalar) -> Scalar:
+        """What the gradients are divided by: the scaler's scale times a `grad_scale` that the user has set on the optimizer."""
+        preset = getattr(self, "grad_scale", None)
+        return grad_scale if preset is None else preset if grad_scale is None else grad_scale * preset
+
+    @torch.no_grad()
+    def _unscale_grads(self, grad_scale: torch.Tensor) -> dict[torch.device, torch.Tensor]:
+        """Divide the gradients by `grad_scale`; found_inf by device. 16-bit ones become fp32: nothing is rounded or lost."""
+        plan = self._current_plan()
+        self._reader.unscale(plan, grad_scale, self._op.check)
+        self._plans.release_grads()
+        return self._reader.found_inf_by_device()
+
+    @torch.no_grad()
+    def _clip_at_next_step(self, grad_scale: Scalar, max_norm: float) -> torch.Tensor | None:
+        """Read the gradients now and clip them to max_norm in the next step; the norm, or None without gradients."""
+        plan = self._current_plan()
+        self._reader.clip_at_next_step(plan, self._times_preset(grad_scale), max_norm)
+        self._plans.release_grads()
+        return self.grad_norm if self._reader.stats else None
+
+    def _last_read(self) -> LastRead:
+        """What `overflow_report` tells of."""
+        many_ranks = any(plan.ranks.many for plan in self._plans.plans[:1])
+        return LastRead(list(self._reader.stats.values()), self.steps_called, names_of(self.param_groups), many_ranks)
+
+
+def _check_scalars(**scalars: torch.Tensor | int | None) -> None:
+    for name, tensor in scalars.items():
+        if tensor is None or isinstance(tensor, int):  # 0: torch's GradScaler without any gradient, the sum of no tensors
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise RuntimeError(f"{name} must be a 1-element float32 tensor, got {tensor!r}")
+        if tensor.numel() != 1 or tensor.dtype != torch.float32 or tensor.is_meta:
+            raise RuntimeError(
+                f"{name} must be a 1-element float32 tensor, got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )

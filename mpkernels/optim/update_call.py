@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one call of an op is given: the update of the parameters that go together, and the read of a device's gradients."""
+
+from itertools import chain
+
+import torch
+
+from mpkernels.ops.common.layout import NO_TENSORS, Tensors
+from mpkernels.optim import distributed
+
+
+class UpdateCall:
+    """One call of the update op: the parameters of one device whose groups have the same hyperparameters.
+
+    indices: their places among the plan's parameters. group: the index of the first of their groups.
+    arguments: the op's, up to the options of scaling and clipping. has_lr_tensor: its format may change unseen.
+    """
+
+    def __init__(self, plan, group: int, indices: list[int], moments: tuple[str, ...]):
+        self.group, self.indices, self.moments = group, indices, moments
+        pick = list if len(indices) == len(plan.params) else lambda tensors: [tensors[i] for i in indices]
+        self.device = plan.params[indices[0]].device
+        self.entries = pick(plan.entries)
+        self.masters, self.copies = Tensors(pick(plan.masters)), Tensors(pick(plan.copies))
+        self.states = {name: Tensors(plan.local(entry[name]) for entry in self.entries) for name in moments}
+        self.steps = Tensors(entry["step"] for entry in self.entries)
+        self.grads = Tensors([])  # inside a step; of DTensors what this rank holds
+        states = chain(*self.states.values(), self.steps)
+        dtensors = filter(distributed.is_dtensor, pick(plan.params)) if plan.dtensors else ()
+        self.written = [*self.masters, *(copy for copy in self.copies if copy.numel()), *states, *dtensors]
+        self._lr: tuple[float, torch.Tensor] | None = None
+        self.arguments: tuple = ()
+        self.has_lr_tensor = False
+
+    def set_options(self, lr: float | torch.Tensor, options: tuple, all_moments: tuple[str, ...]) -> None:
+        states = (self.states.get(name, NO_TENSORS) for name in all_moments)
+        self.has_lr_tensor = isinstance(lr, torch.Tensor)
+        lists = self.masters, self.grads, *states, self.copies, self.steps
+        self.arguments = *lists, self._learning_rate(lr), *options
+
+    def _learning_rate(self, value: float | torch.Tensor) -> torch.Tensor:
+        """As the ops take it: 0-d, on the CPU for a float."""
+        if isinstance(value, torch.Tensor):
+            return value.reshape(()).to(torch.promote_types(value.dtype, torch.float32))
+        if self._lr is None or self._lr[0] != value:
+            self._lr = value, torch.tensor(value, dtype=torch.float64, device="cpu")
+        return self._lr[1]
+
+
+class Reading:
+    """The gradients of one device in the order of the parameters, which decides the bits of their norm."""
+
+    def __init__(self, plan, device: torch.device, indices: list[int]):
+        self.device, self.indices, self.params = device, indices, [plan.params[i] for i in indices]
+        same = (call.grads for call in plan.calls if call.indices == indices)
+        self.grads = next(same, Tensors([]))  # usually those of its only call
+
+
+def update_calls(plan) -> list[UpdateCall]:
+    """By hyperparameters and device."""
+    indices: dict[tuple[int, torch.device], list[int]] = {}
+    for i, (parameter, group) in enumerate(zip(plan.params, plan.signature.groups_with_gradient(), strict=True)):
+        indices.setdefault((plan.signature.partition[group], parameter.device), []).append(i)
+    return [UpdateCall(plan, group, members, plan.moments[group]) for (group, _), members in indices.items()]
+
+
+def readings(plan) -> list[Reading]:
+    """By device."""
+    indices: dict[torch.device, list[int]] = {}
+    for i, parameter in enumerate(plan.params):
+        indices.setdefault(parameter.device, []).append(i)
+    return [Reading(plan, device, members) for device, members in indices.items()]

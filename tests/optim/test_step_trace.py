@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of the way of a gradient, warm: how many of our Python files a step goes through, and that each op chooses once."""
+
+import collections
+import pathlib
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+import mpkernels as mpk
+from mpkernels.runtime.dispatch import Op
+
+PACKAGE = pathlib.Path(mpk.__file__).parent
+MOST_FILES = 10
+
+
+def calls_of(function) -> collections.Counter:
+    """How often our Python functions are called, by file."""
+    calls = collections.Counter()
+
+    def count(frame, event, _):
+        path = pathlib.Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(PACKAGE):
+            calls[str(path.relative_to(PACKAGE))] += 1
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+@pytest.mark.parametrize("make", [mpk.optim.AdamW, mpk.optim.SGD])
+def test_step_goes_through_few_files(make, max_norm):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    mpk.convert(model, "mixed_float16")
+    optimizer, scaler = make(model.named_parameters(), lr=0.1, max_norm=max_norm), mpk.GradScaler()
+    for _ in range(4):  # the copies that the layers ask for are there from the second on
+        scaler.scale(model(torch.randn(4, 8)).float().sum()).backward()
+        with mock.patch.object(Op, "backend", autospec=True, side_effect=Op.backend) as chosen:
+            calls = calls_of(lambda: scaler.step(optimizer))
+        scaler.update()
+        optimizer.zero_grad()
+    assert len(calls) <= MOST_FILES, calls
+    assert [call.args[0].name for call in chosen.call_args_list] == ["grad_stats_", optimizer._op.name]
