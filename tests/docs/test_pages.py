@@ -2,6 +2,8 @@
 """Every page: its links, anchors and paths lead somewhere, its lines and words are as agreed, the site has it once."""
 
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -100,6 +102,18 @@ def test_pages_of_the_site():
     assert sorted(nav) == pages
     linked = re.findall(r"\]\(([^)\s]+\.md)\)", (DOCS / "index.md").read_text())
     assert sorted({*linked, "index.md"}) == pages
+
+
+def test_pages_site_is_built_strictly():
+    """`make docs`: a link that leads nowhere, or a page that the navigation lacks, is a warning, and a warning fails."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    command = ["make", "--no-print-directory", "-n", "docs"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "mkdocs build --strict" in said.splitlines()[-1]
+    configuration = (ROOT / "mkdocs.yml").read_text()
+    for what in ("omitted_files", "not_found", "anchors"):
+        assert f"{what}: warn" in configuration
 
 
 def test_pages_api_has_every_public_name():
