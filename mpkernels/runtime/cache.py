@@ -57,15 +57,17 @@ def untrusted_reason() -> str | None:
         link, target = folder().lstat(), folder().stat()
     except OSError:
         return None  # not there yet
-    return _foreign_reason(str(folder()), f"chmod 700 {folder()}", link, target)
+    return _foreign_reason(
+        str(folder()), f"chmod 700 {folder()}", link, target, remedy=": set XDG_CACHE_HOME to a folder of your own"
+    )
 
 
-def _foreign_reason(what: str, mend: str, *found: os.stat_result) -> str | None:
-    """Whether another user has or could have written `what`."""
+def _foreign_reason(what: str, mend: str, *found: os.stat_result, remedy: str = "") -> str | None:
+    """Whether another user has or could have written `what`; `remedy` and `mend` say what to do about either."""
     if not hasattr(os, "geteuid"):
         return None
     if {one.st_uid for one in found} != {os.geteuid()}:
-        return f"{what} belongs to another user"
+        return f"{what} belongs to another user{remedy}"
     if found[-1].st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return f"{what} can be written by others: {mend}"
     return None

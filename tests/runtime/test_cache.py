@@ -75,7 +75,7 @@ def test_cache_that_others_can_write_to_is_refused(mode, folder):
 
 def test_cache_of_another_user_is_refused(folder, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
-    check_refused(folder, f"{folder} belongs to another user")
+    check_refused(folder, f"{folder} belongs to another user: set XDG_CACHE_HOME to a folder of your own")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a link away")
@@ -85,7 +85,7 @@ def test_cache_behind_another_users_link_is_refused(folder):
     folder.symlink_to(mine)
     assert cache.untrusted_reason() is None
     os.chown(folder, 1234, -1, follow_symlinks=False)
-    check_refused(folder, f"{folder} belongs to another user")
+    check_refused(folder, f"{folder} belongs to another user: set XDG_CACHE_HOME to a folder of your own")
 
 
 @pytest.mark.parametrize("home", ["", "relative"])
