@@ -21,6 +21,7 @@ class Case:
 
     check(before, after, results, device): AssertionError where the results, or what was written, are wrong.
     call: what a module's `why_not_call` is asked by, None where all serve it.
+    parts: the arguments of calls whose first results, one behind the other, have to be the bits of the whole call's.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Case:
     check: Callable[[tuple, tuple, tuple, torch.device], None]
     written: tuple[int, ...] = ()
     call: tuple | None = None
+    parts: Callable[[tuple], Iterator[tuple]] | None = None
 
     def make(self, memory: Memory) -> tuple:
         generator = torch.Generator("cpu").manual_seed(zlib.crc32(self.name.encode()))

@@ -35,6 +35,10 @@ def wrong(op: dispatch.Op, backend: str, device: torch.device, *, few: bool = Tr
 def _check(function: Callable, case: cases.Case, device: torch.device) -> None:
     first = _run(function, case, device, check=True)
     _same(first, _run(function, case, device), "two runs differ")
+    if case.parts is not None:
+        arguments = case.make(Memory(device))
+        parts = torch.cat([function(*part)[0] for part in case.parts(arguments)])
+        _same(first[:1], [parts], "rows have other bits alone than among others")
     if device.type == "cuda":
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))

@@ -78,6 +78,7 @@ def forward(few: bool, full: bool):
                 "call": (N, K, activation, dtype, out_dtype),
             },
         )
+    yield from _batch_invariant(few)
     if full:
         M, N, K = LARGE
         yield (
@@ -88,6 +89,28 @@ def forward(few: bool, full: bool):
                 "call": (N, K, Activation.RELU, f16, f16),
             },
         )
+
+
+def _batch_invariant(few: bool):
+    """A row has the same bits alone and among others, in fp32, where no rounding hides another order of the sum."""
+    for M, N, K in FEW if few else ((33, 264, 520), (257, 72, 264), (1000, 520, 72), UNEVEN):
+        for dtype in (f16, bf16):
+            arguments = functools.partial(_forward_arguments, (M, N, K), dtype, f32, f32, Activation.RELU, "plain")
+            yield (
+                _named(M, N, K, dtype, "batch_invariant"),
+                {
+                    "arguments": lambda memory, random, arguments=arguments: (*arguments(memory, random), True),
+                    "check": _check_forward,
+                    "call": (N, K, Activation.RELU, dtype, f32),
+                    "parts": _row_by_row,
+                },
+            )
+
+
+def _row_by_row(arguments: tuple) -> Iterator[tuple]:
+    x, *others = arguments
+    for row in x.split(1):
+        yield row, *others
 
 
 def _forward_arguments(shape, dtype, out_dtype, bias_dtype, activation, kind, memory, random) -> tuple:
