@@ -49,7 +49,7 @@ def prove(
 ) -> list[dict[str, Any]]:
     """Hold every implementation against fp64 on `device`, remember the verdicts, and return them, a dict for each.
 
-    device: by default the current GPU. full: Triton's GEMM, every size, offsets beyond 2^31; minutes, and 24 GB of memory.
+    device: by default the current GPU. full: Triton's GEMM, every size, offsets past 2^31, memcheck; minutes, 24 GB of memory.
     out: a file for the verdicts besides the user's cache, which MPKERNELS_VERDICTS may name elsewhere. mps: also where
     NVIDIA's MPS serves several processes, which a kernel that fails would take with it.
     What crashed before is tried again. A process that has chosen its kernels already keeps them.
@@ -70,6 +70,8 @@ def prove(
                 found = [_not_now(op, backend, device, str(error)) for op, backend in todo]  # as where the GPU is lost
             rows += found
             todo = todo[len(found) :]
+        if full and device.type == "cuda":
+            _memcheck(rows, device, paths)
     if not all(row["kept"] for row in rows):
         untrusted = cache.untrusted_reason()
         files, reason = (paths[:1], untrusted) if untrusted else (paths, "disk full or permission denied")
@@ -184,6 +186,31 @@ def _read_lines(stream, lines: queue.SimpleQueue) -> None:
     lines.put(None)
 
 
+def _memcheck(rows: list[dict], device: torch.device, paths: list[Path]) -> None:
+    """Ask compute-sanitizer about what is right of C++: row["memcheck"]; what it finds makes the verdict wrong."""
+    from mpkernels.testing import memcheck
+
+    for row in rows:
+        if (row["backend"], row["state"]) != ("native", "right"):
+            continue
+        command = memcheck.command(row["op"], row["backend"])
+        if command is None:
+            return print(f"prove: {memcheck.TOOL} is not on PATH, so memcheck was not asked", file=sys.stderr)
+        process = subprocess.Popen(
+            command, env=environment(device) | memcheck.ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=LIMIT_FULL)
+            row["memcheck"] = found = memcheck.wrong(process.returncode, output) or "clean"
+            if found != "clean":
+                row.update(_record(paths, row, Verdict("wrong", f"memcheck: {proof.sentence(found)}", date=row["date"])))
+        except (RuntimeError, subprocess.TimeoutExpired) as error:  # of the tool: it says nothing of the kernel
+            row["memcheck"] = proof.sentence(f"{error}")
+        finally:
+            _kill(process)
+
+
 def _ending(process: subprocess.Popen, errors) -> str:
     """How it ended, with the last line that it wrote."""
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -281,7 +308,8 @@ def table(rows: list[dict], device: torch.device) -> str:
         verdict = Verdict(*(row[name] for name in Verdict._fields))
         speeds = "  ".join(f"{speed:.2f}" for speed in verdict.speeds.values())
         takes = "takes" if takes_first(rows, row["op"], device) == row["backend"] else ""
-        lines.append(f"{row['op']:22} {row['backend']:8} {takes:5} {speeds:36} {verdict}")
+        asked = f"; memcheck: {row['memcheck']}" if verdict.right and "memcheck" in row else ""
+        lines.append(f"{row['op']:22} {row['backend']:8} {takes:5} {speeds:36} {verdict}{asked}")
     for op in dict.fromkeys(row["op"] for row in rows):
         sizes = next((row["speeds"] for row in rows if row["op"] == op and row["speeds"]), {})
         if sizes:
@@ -304,7 +332,7 @@ def takes_first(rows: list[dict], op: str, device: torch.device) -> str:
 def main(arguments: list[str]) -> int:
     """`python -m mpkernels prove`."""
     parser = argparse.ArgumentParser(prog="python -m mpkernels prove", description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="Triton's GEMM too, every size, offsets beyond 2^31; minutes")
+    parser.add_argument("--full", action="store_true", help="Triton's GEMM, every size, beyond 2^31, memcheck; minutes")
     parser.add_argument("--out", metavar="FILE", help=f"write the verdicts there too; {dispatch.VERDICTS_VARIABLE} reads it")
     parser.add_argument("--device", help="cuda:1, say, or cpu; by default the current GPU")
     parser.add_argument("--mps", action="store_true", help="also under NVIDIA's MPS, whose other clients a fault would end")

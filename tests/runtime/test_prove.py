@@ -356,6 +356,58 @@ def test_prove_names_the_file_that_cannot_be_written(monkeypatch, tmp_path, capf
 # ----- what is proven, and the command ---------------------------------------------------------------
 
 
+TOOL = """#!{python}
+import sys
+assert sys.argv[1:5] == ["--tool", "memcheck", "--error-exitcode", "9"] and sys.argv[6:8] == ["-I", "-c"], sys.argv
+print("========= COMPUTE-SANITIZER")
+if '"sgd_"' in sys.argv[-1]:
+    print("========= Invalid __global__ read of size 4 bytes\\n=========     at sgd_kernel")
+    sys.exit(9)
+sys.exit(1 if '"grad_stats_"' in sys.argv[-1] else 0)
+"""
+
+
+def asked_for_memcheck(ops: list[str], tmp_path) -> list[dict]:
+    rows = [{"op": op, "backend": "native", "key": op, "device": "cuda", "kept": True} for op in ops]
+    rows = [row | Verdict("right", speeds={"1": 2.0}, date="today")._asdict() for row in rows]
+    module._memcheck(rows, GPU, [tmp_path / "verdicts.json"])
+    return rows
+
+
+def test_prove_asks_memcheck(monkeypatch, tmp_path):
+    """A tool on PATH that finds something in one op, ends otherwise for another, and nothing for a third."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(TOOL.format(python=sys.executable))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(module, "environment", lambda device: dict(os.environ))
+    rows = asked_for_memcheck(["adamw_", "sgd_", "grad_stats_"], tmp_path)
+    found = "Invalid __global__ read of size 4 bytes"
+    failed = "compute-sanitizer ended with code 1: ========= COMPUTE-SANITIZER"
+    assert [(row["state"], row["memcheck"]) for row in rows] == [("right", "clean"), ("wrong", found), ("right", failed)]
+    kept = proof.load(tmp_path / "verdicts.json")
+    assert {key: (verdict.state, verdict.note) for key, verdict in kept.items()} == {"sgd_": ("wrong", f"memcheck: {found}")}
+    shown = module.table(rows, GPU)
+    assert "right; memcheck: clean" in shown
+    assert f"wrong: memcheck: {found}" in shown
+    assert module.takes_first(rows, "sgd_", GPU) == "eager"
+
+
+def test_prove_without_memcheck_says_so_once(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    rows = asked_for_memcheck(["adamw_", "sgd_"], tmp_path)
+    assert capsys.readouterr().err == "prove: compute-sanitizer is not on PATH, so memcheck was not asked\n"
+    assert [row["state"] for row in rows] == ["right"] * 2
+
+
+@pytest.mark.parametrize("op", sorted(dispatch.ops))
+def test_memcheck_runs_a_case(op):
+    """On this CPU, what runs under the tool."""
+    from mpkernels.testing import memcheck
+
+    memcheck.run_case(op, "eager", "cpu")
+
+
 def test_prove_leaves_tritons_gemm_to_full(monkeypatch):
     monkeypatch.undo()
     for op in dispatch.ops.values():
