@@ -29,7 +29,7 @@ class Spy(ExitStack):
     def __enter__(self):
         self.calls, self.squares, self.optimizers, self.scaled = collections.Counter(), [], {}, 0
         self._wrap(Op, "_run_checked", lambda op, *_: self.calls.update([op.name]))
-        self._wrap(Optimizer, "step", lambda optimizer, *_: self.optimizers.update({id(optimizer): optimizer}))
+        self._wrap(Optimizer, "_current_plan", lambda optimizer: self.optimizers.update({id(optimizer): optimizer}))
         self._wrap(GradReader, "read", self._read)
         for owner, name in ((Optimizer, "_unscale_grads"), (torch.nn.utils, "clip_grad_norm_"), (torch.optim.AdamW, "step")):
             self._wrap(owner, name, lambda *_, name=name: self.calls.update([name]))

@@ -5,9 +5,11 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import is_
 
 import torch
 
+_IMMUTABLE = (float, int, bool, type(None))
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -102,17 +104,20 @@ def check(requirements: dict[str, Requirement], group: dict) -> None:
             raise ValueError(_message(name, requirement, value))
 
 
-def comparable(value):
-    """What values are compared by; tensors by being the same one, which needs no look at the device."""
+def comparable(values: tuple | list) -> tuple:
+    """What values are compared by: themselves where they are immutable, tensors by being the same one, which are not read."""
+    return tuple([value if type(value) in _IMMUTABLE else _comparable(value) for value in values])
+
+
+def _comparable(value):
     if isinstance(value, torch.Tensor):
         return torch.Tensor, id(value)
     if getattr(value, "ndim", None) == 0:  # an array of numpy's has no hash
-        return value.item()
-    return tuple(map(comparable, value)) if isinstance(value, list | tuple) else value
-
-
-def is_immutable(value) -> bool:
-    return isinstance(value, int | float | None) or (type(value) is tuple and all(map(is_immutable, value)))
+        return value.item(), id(value)
+    if isinstance(value, tuple | list):
+        key = comparable(value)
+        return value if type(value) is tuple and all(map(is_, key, value)) else key
+    return value
 
 
 def check_as_torch(defaults: dict) -> None:

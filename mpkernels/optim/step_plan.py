@@ -6,7 +6,7 @@ A plan is made for one `Signature`: it matches that of a step or not, it `is_cur
 """
 
 import weakref
-from itertools import chain, compress
+from itertools import chain, compress, zip_longest
 from operator import attrgetter, is_, itemgetter
 
 import torch
@@ -22,6 +22,7 @@ from mpkernels.runtime.fake import addresses, any_fake
 
 _optimizers: weakref.WeakSet = weakref.WeakSet()  # that have a plan
 _hook = None  # of torch, while there is a plan or was one
+_NEVER_SEEN = object()
 MAX_PLANS = 8  # of steps that find other parameters with a gradient, as experts and dropped layers alternate
 
 _version = attrgetter("_version")
@@ -39,6 +40,7 @@ class GroupValues:
         self._requirements, self._kept = {**requirements, "lr": hyperparameters.LEARNING_RATE_AT_A_STEP}, kept
         self._values_of = itemgetter(*requirements)
         self._seen: list[tuple] = []
+        self._keys: list[tuple] = []  # of these what groups are compared by: the immutable values are themselves
         self._are_immutable = True
         self.generation = 0
         self.partition: list[int] = []
@@ -56,15 +58,22 @@ class GroupValues:
 
     def look(self, groups: list[dict]) -> None:
         """Raise ValueError for a value that a user or a scheduler has put there since and that is not allowed."""
+        known = len(groups) == len(self._seen)
+        seen, keys, moments = (
+            ([*self._seen], [*self._keys], [*self.moments]) if known else ([()] * len(groups) for _ in range(3))
+        )
         for i, group in enumerate(groups):
-            values = map(group.get, self._requirements)
-            if i >= len(self._seen) or not all(map(is_, values, self._seen[i])):
-                hyperparameters.check(self._requirements, group)
-        self._seen = [self._values_of(group) for group in groups]
+            values = tuple(map(group.get, self._requirements))
+            new = [n for n, v, old in zip_longest(self._requirements, values, seen[i], fillvalue=_NEVER_SEEN) if v is not old]
+            if new:
+                hyperparameters.check({name: self._requirements[name] for name in new}, group)
+                seen[i], moments[i] = values, self._kept.moments_of(group)
+            if new or not self._are_immutable:
+                keys[i] = hyperparameters.comparable(values)
         first: dict[tuple, int] = {}
-        self.partition = [first.setdefault(hyperparameters.comparable(values), i) for i, values in enumerate(self._seen)]
-        self.moments = [self._kept.moments_of(group) for group in groups]
-        self._are_immutable = all(map(hyperparameters.is_immutable, chain.from_iterable(self._seen)))
+        self.partition = [first.setdefault(key, i) for i, key in enumerate(keys)]
+        self._seen, self._keys, self.moments = seen, keys, moments
+        self._are_immutable = all(map(is_, chain.from_iterable(seen), chain.from_iterable(keys)))
         self.generation += 1
 
 

@@ -281,6 +281,25 @@ def test_groups_have_their_own_hyperparameters(name):
     assert raw(params) == raw(alone)
 
 
+def test_hyperparameters_may_be_written_in_place():
+    """A list of betas and a tensor of a learning rate count as they are at each step, as values that are replaced do."""
+    runs = []
+    for in_place in (False, True):
+        params = parameters(torch.float32, torch.float16)
+        groups = [{"params": [p], "betas": [0.9, 0.999], "lr": torch.tensor(0.1)} for p in params]
+        optimizer = mpk.optim.AdamW(groups)
+        train(params, optimizer, 2)
+        first = optimizer.param_groups[0]
+        if in_place:
+            first["betas"][0] = 0.5
+            first["lr"].fill_(0.01)
+        else:
+            first["betas"], first["lr"] = [0.5, 0.999], torch.tensor(0.01)
+        train(params, optimizer, 2, 2)
+        runs.append(state_bytes(optimizer))
+    assert runs[0] == runs[1]
+
+
 def test_hyperparameters_may_change_on_the_way():
     """Momentum turned on and off, amsgrad turned on: what is missing of the state is made."""
     for make, changes in ((mpk.optim.SGD, [{"momentum": 0.9}, {"momentum": 0.0}]), (mpk.optim.AdamW, [{"amsgrad": True}])):
