@@ -135,3 +135,20 @@ def test_pages_say_one_version():
     assert f"\nversion: {project['version']}\n" in citation
     assert f"\nlicense: {project['license']}\n" in citation
     assert f"\n## {project['version']} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "what, word",
+    [
+        ("AdamW's formula", r"\bbeta2\b"),
+        ("the WGMMA main loop", r"\bwgmma_commit\b"),
+        ("where `found_inf` is decided", r"\bisfinite\b"),
+        ("growth and backoff", r"\bbackoff_factor\b"),
+        ("the compute copy", r"\bclass ComputeCopy\b"),
+    ],
+)
+def test_pages_architecture_leads_to_the_file(what, word):
+    """The first file of a line of the table has what the line says."""
+    (line,) = re.findall(rf"^\| {what}.*$", (DOCS / "architecture.md").read_text(), re.M)
+    first = next(path for path in re.findall(r"`([\w./]+)`", line) if "/" in path)
+    assert re.search(word, (ROOT / first).read_text()), first
