@@ -186,7 +186,7 @@ class StepPlan:
         return all(state.get(p) is entry for p, entry in zip(self.params, self.entries, strict=True))
 
     def _has_same_tensors(self) -> bool:
-        """NOTE: users replace what is in the state, as those do who move it to the host and back."""
+        """NOTE: users replace what is in the state, as offloading to the host and back does."""
         params = list(map(self.local, self.params)) if self.dtensors else self.local_params
         try:
             return (
