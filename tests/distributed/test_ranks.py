@@ -257,7 +257,7 @@ def a_rank_without_gradients(rank, layout):
 
 
 @pytest.mark.parametrize("world, layout", [(2, "fsdp"), (3, "by hand")])
-def test_rank_without_gradients_hears_of_the_verdict(world, layout):
+def test_rank_without_gradients_hears_of_found_inf(world, layout):
     run_ranks(world, a_rank_without_gradients, layout)
 
 
@@ -488,7 +488,7 @@ def states_are_dtensors(rank):
     assert all(p._version > version for p, version in zip(sharded.params, versions, strict=True))
 
 
-def foreign_writes(rank):
+def external_writes(rank):
     """Through the DTensor, through what it holds, unseen with the remedy, and by putting another tensor into it."""
     parameter = Sharded("fsdp", torch.float16).params[0]
     parameter.grad = torch.ones_like(parameter)
@@ -512,8 +512,8 @@ def test_states_are_dtensors_as_their_parameter():
     run_ranks(4, states_are_dtensors)
 
 
-def test_foreign_writes_to_dtensors_reach_the_masters():
-    run_ranks(2, foreign_writes)
+def test_external_writes_to_dtensors_reach_the_masters():
+    run_ranks(2, external_writes)
 
 
 # ----- errors and no collectives ----------------------------------------------------------------
