@@ -142,7 +142,7 @@ class StepPlan:
         self._is_fake = any_fake(self.local_params)
         self._addresses = self._find_addresses()
         self._copied_addresses = [self._addresses[i] for i in self._copied]
-        self._same_params, self._same_grads = same_formats(self.local_params), None
+        self._params_match, self._grads_match = same_formats(self.local_params), None
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         return distributed.local(tensor) if self.dtensors else tensor
@@ -190,7 +190,7 @@ class StepPlan:
         params = list(map(self.local, self.params)) if self.dtensors else self.local_params
         try:
             return (
-                self._same_params(*params)
+                self._params_match(*params)
                 and all(map(is_, self._find_state_tensors(), self._state_tensors))
                 and self._find_addresses() == self._addresses
             )
@@ -219,7 +219,7 @@ class StepPlan:
 
     def rebind(self, grads: list[torch.Tensor]) -> bool:
         """Take these gradients, of DTensors what this rank holds, if they are but for values and places as those before."""
-        if self._same_grads is None or not self._same_grads(*grads):
+        if self._grads_match is None or not self._grads_match(*grads):
             return False
         for part in self._grad_lists:
             part.grads.replace(grads if len(part.indices) == len(grads) else [grads[i] for i in part.indices])
@@ -227,13 +227,13 @@ class StepPlan:
 
     def rebuild_grads(self, grads: list[torch.Tensor], check) -> None:
         """Take these gradients, whatever they are; `check`, the op's, raises where it cannot work on them."""
-        self._same_grads = None
+        self._grads_match = None
         for part in self._grad_lists:
             part.grads[:] = [grads[i] for i in part.indices]
             part.grads.describe()
         for call in self.calls:
             check(*call.arguments)
-        self._same_grads = same_formats(grads)
+        self._grads_match = same_formats(grads)
 
     def grads_of_params(self) -> list[torch.Tensor]:
         """As the parameters have them, DTensors too."""
