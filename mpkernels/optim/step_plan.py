@@ -58,10 +58,9 @@ class GroupValues:
 
     def look(self, groups: list[dict]) -> None:
         """Raise ValueError for a value that a user or a scheduler has put there since and that is not allowed."""
-        known = len(groups) == len(self._seen)
-        seen, keys, moments = (
-            ([*self._seen], [*self._keys], [*self.moments]) if known else ([()] * len(groups) for _ in range(3))
-        )
+        seen, keys, moments = [*self._seen], [*self._keys], [*self.moments]
+        if len(seen) != len(groups):
+            seen, keys, moments = [()] * len(groups), [()] * len(groups), [()] * len(groups)
         for i, group in enumerate(groups):
             values = tuple(map(group.get, self._requirements))
             new = [n for n, v, old in zip_longest(self._requirements, values, seen[i], fillvalue=_NEVER_SEEN) if v is not old]
