@@ -6,7 +6,7 @@ A plan is made for one `Signature`: it matches that of a step or not, it `is_cur
 """
 
 import weakref
-from itertools import chain, compress, zip_longest
+from itertools import chain, compress, starmap, zip_longest
 from operator import attrgetter, is_, itemgetter
 
 import torch
@@ -135,8 +135,8 @@ class StepPlan:
         self.readings = readings(self)
         shared = {id(call.grads) for call in self.calls}
         self._grad_lists = [*self.calls, *(reading for reading in self.readings if id(reading.grads) not in shared)]
-        self._owners = [(name, call.entries) for call in self.calls for name in ("step", *call.moments)]
-        self._owners.append(("master", [self.entries[i] for i in self.has_master]))
+        self._owners = [(itemgetter(name), call.entries) for call in self.calls for name in ("step", *call.moments)]
+        self._owners.append((itemgetter("master"), [self.entries[i] for i in self.has_master]))
         self._state_tensors = list(self._find_state_tensors())
         self._is_fake = any_fake(self.local_params)
         self._addresses = self._find_addresses()
@@ -197,7 +197,7 @@ class StepPlan:
             return False
 
     def _find_state_tensors(self) -> chain:
-        return chain.from_iterable(map(itemgetter(name), entries) for name, entries in self._owners)
+        return chain.from_iterable(starmap(map, self._owners))
 
     def _find_addresses(self) -> list[int]:
         """NOTE: of DTensors it asks anew for what this rank holds."""
@@ -251,24 +251,24 @@ class StepPlan:
 
     def sync_external_writes(self) -> None:
         """Take over what others wrote since our last step: a skipped one must not leave a copy behind its weight."""
-        versions = self._find_versions()
-        for i in self._externally_written(versions):
-            master_weights.take_over(self.masters[i], self.local_params[i])
-        self.versions = versions
+        if self.has_master:
+            versions = self._find_versions()
+            for i in self._externally_written(versions):
+                master_weights.take_over(self.masters[i], self.local_params[i])
+            self.versions = versions
         for copy, stamp in zip(self.compute_copies, self._find_copy_stamps(), strict=True):
             if copy.stamp != stamp:
                 copy.write(cast(copy.weight, copy.tensor.dtype))
 
     def record_writes(self) -> None:
         """To be called after the update."""
-        self.versions = self._find_versions()
+        if self.has_master:
+            self.versions = self._find_versions()
         for copy, stamp in zip(self.compute_copies, self._find_copy_stamps(), strict=True):
             copy.stamp = stamp
 
     def _find_versions(self) -> list:
-        """What changes when a parameter, or what this rank holds of it, is written visibly; nothing where none has a master."""
-        if not self.has_master:
-            return []
+        """What changes when a parameter, or what this rank holds of it, is written visibly."""
         versions = list(map(_version, self.local_params))
         return list(zip(versions, map(_version, self.params), strict=True)) if self.dtensors else versions
 
@@ -317,7 +317,10 @@ class PlanCache:
         self.stamps: dict[int, tuple] = {}
 
     def find(self, signature: Signature) -> StepPlan | None:
-        return next((plan for plan in self.plans if plan.signature.matches(signature)), None)
+        for plan in self.plans:
+            if plan.signature.matches(signature):
+                return plan
+        return None
 
     def use(self, plan: StepPlan) -> None:
         """Put `plan` first. What was written meanwhile under other plans is not external to it."""
