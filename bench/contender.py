@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mpkernels.runtime.dispatch import ENVIRONMENT_VARIABLE, ops
+from mpkernels.runtime.resolve import ENVIRONMENT_VARIABLE, ops
 from tests import bounds
 
 OURS = "mpkernels"  # the name, or its beginning, of what is ours; others are compared with the first contender of a case

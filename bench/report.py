@@ -17,7 +17,7 @@ from bench.contender import OURS
 from bench.figures import AGAINST_AMP, KEY_FIGURES, Comparison
 from bench.rows import RESULTS, read
 from bench.tables import EVERY_OP, by_case, markdown, taken
-from mpkernels.runtime.dispatch import ops
+from mpkernels.runtime.resolve import Implementation, ops
 
 ROOT = RESULTS.parent.parent
 PLOTS = ROOT / "docs" / "plots"
@@ -147,16 +147,19 @@ def support(_: dict[str, list[dict]]) -> str:
     """device x op x backend, as the ops declare their implementations."""
     names: dict[tuple[str, ...], list[str]] = {}  # of the ops, by what the cells of their line say
     for name, op in sorted(ops.items()):
-        on_gpu = {backend: f"sm{i.sm}" if i.sm else LEAST_SM[backend] for backend, i in op.implementations.items()}
+        found = {(i.backend, device): i for i in op.implementations for device in i.device_types}
         places = (("eager", "cpu"), ("native", "cpu"), ("eager", "cuda"), ("native", "cuda"), ("triton", "cuda"))
         cells = [
-            "" if device not in getattr(op.implementations.get(backend), "device_types", ())
-            else "yes" if device == "cpu" else on_gpu[backend]
-            for backend, device in places
+            "" if place not in found else "yes" if place[1] == "cpu" else on_gpu(found[place])
+            for place in places
         ]  # fmt: skip
         names.setdefault(tuple(cells), []).append(f"`{name}`")
     lines = [[", ".join(of), *cells] for cells, of in names.items()]
     return markdown(["op", "CPU, torch ops", "CPU, C++", "GPU, torch ops", "GPU, CUDA C++", "GPU, Triton"], lines)
+
+
+def on_gpu(implementation: Implementation) -> str:
+    return f"sm{implementation.sm}" if implementation.sm else LEAST_SM[implementation.backend]
 
 
 LEAST_SM = {"eager": "any", "native": "sm75+", "triton": "sm80+"}  # where an implementation is not for one architecture alone

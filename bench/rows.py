@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import mpkernels
-from mpkernels.runtime.dispatch import ops
+from mpkernels.runtime.resolve import ops
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -8,8 +8,9 @@ import sys
 
 import torch
 
-from mpkernels.ops.linear_act import Activation, backward_op, empty_mask, forward_op
-from mpkernels.runtime import dispatch
+from mpkernels.ops.linear_act import Activation, backward_op, forward_op
+from mpkernels.ops.linear_act.epilogues import empty_mask
+from mpkernels.runtime import resolve
 from mpkernels.testing import checks
 
 SHAPES = ((136, 264, 72), (40, 520, 200))  # M, N, K: ragged tiles, several of them
@@ -19,7 +20,7 @@ def main(backend: str, device: str = "cuda") -> None:
     device = torch.device(device)
     for M, N, K in SHAPES:
         linear_acts(backend, device, M, N, K)
-    for op in dispatch.ops.values():
+    for op in resolve.ops.values():
         reason = op.why_not(backend, device, torch.float32)
         reason = reason and op.why_not(backend, device, torch.float16)
         wrong = None if reason else checks.wrong(op, backend, device)

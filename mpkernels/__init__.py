@@ -8,7 +8,7 @@ from mpkernels.policy import Policy, default_policy, get_default_policy, set_def
 from mpkernels.precision import check_batch_invariant, find_nonfinite
 from mpkernels.prove import prove
 from mpkernels.runtime.compute_copy import refresh_
-from mpkernels.runtime.dispatch import is_available, why_not
+from mpkernels.runtime.resolve import is_available, why_not
 from mpkernels.tune import tune
 
 __version__ = "0.1.0"

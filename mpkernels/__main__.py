@@ -16,7 +16,8 @@ import sys
 import torch
 
 import mpkernels
-from mpkernels.runtime import cache, dispatch, native, tuned_table
+from mpkernels.runtime import cache, native, resolve, tuned_table
+from mpkernels.runtime.op import Op
 
 
 def main() -> int:
@@ -36,14 +37,14 @@ commands:
   tune    find the fastest implementation of each GEMM on this device and remember it;
           `python -m mpkernels tune --show` prints what is remembered
 
-{dispatch.ENVIRONMENT_VARIABLE}=auto, {", ".join(dispatch.BACKENDS)} or op=backend,... forces implementations.
-{dispatch.VERDICTS_VARIABLE}=FILE names verdicts besides those of the user's cache.""",
+{resolve.ENVIRONMENT_VARIABLE}=auto, {", ".join(resolve.BACKENDS)} or op=backend,... forces implementations.
+{resolve.VERDICTS_VARIABLE}=FILE names verdicts besides those of the user's cache.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     as_json = parser.parse_args().json
     try:
-        forced = dispatch.parse_setting(os.environ.get(dispatch.ENVIRONMENT_VARIABLE, "auto"))
+        forced = resolve.parse_setting(os.environ.get(resolve.ENVIRONMENT_VARIABLE, "auto"))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
@@ -76,7 +77,7 @@ def versions() -> dict[str, str]:
 
 def tuned(device: torch.device, name: str) -> str:
     """How many problems the table of `device` answers, or that there is none."""
-    count = len(tuned_table.of(device))
+    count = len(tuned_table.load(device))
     return f"table of {count} problems for {name}" if count else f"no table for {name}: python -m mpkernels tune"
 
 
@@ -85,13 +86,13 @@ def implementations() -> list[dict[str, str]]:
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
     return [
         {"op": op.name, "device": str(device), "backend": backend, **dict(zip(("state", "note"), state(op, device, backend)))}
-        for op in dispatch.ops.values()
+        for op in resolve.ops.values()
         for device in devices
-        for backend in dispatch.BACKENDS
+        for backend in resolve.BACKENDS
     ]
 
 
-def state(op: dispatch.Op, device: torch.device, backend: str) -> tuple[str, str]:
+def state(op: Op, device: torch.device, backend: str) -> tuple[str, str]:
     """State and note of one implementation: on a CPU after a run of it, on a GPU by its verdict."""
     reason = op.why_not(backend, device, op.dtype)
     if reason is not None:
@@ -106,7 +107,7 @@ def state(op: dispatch.Op, device: torch.device, backend: str) -> tuple[str, str
     return ("chosen" if backend == chosen else "works"), note
 
 
-def checked(op: dispatch.Op, device: torch.device, backend: str) -> tuple[str, str]:
+def checked(op: Op, device: torch.device, backend: str) -> tuple[str, str]:
     """After a run of a few small cases."""
     from mpkernels.testing import checks
 
@@ -120,7 +121,7 @@ def checked(op: dispatch.Op, device: torch.device, backend: str) -> tuple[str, s
     return "works", "GEMM by oneDNN or MKL" if gemm else ""
 
 
-def proven(op: dispatch.Op, device: torch.device, backend: str) -> tuple[str, str]:
+def proven(op: Op, device: torch.device, backend: str) -> tuple[str, str]:
     """By the verdict that was found there, with its date; and why `auto` leaves out what is right."""
     verdict = op.verdict(backend, device)
     if verdict is None:
@@ -133,10 +134,10 @@ def proven(op: dispatch.Op, device: torch.device, backend: str) -> tuple[str, st
 
 
 def table(report: dict) -> str:
-    """The report for people."""
+    """The user-facing report."""
     lines = [f"{name:10} {value}" for name, value in report["versions"].items()]
     forced = ", ".join(f"{op}={backend}" for op, backend in report["forced"].items()) or "auto"
-    lines += [f"{'backend':10} {forced}  ({dispatch.ENVIRONMENT_VARIABLE})", ""]
+    lines += [f"{'backend':10} {forced}  ({resolve.ENVIRONMENT_VARIABLE})", ""]
     lines += [f"{'op':22} {'device':7} {'backend':8} {'state':12} note"]
     lines += [
         f"{row['op']:22} {row['device']:7} {row['backend']:8} {row['state']:12} {row['note']}".rstrip()

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linear_act for people: dtypes from a policy, from autocast, or from the tensors themselves."""
+"""The user-facing linear_act: dtypes from a policy, from autocast, or from the tensors themselves."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack, handle_torch_function, has_torch_function_variadic
 from torch.utils._device import DeviceContext
 
-from mpkernels.ops.linear_act import Activation, ActivationName, Seam, activation_of, check_are_tensors, name_of
 from mpkernels.ops.linear_act import linear_act as _linear_act
+from mpkernels.ops.linear_act.call import FusedBackwardLink
+from mpkernels.ops.linear_act.checks import refuse_what_is_no_tensor
+from mpkernels.ops.linear_act.epilogues import Activation, ActivationName, activation_of, name_of
 from mpkernels.policy import Policy, PolicyName
 
 
@@ -48,21 +51,22 @@ def decompositions() -> dict[Any, Callable[..., torch.Tensor]]:
 
 def forward(
     x, weight, bias, weight_copy, activation: Activation, policy: Policy | None,
-    below: Seam | None = None, above: Seam | None = None, out_dtype: torch.dtype | None = None,
+    prev: FusedBackwardLink | None = None, next: FusedBackwardLink | None = None, out_dtype: torch.dtype | None = None,
 ):  # fmt: skip
     """`linear_act` with everything parsed: what the layers call.
 
-    weight_copy: the weight in the compute dtype, or None. below, above: what lies between layers of one
+    weight_copy: the weight in the compute dtype, or None. prev, next: the links between layers of one
     MPSequential. out_dtype: the output's; None: as the policy says.
     """
-    moved_here = isinstance(below, Seam) and below.moved  # then the pass of the layer below is this very call's to do
-    if has_torch_function_variadic(x, weight, bias) and not moved_here and _is_overridden(x, weight, bias):
+    is_fused = isinstance(prev, FusedBackwardLink) and prev.activation_grad_fused  # then no other call may take its place
+    if has_torch_function_variadic(x, weight, bias) and not is_fused and _is_overridden(x, weight, bias):
         name = name_of(activation)
         if policy is not None:
             policy = str(dataclasses.replace(policy, output_dtype=out_dtype or policy.output_dtype))
         copy = {} if weight_copy is None else {"weight_copy": weight_copy}
         return handle_torch_function(linear_act, (x, weight, bias), x, weight, bias, name, policy, **copy)
-    check_are_tensors(x, weight, bias)
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
+        refuse_what_is_no_tensor(x=x, weight=weight, bias=bias)
     if x.is_nested and x.layout == torch.jagged:
         return _over_values(x, lambda values: forward(values, weight, bias, weight_copy, activation, policy))
     if policy is None:
@@ -75,7 +79,7 @@ def forward(
     return _linear_act(
         x, weight, bias, weight_copy,
         activation=activation, compute_dtype=compute_dtype, out_dtype=out_dtype, grad_dtype=grad_dtype,
-        batch_invariant=batch_invariant, below=below, above=above,
+        batch_invariant=batch_invariant, prev=prev, next=next,
     )  # fmt: skip
 
 
@@ -101,7 +105,7 @@ _DISABLED = torch._C._disabled_torch_function_impl  # what Parameter has, and DT
 
 
 def _output_dtype(x, weight, policy: Policy) -> torch.dtype:
-    if not policy.mixed:
+    if policy.param_dtype == policy.compute_dtype:
         return weight.dtype
     return autocast_dtype(x.device) or x.dtype
 

@@ -23,18 +23,18 @@ from typing import Any
 
 import torch
 
-from mpkernels.runtime import cache, dispatch, proof
+from mpkernels.runtime import cache, proof, resolve
 from mpkernels.runtime.proof import Verdict
 
 LIMIT, LIMIT_FULL = 120.0, 900.0  # seconds without a word from the process that proves
 BEGIN = 120.0  # seconds that it may take to begin: it imports torch and makes a context
 GRACE = 5.0  # seconds after which a process that was killed is left alone: one in the driver cannot be waited for
-STALE = 60.0  # seconds after which a lock that its process has not touched is stale
+STALE = 60.0  # seconds after which the lock of a process that no longer writes to it is nobody's
 
 # In the process that proves: what the launcher of a job set, what would be preloaded into it, and what this package reads.
 _REMOVED = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_INJECTION64_PATH",
-    "LD_PRELOAD", "CUDA_LAUNCH_BLOCKING", dispatch.ENVIRONMENT_VARIABLE, dispatch.VERDICTS_VARIABLE,
+    "LD_PRELOAD", "CUDA_LAUNCH_BLOCKING", resolve.ENVIRONMENT_VARIABLE, resolve.VERDICTS_VARIABLE,
 )  # fmt: skip
 _CHILD = """
 import json, sys
@@ -115,7 +115,7 @@ def _is_shared_by_mps() -> bool:
 
 def items(device: torch.device, full: bool) -> Iterator[tuple[str, str]]:
     """Op and implementation of what can run there; eager too, which is what the others are raced with."""
-    for op in dispatch.ops.values():
+    for op in resolve.ops.values():
         for backend in proof.PREFERENCE:
             gemm = op.name.startswith("linear") and backend == "triton"
             if op.why_not(backend, device, op.dtype) is None and (full or not gemm):
@@ -159,7 +159,7 @@ def _prove_in_child(device, todo, paths, full: bool, done: int) -> list[dict]:
                     started = None
             else:
                 return rows
-        except KeyboardInterrupt:  # an interrupted proof is no crash
+        except KeyboardInterrupt:  # that somebody had no time is no crash
             if started is not None:
                 _record(paths, started, Verdict("not now", "interrupted"))
             raise
@@ -205,7 +205,7 @@ def _memcheck(rows: list[dict], device: torch.device, paths: list[Path]) -> None
             row["memcheck"] = found = memcheck.wrong(process.returncode, output) or "clean"
             if found != "clean":
                 row.update(_record(paths, row, Verdict("wrong", f"memcheck: {proof.sentence(found)}", date=row["date"])))
-        except (RuntimeError, subprocess.TimeoutExpired) as error:  # of the tool, not of the kernel
+        except (RuntimeError, subprocess.TimeoutExpired) as error:  # of the tool: it says nothing of the kernel
             row["memcheck"] = proof.sentence(f"{error}")
         finally:
             _kill(process)
@@ -320,7 +320,7 @@ def table(rows: list[dict], device: torch.device) -> str:
 def takes_first(rows: list[dict], op: str, device: torch.device) -> str:
     """What `auto` takes by these verdicts; on a CPU it takes what the tests proved."""
     if device.type != "cuda":
-        return dispatch.ops[op].backend(device, dispatch.ops[op].dtype)
+        return resolve.ops[op].backend(device, resolve.ops[op].dtype)
     for backend in proof.PREFERENCE:
         for row in rows:
             verdict = Verdict(*(row[name] for name in Verdict._fields))
@@ -333,7 +333,7 @@ def main(arguments: list[str]) -> int:
     """`python -m mpkernels prove`."""
     parser = argparse.ArgumentParser(prog="python -m mpkernels prove", description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="Triton's GEMM, every size, beyond 2^31, memcheck; minutes")
-    parser.add_argument("--out", metavar="FILE", help=f"write the verdicts there too; {dispatch.VERDICTS_VARIABLE} reads it")
+    parser.add_argument("--out", metavar="FILE", help=f"write the verdicts there too; {resolve.VERDICTS_VARIABLE} reads it")
     parser.add_argument("--device", help="cuda:1, say, or cpu; by default the current GPU")
     parser.add_argument("--mps", action="store_true", help="also under NVIDIA's MPS, whose other clients a fault would end")
     options = parser.parse_args(arguments)

@@ -7,6 +7,7 @@ within the bound of fp64, its mask is that of its output, and a second run gives
 """
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -16,11 +17,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpkernels.ops.common.cast import cast
-from mpkernels.ops.linear_act import Activation, backward_op, forward_op, has_mask, tiles
-from mpkernels.runtime import cache, dispatch, tuned_table
+from mpkernels.ops.linear_act import backward_op, forward_op, op_of, tile_config
+from mpkernels.ops.linear_act.epilogues import Activation
+from mpkernels.runtime import cache, tuned_table
+from mpkernels.runtime.op import Op
 from mpkernels.runtime.rng import fork_rng
-from mpkernels.runtime.tuned_table import Entry, Problem
+from mpkernels.runtime.tuned_table import Entry, GemmKey
 from mpkernels.testing.timing import interleave
 
 SHAPES = {  # M, K, N
@@ -36,7 +38,7 @@ class Candidate:
 
     name: str
     backend: str
-    entries: dict[Problem, Entry] = field(default_factory=dict)
+    entries: dict[GemmKey, Entry] = field(default_factory=dict)
     reason: str | None = None
     us: float | None = None
 
@@ -70,19 +72,19 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.found: dict[tuple[torch.device, Problem], int] = {}
+        self.found: dict[tuple[torch.device, GemmKey], int] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         for op in (forward_op, backward_op):
             if function is getattr(torch.ops.mpkernels, op.name).default:
-                problem, device = op.problem(*args), args[0].device
-                if problem is not None and problem[4] <= Activation.RELU and args[0].numel():
-                    rows = args[0].numel() // args[0].shape[-1]
+                call = op.call(*args)
+                problem, device, rows = call.gemm_key, call.key.device, math.prod(args[0].shape[:-1])
+                if problem is not None and call.key.activation <= Activation.RELU and args[0].numel():
                     self.found[device, problem] = max(rows, self.found.get((device, problem), 0))
         return function(*args, **(kwargs or {}))
 
 
-def record(model: torch.nn.Module, example_inputs) -> dict[tuple[torch.device, Problem], int]:
+def record(model: torch.nn.Module, example_inputs) -> dict[tuple[torch.device, GemmKey], int]:
     """The GEMMs of one forward and backward: (device, problem) -> rows."""
     inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
     recorder = _Recorder()
@@ -95,58 +97,55 @@ def record(model: torch.nn.Module, example_inputs) -> dict[tuple[torch.device, P
     return recorder.found
 
 
-def problems_of(shapes: Iterable[tuple[int, int, int]], device: torch.device) -> dict[tuple[torch.device, Problem], int]:
+def problems_of(shapes: Iterable[tuple[int, int, int]], device: torch.device) -> dict[tuple[torch.device, GemmKey], int]:
     """Layers with ReLU of (M, K, N) in fp16 and bf16, weight gradients in 16 and in 32 bits."""
     found = {}
     for M, K, N in shapes:
         for half in (torch.float16, torch.bfloat16):
-            found[device, tuned_table.problem("fprop", M, N, K, Activation.RELU, half, half, half)] = M
+            found[device, tuned_table.gemm_key("fprop", M, N, K, Activation.RELU, half, half, half)] = M
             for grad in (half, torch.float32):
-                found[device, tuned_table.problem("backward", M, N, K, Activation.RELU, half, half, half, grad)] = M
+                found[device, tuned_table.gemm_key("backward", M, N, K, Activation.RELU, half, half, half, grad)] = M
     return found
 
 
 # ----- candidates ---------------------------------------------------------------
 
 
-def _op(problem: Problem) -> dispatch.Op:
-    return forward_op if problem[0] == "fprop" else backward_op
-
-
-def _gemms(problem: Problem) -> list[Problem]:
+def _gemms(problem: GemmKey) -> list[GemmKey]:
     """The GEMMs that Triton chooses a tile for."""
     role, M, N, K, _, compute, weight, *rest = problem
     if role == "fprop":
         return [problem]
     grad_x, grad_weight = rest
     return [
-        tuned_table.problem("dgrad", M, N, K, 0, compute, weight, grad_x),
-        tuned_table.problem("wgrad", M, N, K, 0, compute, grad_weight),
+        tuned_table.gemm_key("dgrad", M, N, K, 0, compute, weight, grad_x),
+        tuned_table.gemm_key("wgrad", M, N, K, 0, compute, grad_weight),
     ]
 
 
-def _triton_tiles(gemm: Problem, rows: int, device: torch.device) -> list[tuple[tuple[str, int], ...]]:
+def _triton_tiles(gemm: GemmKey, rows: int, device: torch.device) -> list[tuple[tuple[str, int], ...]]:
     """The tiles that Triton may run a GEMM with, as a table has them."""
-    from mpkernels.ops.linear_act import impl_triton
+    from mpkernels.ops.linear_act import triton
 
     role, _, N, K, _, compute, *dtypes = gemm
-    sm, _, specializes = impl_triton._device(device)
-    weight = compute if role == "wgrad" or (rows >= impl_triton.CAST_FIRST and sm in tiles.TMA_SMS) else dtypes[0]
+    sm, _, specializes = triton._device(device)
+    weight = compute if role == "wgrad" or (rows >= triton.CAST_FIRST and sm in tile_config.TMA_SMS) else dtypes[0]
     a, b, out = {  # shapes and strides
         "fprop": (((rows, K), (K, 1)), ((K, N), (1, K)), (rows, N)),
         "dgrad": (((rows, N), (N, 1)), ((N, K), (K, 1)), (rows, K)),
         "wgrad": (((N, rows), (1, N)), ((rows, K), (K, 1)), (N, K)),
     }[role]
-    operands = tiles.Operand(compute, *a, 0), tiles.Operand(weight, *b, 0), tiles.Operand(dtypes[-1], out, (out[1], 1), 0)
-    by_tma = tiles.tma_why_not(sm, *operands) is None
-    found = [tile for flag in {specializes, False} for tile in tiles.candidates(sm, flag, *operands, by_tma)]
+    Operand = tile_config.Operand
+    operands = Operand(compute, *a, 0), Operand(weight, *b, 0), Operand(dtypes[-1], out, (out[1], 1), 0)
+    by_tma = tile_config.tma_why_not(sm, *operands) is None
+    found = [tile for flag in {specializes, False} for tile in tile_config.candidates(sm, flag, *operands, by_tma)]
     return [tuple(asdict(tile).items()) for tile in dict.fromkeys(found)]
 
 
-def candidates_of(problem: Problem, device: torch.device, gemms: dict[Problem, Entry]) -> list[Candidate]:
+def candidates_of(problem: GemmKey, device: torch.device, gemms: dict[GemmKey, Entry]) -> list[Candidate]:
     """Every backend of the op; Triton with the tiles of `gemms`. Those that cannot run have their reason."""
-    op, compute = _op(problem), problem[5]
-    found = [Candidate(backend, backend) for backend in op.implementations]
+    op, compute = op_of(problem), problem[5]
+    found = [Candidate(backend, backend) for backend in op.backends]
     for candidate in found:
         candidate.reason = op.why_not(candidate.backend, device, compute)
         if candidate.backend == "triton":
@@ -154,84 +153,16 @@ def candidates_of(problem: Problem, device: torch.device, gemms: dict[Problem, E
     return found
 
 
-# ----- what is right ---------------------------------------------------------------
-
-
-@dataclass
-class Inputs:
-    """Random operands of a problem, and what its results must be."""
-
-    problem: Problem
-    x: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor
-    grad_out: torch.Tensor
-
-    @classmethod
-    def random(cls, problem: Problem, rows: int, device: torch.device) -> "Inputs":
-        _, _, N, K, _, compute, weight, *_ = problem
-        generator = torch.Generator(device).manual_seed(0)
-        shapes = ((rows, K), (N, K), (N,), (rows, N))
-        dtypes = (compute, weight, torch.float32, compute)
-        options = {"generator": generator, "dtype": torch.float32, "device": device}
-        return cls(problem, *(torch.randn(shape, **options).to(dtype) for shape, dtype in zip(shapes, dtypes)))
-
-    def arguments(self, backend: str, output_mask=(True, True, True)) -> tuple:
-        """Of the op, as the layer would call it: kernels for GPUs write and read a mask, the others select by the output."""
-        role, _, _, _, activation, compute, _, *dtypes = self.problem
-        save = int(has_mask(backend, self.x.device) and activation != Activation.NONE)
-        if role == "fprop":
-            return self.x, self.weight, self.bias, None, activation, compute, dtypes[0], save
-        from mpkernels.ops.linear_act.passes import pack_mask
-
-        out = pack_mask(self._out()) if save else self._out()
-        grads = (dtypes[0], dtypes[1], dtypes[1])
-        return self.grad_out, self.x, self.weight, None, out, activation, compute, *grads, list(output_mask)
-
-    def wrong(self, results: tuple, output_mask=(True, True, True)) -> str | None:
-        """Why results of the op are wrong, or None."""
-        from mpkernels.ops.linear_act import reference
-        from mpkernels.ops.linear_act.passes import unpack_mask
-
-        role, _, N, _, activation, compute, *_ = self.problem
-        weight = cast(self.weight, compute).double()
-        if role == "fprop":
-            out, saved, *_ = results
-            if saved.numel() and not torch.equal(unpack_mask(saved, N), ~(out <= 0)):
-                return "the mask is not that of the output"
-            exact = reference.linear_act(self.x, self.weight, self.bias, activation, compute)
-            return _outside("out", out, exact, self.x, weight.T, self.bias.double().abs(), compute)
-        grad_z = self.grad_out
-        positive = self._out() > 0 if activation != Activation.NONE else None
-        expected = reference.linear_act_backward(grad_z, self.x, self.weight, positive, compute)
-        grad_z = grad_z if positive is None else torch.where(positive, grad_z, 0)
-        factors = ((grad_z, weight), (grad_z.T, self.x), (torch.ones_like(grad_z[:, 0]), grad_z))
-        parts = zip(("grad_x", "grad_weight", "grad_bias"), results, expected, factors, output_mask, strict=False)
-        reasons = [_outside(name, got, r, *pair, 0, compute) for name, got, r, pair, wanted in parts if wanted]
-        return next(filter(None, reasons), None)
-
-    def _out(self) -> torch.Tensor:
-        """What backward takes for the layer's output: of either sign, as random as one."""
-        return self.grad_out.roll(1, 0)
-
-
-def _outside(name: str, got, exact, a, b, bias, compute: torch.dtype) -> str | None:
-    """Why a result is further from fp64 than one rounding and the accumulator take it, or None."""
-    from mpkernels.testing import bounds
-
-    v = bounds.accumulator_roundoff(got.device, compute)
-    excess = bounds.random_sign_excess(got, exact, a, b, bias, compute, v)
-    return None if excess <= 1 else f"{name} is {excess:.3g} times as far from fp64 as the bound allows"
-
-
 # ----- one problem ---------------------------------------------------------------
 
 
-def tune_problem(problem: Problem, rows: int, device: torch.device, rounds: int) -> dict[Problem, dict]:
+def tune_problem(problem: GemmKey, rows: int, device: torch.device, rounds: int) -> dict[GemmKey, dict]:
     """The entries of one problem and of the GEMMs that Triton has a tile for; without a right candidate there is none."""
+    from mpkernels.testing.gemm import Inputs
+
     inputs = Inputs.random(problem, rows, device)
     entries, chosen = {}, {}
-    if _op(problem).why_not("triton", device, problem[5]) is None:
+    if op_of(problem).why_not("triton", device, problem[5]) is None:
         for i, gemm in enumerate(_gemms(problem)):
             output_mask = (True, True, True) if problem[0] == "fprop" else (i == 0, i == 1, False)
             options = [Entry("triton", tile) for tile in _triton_tiles(gemm, rows, device)]
@@ -278,16 +209,16 @@ def _race(problem, inputs, device, candidates, rounds, output_mask=(True, True, 
 
 
 def _runner(problem, inputs, device, candidate, output_mask) -> Callable[[], tuple]:
-    function, arguments = _op(problem).function(candidate.backend), inputs.arguments(candidate.backend, output_mask)
+    function, arguments = op_of(problem).function(candidate.backend), inputs.arguments(candidate.backend, output_mask)
 
     def run():
-        with tuned_table.using(device, candidate.entries), torch.no_grad():
+        with tuned_table.override(device, candidate.entries), torch.no_grad():
             return function(*arguments)
 
     return run
 
 
-def _reject(run: Callable[[], tuple], inputs: Inputs, output_mask) -> str | None:
+def _reject(run: Callable[[], tuple], inputs, output_mask) -> str | None:
     """Why a candidate is not to be timed, or None."""
     try:
         first = run()
@@ -305,26 +236,26 @@ def _reject(run: Callable[[], tuple], inputs: Inputs, output_mask) -> str | None
 # ----- all problems ---------------------------------------------------------------
 
 
-def tune_problems(problems: dict[tuple[torch.device, Problem], int], *, rounds: int = ROUNDS, package=False) -> dict[str, dict]:
-    """Tune and write; the entries written. package: into mpkernels/tuned/ as well, for everyone with this GPU."""
+def tune_problems(problems: dict[tuple[torch.device, GemmKey], int], *, rounds: int = ROUNDS, package=False) -> dict[str, dict]:
+    """Tune and write; the entries written. package: into mpkernels/tuned/ as well, for all users of this GPU."""
     _refuse_to_tune(rounds)
     written = {}
     for (device, problem), rows in _progress(problems.items()):
         entries = tune_problem(problem, rows, device, rounds)
         if problem not in entries:
-            print(f"tune: {tuned_table.written(problem)}: no candidate is right", file=sys.stderr)
-        named = {tuned_table.written(p): entry for p, entry in entries.items()}
+            print(f"tune: {tuned_table.key_to_str(problem)}: no candidate is right", file=sys.stderr)
+        named = {tuned_table.key_to_str(p): entry for p, entry in entries.items()}
         for path in [tuned_table.own_file(device), *([tuned_table.packaged_file(device)] if package else [])]:
             if not tuned_table.save(path, device, named):
                 reason = cache.untrusted_reason() or "disk full or permission denied"
                 print(f"tune: {path} cannot be written: {reason}", file=sys.stderr)
         written |= named
         if device.type == "cuda" and problem in entries:
-            _say_unproven(_op(problem), entries[problem]["backend"], device)
+            _say_unproven(op_of(problem), entries[problem]["backend"], device)
     return written
 
 
-def _say_unproven(op: dispatch.Op, backend: str, device: torch.device) -> None:
+def _say_unproven(op: Op, backend: str, device: torch.device) -> None:
     """A table decides among what is proven, and proves nothing."""
     if backend != "eager" and backend not in op.choices(device):
         command = f"python -m mpkernels prove{' --full' if backend == 'triton' else ''}"
@@ -340,17 +271,17 @@ def _progress(items: Iterable) -> Iterable:
         from tqdm import tqdm
     except ImportError:
         for i, item in enumerate(items):
-            print(f"tune: {i + 1} of {len(items)}: {tuned_table.written(item[0][1])}", file=sys.stderr)
+            print(f"tune: {i + 1} of {len(items)}: {tuned_table.key_to_str(item[0][1])}", file=sys.stderr)
             yield item
         return
     with tqdm(items, desc="tune", unit="problem") as bar:
         for item in bar:
-            bar.set_postfix_str(tuned_table.written(item[0][1]))
+            bar.set_postfix_str(tuned_table.key_to_str(item[0][1]))
             yield item
 
 
 def shown(entries: dict[str, dict]) -> str:
-    """A table for people: each problem, its winner, and why the others lost."""
+    """A user-facing table: each problem, its winner, and why the others lost."""
     lines = []
     for name, entry in sorted(entries.items()):
         lines.append(f"{name}: {_winner(entry)}, {entry.get('us', '?')} us")

@@ -18,7 +18,7 @@ import mpkernels as mpk
 from mpkernels.optim.distributed import local
 from mpkernels.optim.grad_reading import GradReader
 from mpkernels.optim.optimizer import Optimizer
-from mpkernels.runtime.dispatch import Op
+from mpkernels.runtime.op import Op
 
 OVERFLOW = 5  # the step whose loss is scaled by inf
 
@@ -28,7 +28,7 @@ class Spy(ExitStack):
 
     def __enter__(self):
         self.calls, self.squares, self.optimizers, self.scaled = collections.Counter(), [], {}, 0
-        self._wrap(Op, "_run_checked", lambda op, *_: self.calls.update([op.name]))
+        self._wrap(Op, "execute", lambda op, *_: self.calls.update([op.name]))
         self._wrap(Optimizer, "_current_plan", lambda optimizer: self.optimizers.update({id(optimizer): optimizer}))
         self._wrap(GradReader, "read", self._read)
         for owner, name in ((Optimizer, "_unscale_grads"), (torch.nn.utils, "clip_grad_norm_"), (torch.optim.AdamW, "step")):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from mpkernels.ops.linear_act import Activation
+from mpkernels.ops.linear_act import Activation, forward_op
 from tests import bounds
 
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -137,15 +137,21 @@ def backward(grad_out, x, weight, saved, dtypes: Dtypes, activation=Activation.R
 
 
 def backward_below(
-    grad_out, x, weight, saved, saved_below, dtypes: Dtypes, activation=Activation.RELU, activation_below=Activation.RELU,
+    grad_out, x, weight, saved, prev_saved, dtypes: Dtypes, activation=Activation.RELU, prev_activation=Activation.RELU,
     *, wants_bias=True, copy=None,
 ):  # fmt: skip
-    """The same for the layer above another, whose output x is: (grad_x, grad_weight, grad_bias, grad_bias_below)."""
+    """The same for a layer whose x is the output of another: (grad_x, grad_weight, grad_bias, grad_prev_bias)."""
     op = torch.ops.mpkernels.linear_act_backward
     return op(
         grad_out, x, weight, copy, saved, int(activation), dtypes.compute, dtypes.x, dtypes.grad, dtypes.grad,
-        [True] * 3, saved_below, int(activation_below), dtypes.grad if wants_bias else None,
+        [True] * 3, prev_saved, int(prev_activation), dtypes.grad if wants_bias else None,
     )  # fmt: skip
+
+
+def saving_masks():
+    """For `forward_op._chosen`: what serves writes masks, as kernels for GPUs do. The op on a CPU has the same two parts."""
+    choose = forward_op._chosen
+    return lambda *key: choose(*key)._replace(saves_mask=True)
 
 
 def bits_of(mask: torch.Tensor, columns: int) -> np.ndarray:
@@ -223,7 +229,9 @@ def fixed_cases(rows: int):
     names = list(DTYPES)
     for i, (N, K) in enumerate((n, k) for n in sizes for k in sizes):
         turn = i + rows
-        case = Case(rows, N, K, DTYPES[names[turn % len(names)]], bias=turn % 3 > 0, activation=Activation(turn % 6))
+        case = Case(
+            rows, N, K, DTYPES[names[turn % len(names)]], bias=turn % 3 > 0, activation=Activation(turn % len(Activation))
+        )
         yield replace(case, save=turn % 2, copy=turn % 7 == 0)
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from mpkernels.ops.grad_stats import op as grad_stats
-from mpkernels.runtime.dispatch import ENVIRONMENT_VARIABLE, Op
+from mpkernels.runtime.op import Op
+from mpkernels.runtime.resolve import ENVIRONMENT_VARIABLE
 from tests import bounds
 
 # 1,000 elements: tails of every vector width, and tensors that end inside a chunk.
@@ -34,7 +35,8 @@ def targets(op: Op) -> list:
     """`(backend, device)` for every implementation on the devices here; one that cannot run is a skip with its reason."""
     result = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        for backend, implementation in op.implementations.items():
+        for implementation in op.implementations:
+            backend = implementation.backend
             # Triton on a CPU is its interpreter: test_step_triton.py, in a process of its own.
             if device not in implementation.device_types or (backend, device) == ("triton", "cpu"):
                 continue

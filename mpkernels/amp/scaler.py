@@ -13,7 +13,7 @@ from mpkernels.amp.scale_state import ScaleState
 from mpkernels.ops.update_scale import update_scale_
 from mpkernels.optim.grad_reading import scalar
 from mpkernels.optim.optimizer import Optimizer
-from mpkernels.runtime.dispatch import move_versions
+from mpkernels.runtime.op import move_versions
 
 _FUSED = "_step_supports_amp_scaling"  # torch's sign of an optimizer that takes the scale as an attribute
 

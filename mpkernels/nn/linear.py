@@ -11,7 +11,8 @@ from torch import nn
 
 from mpkernels import functional
 from mpkernels.ops.common.cast import cast
-from mpkernels.ops.linear_act import Activation, ActivationName, Seam, activation_of, name_of
+from mpkernels.ops.linear_act.call import FusedBackwardLink
+from mpkernels.ops.linear_act.epilogues import Activation, ActivationName, activation_of, name_of
 from mpkernels.policy import Policy, PolicyName, get_default_policy
 from mpkernels.runtime import compute_copy
 
@@ -77,7 +78,7 @@ class MPLinear(nn.Linear):
         self._activation, self.policy = activation, policy
         wanted = _grad_dtype(policy)
         if wanted is None and before is None:
-            return  # Tensor.grad_dtype may be somebody else's
+            return  # Tensor.grad_dtype may be the user's
         for parameter in (self.weight, self.bias):
             if parameter is not None and parameter.grad_dtype != (wanted or parameter.dtype):
                 parameter.grad = None  # torch refuses a gradient that has another dtype already
@@ -110,7 +111,7 @@ class MPLinear(nn.Linear):
         return name_of(self._activation)
 
     def forward(
-        self, input: torch.Tensor, below: Seam | None = None, above: Seam | None = None,
+        self, input: torch.Tensor, prev: FusedBackwardLink | None = None, next: FusedBackwardLink | None = None,
         activation: Activation | None = None, out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """The layer's output; `input` as nn.Linear calls it. The others are MPSequential's: None means the layer's own."""
@@ -118,7 +119,7 @@ class MPLinear(nn.Linear):
             return functional.forward(input, self.weight, self.bias, None, self._activation, self.policy)
         weight = self.weight  # once: a parametrization makes it anew at each look, and some count the looks
         copy, activation = self._weight_copy(weight), self._activation if activation is None else activation
-        return functional.forward(input, weight, self.bias, copy, activation, self.policy, below, above, out_dtype)
+        return functional.forward(input, weight, self.bias, copy, activation, self.policy, prev, next, out_dtype)
 
     def _weight_copy(self, weight: torch.Tensor) -> torch.Tensor | None:
         """`weight`, the layer's, in the compute dtype where one is kept. Only eager training reads the optimizer's."""
@@ -152,7 +153,7 @@ class MPLinear(nn.Linear):
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody sees what goes into `module` or comes out of it."""
+    """Whether a hook sees what goes into `module` or comes out of it."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 

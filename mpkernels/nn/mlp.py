@@ -10,7 +10,7 @@ from torch import nn
 
 from mpkernels.nn.linear import MPLinear, has_hooks
 from mpkernels.nn.sequential import MPSequential
-from mpkernels.ops.linear_act import Activation, ActivationName, activation_of
+from mpkernels.ops.linear_act.epilogues import Activation, ActivationName, activation_of
 from mpkernels.policy import Policy, PolicyName
 
 
@@ -22,7 +22,7 @@ class MPMLP(MPSequential):
     x: (*, sizes[0]); returns (*, sizes[-1]). Values and gradients are those of the layers one by one. Under `mixed_*` the
     activations between layers are in the compute dtype, the result as the policy says: by default in the dtype of x.
     One autograd node per layer; where kernels run it, its grad_x is already selected by the mask of the layer before, whose
-    bias gradient it returns. Not where somebody could see the activation between the two: see MPSequential.
+    bias gradient it returns. Not where a hook could see the activation between the two: see MPSequential.
     Raises TypeError and ValueError for sizes and options as MPLinear does, ValueError for fewer than two sizes.
     """
 
@@ -35,7 +35,7 @@ class MPMLP(MPSequential):
             raise TypeError(f"MPMLP: sizes must be a sequence of int, got {sizes!r}")
         if len(sizes) < 2:
             raise ValueError(f"MPMLP: sizes must be two or more, the input's first, got {sizes}")
-        activation_of(activation)  # where there is a single layer, nobody else looks at it
+        activation_of(activation)  # where there is a single layer, nothing else looks at it
         super().__init__()
         for i, (in_features, out_features) in enumerate(itertools.pairwise(sizes), start=2):
             name = output_activation if i == len(sizes) else activation

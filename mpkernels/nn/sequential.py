@@ -10,7 +10,8 @@ from torch.nn.modules import module as _module
 
 from mpkernels import functional
 from mpkernels.nn.linear import MPLinear, has_hooks
-from mpkernels.ops.linear_act import Activation, Seam
+from mpkernels.ops.linear_act.call import FusedBackwardLink
+from mpkernels.ops.linear_act.epilogues import Activation
 
 _FORWARDS = {cls: cls.forward for cls in (MPLinear, nn.ReLU, nn.Identity)}
 _CALL = nn.Module.__call__  # may be patched later, by what wants to see every call
@@ -31,26 +32,26 @@ class MPSequential(nn.Sequential):
         if hooks_on_all_modules():
             return super().forward(input)
         modules, x, i = list(self._modules.values()), input, 0
-        below, wide = None, None  # the Seam to the layer before, and the dtype that x had if it were not narrowed
+        prev, wide = None, None  # the link to the previous layer, and the dtype that x had if it were not narrowed
         reader = None  # the MPLinear that is next, which is plain as nothing ran since
         with_grad = torch.is_grad_enabled()
         while i < len(modules):
             module = modules[i]
             is_reader = module is reader is not None
-            joined = is_reader and (below is not None or wide is not None)
+            joined = is_reader and (prev is not None or wide is not None)
             if not (joined or ((is_reader or is_plain(module, MPLinear)) and _is_plain_tensor(x))):
                 x, i = module(x), i + 1
                 modules = list(self._modules.values())  # it, or a hook on it, may have put another child in its place
                 continue
             i, activation, reader = step(modules, i)
-            above = Seam() if with_grad and reader is not None and _share_backward(module, reader) else None
+            next = FusedBackwardLink() if with_grad and reader is not None and _share_backward(module, reader) else None
             given = wide or x.dtype
             out_dtype, narrow = None, False
             if follows_input(module):
                 out_dtype = functional.autocast_dtype(x.device) or given
                 narrow = reader is not None and narrows(module, reader, out_dtype)
-            x = module(x, below, above, activation, module.policy.compute_dtype if narrow else out_dtype)
-            below, wide = above, given if narrow else None
+            x = module(x, prev, next, activation, module.policy.compute_dtype if narrow else out_dtype)
+            prev, wide = next, given if narrow else None
         return x
 
     def _get_name(self) -> str:
@@ -60,7 +61,7 @@ class MPSequential(nn.Sequential):
 def step(modules: list[nn.Module], i: int) -> tuple[int, Activation, MPLinear | None]:
     """What runs in one call with the MPLinear modules[i]: the index after it, its activation, and who alone reads it.
 
-    The reader: the next MPLinear, where nobody can see what goes to it.
+    The reader: the next MPLinear, where nothing else can see what goes to it.
     """
     linear, end = modules[i], i + 1
     activation = linear._activation

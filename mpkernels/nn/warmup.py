@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from mpkernels.runtime import dispatch
+from mpkernels.runtime import resolve
 from mpkernels.runtime.rng import fork_rng
 
 
@@ -35,7 +35,7 @@ def warmup(model: nn.Module, example_inputs: object) -> None:
         if outputs and params:  # not backward(): that adds to .grad, and steps optimizers that live in hooks
             torch.autograd.grad(outputs, params, [torch.zeros_like(t) for t in outputs], allow_unused=True)
     for device, dtype in {(p.device, p.dtype) for p in params}:
-        for op in dispatch.ops.values():
+        for op in resolve.ops.values():
             if op.mutated is not None:  # the step's: those of the layers have just run, in their compute dtypes
                 op.backend(device, dtype)
 
@@ -50,7 +50,7 @@ def _is_wrapped(module: nn.Module) -> bool:
     """DDP waits for gradients that never come; FSDP2 makes other tensors of its parameters."""
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return True
-    tensor = sys.modules.get("torch.distributed.tensor")  # imported by whoever has sharded something
+    tensor = sys.modules.get("torch.distributed.tensor")  # imported by what has sharded something
     return tensor is not None and any(isinstance(p, tensor.DTensor) for p in module.parameters(recurse=False))
 
 

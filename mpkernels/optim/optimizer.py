@@ -12,7 +12,7 @@ from mpkernels.optim.grad_reading import GradReader, LastRead, Unscaling, scalar
 from mpkernels.optim.stateful import StatefulOptimizer
 from mpkernels.optim.step_plan import GroupValues, Signature, StepPlan
 from mpkernels.optim.update_call import UpdateCall
-from mpkernels.runtime.dispatch import agree_on_backends, move_versions
+from mpkernels.runtime.op import agree_on_backends, move_versions
 
 Loss = TypeVar("Loss")
 Params = Iterable[torch.Tensor | tuple[str, torch.Tensor] | dict[str, Any]]  # of a union of Iterables mypy infers nothing

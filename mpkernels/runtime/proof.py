@@ -25,8 +25,8 @@ STATES = ("right", "wrong", "crashed", "started", "not now")
 LONGEST = 500  # characters of a note
 
 
-class NotNow(Exception):
-    """Verdicts are to be read, and a graph is being captured or something watches the ops."""
+class SelfCheckDeferred(Exception):
+    """Verdicts are to be read, and a graph is being captured or something else than eager execution goes on."""
 
 
 class Verdict(NamedTuple):

@@ -24,7 +24,7 @@ PACKAGED = Path(__file__).parents[1] / "tuned"
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
-Problem = tuple  # (role, M rounded up to a power of 2, N, K, activation, *dtypes)
+GemmKey = tuple  # (role, M rounded up to a power of 2, N, K, activation, *dtypes)
 
 
 class Entry(NamedTuple):
@@ -34,19 +34,19 @@ class Entry(NamedTuple):
     tile: tuple[tuple[str, int], ...] | None
 
 
-_tables: dict[torch.device, dict[Problem, Entry]] = {}
+tables: dict[torch.device, dict[GemmKey, Entry]] = {}  # that were read
 
 
-def problem(role: str, M: int, N: int, K: int, activation: int, *dtypes: torch.dtype) -> Problem:
+def gemm_key(role: str, M: int, N: int, K: int, activation: int, *dtypes: torch.dtype) -> GemmKey:
     """What a table is asked by; M is that of the layer, whatever the role: "fprop", "dgrad", "wgrad" or "backward"."""
     return (role, 1 << max(M - 1, 0).bit_length(), N, K, activation, *dtypes)
 
 
-def of(device: torch.device) -> dict[Problem, Entry]:
+def load(device: torch.device) -> dict[GemmKey, Entry]:
     """The table of `device`; read at the first question, empty where there is none."""
-    table = _tables.get(device)
+    table = tables.get(device)
     if table is None:
-        table = _tables[device] = parse(entries(device))
+        table = tables[device] = parse(entries(device))
     return table
 
 
@@ -94,8 +94,8 @@ def _is_time(us) -> bool:
     return isinstance(us, int | float) and 0 <= us < math.inf
 
 
-def _key(name: str) -> Problem | None:
-    """The problem that stands in a file as `name`, or None."""
+def _key(name: str) -> GemmKey | None:
+    """The key that stands in a file as `name`, or None."""
     role, *rest = name.split(" ")
     sizes, dtypes = rest[:4], rest[4:]
     if role not in ROLES or len(sizes) < 4 or not all(re.fullmatch("0|[1-9][0-9]{0,18}", size) for size in sizes):
@@ -131,27 +131,27 @@ def save(path: Path, device: torch.device, entries: dict[str, dict]) -> bool:
     found = cache.read(path)
     machine = cache.machine(device)
     kept = _entries(path, found) if found.get("machine") == machine else {}
-    _tables.pop(device, None)
+    tables.pop(device, None)
     return cache.update(path, {"machine": machine, "entries": kept | entries})
 
 
 @contextlib.contextmanager
-def using(device: torch.device, table: dict[Problem, Entry]):
+def override(device: torch.device, table: dict[GemmKey, Entry]):
     """The table of `device` is `table` inside: the tuner's way to a candidate."""
-    before = of(device)
-    _tables[device] = table
+    before = load(device)
+    tables[device] = table
     try:
         yield
     finally:
-        _tables[device] = before
+        tables[device] = before
 
 
-def written(problem: Problem) -> str:
-    """A problem as it stands in a file."""
-    return " ".join(str(part).removeprefix("torch.") for part in problem)
+def key_to_str(key: GemmKey) -> str:
+    """A key as it stands in a file."""
+    return " ".join(str(part).removeprefix("torch.") for part in key)
 
 
-def parse(entries: dict[str, dict]) -> dict[Problem, Entry]:
+def parse(entries: dict[str, dict]) -> dict[GemmKey, Entry]:
     """A table from well-formed entries."""
     return {
         _key(name): Entry(entry["backend"], None if entry.get("tile") is None else tuple(entry["tile"].items()))

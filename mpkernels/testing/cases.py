@@ -20,7 +20,7 @@ class Case:
     """arguments(memory, random): of the op. written: places of the tensors or lists that it writes.
 
     check(before, after, results, device): AssertionError where the results, or what was written, are wrong.
-    call: what a module's `why_not_call` is asked by, None where all serve it.
+    call: the call's key without the device, None where all serve it.
     parts: the arguments of calls whose first results, one behind the other, have to be the bits of the whole call's.
     """
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from mpkernels.runtime import dispatch
+from mpkernels.runtime.op import Op
 from mpkernels.testing import cases
 from mpkernels.testing.memory import Memory
 from mpkernels.testing.timing import interleave
@@ -14,16 +14,15 @@ from mpkernels.testing.timing import interleave
 ROUNDS = 5  # of a race
 
 
-def wrong(op: dispatch.Op, backend: str, device: torch.device, *, few: bool = True, full: bool = False) -> str | None:
+def wrong(op: Op, backend: str, device: torch.device, *, few: bool = True, full: bool = False) -> str | None:
     """What `backend` first does wrong, in a sentence, or None. Raises what a kernel raises, or that it is not here."""
     reason = op.why_not(backend, device, op.dtype)
     if reason is not None:
         raise RuntimeError(f"{op.name}: {backend} {reason}")
-    module, function = op._module(backend), op.function(backend)
-    refuses = getattr(module, "why_not_call", None) if device.type == "cuda" else None
+    function = op.function(backend)
     with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
         for case in cases.of(op.name, few=few, full=full):
-            if refuses is not None and case.call is not None and refuses(*case.call) is not None:
+            if case.call is not None and op.why_not_key(backend, op.key(device, *case.call)) is not None:
                 continue
             try:
                 _check(function, case, device)
@@ -119,7 +118,7 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
 
 
-def race(op: dispatch.Op, backend: str, device: torch.device) -> dict[str, float]:
+def race(op: Op, backend: str, device: torch.device) -> dict[str, float]:
     """How many times as fast as eager `backend` is, at each size; of eager itself nothing."""
     speeds = {}
     if backend == "eager":

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import torch
 
-from mpkernels import ops  # noqa: F401 - the ops are defined there
-from mpkernels.runtime import (
-    dispatch,
-    proof,
-)
+import mpkernels.ops  # noqa: F401 - the ops are defined there
+from mpkernels.runtime import proof
 from mpkernels.runtime.proof import Verdict
+from mpkernels.runtime.resolve import ops
 from mpkernels.testing import checks
 
 MOST_MEMORY = 1 << 30  # bytes that a proof may take of a GPU
@@ -28,7 +26,7 @@ def main(device: str, todo: list[list[str]], paths: list[str], full: bool) -> No
     device = torch.device(device)
     reason = _not_now(device, full)
     for name, backend in todo:
-        prove_one(dispatch.ops[name], backend, device, [Path(path) for path in paths], full, reason)
+        prove_one(ops[name], backend, device, [Path(path) for path in paths], full, reason)
 
 
 def prove_one(op, backend: str, device: torch.device, paths: list[Path], full: bool, not_now: str | None = None) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from mpkernels.ops.common.cast import cast
-from mpkernels.ops.linear_act import Activation
-from mpkernels.ops.linear_act.passes import pack_mask, unpack_mask
+from mpkernels.ops.linear_act.epilogues import Activation, pack_mask, unpack_mask
 from mpkernels.testing import bounds
 
 f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
@@ -75,7 +74,7 @@ def forward(few: bool, full: bool):
             {
                 "arguments": functools.partial(_forward_arguments, (M, N, K), dtype, out_dtype, bias_dtype, activation, kind),
                 "check": _check_forward,
-                "call": (N, K, activation, dtype, out_dtype),
+                "call": (dtype, out_dtype, activation, N, K),
             },
         )
     yield from _batch_invariant(few)
@@ -86,7 +85,7 @@ def forward(few: bool, full: bool):
             {
                 "arguments": functools.partial(_forward_arguments, LARGE, f16, f16, f32, Activation.RELU, "plain"),
                 "check": _check_last_rows,
-                "call": (N, K, Activation.RELU, f16, f16),
+                "call": (f16, f16, Activation.RELU, N, K),
             },
         )
 
@@ -101,7 +100,7 @@ def _batch_invariant(few: bool):
                 {
                     "arguments": lambda memory, random, arguments=arguments: (*arguments(memory, random), True),
                     "check": _check_forward,
-                    "call": (N, K, Activation.RELU, dtype, f32),
+                    "call": (dtype, f32, Activation.RELU, N, K),
                     "parts": _row_by_row,
                 },
             )
@@ -153,7 +152,7 @@ def backward(few: bool, full: bool):
             {
                 "arguments": functools.partial(_backward_arguments, (M, N, K), dtype, grad_dtype, activation, below, kind),
                 "check": _check_backward,
-                "call": (N, K, activation, dtype, dtype),
+                "call": (dtype, dtype, activation, N, K),
             },
         )
 
@@ -218,6 +217,6 @@ def _racing_backward(M, N, K, backend, device) -> tuple:
 
 
 def _saves(backend: str, device: torch.device) -> int:
-    from mpkernels.ops.linear_act import has_mask
+    from mpkernels.ops.linear_act import forward_op
 
-    return int(has_mask(backend, device))
+    return int(forward_op.kernel(backend, device).saves_mask)

@@ -45,15 +45,14 @@ def wrong(code: int, output: str) -> str | None:
 
 def run_case(op: str, backend: str, device: str = "cuda:0") -> None:
     """The first of the op's small cases that the implementation takes."""
-    from mpkernels import ops  # noqa: F401 - the ops are defined there
-    from mpkernels.runtime import dispatch
+    import mpkernels.ops  # noqa: F401 - the ops are defined there
+    from mpkernels.runtime.resolve import ops
     from mpkernels.testing import cases
     from mpkernels.testing.memory import Memory
 
-    device, op = torch.device(device), dispatch.ops[op]
-    refuses = getattr(op._module(backend), "why_not_call", None) if device.type == "cuda" else None
+    device, op = torch.device(device), ops[op]
     for case in cases.of(op.name, few=True):
-        if refuses is None or case.call is None or refuses(*case.call) is None:
+        if case.call is None or op.why_not_key(backend, op.key(device, *case.call)) is None:
             with torch.no_grad():
                 op.function(backend)(*case.make(Memory(device)))
             break

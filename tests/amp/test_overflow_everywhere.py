@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import mpkernels as mpk
-from mpkernels.runtime.dispatch import ENVIRONMENT_VARIABLE
+from mpkernels.runtime.resolve import ENVIRONMENT_VARIABLE
 from tests.steps import BAD_VALUES, compute_copies, raw
 
 OURS = {"AdamW": mpk.optim.AdamW, "SGD": lambda p, **o: mpk.optim.SGD(p, momentum=0.9, **o)}

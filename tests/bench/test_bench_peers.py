@@ -14,7 +14,7 @@ from bench import __main__ as main
 from bench import contender, linear_act, overhead, step, training
 from bench.cases import LinearAct, Overhead, Step, Training
 from bench.contender import Contender, Missing, forced, package
-from mpkernels.runtime.dispatch import ENVIRONMENT_VARIABLE
+from mpkernels.runtime.resolve import ENVIRONMENT_VARIABLE
 
 CPU = torch.device("cpu")
 FORWARD, STEP = LinearAct("forward", 37, 100, 29), Step(30_000, 3)

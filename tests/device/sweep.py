@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mpkernels.ops.linear_act.impl_native import BLOCK_K, BLOCK_M, SUM_ROWS
+from mpkernels.ops.linear_act.sm90 import BLOCK_K, BLOCK_M, SUM_ROWS
 from mpkernels.runtime import native
 
 SIZES, MOST = 2000, 700  # random sizes, and the most of M, N and K

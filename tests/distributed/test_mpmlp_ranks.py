@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 import mpkernels as mpk
 from mpkernels.ops import linear_act as ops
+from tests.linear_act_cases import saving_masks
 from tests.ranks import run_ranks
 from tests.steps import raw
 
@@ -51,12 +52,12 @@ def join(found: list[int]) -> None:
     """What kernels do, in this process: see `joined` and `moved` of test_mpmlp.py."""
     run = ops.backward_op._run
 
-    def record(*args, **kwargs):
-        grads = run(*args, **kwargs)
-        found.extend([grads[3].shape[0]] if grads[3].numel() else [])
-        return grads
+    def record(call):
+        *grads, grad_prev_bias = run(call)
+        found.extend([] if grad_prev_bias is None else [grad_prev_bias.shape[0]])
+        return *grads, grad_prev_bias
 
-    ops.writes_mask, ops.backward_op._run = (lambda *_: True), record
+    ops.forward_op._chosen, ops.backward_op._run = saving_masks(), record
 
 
 def is_one_process(rank, wrapped, joined):

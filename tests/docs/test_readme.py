@@ -11,7 +11,7 @@ import mpkernels as mpk
 from bench import report
 from bench.models import Transformer
 from mpkernels.runtime import native
-from mpkernels.runtime.dispatch import ops, triton_why_not
+from mpkernels.runtime.resolve import ops, triton_why_not
 from tests.paths import ROOT
 
 README = (ROOT / "README.md").read_text()

@@ -14,7 +14,7 @@ import torch
 
 from mpkernels.ops import adamw, grad_stats, sgd
 from mpkernels.runtime import native
-from mpkernels.runtime.dispatch import ENVIRONMENT_VARIABLE
+from mpkernels.runtime.resolve import ENVIRONMENT_VARIABLE
 from tests import bounds
 from tests.emulator import host_kernels
 from tests.emulator.host_kernels import HostOps, take_counts

@@ -18,7 +18,7 @@ from mpkernels import functional
 from mpkernels.nn import MPMLP, MPLinear
 from mpkernels.ops import linear_act as ops
 from tests import bounds
-from tests.linear_act_cases import same_bits
+from tests.linear_act_cases import same_bits, saving_masks
 
 POLICIES = [None, "float32", "mixed_float16", "mixed_bfloat16,grad=bfloat16,batch_invariant", "bfloat16"]
 by_policy = pytest.mark.parametrize("policy", POLICIES)
@@ -195,7 +195,7 @@ def test_modes_are_given_the_copy_of_the_weight(generator):
 @pytest.mark.parametrize("seen", [False, True], ids=["default device", "mode"])
 def test_a_mode_sees_what_lies_between_layers(seen, monkeypatch, generator):
     """What a mode returns is what goes on: no layer does the backward of the one below past it. A default device may."""
-    monkeypatch.setattr(ops, "writes_mask", lambda *_: True)
+    monkeypatch.setattr(ops.forward_op, "_chosen", saving_masks())
 
     class Doubled(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -204,7 +204,7 @@ def test_a_mode_sees_what_lies_between_layers(seen, monkeypatch, generator):
 
     joined = []
     run = ops.backward_op._run
-    monkeypatch.setattr(ops.backward_op, "_run", lambda *args: joined.append(len(args) > 11) or run(*args))
+    monkeypatch.setattr(ops.backward_op, "_run", lambda call: joined.append(call.is_fused) or run(call))
     model, x = MPMLP([5, 8, 4], policy="float32"), torch.randn(3, 5, generator=generator)
     with Doubled() if seen else torch.device("cpu"):
         out = model(x)

@@ -14,7 +14,7 @@ import mpkernels as mpk
 from mpkernels import functional
 from mpkernels.ops import linear_act as ops
 from tests import bounds
-from tests.linear_act_cases import same_bits
+from tests.linear_act_cases import same_bits, saving_masks
 
 POLICIES = (None, "float64", "float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "mixed_float16,grad=float16")
 SIZES = (12, 33, 40, 9)
@@ -24,25 +24,25 @@ SIZES = (12, 33, 40, 9)
 def joined(request, monkeypatch):
     """Whether what moves up on a GPU does here: the op on a CPU has the same two parts, mask and epilogue."""
     if request.param:
-        monkeypatch.setattr(ops, "writes_mask", lambda *_: True)
+        monkeypatch.setattr(ops.forward_op, "_chosen", saving_masks())
     return request.param
 
 
 @pytest.fixture
 def is_joined(monkeypatch):
-    monkeypatch.setattr(ops, "writes_mask", lambda *_: True)
+    monkeypatch.setattr(ops.forward_op, "_chosen", saving_masks())
 
 
 @pytest.fixture
 def moved(monkeypatch):
-    """The shapes of the bias gradients that come from the layer above, one for each seam that was used."""
+    """The shapes of the bias gradients that come from the next layer, one for each link that was used."""
     found = []
     run = ops.backward_op._run
 
-    def record(*args, **kwargs):
-        grads = run(*args, **kwargs)
-        found.extend([grads[3].shape[0]] if grads[3].numel() else [])
-        return grads
+    def record(call):
+        *grads, grad_prev_bias = run(call)
+        found.extend([] if grad_prev_bias is None else [grad_prev_bias.shape[0]])
+        return *grads, grad_prev_bias
 
     monkeypatch.setattr(ops.backward_op, "_run", record)
     return found
@@ -72,7 +72,7 @@ def one_by_one(model):
 
 
 def check_equal(got, expected, model) -> None:
-    """Bit for bit, but for the biases of inner layers: the layer above sums them before they are rounded."""
+    """Bit for bit, but for the biases of inner layers: the next layer sums them before they are rounded."""
     names = ["out", "x", *dict(model.named_parameters())]
     inner = [f"{i}.bias" for i, module in enumerate(model) if isinstance(module, mpk.MPLinear)][:-1]
     for name, a, b in zip(names, got, expected, strict=True):
@@ -331,7 +331,7 @@ WATCHERS = {
     "forward hook of the layer": (0, lambda m, losses: m.register_forward_hook(_second_loss(losses)), [40]),
     "forward hook of the identity": (1, lambda m, losses: m.register_forward_hook(_second_loss(losses)), [40]),
     "pre-hook of the identity": (1, lambda m, losses: m.register_forward_pre_hook(_pre_loss(losses)), [40]),
-    "pre-hook of the layer above": (2, lambda m, losses: m.register_forward_pre_hook(_pre_loss(losses)), []),
+    "pre-hook of the next layer": (2, lambda m, losses: m.register_forward_pre_hook(_pre_loss(losses)), []),
     "backward hook": (2, lambda m, losses: m.register_full_backward_hook(lambda m, i, o: losses.append(i[0] * 0)), []),
     "backward pre-hook": (2, lambda m, losses: m.register_full_backward_pre_hook(lambda m, o: losses.append(o[0] * 0)), []),
     "forward of its own": (0, lambda m, losses: _wrap_forward(m, losses), [40]),

@@ -17,7 +17,7 @@ from mpkernels.nn import MPSequential
 from mpkernels.ops import linear_act as ops
 from mpkernels.ops.linear_act import Activation
 from tests import bounds
-from tests.linear_act_cases import same_bits
+from tests.linear_act_cases import same_bits, saving_masks
 from tests.ranks import run_ranks
 from tests.steps import raw
 
@@ -35,7 +35,7 @@ def data(rows=5, columns=6) -> torch.Tensor:
 def joined(request, monkeypatch):
     """Whether backward is shared between layers, as kernels for GPUs do: see test_mpmlp.py."""
     if request.param:
-        monkeypatch.setattr(ops, "writes_mask", lambda *_: True)
+        monkeypatch.setattr(ops.forward_op, "_chosen", saving_masks())
 
 
 @pytest.fixture

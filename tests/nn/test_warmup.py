@@ -7,7 +7,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import mpkernels as mpk
-from mpkernels.runtime import dispatch, native
+from mpkernels.runtime import native, resolve
+from mpkernels.runtime.op import Op
 from tests.ranks import run_ranks
 from tests.steps import raw
 
@@ -41,8 +42,8 @@ def everything(model) -> list:
 
 def spied(monkeypatch) -> list[str]:
     """Names of the ops that ran, in order."""
-    ran, run = [], dispatch.Op._run_checked
-    monkeypatch.setattr(dispatch.Op, "_run_checked", lambda op, *a, **k: (ran.append(op.name), run(op, *a, **k))[1])
+    ran, run = [], Op.execute
+    monkeypatch.setattr(Op, "execute", lambda op, *a, **k: (ran.append(op.name), run(op, *a, **k))[1])
     return ran
 
 
@@ -71,10 +72,10 @@ def test_warmup_leaves_no_trace_of_a_model_that_raises(model):
 def test_warmup_asks_for_every_op(model, monkeypatch):
     """The step's kernels are chosen too, and what chooses is asked outside of any compile."""
     asked = set()
-    choose = dispatch._choose
-    monkeypatch.setattr(dispatch, "_choose", lambda name, *key: (asked.add(name), choose(name, *key))[1])
+    choose = resolve.choose
+    monkeypatch.setattr(resolve, "choose", lambda name, *key: (asked.add(name), choose(name, *key))[1])
     mpk.warmup(model, torch.ones(3, 6))
-    assert asked == set(dispatch.ops)
+    assert asked == set(resolve.ops)
 
 
 @pytest.mark.skipif(native.why_not() is not None, reason=f"native: {native.why_not()}")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
-from mpkernels.ops.linear_act import Activation, backward_op, forward_op, impl_eager
+from mpkernels.ops.linear_act import Activation, backward_op, eager, forward_op
 from tests import bounds
 from tests.dispatch_count import Counting
 from tests.linear_act_cases import bf16, data, f16, f32, same_bits
@@ -74,7 +74,7 @@ def test_fallback_bytes_per_output(bias, most):
 def test_fallback_batch_invariant_is_not_a_launch_per_few_rows():
     """Whole blocks are multiplied where they lie: a product each, the bias, ReLU and the rounding."""
     launches, _ = counts(lambda: forward(f32, f16, batch_invariant=True))
-    assert launches <= M // impl_eager.GPU_ROWS + 4
+    assert launches <= M // eager.GPU_ROWS + 4
 
 
 @pytest.mark.parametrize("rows", [0, 1, 511, 512, 1300])
@@ -89,8 +89,8 @@ def test_fallback_batch_invariant_products_have_one_size(rows, generator, monkey
         return product if out is None else out.copy_(product)
 
     monkeypatch.setattr(torch, "mm", mm)
-    assert torch.equal(impl_eager._by_equal_gemms(a, b).double(), exact)
-    assert sizes == {(impl_eager.GPU_ROWS, 7)}
+    assert torch.equal(eager._by_equal_gemms(a, b).double(), exact)
+    assert sizes == {(eager.GPU_ROWS, 7)}
 
 
 def test_fallback_backward_is_torchs():
@@ -124,7 +124,7 @@ def test_fallback_sums_in_fp32_whatever_is_allowed(accumulation, monkeypatch):
         with FakeTensorMode():
             forward(f16, f16)
             with pytest.raises(RuntimeError):
-                impl_eager._matmul_nt_rounded_once(of((4, 3), f16), of((2, 5), f16), of(5, f16), RELU)
+                eager._matmul_nt_rounded_once(of((4, 3), f16), of((2, 5), f16), of(5, f16), RELU)
         assert seen == [[False] * 3] * 2
         assert state() == expected
     finally:
@@ -147,7 +147,7 @@ if __name__ == "__main__":
 
 # ----- bf16 on a CPU, by oneDNN ---------------------------------------------------------------
 
-by_bf16 = pytest.mark.skipif(not impl_eager._has_bf16_instructions(), reason="this CPU has no instructions for bf16")
+by_bf16 = pytest.mark.skipif(not eager._has_bf16_instructions(), reason="this CPU has no instructions for bf16")
 
 
 @by_bf16

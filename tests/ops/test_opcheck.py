@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from mpkernels.ops.linear_act import Activation, empty_saved
-from mpkernels.runtime import dispatch
+from mpkernels.ops.linear_act.epilogues import Activation, empty_saved
+from mpkernels.runtime import resolve
 from tests.linear_act_cases import laid_out
 
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -111,7 +111,7 @@ MAKERS = (linear_act, linear_act_backward, grad_stats_, adamw_, sgd_, update_sca
 
 
 def test_opcheck_has_every_op():
-    assert {maker.__name__ for maker in MAKERS} == set(dispatch.ops)
+    assert {maker.__name__ for maker in MAKERS} == set(resolve.ops)
 
 
 FEW = [pytest.param(seed, marks=pytest.mark.sweep if seed >= 2 else ()) for seed in range(SAMPLES)]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._device import _device_constructors
 
 import mpkernels as mpk
-from mpkernels.runtime.dispatch import ENVIRONMENT_VARIABLE, ops
+from mpkernels.runtime.resolve import ENVIRONMENT_VARIABLE, ops
 from mpkernels.testing import checks
 from tests.steps import raw
 

@@ -14,7 +14,7 @@ from torch.testing._internal.common_optimizers import optim_db
 
 import mpkernels as mpk
 from mpkernels.ops.common.cast import cast
-from mpkernels.runtime.dispatch import ENVIRONMENT_VARIABLE
+from mpkernels.runtime.resolve import ENVIRONMENT_VARIABLE
 from tests import bounds
 
 SHAPES = ((7,), (3, 5), (), (130,))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import mpkernels as mpk
-from mpkernels.runtime.dispatch import ENVIRONMENT_VARIABLE
+from mpkernels.runtime.resolve import ENVIRONMENT_VARIABLE
 from tests.steps import compute_copies, raw
 
 MAKE = {
@@ -19,7 +19,7 @@ MAKE = {
 }
 ALLOCATIONS = ("empty", "empty_like", "zeros", "zeros_like", "ones", "full", "tensor", "stack", "cat", "where")
 WAYS = ("plain", "max_norm", "scaler", "clip", "unscale")  # how a step is taken
-STEPS, LATE = 5, 2  # one parameter has its first gradient in step 2, before which others are written by the user
+STEPS, LATE = 5, 2  # one parameter has its first gradient in step 2, before which others are written by somebody
 
 
 class Training:

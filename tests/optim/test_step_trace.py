@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import mpkernels as mpk
-from mpkernels.runtime.dispatch import Op
+from mpkernels.runtime.op import Op
 
 PACKAGE = pathlib.Path(mpk.__file__).parent
 MOST_FILES = 10
@@ -42,7 +42,7 @@ def test_step_goes_through_few_files(make, max_norm):
     optimizer, scaler = make(model.named_parameters(), lr=0.1, max_norm=max_norm), mpk.GradScaler()
     for _ in range(4):  # the copies that the layers ask for are there from the second on
         scaler.scale(model(torch.randn(4, 8)).float().sum()).backward()
-        with mock.patch.object(Op, "backend", autospec=True, side_effect=Op.backend) as chosen:
+        with mock.patch.object(Op, "resolve", autospec=True, side_effect=Op.resolve) as chosen:
             calls = calls_of(lambda: scaler.step(optimizer))
         scaler.update()
         optimizer.zero_grad()

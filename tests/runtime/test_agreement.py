@@ -12,7 +12,7 @@ import torch
 from torch import distributed, nn
 
 import mpkernels as mpk
-from mpkernels.runtime import agreement, dispatch, proof
+from mpkernels.runtime import agreement, proof, resolve
 from mpkernels.runtime.proof import Verdict
 from tests.ranks import run_ranks
 
@@ -26,15 +26,15 @@ def choose(rank: int, verdicts: dict, machine: dict, how: str) -> tuple[dict, li
     """What `auto` would take for the step's ops, after a model was converted or an optimizer made; what was warned of."""
     cache = pathlib.Path(tempfile.mkdtemp())
     os.environ["XDG_CACHE_HOME"] = str(cache)
-    os.environ.pop(dispatch.ENVIRONMENT_VARIABLE, None)
+    os.environ.pop(resolve.ENVIRONMENT_VARIABLE, None)
     torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: 0
     torch.cuda.is_current_stream_capturing = lambda: False
     proof.machine = lambda device: MACHINE | machine
     for (name, backend), verdict in verdicts.items():
-        op = dispatch.ops[name]
+        op = resolve.ops[name]
         assert proof.record(proof.own_file(), proof.key(name, op.package, backend, GPU), verdict)
     for name in STEP:
-        dispatch.ops[name].why_not = lambda backend, device, dtype: None
+        resolve.ops[name].why_not_key = lambda backend, key: None
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         prepare(how)
@@ -49,7 +49,7 @@ def prepare(how: str) -> None:
 
 
 def chosen() -> dict[str, str]:
-    return {name: dispatch.ops[name].backend(GPU, torch.float32) for name in STEP}
+    return {name: resolve.ops[name].backend(GPU, torch.float32) for name in STEP}
 
 
 def _agree(rank, by_rank, machines, how, expected, message) -> None:

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from mpkernels.ops.linear_act.passes import pack_mask
-from mpkernels.runtime.dispatch import ops
+from mpkernels.ops.linear_act.epilogues import pack_mask
+from mpkernels.runtime.resolve import ops
 from mpkernels.testing import bounds, cases, checks
 from mpkernels.testing.memory import GUARD, Memory
 from tests import wrong_kernels
@@ -181,7 +181,7 @@ def test_checks_notice_a_wrong_mask(wrong):
 
 def test_checks_notice_a_mask_that_multiplies(wrong):
     """An inf behind a 0 becomes NaN."""
-    from mpkernels.ops.linear_act.passes import unpack_mask
+    from mpkernels.ops.linear_act.epilogues import unpack_mask
 
     def change(right, arguments):
         grad_out, x, weight, copy, saved, activation, *rest = arguments

@@ -5,15 +5,18 @@ import itertools
 import json
 import math
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from mpkernels import __main__ as command
 from mpkernels.ops.linear_act import Activation, forward_op
-from mpkernels.runtime import cache, dispatch, proof, tuned_table
-from mpkernels.runtime.dispatch import ENVIRONMENT_VARIABLE, VERDICTS_VARIABLE, Implementation, Op, ops
+from mpkernels.ops.linear_act.call import CallKey
+from mpkernels.runtime import cache, proof, resolve, tuned_table
+from mpkernels.runtime.op import Implementation, Op
 from mpkernels.runtime.proof import Verdict
+from mpkernels.runtime.resolve import ENVIRONMENT_VARIABLE, VERDICTS_VARIABLE, ops
 from mpkernels.runtime.tuned_table import Entry
 
 GPU, f16, f32 = torch.device("cuda", 0), torch.float16, torch.float32
@@ -23,16 +26,43 @@ unique = itertools.count()
 
 
 class Modules:
-    """What `op._module` gives: why_not of each backend by `reasons`, why_not_call by `refusals`."""
+    """What `op._module` gives: a function that multiplies, and why_not by `reasons`, sentences or functions of a key."""
 
-    def __init__(self):
-        self.reasons, self.refusals = {}, {}
+    def __init__(self, name: str):
+        self.name, self.reasons = name, {}
 
-    def __call__(self, backend):
-        found = {"why_not": staticmethod(lambda device, dtype: self.reasons.get(backend))}
-        if backend in self.refusals:
-            found["why_not_call"] = staticmethod(self.refusals[backend])
-        return type("Module", (), found)
+    def __call__(self, implementation):
+        backend = implementation.backend
+
+        def why_not(key):
+            reason = self.reasons.get(backend)
+            return reason(key) if callable(reason) else reason
+
+        factor = {"eager": 2, "native": 3, "triton": 4}[backend]
+        return type("Module", (), {"why_not": staticmethod(why_not), self.name: staticmethod(lambda call: call.x * factor)})
+
+
+class SizeKey(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype
+    size: int = 8
+
+
+class Call(NamedTuple):
+    """A call whose tensor counts as one on the GPU."""
+
+    x: torch.Tensor
+
+    @property
+    def key(self) -> SizeKey:
+        return SizeKey(GPU, self.x.dtype, self.x.numel())
+
+    @property
+    def gemm_key(self) -> tuple:
+        return tuned_table.gemm_key("fprop", self.x.numel(), 1, 1, 0, self.x.dtype)
+
+    def is_valid(self) -> bool:
+        return True
 
 
 @pytest.fixture(autouse=True)
@@ -57,27 +87,24 @@ def forget():
     proof._agreed.clear()
     proof.key.cache_clear()
     proof._code.cache_clear()
-    dispatch._choose.cache_clear()
-    tuned_table._tables.clear()
+    resolve.choose.cache_clear()
+    tuned_table.tables.clear()
     cache._warned.clear()
 
 
 @pytest.fixture
 def op(monkeypatch):
-    """Three implementations; a problem is the size, `why_not_call` is asked by it too."""
+    """Three implementations; the size decides in tables and in keys."""
     made = Op(
         f"proof_test_{next(unique)}(Tensor x) -> Tensor",
         "mpkernels.ops.linear_act",
         tuple(Implementation(backend, ("cpu", "cuda")) for backend in ("eager", "triton", "native")),
-        check=lambda x: None,
-        fake=lambda x: x.new_empty(x.shape),
-        key=lambda x: (GPU, x.dtype),
-        problem=lambda x: tuned_table.problem("fprop", x.numel(), 1, 1, 0, x.dtype),
-        call=lambda x: (x.numel(),),
+        check=lambda call: None,
+        fake=lambda call: call.x.new_empty(call.x.shape),
+        call=Call,
+        key=SizeKey,
     )
-    factors = {"eager": 2, "native": 3, "triton": 4}
-    monkeypatch.setattr(made, "_module", Modules())
-    monkeypatch.setattr(made, "function", lambda backend: lambda x: x * factors[backend])
+    monkeypatch.setattr(made, "_module", Modules(made.name))
     yield made
     del ops[made.name]
 
@@ -129,7 +156,7 @@ def test_proof_is_frozen(op):
     found(op, native="right")
     assert chosen(op) == "native"
     found(op, native="wrong")
-    dispatch._choose.cache_clear()
+    resolve.choose.cache_clear()
     assert chosen(op, 5) == "native"
     forget()
     assert chosen(op) == "eager"
@@ -210,7 +237,7 @@ def test_proof_is_not_read_in_the_middle(busy, op, monkeypatch):
         assert op.backend(GPU, f32) == "eager"
     assert op.backend(GPU, f32) == "native"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    dispatch._choose.cache_clear()
+    resolve.choose.cache_clear()
     assert op.backend(GPU, f32) == "native", "what is read holds in a capture"
 
 
@@ -249,34 +276,34 @@ def test_proof_needs_a_gpu(op, monkeypatch):
 
 
 def entry(size: int, backend: str):
-    return {tuned_table.problem("fprop", size, 1, 1, 0, f32): Entry(backend, None)}
+    return {tuned_table.gemm_key("fprop", size, 1, 1, 0, f32): Entry(backend, None)}
 
 
 def test_table_decides_by_problem_among_the_proven(op):
     found(op, native="right", triton="right")
-    with tuned_table.using(GPU, entry(4, "triton") | entry(64, "eager")):
+    with tuned_table.override(GPU, entry(4, "triton") | entry(64, "eager")):
         assert [chosen(op, size) for size in (2, 4, 64)] == ["native", "triton", "eager"]
     assert chosen(op, 4) == "native"
 
 
 def test_table_proves_nothing(op):
     found(op, triton="wrong", eager="right")
-    with tuned_table.using(GPU, entry(4, "triton") | entry(64, "native")):
+    with tuned_table.override(GPU, entry(4, "triton") | entry(64, "native")):
         assert [chosen(op, size) for size in (4, 64)] == ["eager", "eager"]
 
 
 def test_table_may_prefer_what_is_slow_elsewhere(op):
     found(op, native="right", triton=(0.5, 0.5, 0.5, 2.0))
-    with tuned_table.using(GPU, entry(4, "triton")):
+    with tuned_table.override(GPU, entry(4, "triton")):
         assert [chosen(op, size) for size in (2, 4)] == ["native", "triton"]
 
 
 def test_calls_that_a_kernel_refuses_go_to_the_next(op):
     found(op, native="right", triton="right")
-    op._module.refusals["native"] = lambda size: None if size % 8 == 0 else "needs multiples of 8"
+    op._module.reasons["native"] = lambda key: None if key.size % 8 == 0 else "needs multiples of 8"
     assert [chosen(op, size) for size in (8, 9, 16)] == ["native", "triton", "native"]
-    op._module.refusals["triton"] = lambda size: "too small" if size < 10 else None
-    dispatch._choose.cache_clear()
+    op._module.reasons["triton"] = lambda key: "too small" if key.size < 10 else None
+    resolve.choose.cache_clear()
     assert [chosen(op, size) for size in (8, 9, 17)] == ["native", "eager", "triton"]
 
 
@@ -285,17 +312,13 @@ def test_calls_that_a_kernel_refuses_go_to_the_next(op):
 )
 def test_hoppers_gemm_serves_what_it_can(columns, activation, expected, monkeypatch):
     """A layer of 10 outputs, or with a GELU, is no error: it goes elsewhere, the mask that it saves too."""
-    from mpkernels.ops import linear_act
-    from mpkernels.ops.linear_act import impl_native
+    from mpkernels.ops.linear_act import sm90
 
     found(forward_op, native="right")
-    monkeypatch.setattr(impl_native, "why_not", lambda device, dtype: None)
-    x, weight = torch.ones(4, 8, dtype=f16), torch.ones(columns, 8, dtype=f16)
-    arguments = (x, weight, None, None, activation, f16, f16, 0)
-    call = forward_op.gpu_call(GPU, *arguments)
-    assert forward_op.gpu_call(torch.device("cpu"), *arguments) is None
-    assert forward_op.backend(GPU, f16, None, call) == expected
-    assert linear_act.writes_mask(GPU, f16, None, call) == (expected == "native")
+    monkeypatch.setattr(sm90, "why_not", sm90.why_not_call)
+    kernel = forward_op._chosen(CallKey(GPU, f16, f16, activation, columns, 8))
+    assert kernel.backend == expected
+    assert kernel.saves_mask == (expected == "native")
 
 
 @pytest.mark.parametrize("op_name", ["linear_act", "linear_act_backward"])
@@ -304,14 +327,11 @@ def test_proof_covers_what_its_cases_are(op_name):
     from mpkernels.testing import cases
 
     op = ops[op_name]
-    calls = [case.call for few in (True, False) for case in cases.of(op_name, few=few, full=not few)]
-    assert all(map(op.covers, calls))
-    for place, value in ((2, Activation.GELU), (3, f32), (3, torch.float64)):
-        call = list(calls[0])
-        call[place] = value
-        assert not op.covers(tuple(call))
-        assert dispatch._refuses(op, "triton", tuple(call))
-    assert not dispatch._refuses(op, "triton", calls[0])
+    keys = [CallKey(GPU, *case.call) for few in (True, False) for case in cases.of(op_name, few=few, full=not few)]
+    assert all(map(op.covers, keys))
+    for changed in ({"activation": Activation.GELU}, {"dtype": f32}, {"dtype": torch.float64}):
+        assert not op.covers(keys[0]._replace(**changed))
+        assert not resolve._serves(op, "triton", keys[0]._replace(**changed))
 
 
 # ----- files ---------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 
 import mpkernels as mpk
 from mpkernels import __main__ as command
-from mpkernels.runtime import cache, dispatch, proof
+from mpkernels.runtime import cache, proof, resolve
 from mpkernels.runtime.proof import Verdict
 from mpkernels.testing import child
 
@@ -63,7 +63,7 @@ def test_prove_runs_in_a_process_and_remembers(tmp_path, capfd):
     for path in (proof.own_file(), tmp_path / "out.json"):
         kept = proof.load(path)
         assert [verdict.state for verdict in kept.values()] == ["right"] * 3
-        op = dispatch.ops["sgd_"]
+        op = resolve.ops["sgd_"]
         assert proof.key(op.name, op.package, "eager", CPU) in kept
     assert not list(tmp_path.glob("*.lock"))
 
@@ -75,7 +75,7 @@ def test_prove_tells_what_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(checks, "wrong", lambda op, *_, **__: "off by one" if op.name == "sgd_" else None)
     monkeypatch.setattr(checks, "race", lambda *_: {"small": 1.5})
     for op, backend in ITEMS:
-        child.prove_one(dispatch.ops[op], backend, CPU, [proof.own_file()], False)
+        child.prove_one(resolve.ops[op], backend, CPU, [proof.own_file()], False)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["state"] for row in rows] == ["started", "right"] * 2 + ["started", "wrong"]
     monkeypatch.setattr(module, "prove", lambda *_, **__: [row for row in rows if row["state"] != "started"])
@@ -174,7 +174,7 @@ def test_prove_started_alone_is_a_crash():
 
 
 def prove_one(capsys, name="update_scale_", not_now=None) -> list[dict]:
-    child.prove_one(dispatch.ops[name], "eager", CPU, [proof.own_file()], False, not_now)
+    child.prove_one(resolve.ops[name], "eager", CPU, [proof.own_file()], False, not_now)
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
@@ -248,7 +248,7 @@ def test_child_asks_for_memory_first(full, monkeypatch):
 def test_child_sees_one_gpu_and_no_job(visible, index, expected, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "LD_PRELOAD", "CUDA_INJECTION64_PATH", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "1")
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "eager")
+    monkeypatch.setenv(resolve.ENVIRONMENT_VARIABLE, "eager")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -400,7 +400,7 @@ def test_prove_without_memcheck_says_so_once(monkeypatch, tmp_path, capsys):
     assert [row["state"] for row in rows] == ["right"] * 2
 
 
-@pytest.mark.parametrize("op", sorted(dispatch.ops))
+@pytest.mark.parametrize("op", sorted(resolve.ops))
 def test_memcheck_runs_a_case(op):
     """On this CPU, what runs under the tool."""
     from mpkernels.testing import memcheck
@@ -410,11 +410,11 @@ def test_memcheck_runs_a_case(op):
 
 def test_prove_leaves_tritons_gemm_to_full(monkeypatch):
     monkeypatch.undo()
-    for op in dispatch.ops.values():
+    for op in resolve.ops.values():
         monkeypatch.setattr(op, "why_not", lambda backend, device, dtype: None)
     usual, full = set(module.items(GPU, False)), set(module.items(GPU, True))
     assert full - usual == {("linear_act", "triton"), ("linear_act_backward", "triton")}
-    assert usual >= {(name, backend) for name in dispatch.ops for backend in ("native", "eager")}
+    assert usual >= {(name, backend) for name in resolve.ops for backend in ("native", "eager")}
 
 
 def test_prove_table_shows_what_auto_takes(monkeypatch):
@@ -439,4 +439,4 @@ def test_prove_command(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         module.main(["--help"])
     text = capsys.readouterr().out
-    assert all(option in text for option in ("--full", "--out FILE", "--device", "--mps", dispatch.VERDICTS_VARIABLE))
+    assert all(option in text for option in ("--full", "--out FILE", "--device", "--mps", resolve.VERDICTS_VARIABLE))

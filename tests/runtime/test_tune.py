@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,17 +16,19 @@ from torch import nn
 import mpkernels as mpk
 from mpkernels import __main__ as command
 from mpkernels.ops.linear_act import Activation, backward_op, forward_op
-from mpkernels.ops.linear_act.passes import pack_mask
-from mpkernels.runtime import cache, dispatch, tuned_table
-from mpkernels.runtime.dispatch import Implementation, Op, ops
+from mpkernels.ops.linear_act.call import ForwardCall
+from mpkernels.ops.linear_act.epilogues import pack_mask
+from mpkernels.runtime import cache, resolve, tuned_table
+from mpkernels.runtime.op import Implementation, Op
+from mpkernels.runtime.resolve import Key, ops
 from mpkernels.runtime.tuned_table import Entry
-from mpkernels.testing import timing
+from mpkernels.testing import gemm, timing
 from tests import wrong_kernels
 
 CPU = torch.device("cpu")
 f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
-FPROP = tuned_table.problem("fprop", 24, 40, 1024, Activation.RELU, f16, f16, f16)
-BACKWARD = tuned_table.problem("backward", 512, 40, 24, Activation.RELU, f16, f16, f16, f32)
+FPROP = tuned_table.gemm_key("fprop", 24, 40, 1024, Activation.RELU, f16, f16, f16)
+BACKWARD = tuned_table.gemm_key("backward", 512, 40, 24, Activation.RELU, f16, f16, f16, f32)
 unique = itertools.count()
 
 
@@ -33,7 +36,7 @@ unique = itertools.count()
 def _own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuned_table, "PACKAGED", tmp_path / "packaged")
-    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(resolve.ENVIRONMENT_VARIABLE, raising=False)
     forget()
     yield
     forget()
@@ -41,8 +44,8 @@ def _own_cache(monkeypatch, tmp_path):
 
 def forget():
     """As in a new process."""
-    tuned_table._tables.clear()
-    dispatch._choose.cache_clear()
+    tuned_table.tables.clear()
+    resolve.choose.cache_clear()
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ def forward_of(kernel):
 
 def backward_of(kernel):
     def function(grad_out, x, weight, copy, saved, activation, compute_dtype, grad_x, grad_weight, grad_bias, output_mask):
-        from mpkernels.ops.linear_act.passes import unpack_mask
+        from mpkernels.ops.linear_act.epilogues import unpack_mask
 
         return kernel(torch.where(unpack_mask(saved, grad_out.shape[1]), grad_out, 0), x, weight, grad_weight)
 
@@ -98,8 +101,8 @@ def test_tune_times_what_is_right(race, monkeypatch):
 @pytest.mark.parametrize("backend, mask", [("eager", False), ("native", False), ("triton", True)])
 def test_tune_times_the_layers_call(backend, mask):
     """On a CPU C++ selects by the output, as eager does."""
-    assert tune.Inputs.random(FPROP, 24, CPU).arguments(backend)[-1] == mask
-    saved = tune.Inputs.random(BACKWARD, 512, CPU).arguments(backend)[4]
+    assert gemm.Inputs.random(FPROP, 24, CPU).arguments(backend)[-1] == mask
+    saved = gemm.Inputs.random(BACKWARD, 512, CPU).arguments(backend)[4]
     assert saved.dtype == (torch.int32 if mask else f16)
 
 
@@ -118,7 +121,7 @@ def test_tune_rejects_fp32_products_of_fp64(race):
         out = wrong_kernels.sound(*(t.float() for t in args[:3]), args[4], f32, args[6])
         return out, pack_mask(out), args[0].new_empty(0)
 
-    problem = tuned_table.problem("fprop", 24, 40, 1024, Activation.RELU, *[torch.float64] * 3)
+    problem = tuned_table.gemm_key("fprop", 24, 40, 1024, Activation.RELU, *[torch.float64] * 3)
     assert "times as far from fp64 as the bound allows" in race(problem, function)["lost"]["contender"]
 
 
@@ -234,10 +237,11 @@ def test_tune_a_model_writes_what_auto_reads():
     forget()
     weight = model[0].weight
     fastest = next(entry["backend"] for name, entry in written.items() if name.startswith("fprop"))
-    assert forward_op.tuned(x, weight, None, None, Activation.RELU, f16, f16, 0) == fastest
-    assert forward_op.tuned(x, weight, None, None, Activation.RELU, f16, f16, 0, True) is None  # batch_invariant
-    assert forward_op.tuned(x, weight, None, None, Activation.RELU, f16, f32, 0) is None
-    assert len(written) == len(tuned_table.of(CPU)) == 2
+    call, table = ForwardCall(x, weight, None, None, Activation.RELU, f16, f16, 0), tuned_table.load(CPU)
+    assert table[call.gemm_key].backend == forward_op.resolve(call).backend == fastest
+    assert table.get(call._replace(batch_invariant=True).gemm_key) is None
+    assert table.get(call._replace(out_dtype=f32).gemm_key) is None
+    assert len(written) == len(tuned_table.load(CPU)) == 2
 
 
 @pytest.mark.parametrize(
@@ -254,6 +258,33 @@ def test_tune_refuses_where_it_cannot_time(busy, match, monkeypatch):
 # ----- tables ---------------------------------------------------------------
 
 
+class Call(NamedTuple):
+    x: torch.Tensor
+
+    @property
+    def key(self) -> Key:
+        return Key(self.x.device, self.x.dtype)
+
+    @property
+    def gemm_key(self) -> tuple:
+        return tuned_table.gemm_key("fprop", self.x.numel(), 1, 1, 0, self.x.dtype)
+
+    def is_valid(self) -> bool:
+        return True
+
+
+def modules(op, reasons):
+    """What `op._module` gives: see the fixture; `reasons` why not."""
+
+    def module(implementation):
+        backend = implementation.backend
+        function = lambda call: call.x * {"eager": 2, "native": 3, "triton": 4}[backend]
+        why_not = lambda key: reasons.get(backend)
+        return type("Module", (), {"why_not": staticmethod(why_not), op.name: staticmethod(function)})
+
+    return module
+
+
 @pytest.fixture
 def op(monkeypatch):
     """eager doubles, native triples, triton (not in `auto`) quadruples; a problem is the size."""
@@ -265,25 +296,20 @@ def op(monkeypatch):
             Implementation("native", ("cpu",)),
             Implementation("triton", ("cpu",)),
         ),
-        check=lambda x: None,
-        fake=lambda x: x.new_empty(x.shape),
-        key=lambda x: (x.device, x.dtype),
-        problem=lambda x: tuned_table.problem("fprop", x.numel(), 1, 1, 0, x.dtype),
+        check=lambda call: None,
+        fake=lambda call: call.x.new_empty(call.x.shape),
+        call=Call,
     )
-    factors = {"eager": 2, "native": 3, "triton": 4}
-
-    module = type("Module", (), {"why_not": staticmethod(lambda device, dtype: None)})
-    monkeypatch.setattr(made, "_module", lambda backend: module)
-    monkeypatch.setattr(made, "function", lambda backend: lambda x: x * factors[backend])
+    monkeypatch.setattr(made, "_module", modules(made, {}))
     yield made
     del ops[made.name]
 
 
 def test_table_decides_by_problem_among_what_is_in_auto(op):
-    table = {tuned_table.problem("fprop", 4, 1, 1, 0, f32): Entry("native", None)}
-    table[tuned_table.problem("fprop", 64, 1, 1, 0, f32)] = Entry("triton", None)
+    table = {tuned_table.gemm_key("fprop", 4, 1, 1, 0, f32): Entry("native", None)}
+    table[tuned_table.gemm_key("fprop", 64, 1, 1, 0, f32)] = Entry("triton", None)
     assert [op(torch.ones(n))[0].item() for n in (3, 4, 64)] == [2, 2, 2]
-    with tuned_table.using(CPU, table):
+    with tuned_table.override(CPU, table):
         assert [op(torch.ones(n))[0].item() for n in (2, 3, 4, 5)] == [2, 3, 3, 2]
         assert op(torch.ones(64))[0].item() == 2  # never proven: no table makes it so
     assert op(torch.ones(4))[0].item() == 2
@@ -292,53 +318,51 @@ def test_table_decides_by_problem_among_what_is_in_auto(op):
 @pytest.mark.parametrize("backend", ["native", "unheard-of"])
 def test_table_names_a_backend_that_no_longer_serves(backend, op, monkeypatch):
     """It broke, or is of another version: another one serves."""
-    reasons = {"native": "no driver"}
-    module = lambda backend: type("Module", (), {"why_not": staticmethod(lambda device, dtype: reasons.get(backend))})
-    monkeypatch.setattr(op, "_module", module)
-    with tuned_table.using(CPU, {tuned_table.problem("fprop", 4, 1, 1, 0, f32): Entry(backend, None)}):
+    monkeypatch.setattr(op, "_module", modules(op, {"native": "no driver"}))
+    with tuned_table.override(CPU, {tuned_table.gemm_key("fprop", 4, 1, 1, 0, f32): Entry(backend, None)}):
         assert op(torch.ones(4))[0].item() == 2
 
 
 def test_table_does_not_force(op, monkeypatch):
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, f"{op.name}=triton")
-    with tuned_table.using(CPU, {tuned_table.problem("fprop", 4, 1, 1, 0, f32): Entry("native", None)}):
+    monkeypatch.setenv(resolve.ENVIRONMENT_VARIABLE, f"{op.name}=triton")
+    with tuned_table.override(CPU, {tuned_table.gemm_key("fprop", 4, 1, 1, 0, f32): Entry("native", None)}):
         assert op(torch.ones(4))[0].item() == 4
 
 
 def test_table_rounds_rows_up():
-    assert [tuned_table.problem("fprop", M, 1, 1, 0)[1] for M in (0, 1, 2, 3, 4, 5, 4095, 4096, 4097)] == [
+    assert [tuned_table.gemm_key("fprop", M, 1, 1, 0)[1] for M in (0, 1, 2, 3, 4, 5, 4095, 4096, 4097)] == [
         1, 1, 2, 4, 4, 8, 4096, 4096, 8192,
     ]  # fmt: skip
 
 
 def test_table_is_read_as_written():
     tile = {"BLOCK_M": 128, "SPECIALIZE": True}
-    assert tuned_table.save(tuned_table.own_file(CPU), CPU, {tuned_table.written(FPROP): {"backend": "triton", "tile": tile}})
-    assert tuned_table.save(tuned_table.own_file(CPU), CPU, {tuned_table.written(BACKWARD): {"backend": "eager", "tile": None}})
-    assert tuned_table.of(CPU) == {
+    for key, entry in ((FPROP, {"backend": "triton", "tile": tile}), (BACKWARD, {"backend": "eager", "tile": None})):
+        assert tuned_table.save(tuned_table.own_file(CPU), CPU, {tuned_table.key_to_str(key): entry})
+    assert tuned_table.load(CPU) == {
         FPROP: Entry("triton", (("BLOCK_M", 128), ("SPECIALIZE", 1))),
         BACKWARD: Entry("eager", None),
     }
 
 
 def test_table_of_the_user_goes_before_the_packaged():
-    name = tuned_table.written(FPROP)
+    name = tuned_table.key_to_str(FPROP)
     assert tuned_table.save(tuned_table.packaged_file(CPU), CPU, {name: {"backend": "native"}})
-    assert tuned_table.of(CPU)[FPROP].backend == "native"
+    assert tuned_table.load(CPU)[FPROP].backend == "native"
     assert tuned_table.save(tuned_table.own_file(CPU), CPU, {name: {"backend": "eager"}})
-    assert tuned_table.of(CPU)[FPROP].backend == "eager"
+    assert tuned_table.load(CPU)[FPROP].backend == "eager"
 
 
 def test_table_of_other_versions_is_left_aside(monkeypatch):
     """A driver may have changed what is fast; a packaged table is for the model of GPU."""
-    name, machine = tuned_table.written(FPROP), cache.machine(CPU)
+    name, machine = tuned_table.key_to_str(FPROP), cache.machine(CPU)
     for path in (tuned_table.own_file(CPU), tuned_table.packaged_file(CPU)):
         assert tuned_table.save(path, CPU, {name: {"backend": "native" if path == tuned_table.own_file(CPU) else "eager"}})
     monkeypatch.setattr(cache, "machine", lambda device: machine | {"torch": "another"})
-    assert tuned_table.of(CPU)[FPROP].backend == "eager"
+    assert tuned_table.load(CPU)[FPROP].backend == "eager"
 
 
-NAME = tuned_table.written(FPROP)
+NAME = tuned_table.key_to_str(FPROP)
 TILE = '{"backend": "triton", "tile": {"BLOCK_M": %s}}'
 JUNK = [  # of one entry
     *((NAME, TILE % value) for value in ("1e999", "-1e999", "Infinity", "NaN", "1.5", '"64"', "null", "{}", "-1", "9" * 400)),
@@ -360,13 +384,13 @@ def test_table_leaves_out_what_is_not_well_formed(i, monkeypatch, capsys):
     name, entry = JUNK[i]
     monkeypatch.setattr(cache, "_warned", set())
     path = tuned_table.own_file(CPU)
-    assert tuned_table.save(path, CPU, {tuned_table.written(BACKWARD): {"backend": "eager"}})
+    assert tuned_table.save(path, CPU, {tuned_table.key_to_str(BACKWARD): {"backend": "eager"}})
     text = path.read_text().replace('"entries": {', f'"entries": {{{json.dumps(name)}: {entry},', 1)
     path.write_text(text)
     for count in (1, 0):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            assert tuned_table.of(CPU) == {BACKWARD: Entry("eager", None)}
+            assert tuned_table.load(CPU) == {BACKWARD: Entry("eager", None)}
         assert len(caught) == count
         assert all(str(one.message).startswith(f"mpkernels ignores {path}: 1 of its entries") for one in caught)
         forget()
@@ -375,7 +399,7 @@ def test_table_leaves_out_what_is_not_well_formed(i, monkeypatch, capsys):
     assert tune.main(["--show"]) == 0
     assert name not in capsys.readouterr().out.split(": ") or not name
     assert tuned_table.save(path, CPU, {NAME: {"backend": "native"}})
-    assert sorted(json.loads(path.read_text())["entries"]) == sorted([NAME, tuned_table.written(BACKWARD)]), (
+    assert sorted(json.loads(path.read_text())["entries"]) == sorted([NAME, tuned_table.key_to_str(BACKWARD)]), (
         "junk does not stay"
     )
 
@@ -387,14 +411,14 @@ def test_table_without_entries_is_empty(entries, monkeypatch):
     path.parent.mkdir()
     path.write_text(f'{{"entries": {entries}}}')
     with pytest.warns(UserWarning, match=f"mpkernels ignores {path}: its entries are no JSON object"):
-        assert tuned_table.of(CPU) == {}
+        assert tuned_table.load(CPU) == {}
 
 
 def test_table_of_much_junk_is_read_fast():
     path = tuned_table.own_file(CPU)
     assert cache.update(path, {"machine": cache.machine(CPU), "entries": dict.fromkeys(map(str, range(200_000)), 0)})
     with pytest.warns(UserWarning, match="200000 of its entries"):
-        assert tuned_table.of(CPU) == {}
+        assert tuned_table.load(CPU) == {}
 
 
 def test_table_is_shown_without_control_characters(capsys):
@@ -411,10 +435,10 @@ def test_tune_where_the_cache_cannot_be_written(where, monkeypatch, tmp_path, ca
     (tmp_path / "nowhere").symlink_to(tmp_path / "missing" / "twice")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / where))
     written = tune.tune_problems({(CPU, FPROP): 24}, rounds=1)
-    assert written[tuned_table.written(FPROP)]["backend"] in ("eager", "native")
+    assert written[tuned_table.key_to_str(FPROP)]["backend"] in ("eager", "native")
     assert f"tune: {tuned_table.own_file(CPU)} cannot be written" in capsys.readouterr().err
     forget()
-    assert tuned_table.of(CPU) == {}
+    assert tuned_table.load(CPU) == {}
 
 
 def test_tune_shows_how_far_it_is(monkeypatch, capsys):
@@ -425,7 +449,7 @@ def test_tune_shows_how_far_it_is(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert list(tune._progress(items)) == items
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"tune: {i + 1} of 2: {tuned_table.written(problem)}" for i, ((_, problem), _) in enumerate(items)]
+    assert lines == [f"tune: {i + 1} of 2: {tuned_table.key_to_str(problem)}" for i, ((_, problem), _) in enumerate(items)]
 
 
 # ----- the command ---------------------------------------------------------------
@@ -453,7 +477,7 @@ def test_tune_command_refuses_a_shape(shape, capsys):
 def test_command_says_what_table_there_is(monkeypatch):
     """By name of the GPU, with what to do."""
     assert command.tuned(CPU, "NVIDIA A100") == "no table for NVIDIA A100: python -m mpkernels tune"
-    with tuned_table.using(CPU, {FPROP: Entry("eager", None)}):
+    with tuned_table.override(CPU, {FPROP: Entry("eager", None)}):
         assert command.tuned(CPU, "NVIDIA H200") == "table of 1 problems for NVIDIA H200"
 
 
@@ -464,7 +488,7 @@ def test_command_help_lists_every_command(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "tune    find the fastest implementation" in text
     assert "--json" in text
-    assert dispatch.ENVIRONMENT_VARIABLE in text
+    assert resolve.ENVIRONMENT_VARIABLE in text
     with pytest.raises(SystemExit, match="0"):
         tune.main(["--help"])
     options = set(re.findall(r"--[a-z]+", capsys.readouterr().out)) - {"--help"}

@@ -17,7 +17,7 @@ import torch
 from bench import limits, race, rows, sanitize
 from bench.__main__ import main as bench_main
 from mpkernels.ops.linear_act import forward_op
-from mpkernels.runtime.dispatch import ops
+from mpkernels.runtime.resolve import ops
 from tests import linear_act_cases
 from tests.device import sweep
 from tests.emulator import host_kernels

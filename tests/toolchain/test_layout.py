@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import mpkernels
-from mpkernels.runtime import dispatch
+from mpkernels.runtime import resolve
 from tests.paths import ROOT
 
 PACKAGE = ROOT / "mpkernels"
@@ -27,7 +27,7 @@ NATIVE = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", "
 RANKS = {
     "mpkernels.policy": 0,
     "mpkernels.testing.timing": 0,
-    "mpkernels.runtime.dispatch": 1,
+    "mpkernels.runtime.op": 1,
     "mpkernels.runtime": 0,
     "mpkernels.ops": 2,
     "mpkernels": 3,
@@ -54,6 +54,14 @@ def imports_of(module: str, *, at_import: bool = False) -> frozenset[str]:
     return frozenset(found)
 
 
+def module_of(op, implementation) -> str:
+    """As mpkernels/runtime/op.py says it."""
+    return f"{op.package}.{implementation.module or implementation.backend}"
+
+
+IMPLEMENTATIONS = {module_of(op, implementation) for op in resolve.ops.values() for implementation in op.implementations}
+
+
 def ours(names) -> set[str]:
     return {name for name in names if name.split(".")[0] == "mpkernels"}
 
@@ -67,7 +75,7 @@ def rank(module: str) -> int:
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_layout_imports_run_one_way(module):
-    """nn, functional, optim, amp, tune -> ops -> dispatch -> runtime; policy and compute_copy are for the first of these."""
+    """nn, functional, optim, amp, tune -> ops -> runtime.op -> runtime; policy and compute_copy are for the first of these."""
     for imported in ours(imports_of(module)):
         assert rank(imported) <= rank(module), f"{module} imports {imported}"
         assert imported not in ALONE or rank(module) == RANKS["mpkernels"], f"{module} imports {imported}"
@@ -84,9 +92,9 @@ def test_layout_imports_have_no_cycle():
     assert list(graphlib.TopologicalSorter(graph).static_order())
 
 
-@pytest.mark.parametrize("module", sorted(m for m in MODULES if ".impl_" in m))
+@pytest.mark.parametrize("module", sorted(IMPLEMENTATIONS))
 def test_layout_implementations_do_not_know_each_other(module):
-    assert not {name for name in ours(imports_of(module)) if ".impl_" in name}
+    assert not ours(imports_of(module)) & IMPLEMENTATIONS
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
@@ -118,11 +126,11 @@ def test_layout_ops_have_their_files():
     folders = [path for path in (PACKAGE / "ops").iterdir() if path.is_dir() and path.name not in ("common", "__pycache__")]
     assert folders
     for folder in folders:
-        for name in ("__init__.py", "reference.py", "impl_eager.py"):
+        for name in ("__init__.py", "reference.py"):
             assert (folder / name).exists(), folder / name
-    for op in dispatch.ops.values():
-        for backend in op.implementations:
-            assert (MODULES[op.package].parent / f"impl_{backend}.py").exists(), f"{op.name}: {backend}"
+    for op in resolve.ops.values():
+        assert "eager" in op.backends
+        assert all(module_of(op, implementation) in MODULES for implementation in op.implementations), op.name
 
 
 # ----- what a file or a network could run -----------------------------------------------------
@@ -193,7 +201,7 @@ def test_layout_native_headers(path):
 # ----- schemas ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(dispatch.ops))
+@pytest.mark.parametrize("name", sorted(resolve.ops))
 def test_layout_schemas_have_no_text(name):
     """A `str` argument of a compiled op leaks: enums are ints."""
     schema = getattr(torch.ops.mpkernels, name).default._schema
@@ -207,7 +215,7 @@ def test_layout_native_schemas_have_no_text():
     assert not [schema for schema in schemas if re.search(r"\bstr\b", schema)]
 
 
-@pytest.mark.parametrize("name", sorted(dispatch.ops))
+@pytest.mark.parametrize("name", sorted(resolve.ops))
 def test_layout_ops_that_write_say_so(name):
     """Names of ops that write end with `_`; they return nothing, the others write nothing."""
     schema = getattr(torch.ops.mpkernels, name).default._schema
@@ -236,7 +244,7 @@ assert dict(os.environ) == environment
 assert not torch.cuda.is_initialized()
 new = [m for m in sys.modules if m.startswith(("torch._inductor", "torch.utils.cpp_extension"))]
 assert not new, new
-assert not [m for m in sys.modules if m.startswith("mpkernels.") and (".impl_" in m or m.endswith(".reference"))]
+assert not [m for m in sys.modules if m.startswith("mpkernels.") and (m in IMPLEMENTATIONS or m.endswith(".reference"))]
 assert not [m for m in sys.modules if m.startswith("mpkernels.testing.") and m != "mpkernels.testing.timing"]
 x = torch.ones(2, 3)
 assert mpkernels.functional.linear_act(x, x).shape == (2, 2)
@@ -251,7 +259,7 @@ print("done")
 @pytest.mark.parametrize("hide_triton", [False, True], ids=["as it is", "without triton"])
 def test_layout_import_does_no_work(hide_triton):
     """No CUDA, no compiler, no process, no file, no environment; and it needs no triton."""
-    script = f"HIDE_TRITON = {hide_triton}\n{IMPORT}"
+    script = f"HIDE_TRITON, IMPLEMENTATIONS = {hide_triton}, {IMPLEMENTATIONS}\n{IMPORT}"
     result = subprocess.run([sys.executable, "-B", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.stdout == "done\n", result.stderr
 

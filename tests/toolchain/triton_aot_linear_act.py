@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import torch
 
-from mpkernels.ops.linear_act import Activation, impl_triton, tiles
+from mpkernels.ops.linear_act import Activation, tile_config, triton
 from mpkernels.ops.linear_act.kernels_triton import gemm_kernel, select_kernel, sum_kernel
 from mpkernels.ops.linear_act.kernels_triton_tma import gemm_tma_kernel
 
@@ -16,14 +16,14 @@ f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 # bytes at once needs it and nowhere else.
 SIZES = ("M", "N", "K")
 STRIDES = ("stride_am", "stride_ak", "stride_bk", "stride_bn")
-RICH = ("below", "sums", "smooth", "below smooth")
+HEAVY = ("prev", "sums", "non_relu", "prev non_relu")
 ROLES = {
     "fprop": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:1", "i32:16"), strict=True)),
     "dgrad": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:16", "i32:1"), strict=True)),
     "wgrad": dict(zip(SIZES + STRIDES, ("i32:16", "i32:16", "i32", "i32:1", "i32:16", "i32:16", "i32:1"), strict=True)),
-    "below": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:16", "i32:1"), strict=True)),
+    "prev": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:16", "i32:1"), strict=True)),
     "sums": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:16", "i32:1"), strict=True)),
-    "smooth": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:1", "i32:16"), strict=True)),
+    "non_relu": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:1", "i32:16"), strict=True)),
     "any": dict.fromkeys(SIZES + STRIDES, "i64"),
 }
 
@@ -31,11 +31,11 @@ ROLES = {
 def cases(sm: int, every: bool):
     """(kernel, signature, constexprs, options) of what runs on `sm`; with every=False the largest and smallest tiles."""
     for role, a, b, out in _gemms(every):
-        candidates = tiles.tiles(sm, a, b, role != "any", role in RICH)
+        candidates = tile_config.tiles(sm, a, b, role != "any", role in HEAVY)
         for tile in candidates if every else dict.fromkeys((candidates[0], candidates[-1])):
             yield _gemm(role, a, b, out, tile)
-        if role in ("fprop", "dgrad", "wgrad", "below", "sums") and a == b and sm in tiles.TMA_SMS and a.itemsize == 2:
-            candidates = tiles.tma_tiles(sm, out, impl_triton.specializes() and role not in RICH)
+        if role in ("fprop", "dgrad", "wgrad", "prev", "sums") and a == b and sm in tile_config.TMA_SMS and a.itemsize == 2:
+            candidates = tile_config.tma_tiles(sm, out, triton.specializes() and role not in HEAVY)
             for tile in candidates if every else candidates[:1]:
                 yield _gemm_tma(role, a, out, tile)
     yield _select(f16, torch.int32, f16, f32)
@@ -49,8 +49,8 @@ def cases(sm: int, every: bool):
 
 def _gemms(every: bool):
     """(role, dtypes of a, b and out)."""
-    yield from (("fprop", f16, f16, f16), ("fprop", bf16, f32, bf16), ("wgrad", f16, f16, f32), ("below", f16, f16, f16))
-    yield ("smooth", f16, f16, f16)
+    yield from (("fprop", f16, f16, f16), ("fprop", bf16, f32, bf16), ("wgrad", f16, f16, f32), ("prev", f16, f16, f16))
+    yield ("non_relu", f16, f16, f16)
     if every:
         yield from (
             ("fprop", bf16, bf16, bf16),
@@ -66,37 +66,37 @@ def _gemms(every: bool):
             ("dgrad", f32, f32, f32),
             ("dgrad", f64, f64, f64),
         )
-        yield from (("below", f16, f16, f32), ("sums", f16, f16, f16), ("sums", bf16, bf16, f32))
-        yield from (("below", bf16, f32, bf16), ("below", f32, f32, f32), ("below", f64, f64, f64))
-        yield from (("below smooth", bf16, bf16, bf16), ("below smooth", f64, f64, f64))
-        yield from (("smooth", bf16, f32, bf16), ("smooth", f32, f32, f32), ("smooth", f64, f64, f64))
+        yield from (("prev", f16, f16, f32), ("sums", f16, f16, f16), ("sums", bf16, bf16, f32))
+        yield from (("prev", bf16, f32, bf16), ("prev", f32, f32, f32), ("prev", f64, f64, f64))
+        yield from (("prev non_relu", bf16, bf16, bf16), ("prev non_relu", f64, f64, f64))
+        yield from (("non_relu", bf16, f32, bf16), ("non_relu", f32, f32, f32), ("non_relu", f64, f64, f64))
         yield from (("wgrad", bf16, bf16, bf16), ("wgrad", f32, f32, f32), ("wgrad", f64, f64, f64))
         yield from (("any", f16, f16, f16), ("any", f16, f64, f16), ("any", bf16, f64, bf16), ("any", f64, f64, bf16))
 
 
 def _gemm(role, a, b, out, tile):
-    """fprop has bias, ReLU and mask, the gradients none of them; `any` is fprop on odd sizes and strides; `below` is dgrad
-    with the pass of the layer below, by a mask, `sums` without its activation; `smooth` has GELU, which keeps the
-    pre-activation."""
-    forward = role in ("fprop", "any", "smooth")
-    smooth = role.endswith("smooth")
-    role = role.removesuffix(" smooth")
+    """fprop has bias, ReLU and mask, the gradients none of them; `any` is fprop on odd sizes and strides; `prev` is dgrad
+    with the pass of the previous layer, by a mask, `sums` without its activation; `non_relu` has GELU, which keeps the
+    preactivation."""
+    forward = role in ("fprop", "any", "non_relu")
+    non_relu = role.endswith("non_relu")
+    role = role.removesuffix(" non_relu")
     wide = "*fp64:16" if a == f64 else "*fp32:16"
     align = "" if role == "any" else ":16"
     signature = {"a_ptr": NAMES[a] + align, "b_ptr": NAMES[b] + align, "out_ptr": NAMES[out] + align}
     signature |= ROLES[role] | {"stride_bias": "i32", "stride_mask": "i32", "stride_sm": "i32", "stride_sn": "i32:1"}
-    pointers = ("bias_ptr", "mask_ptr", "pre_ptr", "saved_ptr", "partial_ptr")
+    pointers = ("bias_ptr", "mask_ptr", "preactivation_ptr", "saved_ptr", "partial_ptr")
     present = {}
     if forward:
-        present = {"bias_ptr": "*fp32:16"} | ({"pre_ptr": NAMES[a] + ":16"} if smooth else {"mask_ptr": "*i32:16"})
-    if role in ("below", "sums"):
+        present = {"bias_ptr": "*fp32:16"} | ({"preactivation_ptr": NAMES[a] + ":16"} if non_relu else {"mask_ptr": "*i32:16"})
+    if role in ("prev", "sums"):
         present = {"partial_ptr": wide}
-    if role == "below":
-        present |= {"saved_ptr": (NAMES[a] if smooth else "*i32") + ":16"}
+    if role == "prev":
+        present |= {"saved_ptr": (NAMES[a] if non_relu else "*i32") + ":16"}
     signature |= present
     constexprs = {name: getattr(tile, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")}
-    activation = int(Activation.GELU if smooth else Activation.RELU)
-    constexprs |= {"ACTIVATION": activation * forward, "ACTIVATION_BELOW": activation * (role == "below")}
+    activation = int(Activation.GELU if non_relu else Activation.RELU)
+    constexprs |= {"ACTIVATION": activation * forward, "PREV_ACTIVATION": activation * (role == "prev")}
     constexprs |= {name: None for name in pointers if name not in present}
     return gemm_kernel, signature, constexprs, {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
@@ -107,12 +107,12 @@ def _gemm_tma(role, operand, out, tile):
     signature |= dict(M="i32", N="i32", K="i32", stride_a="i32", stride_b="i32", stride_bias="i32:1", stride_mask="i32")
     signature |= dict(stride_sm="i32", stride_sn="i32:1")
     present = {"bias_ptr": "*fp32:16", "mask_ptr": "*i32:16"} if forward else {}
-    present |= {"partial_ptr": "*fp32:16"} if role in RICH else {}
-    present |= {"below_ptr": "*i32:16"} if role == "below" else {}
+    present |= {"partial_ptr": "*fp32:16"} if role in HEAVY else {}
+    present |= {"prev_ptr": "*i32:16"} if role == "prev" else {}
     signature |= present
     constexprs = asdict(tile) | {"A_IS_KM": role == "wgrad", "B_IS_NK": forward, "RELU": forward}
     options = {name: constexprs.pop(name) for name in ("num_warps", "num_stages")}
-    pointers = ("bias_ptr", "mask_ptr", "below_ptr", "partial_ptr")
+    pointers = ("bias_ptr", "mask_ptr", "prev_ptr", "partial_ptr")
     constexprs |= {name: None for name in pointers if name not in present}
     return gemm_tma_kernel, signature, constexprs, options
 
@@ -126,8 +126,8 @@ def _select(grad_out, saved, grad_z, acc):
     signature |= {"M": "i32:16", "N": "i32:16", "stride_gm": "i32:16", "stride_gn": "i32:1"}
     signature |= {"stride_sm": "i32", "stride_sn": "i32:1"}
     activation = Activation.NONE if saved is None else Activation.RELU if saved == torch.int32 else Activation.GELU
-    tile = impl_triton.SELECT_FP64 if grad_z == f64 else impl_triton.SELECT
-    constexprs = {"ACTIVATION": int(activation), "ROWS": impl_triton.SELECT_ROWS, **tile}
+    tile = triton.SELECT_FP64 if grad_z == f64 else triton.SELECT
+    constexprs = {"ACTIVATION": int(activation), "ROWS": triton.SELECT_ROWS, **tile}
     if saved is None:
         constexprs["saved_ptr"] = None
     else:
@@ -137,4 +137,4 @@ def _select(grad_out, saved, grad_z, acc):
 
 def _sum(acc, out):
     signature = {"partial_ptr": NAMES[acc] + ":16", "out_ptr": NAMES[out] + ":16", "P": "i32", "N": "i32:16"}
-    return sum_kernel, signature, impl_triton.SELECT, {}
+    return sum_kernel, signature, triton.SELECT, {}

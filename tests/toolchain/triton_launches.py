@@ -6,7 +6,8 @@ tests/toolchain/test_triton_launches.py. Exit status 1 and a traceback where a l
 import torch
 from triton.runtime.jit import JITFunction
 
-from mpkernels.ops.linear_act import impl_triton
+from mpkernels.ops.linear_act import triton
+from mpkernels.ops.linear_act.call import BackwardCall, ForwardCall
 from tests.toolchain.triton_stub_driver import Launch, StubDriver
 
 SHARED = 232448
@@ -16,20 +17,19 @@ f16, f32 = torch.float16, torch.float32
 def main() -> None:
     driver = StubDriver(90, SHARED)
     driver.install()
-    impl_triton._device = lambda device: (90, 132, impl_triton.specializes())
-    impl_triton._allocate = lambda size, alignment, stream: torch.empty(size, dtype=torch.int8)
+    triton._device = lambda device: (90, 132, triton.specializes())
+    triton._allocate = lambda size, alignment, stream: torch.empty(size, dtype=torch.int8)
     by_triton, run = [], JITFunction.run
     JITFunction.run = lambda self, *args, **how: by_triton.append(self) or run(self, *args, **how)
     again = lambda function: _again(driver, by_triton, function)
 
     x, weight, bias, grad_out = torch.randn(136, 64), torch.randn(72, 64), torch.randn(72), torch.randn(136, 72)
     x, weight, grad_out = x.half(), weight.half(), grad_out.half()
-    forward = lambda x, bias=bias: impl_triton.linear_act(x, weight, bias, None, 1, f16, f16, 1)
+    forward = lambda x, bias=bias: triton.linear_act(ForwardCall(x, weight, bias, None, 1, f16, f16, 1))
     mask = forward(x)[1]
-    below = torch.zeros(136, 2, dtype=torch.int32)
-    backward = lambda: impl_triton.linear_act_backward(
-        grad_out, x, weight, None, mask, 1, f16, f16, f16, f32, (True,) * 3, below, 1, f32
-    )
+    prev_mask = torch.zeros(136, 2, dtype=torch.int32)
+    call = BackwardCall(grad_out, x, weight, None, mask, 1, f16, f16, f16, f32, [True] * 3, prev_mask, 1, f32)
+    backward = lambda: triton.linear_act_backward(call)
     assert [launch.name for launch in again(lambda: forward(x))] == ["gemm_tma_kernel"]
     names = ["select_kernel", "sum_kernel", "gemm_tma_kernel", "sum_kernel", "gemm_tma_kernel"]
     assert [launch.name for launch in again(backward)] == names

@@ -17,7 +17,7 @@ from mpkernels.nn.sequential import MPSequential
 from mpkernels.ops.linear_act import Activation
 from mpkernels.policy import Policy, PolicyName
 from mpkernels.runtime import compute_copy
-from mpkernels.runtime.dispatch import agree_on_backends
+from mpkernels.runtime.op import agree_on_backends
 
 # Weights from which on a linear is worth converting in a compiled model on a CPU. By bench/results, overhead/forward+backward,
 # our op costs the host 74 us more than torch's: 4 % of the arithmetic of 512 rows with so many weights, 15 % of that of 128.

@@ -9,7 +9,7 @@ import math
 import torch
 
 from mpkernels.ops.common import triton_table as table
-from mpkernels.runtime.dispatch import triton_why_not
+from mpkernels.runtime.resolve import triton_why_not
 
 try:
     from mpkernels.ops.adamw.kernels_triton import adamw_kernel

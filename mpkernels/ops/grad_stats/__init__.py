@@ -31,7 +31,7 @@ import torch
 
 from mpkernels.ops.common.memory import check_memory
 from mpkernels.ops.common.multi_tensor import check_list, check_tensor
-from mpkernels.runtime.dispatch import Implementation, Op
+from mpkernels.runtime.op import Implementation, Op
 
 
 def _check(grads, grad_scale, found_inf, amax, nonfinite, grad_norm=None) -> None:
@@ -54,9 +54,9 @@ op = Op(
     "Tensor(d!)? grad_norm=None) -> ()",
     __name__,
     (
-        Implementation("native", device_types=("cpu", "cuda")),
-        Implementation("eager", device_types=("cpu", "cuda")),
-        Implementation("triton", device_types=("cuda", "cpu")),
+        Implementation("native", ("cpu", "cuda"), module="impl_native"),
+        Implementation("eager", ("cpu", "cuda"), module="impl_eager"),
+        Implementation("triton", ("cuda", "cpu"), module="impl_triton"),
     ),
     check=_check,
     fake=lambda *_, **__: None,

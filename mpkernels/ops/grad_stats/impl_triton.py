@@ -7,7 +7,7 @@ Under TRITON_INTERPRET=1 it runs on the CPU.
 import torch
 
 from mpkernels.ops.common import triton_table as table
-from mpkernels.runtime.dispatch import triton_why_not
+from mpkernels.runtime.resolve import triton_why_not
 
 try:
     from mpkernels.ops.common.triton_kernels import TYPES

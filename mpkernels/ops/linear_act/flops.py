@@ -2,7 +2,7 @@
 """What torch.utils.flop_counter counts for linear_act: the products, as for nn.Linear.
 
 That module imports Triton, slowly, and a counter copies the registry when it is made: so the formulas are registered when
-that module is imported, by whoever wants to count.
+that module is imported, by what wants to count.
 """
 
 import importlib.util
@@ -11,6 +11,8 @@ import sys
 
 import torch
 
+from mpkernels.ops.linear_act.call import BackwardCall
+
 _COUNTER = "torch.utils.flop_counter"
 
 
@@ -18,11 +20,10 @@ def forward(x, weight, *_, **__) -> int:
     return 2 * math.prod(x[:-1]) * math.prod(weight)
 
 
-def backward(
-    grad_out, x, weight, weight_copy, saved, activation, compute_dtype, grad_x_dtype, grad_weight_dtype, grad_bias_dtype,
-    output_mask, *_, **__,
-) -> int:  # fmt: skip
-    return 2 * math.prod(grad_out[:-1]) * math.prod(weight) * sum(output_mask[:2])
+def backward(*shapes, out_shape=None, **named) -> int:
+    call = BackwardCall(*shapes, **named)  # of shapes instead of tensors
+    wants_x, wants_weight, _ = call.output_mask
+    return 2 * math.prod(call.grad_out[:-1]) * math.prod(call.weight) * (wants_x + wants_weight)
 
 
 class _AtImport:

@@ -7,9 +7,9 @@ NOTE: every load is masked on every edge, K on BOTH operands: 0 times the NaN be
 import triton
 import triton.language as tl
 
-from mpkernels.ops.linear_act import Activation
+from mpkernels.ops.linear_act.epilogues import Activation
 
-NONE, RELU, RELU2, GELU, GELU_TANH = (tl.constexpr(int(a)) for a in list(Activation)[:-1])  # else it is SILU
+NONE, RELU, RELU2, GELU, GELU_TANH, SILU = (tl.constexpr(int(a)) for a in Activation)
 STEEP = tl.constexpr(1000.0)  # from here on slopes of gelu and silu are 0 or 1, and at infinity their formulas are NaN
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 ONE_OVER_SQRT_TWO_PI = tl.constexpr(0.3989422804014327)
@@ -20,16 +20,16 @@ CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def gemm_kernel(
-    a_ptr, b_ptr, bias_ptr, out_ptr, mask_ptr, pre_ptr, saved_ptr, partial_ptr, M, N, K,
+    a_ptr, b_ptr, bias_ptr, out_ptr, mask_ptr, preactivation_ptr, saved_ptr, partial_ptr, M, N, K,
     stride_am, stride_ak, stride_bk, stride_bn, stride_bias, stride_mask, stride_sm, stride_sn,
-    ACTIVATION: tl.constexpr, ACTIVATION_BELOW: tl.constexpr,
+    ACTIVATION: tl.constexpr, PREV_ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """out (M, N), contiguous, = round(act(a (M, K) @ b (K, N) + bias)): fprop with weight.T as b, dgrad, wgrad.
 
-    b is rounded to a's dtype as it is loaded. bias_ptr, mask_ptr (of the op's contract) and pre_ptr (M, N), which takes what
-    the activation is applied to, may be None.
-    dgrad for the layer below: out is times the slope of its activation at saved_ptr, and partial_ptr (tiles of M, N) takes
+    b is rounded to a's dtype as it is loaded. bias_ptr, mask_ptr (of the op's contract) and preactivation_ptr (M, N) may be
+    None.
+    dgrad for the previous layer: out is times the slope of its activation at saved_ptr, and partial_ptr (tiles of M, N) takes
     the unrounded sums of each tile's columns; both may be None.
     """
     # ----- map program to tile: GROUP_M rows of tiles share columns of b in L2
@@ -64,12 +64,12 @@ def gemm_kernel(
         bias = tl.load(bias_ptr + columns * stride_bias, mask=column_inside, other=0.0)
         acc += bias.to(acc.dtype)[None, :]
     inside = row_inside[:, None] & column_inside[None, :]
-    if pre_ptr is not None:
-        pre = acc.to(pre_ptr.dtype.element_ty)  # round: accumulator -> compute dtype
-        tl.store(pre_ptr + rows[:, None] * N + columns[None, :], pre, mask=inside)
+    if preactivation_ptr is not None:
+        preactivation = acc.to(preactivation_ptr.dtype.element_ty)  # round: accumulator -> compute dtype
+        tl.store(preactivation_ptr + rows[:, None] * N + columns[None, :], preactivation, mask=inside)
     acc = activate(acc, ACTIVATION)
     if saved_ptr is not None:
-        acc = _through(acc, saved_ptr, rows, first_column, row_inside, N, stride_sm, stride_sn, ACTIVATION_BELOW)
+        acc = activation_backward(acc, saved_ptr, rows, first_column, row_inside, N, stride_sm, stride_sn, PREV_ACTIVATION)
     if partial_ptr is not None:
         sums = tl.sum(tl.where(row_inside[:, None], acc, 0.0), axis=0)  # behind the edge 0 * inf is NaN
         tl.store(partial_ptr + pid_m.to(tl.int64) * N + columns, sums, mask=column_inside)
@@ -122,8 +122,8 @@ def _sigmoid(t):
 
 
 @triton.jit
-def _through(grad, saved_ptr, rows, first_column, row_inside, N, stride_sm, stride_sn, ACTIVATION: tl.constexpr):
-    """The gradient before the activation: selected by a ReLU's mask or output, else times the slope at the pre-activation.
+def activation_backward(grad, saved_ptr, rows, first_column, row_inside, N, stride_sm, stride_sn, ACTIVATION: tl.constexpr):
+    """The gradient before the activation: selected by a ReLU's mask or output, else times the slope at the preactivation.
 
     grad is (rows, columns) from first_column on, a multiple of 32.
     """
@@ -171,7 +171,7 @@ def select_kernel(
 ):  # fmt: skip
     """grad_z (M, N), contiguous, = grad_out * act'(saved), and the sums of each ROWS rows of it, unrounded.
 
-    saved: a ReLU's mask (int32) or output, else the pre-activation, or None. grad_z_ptr and partial_ptr (M / ROWS, N) may
+    saved: a ReLU's mask (int32) or output, else the preactivation, or None. grad_z_ptr and partial_ptr (M / ROWS, N) may
     be None.
     """
     # ----- map program to tile
@@ -187,7 +187,7 @@ def select_kernel(
         inside = (rows < M)[:, None] & (columns < N)[None, :]
         grad_z = tl.load(grad_out_ptr + rows[:, None] * stride_gm + columns[None, :] * stride_gn, mask=inside, other=0.0)
         if saved_ptr is not None:
-            grad_z = _through(grad_z, saved_ptr, rows, first_column, rows < M, N, stride_sm, stride_sn, ACTIVATION)
+            grad_z = activation_backward(grad_z, saved_ptr, rows, first_column, rows < M, N, stride_sm, stride_sn, ACTIVATION)
         # ----- store
         if grad_z_ptr is not None:
             rounded = grad_z.to(grad_z_ptr.dtype.element_ty)  # round: grad_out's dtype -> compute dtype

@@ -12,7 +12,7 @@ from mpkernels.ops.linear_act.kernels_triton import _pack, select
 
 @triton.jit
 def gemm_tma_kernel(
-    a_ptr, b_ptr, bias_ptr, out_ptr, mask_ptr, below_ptr, partial_ptr, M, N, K,
+    a_ptr, b_ptr, bias_ptr, out_ptr, mask_ptr, prev_ptr, partial_ptr, M, N, K,
     stride_a, stride_b, stride_bias, stride_mask, stride_sm, stride_sn,
     A_IS_KM: tl.constexpr, B_IS_NK: tl.constexpr, RELU: tl.constexpr, SPECIALIZE: tl.constexpr, SUBTILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -21,10 +21,10 @@ def gemm_tma_kernel(
 
     a and b are of one 16-bit dtype, rows of 16-byte pitch. A_IS_KM: a lies in memory as (K, M), wgrad's grad_z;
     B_IS_NK: b lies there as (N, K), fprop's weight. bias_ptr and mask_ptr may be None.
-    dgrad for the layer below: out is selected by the mask at below_ptr, and partial_ptr (tiles of M, N) takes the unrounded
+    dgrad for the previous layer: out is selected by the mask at prev_ptr, and partial_ptr (tiles of M, N) takes the unrounded
     sums of each tile's columns; both may be None.
-    SPECIALIZE: one warp loads while the others multiply. SUBTILES: parts (1 or 2) in which a tile is stored; the half of
-    its staging memory that two save holds one more stage of operands.
+    SPECIALIZE: a producer warp loads while consumer warps multiply. SUBTILES: parts (1 or 2) in which a tile is stored; the
+    half of its staging memory that two save holds one more stage of operands.
     """
     a_desc = _operand(a_ptr, M, K, stride_a, A_IS_KM, BLOCK_M, BLOCK_K)
     b_desc = _operand(b_ptr, N, K, stride_b, not B_IS_NK, BLOCK_N, BLOCK_K)
@@ -47,17 +47,17 @@ def gemm_tma_kernel(
         # ----- epilogue, store
         if SUBTILES == 1:
             _finish(
-                acc, bias_ptr, out_desc, mask_ptr, below_ptr, partial_ptr, M, N, row, column, stride_bias, stride_mask,
+                acc, bias_ptr, out_desc, mask_ptr, prev_ptr, partial_ptr, M, N, row, column, stride_bias, stride_mask,
                 stride_sm, stride_sn, RELU,
             )  # fmt: skip
         else:
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART_N)), (0, 2, 1)))
             _finish(
-                left, bias_ptr, out_desc, mask_ptr, below_ptr, partial_ptr, M, N, row, column, stride_bias, stride_mask,
+                left, bias_ptr, out_desc, mask_ptr, prev_ptr, partial_ptr, M, N, row, column, stride_bias, stride_mask,
                 stride_sm, stride_sn, RELU,
             )  # fmt: skip
             _finish(
-                right, bias_ptr, out_desc, mask_ptr, below_ptr, partial_ptr, M, N, row, column + PART_N, stride_bias,
+                right, bias_ptr, out_desc, mask_ptr, prev_ptr, partial_ptr, M, N, row, column + PART_N, stride_bias,
                 stride_mask, stride_sm, stride_sn, RELU,
             )  # fmt: skip
 
@@ -73,7 +73,7 @@ def _operand(ptr, rows, K, stride, IS_TRANSPOSED: tl.constexpr, BLOCK_ROWS: tl.c
 
 @triton.jit
 def _finish(
-    acc, bias_ptr, out_desc, mask_ptr, below_ptr, partial_ptr, M, N, row, column, stride_bias, stride_mask,
+    acc, bias_ptr, out_desc, mask_ptr, prev_ptr, partial_ptr, M, N, row, column, stride_bias, stride_mask,
     stride_sm, stride_sn, RELU: tl.constexpr,
 ):  # fmt: skip
     """Bias, activation, selection, sums, rounding and stores of a part of a tile that begins at (row, column)."""
@@ -85,8 +85,8 @@ def _finish(
         acc += bias.to(tl.float32)[None, :]
     if RELU:
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if below_ptr is not None:
-        acc = select(acc, below_ptr, rows.to(tl.int64), column, rows < M, N, stride_sm, stride_sn)
+    if prev_ptr is not None:
+        acc = select(acc, prev_ptr, rows.to(tl.int64), column, rows < M, N, stride_sm, stride_sn)
     if partial_ptr is not None:
         sums = tl.sum(tl.where((rows < M)[:, None], acc, 0.0), axis=0)  # behind the edge 0 * inf is NaN
         tl.store(partial_ptr + (row // BLOCK_M).to(tl.int64) * N + columns, sums, mask=columns < N)

@@ -6,7 +6,7 @@ import math
 import torch
 
 from mpkernels.ops.common.cast import cast
-from mpkernels.ops.linear_act import Activation
+from mpkernels.ops.linear_act.epilogues import Activation
 
 
 def linear_act(x, weight, bias, activation, compute_dtype):
@@ -58,8 +58,8 @@ def linear_act_backward(grad_out, x, weight, positive, compute_dtype):
     return grad_z @ _rounded(weight, compute_dtype), grad_z.T @ _rounded(x, compute_dtype), grad_bias
 
 
-def linear_act_backward_below(grad_x, positive):
-    """fp64 (grad_x, grad_bias) of the layer below, for the fp64 grad_x (M, K) that arrives at its output; `positive` is its
+def linear_act_backward_of_prev(grad_x, positive):
+    """fp64 (grad_x, grad_bias) of the previous layer, for the fp64 grad_x (M, K) that arrives at its output; `positive` is its
     own mask, or None."""
     grad_z = grad_x if positive is None else torch.where(positive, grad_x, 0)
     return grad_z, grad_z.sum(0)

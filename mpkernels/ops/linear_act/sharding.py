@@ -8,7 +8,8 @@ import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from mpkernels.ops.linear_act import Activation
+from mpkernels.ops.linear_act.call import BackwardCall, ForwardCall
+from mpkernels.ops.linear_act.epilogues import Activation
 
 
 def check(weight, bias, activation, out_dtype) -> None:
@@ -32,36 +33,39 @@ def _listed(generate):
 
 @register_sharding(torch.ops.mpkernels.linear_act.default)
 @_listed
-def _forward(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, *_):
-    last = len(x.shape) - 1
-    masked = save and activation != Activation.NONE
-    cast = x.tensor_meta.dtype != compute_dtype
+def _forward(*args):
+    call = ForwardCall(*args)
+    last = len(call.x.shape) - 1
+    masked = call.save and call.activation != Activation.NONE
+    cast = call.x.tensor_meta.dtype != call.compute_dtype
 
     def placed(out, saved, x_at, weight_at, bias_at):
         outputs = [out, saved if masked else Replicate(), x_at if cast else Replicate()]
-        return outputs, [x_at, weight_at, bias and bias_at, weight_copy and weight_at]
+        return outputs, [x_at, weight_at, call.bias and bias_at, call.weight_copy and weight_at]
 
     yield placed(Replicate(), Replicate(), Replicate(), Replicate(), Replicate())
     for dim in range(min(last, 1) if masked else last):  # rows of a mask are those of the flattened x
         yield placed(Shard(dim), Shard(0), Shard(dim), Replicate(), Replicate())
     yield placed(Shard(last), Shard(1), Replicate(), Shard(0), Shard(0))
-    if bias is None and activation == Activation.NONE and out_dtype.itemsize > 2:
+    if call.bias is None and call.activation == Activation.NONE and call.out_dtype.itemsize > 2:
         yield placed(Partial(), Replicate(), Shard(last), Shard(1), None)
 
 
 @register_sharding(torch.ops.mpkernels.linear_act_backward.default)
 @_listed
-def _backward(grad_out, x, weight, weight_copy, saved, activation, compute_dtype, *others):
-    output_mask, last = others[3], len(grad_out.shape) - 1
+def _backward(*args):
+    call = BackwardCall(*args)
+    last, saved = len(call.grad_out.shape) - 1, call.saved
     by_mask = saved is not None and saved.tensor_meta.dtype == torch.int32
 
     def placed(grads, grad_out_at, saved_at, x_at, weight_at):
-        outputs = [at if wanted else Replicate() for at, wanted in zip(grads, output_mask, strict=True)]
-        return [*outputs, Replicate()], [grad_out_at, x and x_at, weight_at, weight_copy and weight_at, saved and saved_at]
+        outputs = [at if wanted else Replicate() for at, wanted in zip(grads, call.output_mask, strict=True)]
+        inputs = [grad_out_at, call.x and x_at, weight_at, call.weight_copy and weight_at, saved and saved_at]
+        return [*outputs, Replicate()], inputs
 
     yield placed([Replicate()] * 3, *[Replicate()] * 4)
     for dim in range(min(last, 1) if by_mask else last):
         yield placed([Shard(dim), Partial(), Partial()], Shard(dim), Shard(dim), Shard(dim), Replicate())
     yield placed([Partial(), Shard(0), Shard(0)], Shard(last), Shard(1 if by_mask else last), Replicate(), Shard(0))
-    if activation == Activation.NONE:
+    if call.activation == Activation.NONE:
         yield placed([Shard(last), Shard(1), Replicate()], Replicate(), Replicate(), Shard(last), Shard(1))

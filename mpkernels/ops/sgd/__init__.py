@@ -33,7 +33,7 @@ Source: torch.optim.SGD.
 """
 
 from mpkernels.ops.common.multi_tensor import check_update
-from mpkernels.runtime.dispatch import Implementation, Op
+from mpkernels.runtime.op import Implementation, Op
 
 
 def _check(
@@ -52,9 +52,9 @@ op = Op(
     "Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? grad_norm=None, float? max_norm=None) -> ()",
     __name__,
     (
-        Implementation("native", device_types=("cpu", "cuda")),
-        Implementation("eager", device_types=("cpu", "cuda")),
-        Implementation("triton", device_types=("cuda", "cpu")),
+        Implementation("native", ("cpu", "cuda"), module="impl_native"),
+        Implementation("eager", ("cpu", "cuda"), module="impl_eager"),
+        Implementation("triton", ("cuda", "cpu"), module="impl_triton"),
     ),
     check=_check,
     fake=lambda *_, **__: None,

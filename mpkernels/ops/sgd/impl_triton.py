@@ -7,7 +7,7 @@ Everything that decides lies on the device and is read there: no wait for it. Un
 import torch
 
 from mpkernels.ops.common import triton_table as table
-from mpkernels.runtime.dispatch import triton_why_not
+from mpkernels.runtime.resolve import triton_why_not
 
 try:
     from mpkernels.ops.common.triton_kernels import TYPES, advance

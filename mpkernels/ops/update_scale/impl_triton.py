@@ -3,7 +3,7 @@
 
 import torch
 
-from mpkernels.runtime.dispatch import triton_why_not
+from mpkernels.runtime.resolve import triton_why_not
 
 try:
     from mpkernels.ops.update_scale.kernels_triton import update_scale_kernel

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations of linear_act other than ReLU: values and slopes beside torch's, what is saved, NaN and inf, the layer below."""
+"""Activations of linear_act other than ReLU: values, slopes, what is saved, NaN and inf, the previous layer."""
 
 import functools
 
@@ -63,7 +63,7 @@ def test_activation_not_worse_than_torch(activation, dtype, generator, device):
 @by_dtype
 @by_activation
 def test_activation_gradient_beside_the_exact_one(activation, dtype, generator, device):
-    """From a pre-activation that was rounded once: a third of a rounding of grad_z at most is lost."""
+    """From a preactivation that was rounded once: a third of a rounding of grad_z at most is lost."""
     dtypes = Dtypes(dtype, f32, dtype, dtype, f32)
     for K in (7, 300):
         x, weight, bias, grad_out = Case(96, 80, K, dtypes, distribution="uniform").tensors(generator, device)
@@ -111,10 +111,10 @@ def test_activation_saves_the_pre_activation(activation, name, generator, device
 
 @by_activation
 def test_activation_backward_without_what_it_needs_raises(activation):
-    """The output is not enough, and of its shape: it must not be taken for the pre-activation."""
+    """The output is not enough, and of its shape: it must not be taken for the preactivation."""
     x, weight = torch.ones(2, 4, requires_grad=True), torch.ones(3, 4)
     out, _, _ = torch.ops.mpkernels.linear_act(x, weight, None, None, int(activation), f32, f32, 0)
-    with pytest.raises(RuntimeError, match=r"saved must be the pre-activation \(2, 3\), got None"):
+    with pytest.raises(RuntimeError, match=r"saved must be the preactivation \(2, 3\), got None"):
         out.sum().backward()
 
 
@@ -157,19 +157,19 @@ def test_activation_keeps_a_gradient_where_float16_overflows(activation, device)
 
 @by_activation
 @pytest.mark.parametrize("name", ["float64", "float32", "mixed_float16", "mixed_bfloat16 inside"])
-def test_activation_of_the_layer_below(activation, name, generator, device):
+def test_activation_of_the_previous_layer(activation, name, generator, device):
     """Its slope in the dgrad epilogue: as grad_x unrounded times the slope, and the sums of that."""
     dtypes = DTYPES[name]
     acc = f64 if dtypes.compute == f64 else f32
     _, weight, _, grad_out = Case(37, 20, 33, dtypes).tensors(generator, device)
     x = torch.randn(37, 33, generator=generator).to(device, dtypes.compute)
-    saved_below = torch.randn(37, 33, generator=generator).to(device, dtypes.compute)
+    prev_saved = torch.randn(37, 33, generator=generator).to(device, dtypes.compute)
     wide = Dtypes(acc, dtypes.weight, dtypes.compute, dtypes.out, dtypes.grad)
-    grads = backward_below(grad_out, x, weight, None, saved_below, dtypes, NONE, activation)
+    grads = backward_below(grad_out, x, weight, None, prev_saved, dtypes, NONE, activation)
     arrived = backward_below(grad_out, x, weight, None, None, wide, NONE, NONE)[0]
     v = bounds.accumulator_roundoff(device, dtypes.compute)
-    bounds.check_slope(grads[0], arrived, saved_below, activation, dtypes.compute if dtypes.x != f32 else f32, v)
-    bounds.check_summed_slopes(grads[3], arrived, saved_below, activation, dtypes.compute, v)
+    bounds.check_slope(grads[0], arrived, prev_saved, activation, dtypes.compute if dtypes.x != f32 else f32, v)
+    bounds.check_summed_slopes(grads[3], arrived, prev_saved, activation, dtypes.compute, v)
 
 
 @by_activation

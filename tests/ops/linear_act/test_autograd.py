@@ -9,7 +9,7 @@ from mpkernels.nn import MPMLP
 from mpkernels.ops import linear_act as ops
 from mpkernels.ops.linear_act import Activation, linear_act, reference
 from tests import bounds
-from tests.linear_act_cases import DTYPES, Case, Dtypes, backward, bf16, f16, f32, f64, forward, same_bits
+from tests.linear_act_cases import DTYPES, Case, Dtypes, backward, bf16, f16, f32, f64, forward, same_bits, saving_masks
 
 NONE, RELU = Activation.NONE, Activation.RELU
 by_dtypes = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
@@ -188,7 +188,7 @@ def test_linear_act_bias_gradient_is_rounded_to_its_own_dtype_alone(grad_dtype, 
 @pytest.mark.parametrize("frozen", [["0.weight"], ["0.bias"], ["2.weight"], ["2.bias"], ["x"], ["x", "0.weight", "0.bias"]])
 def test_linear_act_joined_backward_of_what_requires_it(frozen, monkeypatch, generator):
     """Each parameter's gradient where another is frozen; the lower bias is handed to the upper layer."""
-    monkeypatch.setattr(ops, "writes_mask", lambda *_: True)
+    monkeypatch.setattr(ops.forward_op, "_chosen", saving_masks())
     model = MPMLP([5, 8, 4], policy="float64")
     x = torch.randn(3, 5, generator=generator, dtype=f64)
     names = dict(model.named_parameters()) | {"x": x}

@@ -39,7 +39,7 @@ def ops():
 
 
 class Poisoned:
-    """A matrix in the middle of memory that nobody may write: `pad` elements after each row, and rows around."""
+    """A matrix in the middle of memory that must not be written: `pad` elements after each row, and rows around."""
 
     def __init__(self, rows, columns, dtype, pad=8):
         integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
@@ -141,7 +141,7 @@ def run_dgrad(grad_z, weight, mask, out_dtype, sums, cut):
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dgrad_matches_reference(shape, cut, generator):
-    """Alone; selected by the mask of the layer below, bit for bit; and the column sums of what it selects."""
+    """Alone; selected by the mask of the previous layer, bit for bit; and the column sums of what it selects."""
     M, K, N = shape
     k = SHAPES.index(shape) + CUTS.index(cut)
     dtype, out_dtype = (F16, BF16)[k % 2], ((F16, BF16)[k % 2], F32)[k // 2 % 2]

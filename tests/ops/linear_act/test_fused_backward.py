@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradients of the layer below out of linear_act_backward, against fp64; and linear_act calls joined by a Seam."""
+"""The gradients of the previous layer out of linear_act_backward, against fp64; and two calls with a link between them."""
 
 import re
 from itertools import product
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpkernels.ops import linear_act as ops
-from mpkernels.ops.linear_act import Activation, Seam, linear_act, reference
+from mpkernels.ops.linear_act import Activation, FusedBackwardLink, linear_act, reference
 from tests import bounds, wrong_kernels
 from tests.linear_act_cases import (
     DTYPES,
@@ -24,6 +24,7 @@ from tests.linear_act_cases import (
     forward,
     laid_out,
     same_bits,
+    saving_masks,
 )
 
 pytestmark = pytest.mark.usefixtures("by_eager_and_auto")
@@ -93,8 +94,8 @@ def test_linear_act_below_small_integers_are_exact(dtypes, device, generator):
     grad_out, weight, x = (i.to(d) for i, d in zip(integers, (dtypes.out, dtypes.weight, dtypes.compute), strict=True))
     grads = backward_below(grad_out, x, weight, None, x, dtypes, NONE)
     expected = reference.linear_act_backward(grad_out, x, weight, None, dtypes.compute)
-    grad_z, grad_bias_below = reference.linear_act_backward_below(expected[0], x > 0)
-    for grad, exact in zip(grads, (grad_z, *expected[1:], grad_bias_below), strict=True):
+    grad_z, grad_prev_bias = reference.linear_act_backward_of_prev(expected[0], x > 0)
+    for grad, exact in zip(grads, (grad_z, *expected[1:], grad_prev_bias), strict=True):
         assert torch.equal(grad.double(), exact)
 
 
@@ -106,7 +107,7 @@ def test_linear_act_below_without_activation_or_bias(generator, device):
     no_bias = backward_below(grad_out, x, weight, saved, mask, dtypes, wants_bias=False)
     assert same_bits(no_bias[0], both[0])
     assert no_bias[3].shape == (0,)
-    no_activation = backward_below(grad_out, x, weight, saved, None, dtypes, activation_below=NONE)
+    no_activation = backward_below(grad_out, x, weight, saved, None, dtypes, prev_activation=NONE)
     bounds.check_backward_below(
         (no_activation[0], no_activation[3]), grad_out, weight, unpacked(saved, 33), None, f16, 2.0**-24, True
     )  # fmt: skip
@@ -115,13 +116,13 @@ def test_linear_act_below_without_activation_or_bias(generator, device):
 
 
 def unpacked(mask, columns):
-    from mpkernels.ops.linear_act.passes import unpack_mask
+    from mpkernels.ops.linear_act.epilogues import unpack_mask
 
     return unpack_mask(mask, columns)
 
 
 def test_linear_act_below_selects(device):
-    """What is behind a 0 of the layer below is 0 in grad_x and in its sum: inf and NaN too; a NaN lets through."""
+    """What is behind a 0 of the previous layer is 0 in grad_x and in its sum: inf and NaN too; a NaN lets through."""
     x = torch.tensor([[-1.0, 0.0, 1.0, torch.nan]], device=device)
     for value in (3.0, torch.inf, torch.nan):
         grad_out, weight = torch.full((1, 1), value, device=device), torch.ones(1, 4, device=device)
@@ -132,7 +133,7 @@ def test_linear_act_below_selects(device):
 
 
 def test_linear_act_below_small_gradients_sum_unrounded(device):
-    """2**-26 is 0 in float16, and 64 of it are 2**-20 in the gradient of the bias below."""
+    """2**-26 is 0 in float16, and 64 of it are 2**-20 in the gradient of the previous layer's bias."""
     dtypes = Dtypes(f16, f32, f16, f16, f32)
     small = torch.full((64, 1), 2.0**-13, dtype=f16, device=device)
     grads = backward_below(small, small, torch.full((1, 1), 2.0**-13, device=device), None, small, dtypes, NONE)
@@ -169,21 +170,21 @@ def test_linear_act_below_opcheck(name, generator, device):
     x, weight, bias, _ = Case(6, 37, 9, dtypes).tensors(generator, device)
     for tensor in (x, weight, bias):
         tensor.requires_grad_()
-    bias_below = torch.zeros(9, dtype=dtypes.weight, device=device, requires_grad=True)
-    for moved_up in (True, False):
-        args = (x, weight, bias, None, 1, dtypes.compute, dtypes.out, 1, False, None, moved_up, mask, 1, bias_below)
+    prev_bias = torch.zeros(9, dtype=dtypes.weight, device=device, requires_grad=True)
+    for activation_grad_fused in (True, False):
+        args = (x, weight, bias, None, 1, dtypes.compute, dtypes.out, 1, False, None, activation_grad_fused, mask, 1, prev_bias)
         torch.library.opcheck(torch.ops.mpkernels.linear_act.default, args)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"saved_below": None}, "saved_below must be the mask (2, 1) int32 or x, got None"),
-        ({"saved_below": torch.zeros(2, 2, dtype=torch.int32)}, "saved_below must be the mask (2, 1) int32 or x, got (2, 2)"),
-        ({"saved_below": torch.zeros(2, 3)}, "saved_below must be the mask (2, 1) int32 or x, got (2, 3) torch.float32"),
-        ({"saved_below": torch.zeros(2, 1, dtype=torch.int32, device="meta")}, "saved_below is on meta, expected cpu"),
-        ({"activation_below": 9}, "activation_below must be one of 0 (NONE), 1 (RELU)"),
-        ({"grad_bias_below_dtype": torch.int8}, "grad_bias_below_dtype must be float16, bfloat16, float32 or float64"),
+        ({"prev_saved": None}, "prev_saved must be the mask (2, 1) int32 or x, got None"),
+        ({"prev_saved": torch.zeros(2, 2, dtype=torch.int32)}, "prev_saved must be the mask (2, 1) int32 or x, got (2, 2)"),
+        ({"prev_saved": torch.zeros(2, 3)}, "prev_saved must be the mask (2, 1) int32 or x, got (2, 3) torch.float32"),
+        ({"prev_saved": torch.zeros(2, 1, dtype=torch.int32, device="meta")}, "prev_saved is on meta, expected cpu"),
+        ({"prev_activation": 9}, "prev_activation must be one of 0 (NONE), 1 (RELU)"),
+        ({"grad_prev_bias_dtype": torch.int8}, "grad_prev_bias_dtype must be float16, bfloat16, float32 or float64"),
         ({"output_mask": [False, True, True]}, "output_mask[0] must be True"),
     ],
 )
@@ -191,8 +192,8 @@ def test_linear_act_below_refuses(changed, message):
     good = {
         "grad_out": torch.ones(2, 3), "x": torch.ones(2, 4), "weight": torch.ones(3, 4), "weight_copy": None,
         "saved": None, "activation": 0, "compute_dtype": f32, "grad_x_dtype": f32, "grad_weight_dtype": f32,
-        "grad_bias_dtype": f32, "output_mask": [True] * 3, "saved_below": torch.zeros(2, 1, dtype=torch.int32),
-        "activation_below": 1, "grad_bias_below_dtype": f32,
+        "grad_bias_dtype": f32, "output_mask": [True] * 3, "prev_saved": torch.zeros(2, 1, dtype=torch.int32),
+        "prev_activation": 1, "grad_prev_bias_dtype": f32,
     }  # fmt: skip
     torch.ops.mpkernels.linear_act_backward(**good)
     with pytest.raises(RuntimeError, match=re.escape(message)):
@@ -202,36 +203,36 @@ def test_linear_act_below_refuses(changed, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"saved_below": torch.zeros(2, 2, dtype=torch.int32)}, "saved_below must be the mask (2, 1) int32 or x, got (2, 2)"),
-        ({"bias_below": torch.ones(3)}, "bias_below must have shape (4,), got (3,)"),
-        ({"bias_below": torch.ones(4, dtype=torch.int8)}, "bias_below must be float16, bfloat16, float32 or float64"),
-        ({"activation_below": -1}, "activation_below must be one of"),
+        ({"prev_saved": torch.zeros(2, 2, dtype=torch.int32)}, "prev_saved must be the mask (2, 1) int32 or x, got (2, 2)"),
+        ({"prev_bias": torch.ones(3)}, "prev_bias must have shape (4,), got (3,)"),
+        ({"prev_bias": torch.ones(4, dtype=torch.int8)}, "prev_bias must be float16, bfloat16, float32 or float64"),
+        ({"prev_activation": -1}, "prev_activation must be one of"),
     ],
 )
-def test_linear_act_refuses_a_layer_below(changed, message):
+def test_linear_act_refuses_a_previous_layer(changed, message):
     good = {
         "x": torch.ones(2, 4), "weight": torch.ones(3, 4), "bias": None, "weight_copy": None, "activation": 0,
-        "compute_dtype": f32, "out_dtype": f32, "save": 0, "saved_below": torch.zeros(2, 1, dtype=torch.int32),
-        "activation_below": 1, "bias_below": torch.ones(4),
+        "compute_dtype": f32, "out_dtype": f32, "save": 0, "prev_saved": torch.zeros(2, 1, dtype=torch.int32),
+        "prev_activation": 1, "prev_bias": torch.ones(4),
     }  # fmt: skip
     torch.ops.mpkernels.linear_act(**good)
     with pytest.raises(RuntimeError, match=re.escape(f"linear_act: {message}")):
         torch.ops.mpkernels.linear_act(**good | changed)
 
 
-# ----- two layers and the Seam between them ---------------------------------------------------------------
+# ----- two layers and the link between them ---------------------------------------------------------------
 
 
 def two_layers(x, weights, biases, activations, *, joined):
     kwargs = {"compute_dtype": f16, "out_dtype": f16}
-    seam = Seam() if joined else None
-    hidden = linear_act(x, weights[0], biases[0], activation=activations[0], above=seam, **kwargs)
-    return linear_act(hidden, weights[1], biases[1], activation=activations[1], below=seam, **kwargs)
+    link = FusedBackwardLink() if joined else None
+    hidden = linear_act(x, weights[0], biases[0], activation=activations[0], next=link, **kwargs)
+    return linear_act(hidden, weights[1], biases[1], activation=activations[1], prev=link, **kwargs)
 
 
 @pytest.fixture
 def moves_up(monkeypatch):
-    monkeypatch.setattr(ops, "writes_mask", lambda *_: True)
+    monkeypatch.setattr(ops.forward_op, "_chosen", saving_masks())
 
 
 @pytest.mark.parametrize("activations", [(RELU, RELU), (RELU, NONE), (NONE, RELU)], ids=str)
@@ -267,7 +268,7 @@ def test_linear_act_joined_layers_have_the_gradients_of_two(activations, frozen,
 
 @pytest.mark.usefixtures("moves_up")
 def test_linear_act_joined_layers_save_no_more(generator, device):
-    """The mask is kept once, by the layer above; the lower layer's node keeps neither mask nor output."""
+    """The mask is kept once, by the next layer; the lower layer's node keeps neither mask nor output."""
     x, weight, bias, _ = Case(32, 33, 8).tensors(generator, device)
     _, above, bias_above, _ = Case(32, 9, 33, DTYPES["mixed_float16"]).tensors(generator, device)
     for tensor in (weight, bias, above, bias_above):
@@ -279,9 +280,9 @@ def test_linear_act_joined_layers_save_no_more(generator, device):
     assert sorted(found, key=str) == sorted(expected, key=str)
 
 
-def test_linear_act_seam_stays_empty_without_kernels(generator, device):
+def test_linear_act_link_stays_empty_without_kernels(generator, device):
     """In eager, and by C++ on a CPU, the lower layer keeps what is its own."""
     x, weight, bias, _ = Case(4, 5, 6).tensors(generator, device)
-    seam = Seam()
-    linear_act(x, weight.requires_grad_(), bias, activation=RELU, compute_dtype=f16, out_dtype=f16, above=seam)
-    assert not seam.moved
+    link = FusedBackwardLink()
+    linear_act(x, weight.requires_grad_(), bias, activation=RELU, compute_dtype=f16, out_dtype=f16, next=link)
+    assert not link.activation_grad_fused

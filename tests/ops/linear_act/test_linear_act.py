@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mpkernels.ops.linear_act import Activation, acc_dtype, mask_pitch
+from mpkernels.ops.linear_act.epilogues import Activation, acc_dtype, mask_pitch
 from tests import bounds, wrong_kernels
 from tests.linear_act_cases import (
     DTYPES,

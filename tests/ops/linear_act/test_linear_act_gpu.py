@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from mpkernels.functional import linear_act
-from mpkernels.ops.linear_act import Activation, backward_op, forward_op, impl_native
+from mpkernels.ops.linear_act import Activation, backward_op, forward_op, sm90
+from mpkernels.ops.linear_act.call import CallKey
 from tests import bounds
 from tests.linear_act_cases import DTYPES, Case, Dtypes, backward, forward, generated_case, run, same_bits
 
@@ -45,7 +46,7 @@ def backend(request, monkeypatch) -> str:
 
 
 def suited(case: Case, backend: str, random: np.random.Generator) -> Case:
-    """The case as `backend` takes it. native: 16-bit, ReLU or none, sizes in vectors of 16 bytes: see its why_not_call."""
+    """The case as `backend` takes it. native: 16-bit, ReLU or none, sizes in vectors of 16 bytes: see sm90.py."""
     if backend != "native":
         return case
     dtypes = DTYPES[random.choice(HALVES)]
@@ -136,7 +137,8 @@ def test_linear_act_gpu_has_enough_shapes():
     made = [case for seed in SEEDS[:8] for case in cases_of(seed, "native")]
     for case in made:
         d = case.dtypes
-        reason = impl_native.why_not_call(case.N, case.K, int(case.activation), d.compute, d.out)
+        key = CallKey(torch.device("cuda"), d.compute, d.out, int(case.activation), case.N, case.K)
+        reason = sm90.why_not_call(key)
         assert reason is None, f"{case}: {reason}"
         assert d.compute in (f16, bf16)
     assert {case.activation for case in made} == set(SELECTING)

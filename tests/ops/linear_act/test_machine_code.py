@@ -75,7 +75,7 @@ def test_linear_act_gemm_is_not_serialized(kernel):
 
 
 def test_linear_act_gemm_has_no_barrier_in_the_loop(kernel):
-    """Between the first and the last HGMMA nobody waits for the block."""
+    """Between the first and the last HGMMA nothing waits for the block."""
     lines = code("sm_90a")[kernel]
     at = [i for i, line in enumerate(lines) if line.startswith("HGMMA")]
     assert not [line for line in lines[at[0] : at[-1]] if line.startswith("BAR")]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_act as `native` on Hopper: the op's implementation over its kernels, their source run on the CPU by tests/emulator."""
 
+import re
 import zlib
 from types import SimpleNamespace
 
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from mpkernels.ops.linear_act import Activation, empty_mask, impl_native
+from mpkernels.ops.linear_act import Activation, checks, sm90
+from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
+from mpkernels.ops.linear_act.epilogues import empty_mask
 from tests import bounds, linear_act_cases
 from tests.emulator import host_kernels
 from tests.linear_act_cases import DTYPES, LAYOUTS, Case, bits_of, data, same_bits
@@ -30,7 +33,7 @@ def device(request, monkeypatch) -> torch.device:
             pytest.skip(reason)
         host_kernels.library(LIBRARY).host_seed(zlib.crc32(request.node.name.encode()))
         monkeypatch.setattr(torch.ops, "mpkernels_C", host_kernels.HostOps(library=LIBRARY))
-        monkeypatch.setattr(impl_native, "_multiprocessors", lambda device: 4)
+        monkeypatch.setattr(sm90, "_num_sms", lambda device: 4)
     return torch.device(request.param)
 
 
@@ -45,20 +48,21 @@ def implementation(monkeypatch):
 
 
 def forward(x, weight, bias, dtypes, activation=Activation.RELU, save=1, copy=None):
-    return impl_native.linear_act_hopper(x, weight, bias, copy, int(activation), dtypes.compute, dtypes.out, save)
+    call = ForwardCall(x, weight, bias, copy, int(activation), dtypes.compute, dtypes.out, save)
+    return checks.fill_forward(call, sm90.linear_act(call))
 
 
 def backward(grad_out, x, weight, saved, dtypes, activation=Activation.RELU, copy=None, output_mask=(True,) * 3):
-    return impl_native.linear_act_backward_hopper(
-        grad_out, x, weight, copy, saved, int(activation), dtypes.compute, dtypes.x, dtypes.grad, dtypes.grad, output_mask
-    )[:3]
+    gradients = (dtypes.x, dtypes.grad, dtypes.grad)
+    call = BackwardCall(grad_out, x, weight, copy, saved, int(activation), dtypes.compute, *gradients, list(output_mask))
+    return checks.fill_backward(call, sm90.linear_act_backward(call))[:3]
 
 
-def fprop(x, weight, bias, relu, out_dtype, cut):
+def fprop(x, weight, bias, relu, out_dtype, config):
     """(out, mask)."""
     M, N = x.shape[0], weight.shape[0]
     out, mask = x.new_full((M, N), torch.nan, dtype=out_dtype), empty_mask(x, M, N) if relu else None
-    torch.ops.mpkernels_C.linear_act_fprop(x, weight, bias, relu, out, mask, *cut)
+    torch.ops.mpkernels_C.linear_act_fprop(x, weight, bias, relu, out, mask, *config)
     return out, mask
 
 
@@ -111,10 +115,9 @@ def test_hopper_empty(M, N, K, generator, device):
     ],
 )
 def test_hopper_refuses_with_the_reason(change, reason):
-    sizes = dict(M=4, N=16, K=16, out=f16) | change
-    x, weight = torch.ones(sizes["M"], sizes["K"], dtype=f16), torch.ones(sizes["N"], sizes["K"], dtype=f16)
-    with pytest.raises(RuntimeError, match=f"linear_act: native needs .*{reason}"):
-        impl_native.linear_act_hopper(x, weight, None, None, 1, f16, sizes["out"], 1)
+    sizes = dict(N=16, K=16, out=f16) | change
+    key = CallKey(torch.device("cuda"), f16, sizes["out"], Activation.RELU, sizes["N"], sizes["K"])
+    assert re.search(f"needs .*{reason}", sm90.why_not_call(key))
 
 
 HALF = torch.zeros(40, 64, dtype=f16)
@@ -134,13 +137,13 @@ LADDER = {
 @pytest.mark.parametrize(("matrix", "reason"), LADDER.values(), ids=LADDER)
 def test_hopper_alignment_ladder(matrix, reason):
     """What TMA cannot read is copied, what it can is not."""
-    why_not = impl_native.tma_why_not(matrix)
+    why_not = sm90.tma_why_not(matrix)
     assert (why_not or "").startswith(reason or "")
     assert (why_not is None) == (reason is None)
-    given = impl_native._matrix(matrix)
+    given = sm90._matrix(matrix)
     assert (given is matrix) == (reason is None)
     assert torch.equal(given, matrix)
-    assert impl_native.tma_why_not(given) is None or matrix.shape[1] % 8
+    assert sm90.tma_why_not(given) is None or matrix.shape[1] % 8
 
 
 @pytest.mark.sweep
@@ -195,29 +198,28 @@ def test_hopper_fprop_same_bits_for_any_number_of_rows(generator, device):
     x, weight = (data((rows, 200), f16, "normal", generator).to(device) for rows in (300, 136))
     out, _ = fprop(x, weight, None, True, f16, (128, 2, 2))
     for M in (1, 130):
-        for cut in ((128, 1, 1), (256, 2, 4)):
-            assert same_bits(fprop(x[:M], weight, None, True, f16, cut)[0], out[:M])
+        for config in ((128, 1, 1), (256, 2, 4)):
+            assert same_bits(fprop(x[:M], weight, None, True, f16, config)[0], out[:M])
 
 
 # ----- dgrad ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("activation_below", [Activation.NONE, Activation.RELU])
+@pytest.mark.parametrize("prev_activation", [Activation.NONE, Activation.RELU])
 @pytest.mark.parametrize("by_mask", [True, False], ids=["mask", "output"])
-def test_hopper_gradients_of_the_layer_below(name, activation_below, by_mask, generator, device):
+def test_hopper_gradients_of_the_previous_layer(name, prev_activation, by_mask, generator, device):
     dtypes, M, N, K = DTYPES[name], 130, 72, 136
     x, weight, _, grad_out = Case(M, N, K, dtypes).tensors(generator, device)
     positive, v = ~(x <= 0), bounds.accumulator_roundoff(device, dtypes.compute)
-    saved_below = None if activation_below == Activation.NONE else pack(positive) if by_mask else x
-    grad_x, _, _, grad_bias_below = impl_native.linear_act_backward_hopper(
-        grad_out, None, weight, None, None, 0, dtypes.compute, dtypes.x, dtypes.grad, dtypes.grad, (True, False, False),
-        saved_below, int(activation_below), dtypes.grad,
+    prev_saved = None if prev_activation == Activation.NONE else pack(positive) if by_mask else x
+    call = BackwardCall(
+        grad_out, None, weight, None, None, 0, dtypes.compute, dtypes.x, dtypes.grad, dtypes.grad, [True, False, False],
+        prev_saved, int(prev_activation), dtypes.grad,
     )  # fmt: skip
-    selected = None if activation_below == Activation.NONE else positive
-    bounds.check_backward_below(
-        (grad_x, grad_bias_below), grad_out, weight, None, selected, dtypes.compute, v, random_sign=True
-    )
+    grad_x, _, _, grad_prev_bias = sm90.linear_act_backward(call)
+    selected = None if prev_activation == Activation.NONE else positive
+    bounds.check_backward_below((grad_x, grad_prev_bias), grad_out, weight, None, selected, dtypes.compute, v, random_sign=True)
 
 
 def pack(positive: torch.Tensor) -> torch.Tensor:
@@ -230,44 +232,45 @@ def pack(positive: torch.Tensor) -> torch.Tensor:
     return mask
 
 
-# ----- how a GEMM is cut ---------------------------------------------------------------
+# ----- tiles of a GEMM ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "rows, columns, depth", [(1, 8, 8), (4096, 4096, 1024), (512, 4096, 64), (1024, 1024, 16384), (384, 64, 640)]
+    "rows, columns, K", [(1, 8, 8), (4096, 4096, 1024), (512, 4096, 64), (1024, 1024, 16384), (384, 64, 640)]
 )
-def test_hopper_cut_is_one_that_runs(rows, columns, depth):
-    cut = impl_native.choose(rows, columns, 132)
-    splits = impl_native.choose_splits(rows, columns, depth, cut)
-    assert cut.block_n in (128, 256)
-    assert cut.cluster in (1, 2)
-    assert 1 <= splits <= max(1, -(-depth // 64))
-    assert splits == 1 or splits * -(-rows // 128) * -(-columns // cut.block_n) <= 132
+def test_hopper_config_is_one_that_runs(rows, columns, K):
+    config = sm90.choose(rows, columns, 132)
+    splits = sm90.choose_splits(rows, columns, K, config)
+    assert config.block_n in (128, 256)
+    assert config.cluster in (1, 2)
+    assert 1 <= splits <= max(1, -(-K // 64))
+    assert splits == 1 or splits * -(-rows // 128) * -(-columns // config.block_n) <= 132
 
 
-def test_hopper_cut_follows_the_size():
+def test_hopper_config_follows_the_size():
     """The larger tile for long work; the smaller where there are few tiles, whatever K is: there is no third."""
-    assert impl_native.choose(8192, 8192, 132).block_n == impl_native.choose(16384, 4096, 132).block_n == 256
-    assert impl_native.choose(512, 4096, 132).block_n == impl_native.choose(1024, 1024, 132).block_n == 128
-    chosen = [impl_native.choose(rows, 4096, 132).block_n for rows in range(128, 8192, 128)]
+    assert sm90.choose(8192, 8192, 132).block_n == sm90.choose(16384, 4096, 132).block_n == 256
+    assert sm90.choose(512, 4096, 132).block_n == sm90.choose(1024, 1024, 132).block_n == 128
+    chosen = [sm90.choose(rows, 4096, 132).block_n for rows in range(128, 8192, 128)]
     assert chosen == sorted(chosen)
 
 
 @pytest.mark.parametrize("columns", [8, 1024, 4096, 16384])
-def test_hopper_batch_invariant_cuts_alike(columns, monkeypatch):
-    """One cut whatever the number of rows, and no sum in parts: fprop has none."""
-    cuts = []
-    ops = SimpleNamespace(linear_act_fprop=lambda x, weight, bias, relu, out, mask, *cut: cuts.append(cut))
+def test_hopper_batch_invariant_has_one_config(columns, monkeypatch):
+    """One config whatever the number of rows, and no sum in parts: fprop has none."""
+    configs = []
+    ops = SimpleNamespace(linear_act_fprop=lambda x, weight, bias, relu, out, mask, *config: configs.append(config))
     monkeypatch.setattr(torch.ops, "mpkernels_C", ops)
-    monkeypatch.setattr(impl_native, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(sm90, "_num_sms", lambda device: 132)
     weight = torch.zeros(columns, 8, dtype=f16)
     for rows in (1, 2, 127, 128, 129, 1024, 4096):
         for invariant in (True, False):
-            impl_native.linear_act_hopper(torch.zeros(rows, 8, dtype=f16), weight, None, None, 1, f16, f16, 0, invariant)
-    assert len(set(cuts[::2])) == 1
-    assert len(set(cuts[1::2])) > 1
+            x = torch.zeros(rows, 8, dtype=f16)
+            sm90.linear_act(ForwardCall(x, weight, None, None, Activation.RELU, f16, f16, 0, invariant))
+    assert len(set(configs[::2])) == 1
+    assert len(set(configs[1::2])) > 1
 
 
 def test_hopper_small_weights_are_split():
-    cut = impl_native.choose(1024, 1024, 132)
-    assert impl_native.choose_splits(1024, 1024, 16384, cut) > 1
+    config = sm90.choose(1024, 1024, 132)
+    assert sm90.choose_splits(1024, 1024, 16384, config) > 1

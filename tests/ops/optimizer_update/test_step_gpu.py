@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mpkernels as mpk
-from mpkernels.runtime.dispatch import ops
+from mpkernels.runtime.resolve import ops
 from tests.linear_act_cases import same_bits
 
 BACKENDS = ("native", "triton")

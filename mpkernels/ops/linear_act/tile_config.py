@@ -32,22 +32,22 @@ class TmaTile(Tile):
 # From large to small, by the operands: of one 16-bit dtype; 16-bit with a wider weight; 16-bit not in vectors of 16
 # bytes (an address per element: more registers); fp32; fp64.
 _SM80 = {
-    "half": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3)),
-    "mixed": (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
-    "ragged": (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
-    "single": (Tile(64, 64, 16, 8, 3), Tile(32, 32, 16, 4, 3)),
-    "double": (Tile(64, 64, 16, 8, 3),),
+    "16bit": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3)),
+    "mixed_16bit": (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
+    "unaligned_16bit": (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    "fp32": (Tile(64, 64, 16, 8, 3), Tile(32, 32, 16, 4, 3)),
+    "fp64": (Tile(64, 64, 16, 8, 3),),
 }
-_SM86 = _SM80 | {"half": (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3))}
+_SM86 = _SM80 | {"16bit": (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3))}
 _SM90 = _SM80 | {
-    "half": (Tile(128, 256, 64, 8, 3), *_SM80["half"]),
-    "single": (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 3)),
+    "16bit": (Tile(128, 256, 64, 8, 3), *_SM80["16bit"]),
+    "fp32": (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 3)),
 }
 _SM100 = (
     _SM80
     | {  # with 4 warps the smallest spill
-        "half": (*_SM80["half"][:-1], Tile(64, 64, 64, 8, 3)),
-        "mixed": (*_SM80["mixed"][:-1], Tile(64, 64, 32, 8, 3)),
+        "16bit": (*_SM80["16bit"][:-1], Tile(64, 64, 64, 8, 3)),
+        "mixed_16bit": (*_SM80["mixed_16bit"][:-1], Tile(64, 64, 32, 8, 3)),
     }
 )
 _BY_SM = {86: _SM86, 89: _SM86, 120: _SM86, 121: _SM86, 90: _SM90, 100: _SM100, 103: _SM100}
@@ -70,24 +70,24 @@ _INTERPRETER_TMA = {
 
 # A card that has fewer tiles than this to work on idles: take a smaller tile then.
 ENOUGH_TILES = 100
-LARGEST_RICH = 128 * 128  # elements of a tile whose epilogue reads or computes more: 128 registers of a thread are the sums
+LARGEST_HEAVY = 128 * 128  # elements of a tile with a heavy epilogue: 128 registers of a thread are the sums
 INVARIANT_M = 1024  # of the tile that batch_invariant takes for every M
 
 
-def tiles(sm: int, a: torch.dtype, b: torch.dtype, vectors: bool, rich: bool = False) -> tuple[Tile, ...]:
+def tiles(sm: int, a: torch.dtype, b: torch.dtype, vectors: bool, heavy_epilogue: bool = False) -> tuple[Tile, ...]:
     """The tiles for operands of dtypes a and b on `sm` (90; 0 is the interpreter), from large to small.
 
-    vectors: whether they and the result can be read and written 16 bytes at a time. rich: the epilogue does more than bias,
+    vectors: whether they and the result can be read and written 16 bytes at a time. heavy_epilogue: it does more than bias,
     ReLU and mask; large tiles spill then.
     """
     if sm == 0:
         return (_INTERPRETER,)
     by_kind = _BY_SM.get(sm, _SM80)
     if a.itemsize > 2:
-        kind = "single" if a.itemsize == 4 else "double"
+        kind = "fp32" if a.itemsize == 4 else "fp64"
     else:
-        kind = "ragged" if not vectors else "half" if b.itemsize == 2 else "mixed"
-    return tuple(tile for tile in by_kind[kind] if not rich or tile.BLOCK_M * tile.BLOCK_N <= LARGEST_RICH)
+        kind = "unaligned_16bit" if not vectors else "16bit" if b.itemsize == 2 else "mixed_16bit"
+    return tuple(tile for tile in by_kind[kind] if not heavy_epilogue or tile.BLOCK_M * tile.BLOCK_N <= LARGEST_HEAVY)
 
 
 def tma_tiles(sm: int, out: torch.dtype, specializes: bool) -> tuple[TmaTile, ...]:
@@ -144,23 +144,23 @@ class Plan(NamedTuple):
 
 def plan(
     sm: int, programs: int, specializes: bool, a: Operand, b: Operand, out: Operand, tuned: tuple | None = None, *,
-    below=False, smooth=False, batch_invariant=False,
+    fuses_prev=False, non_relu_activation=False, batch_invariant=False,
 ) -> Plan:  # fmt: skip
     """The kernel for out (M, N) = a (M, K) @ b (K, N) on a GPU that has room for `programs` persistent programs.
 
     tuned: the (name, value) pairs of a tile from a tuned table; left aside where it is none of this kernel's here: the other
     one has to serve, this Triton does not specialize, or a file says anything else.
-    below: the epilogue selects by the mask of the layer below and sums columns: Triton 3.7 and 3.9 fail to specialize that.
-    smooth: it has a slope, or an activation that is none of ReLU; by pointers alone. batch_invariant: one tile for every M,
-    another may sum in another order.
+    fuses_prev: the epilogue selects by the mask of the previous layer and sums columns: Triton 3.7 and 3.9 fail to specialize
+    that. non_relu_activation: it has a slope, or an activation other than ReLU; by pointers alone. batch_invariant: one tile
+    for every M, another may sum in another order.
     """
     M, N = out.shape
     rows = INVARIANT_M if batch_invariant else M
-    by_tma = not smooth and tma_why_not(sm, a, b, out) is None
-    rich = below or smooth
-    found = candidates(sm, specializes and not below, a, b, out, by_tma, rich)
+    by_tma = not non_relu_activation and tma_why_not(sm, a, b, out) is None
+    heavy_epilogue = fuses_prev or non_relu_activation
+    found = candidates(sm, specializes and not fuses_prev, a, b, out, by_tma, heavy_epilogue)
     tile = _tile(tuned, by_tma)
-    if tile not in found + candidates(sm, False, a, b, out, by_tma, rich):
+    if tile not in found + candidates(sm, False, a, b, out, by_tma, heavy_epilogue):
         tile = choose(rows, N, found)
     if by_tma:
         majors = {"A_IS_KM": a.inner == 0, "B_IS_NK": b.inner == 0}
@@ -169,12 +169,12 @@ def plan(
 
 
 def candidates(
-    sm: int, specializes: bool, a: Operand, b: Operand, out: Operand, by_tma: bool, rich: bool = False
+    sm: int, specializes: bool, a: Operand, b: Operand, out: Operand, by_tma: bool, heavy_epilogue: bool = False
 ) -> tuple[Tile, ...]:
-    """The tiles that a GEMM may run with, from large to small; `rich` as of `tiles`."""
+    """The tiles that a GEMM may run with, from large to small; `heavy_epilogue` as of `tiles`."""
     if by_tma:
         return tma_tiles(sm, out.dtype, specializes)
-    return tiles(sm, a.dtype, b.dtype, all(map(_vectors, (a, b, out))), rich)
+    return tiles(sm, a.dtype, b.dtype, all(map(_vectors, (a, b, out))), heavy_epilogue)
 
 
 def _tile(tuned: tuple | None, by_tma: bool) -> Tile | None:

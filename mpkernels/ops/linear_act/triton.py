@@ -2,8 +2,8 @@
 """linear_act in Triton: out = round(act(x @ weight.T + bias)) in one kernel, for GPUs from sm_80.
 
 The GEMM is there twice: by tensor descriptors (TMA) on sm_90 and sm_100, and by pointers for every GPU, for what no
-descriptor takes, which `tiles.tma_why_not` tells, and for activations other than ReLU. Backward is one streaming pass
-(select, grad_bias) and two launches of the same GEMM, in whose epilogue dgrad can do that pass for the layer below. Same
+descriptor takes, which `tile_config.tma_why_not` tells, and for activations other than ReLU. Backward is one streaming pass
+(select, grad_bias) and two launches of the same GEMM, in whose epilogue dgrad can do that pass for the previous layer. Same
 inputs, same bits: no atomics, no split of K. Under TRITON_INTERPRET=1 the kernels run on the CPU.
 """
 
@@ -13,10 +13,12 @@ import functools
 import torch
 
 from mpkernels.ops.common.cast import cast
-from mpkernels.ops.linear_act import Activation, acc_dtype, empty_saved, mask_pitch
-from mpkernels.ops.linear_act.tiles import TMA_SMS, Operand, plan
+from mpkernels.ops.linear_act import epilogues
+from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
+from mpkernels.ops.linear_act.epilogues import Activation, acc_dtype, empty_saved, mask_pitch
+from mpkernels.ops.linear_act.tile_config import TMA_SMS, Operand, plan
 from mpkernels.runtime import tuned_table
-from mpkernels.runtime.dispatch import triton_why_not
+from mpkernels.runtime.resolve import triton_why_not
 
 try:
     import triton
@@ -33,60 +35,53 @@ SELECT_FP64 = SELECT | {"BLOCK_M": 4}  # slopes in fp64 spill with more
 SELECT_ROWS = 256  # summed by one program of the select pass
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    return triton_why_not(device)
+def why_not(key: CallKey) -> str | None:
+    return triton_why_not(key.device) or epilogues.why_not("triton", key.activation)
 
 
-def linear_act(x, weight, bias, weight_copy, activation, compute_dtype, out_dtype, save, batch_invariant=False, *_):
-    (*lead, K), N, M = x.shape, weight.shape[0], x.shape[:-1].numel()
-    x_compute = cast(x, compute_dtype) if x.dtype != compute_dtype else x.new_empty(0)
-    operand = x_compute if x.dtype != compute_dtype else x
-    saved = empty_saved(x, N, activation if save else Activation.NONE, compute_dtype)
-    b = _operand(weight, weight_copy)
-    tile = None if batch_invariant else _tuned(x.device, "fprop", M, N, K, activation, compute_dtype, b.dtype, out_dtype)
+def linear_act(call: ForwardCall):
+    x, activation, compute_dtype = call.x, call.activation, call.compute_dtype
+    (*lead, K), N, M = x.shape, call.weight.shape[0], x.shape[:-1].numel()
+    x_compute = None if x.dtype == compute_dtype else cast(x, compute_dtype)
+    saved = empty_saved(x, N, activation, compute_dtype) if call.save and activation else None
+    b = call.operand
+    gemm = ("fprop", M, N, K, activation, compute_dtype, b.dtype, call.out_dtype)
     with torch.cuda.device_of(x):
         out, _ = _gemm(
-            _rows(operand, M, K), b.t(), out_dtype, tile, bias=bias, activation=int(activation),
-            saved=saved if save and activation else None, batch_invariant=batch_invariant,
+            _rows(x if x_compute is None else x_compute, M, K), b.t(), call.out_dtype,
+            None if call.batch_invariant else _tuned(x.device, *gemm), bias=call.bias, activation=int(activation), saved=saved,
+            batch_invariant=call.batch_invariant,
         )  # fmt: skip
     return out if x.dim() == 2 else out.view(*lead, N), saved, x_compute
 
 
-def linear_act_backward(
-    grad_out, x, weight, weight_copy, saved, activation, compute_dtype, grad_x_dtype, grad_weight_dtype, grad_bias_dtype,
-    output_mask, saved_below=None, activation_below=Activation.NONE, grad_bias_below_dtype=None,
-):  # fmt: skip
-    (N, K), M = weight.shape, grad_out.shape[:-1].numel()
-    grad_x = grad_weight = grad_bias_below = None
+def linear_act_backward(call: BackwardCall):
+    grad_out, compute_dtype, b, device = call.grad_out, call.compute_dtype, call.operand, call.weight.device
+    (N, K), M = call.weight.shape, grad_out.shape[:-1].numel()
+    wants_x, wants_weight, wants_bias = call.output_mask
+    grad_x = grad_weight = grad_prev_bias = None
     with torch.cuda.device_of(grad_out):
         grad_z, grad_bias = _select(
             _rows(grad_out, M, N),
-            _matrix(saved, activation, M, N),
-            int(activation),
+            _matrix(call.saved, call.activation, M, N),
+            int(call.activation),
             compute_dtype,
-            output_mask[0] or output_mask[1],
-            grad_bias_dtype if output_mask[2] else None,
+            wants_x or wants_weight,
+            call.grad_bias_dtype if wants_bias else None,
         )
-        if output_mask[0]:
-            b, saved_below = _operand(weight, weight_copy), _matrix(saved_below, activation_below, M, K)
-            plain = saved_below is None and grad_bias_below_dtype is None
-            tile = _tuned(weight.device, "dgrad", M, N, K, 0, compute_dtype, b.dtype, grad_x_dtype) if plain else None
+        if wants_x:
+            gemm = ("dgrad", M, N, K, 0, compute_dtype, b.dtype, call.grad_x_dtype)
             grad_x, sums = _gemm(
-                grad_z, b, grad_x_dtype, tile,
-                below=saved_below, activation_below=int(activation_below), sums=grad_bias_below_dtype is not None,
+                grad_z, b, call.grad_x_dtype, None if call.is_fused else _tuned(device, *gemm),
+                prev=_matrix(call.prev_saved, call.prev_activation, M, K), prev_activation=int(call.prev_activation),
+                sums=call.grad_prev_bias_dtype is not None,
             )  # fmt: skip
             grad_x = grad_x if grad_out.dim() == 2 else grad_x.view(*grad_out.shape[:-1], K)
-            grad_bias_below = None if sums is None else _sum(sums, grad_bias_below_dtype)
-        if output_mask[1]:
-            tile = _tuned(weight.device, "wgrad", M, N, K, 0, compute_dtype, grad_weight_dtype)
-            grad_weight, _ = _gemm(grad_z.t(), _rows(x, M, K), grad_weight_dtype, tile)
-    dtypes = (grad_x_dtype, grad_weight_dtype, grad_bias_dtype, grad_bias_below_dtype)
-    grads = (grad_x, grad_weight, grad_bias, grad_bias_below)
-    return tuple(g if g is not None else grad_out.new_empty(0, dtype=d) for g, d in zip(grads, dtypes, strict=True))
-
-
-def _operand(weight, weight_copy):
-    return weight if weight_copy is None else weight_copy
+            grad_prev_bias = None if sums is None else _sum(sums, call.grad_prev_bias_dtype)
+        if wants_weight:
+            tile = _tuned(device, "wgrad", M, N, K, 0, compute_dtype, call.grad_weight_dtype)
+            grad_weight, _ = _gemm(grad_z.t(), _rows(call.x, M, K), call.grad_weight_dtype, tile)
+    return grad_x, grad_weight, grad_bias, grad_prev_bias
 
 
 def _rows(tensor, rows, columns):
@@ -95,16 +90,16 @@ def _rows(tensor, rows, columns):
 
 
 def _matrix(saved, activation, rows, columns):
-    """`saved` as a matrix: a mask, an output, a pre-activation; None where there is no activation."""
+    """`saved` as a matrix: a mask, an output, a preactivation; None where there is no activation."""
     if activation == Activation.NONE:
         return None
     return saved if saved.dtype == torch.int32 else saved.reshape(rows, columns)
 
 
-def _tuned(device, *question):
+def _tuned(device, *gemm):
     """The tile that a tuned table has for a GEMM, or None."""
-    table = tuned_table.of(device)
-    entry = table.get(tuned_table.problem(*question)) if table else None
+    table = tuned_table.load(device)
+    entry = table.get(tuned_table.gemm_key(*gemm)) if table else None
     return None if entry is None else entry.tile
 
 
@@ -115,8 +110,8 @@ class _Launch:
     """A kernel with all of a launch but its tensors.
 
     Triton looks at every argument of the first call and hands out what it compiled; that is launched by itself from then on,
-    which takes a third of the time. So whoever keeps one sees to it that all its calls have tensors of one kind: dtype, None
-    or not, and the address modulo 16. What is allocated here is at a multiple of 16.
+    which takes a third of the time. So all calls of one must have tensors of one kind: dtype, None or not, and the address
+    modulo 16. What is allocated here is at a multiple of 16.
     """
 
     __slots__ = ("by_tma", "constants", "grid", "kernel", "numbers", "run", "values")
@@ -156,13 +151,13 @@ def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
 
 
 def _gemm(
-    a, b, out_dtype, tile=None, *, bias=None, activation=0, saved=None, below=None, activation_below=0, sums=False,
+    a, b, out_dtype, tile=None, *, bias=None, activation=0, saved=None, prev=None, prev_activation=0, sums=False,
     batch_invariant=False,
 ):  # fmt: skip
     """(round(act(a @ b + bias)), None) for a (M, K) and b (K, N) of any stride; `saved` is filled where it is given.
 
-    below: what the layer below saved, through whose activation the result goes back. sums: the second is then the sums of
-    its columns, unrounded, of each row of tiles.
+    prev: what the previous layer saved, by whose activation's gradient the result is multiplied. sums: the second is then the
+    sums of its columns, unrounded, of each row of tiles.
     """
     (M, K), N = a.shape, b.shape[1]
     out = a.new_empty((M, N), dtype=out_dtype)
@@ -171,39 +166,39 @@ def _gemm(
         b = cast(b, a.dtype)
     if batch_invariant and (a.stride() != (K, 1) or a.data_ptr() % 16):
         a = a.clone(memory_format=torch.contiguous_format)  # so that how it lies does not decide, either
-    kinds = (_kind(a), _kind(b), out_dtype, _kind(bias), _kind(below))
-    launch = _gemm_launch(a.device, *kinds, saved is not None, activation, activation_below, sums, tile, batch_invariant)
+    kinds = (_kind(a), _kind(b), out_dtype, _kind(bias), _kind(prev))
+    launch = _gemm_launch(a.device, *kinds, saved is not None, activation, prev_activation, sums, tile, batch_invariant)
     partial = a.new_empty((-(-M // launch.constants["BLOCK_M"]), N), dtype=acc_dtype(a.dtype)) if sums else None
     if out.numel() == 0:
         return out, partial
     if launch.by_tma:
-        contextvars.copy_context().run(_launch_tma, launch, a, b, bias, out, saved, below, partial)
+        contextvars.copy_context().run(_launch_tma, launch, a, b, bias, out, saved, prev, partial)
     else:
-        mask, pre = (saved, None) if activation == Activation.RELU else (None, saved)
-        launch(a, b, bias, out, mask, pre, below, partial)
+        mask, preactivation = (saved, None) if activation == Activation.RELU else (None, saved)
+        launch(a, b, bias, out, mask, preactivation, prev, partial)
     return out, partial
 
 
 @functools.lru_cache(maxsize=4096)
 def _gemm_launch(
-    device, a, b, out_dtype, bias, below, saves, activation, activation_below, sums, tile, batch_invariant
+    device, a, b, out_dtype, bias, prev, saves, activation, prev_activation, sums, tile, batch_invariant
 ) -> _Launch:
     """For tensors of these kinds."""
     a, b = Operand(*a), Operand(*b)
     (M, K), N = a.shape, b.shape[1]
-    smooth = activation > Activation.RELU or (below is not None and below[0] != torch.int32)
+    non_relu = activation > Activation.RELU or (prev is not None and prev[0] != torch.int32)
     chosen = plan(
         *_device(device), a, b, Operand(out_dtype, (M, N), (N, 1), 0), tile,
-        below=sums or below is not None, smooth=smooth, batch_invariant=batch_invariant,
+        fuses_prev=sums or prev is not None, non_relu_activation=non_relu, batch_invariant=batch_invariant,
     )  # fmt: skip
     stride_bias = 0 if bias is None else bias[2][0]
     stride_mask = mask_pitch(N) if saves and activation == Activation.RELU else 0
-    strides_below = (0, 0) if below is None else below[2]
+    strides_prev = (0, 0) if prev is None else prev[2]
     if chosen.by_tma:
-        numbers = (M, N, K, a.pitch, b.pitch, stride_bias, stride_mask, *strides_below)
+        numbers = (M, N, K, a.pitch, b.pitch, stride_bias, stride_mask, *strides_prev)
         return _Launch(tma.gemm_tma_kernel, chosen.grid, numbers, {"RELU": bool(activation)} | chosen.options, by_tma=True)
-    numbers = (M, N, K, *a.stride, *b.stride, stride_bias, stride_mask, *strides_below)
-    constants = {"ACTIVATION": activation, "ACTIVATION_BELOW": activation_below} | chosen.options
+    numbers = (M, N, K, *a.stride, *b.stride, stride_bias, stride_mask, *strides_prev)
+    constants = {"ACTIVATION": activation, "PREV_ACTIVATION": prev_activation} | chosen.options
     return _Launch(kernels.gemm_kernel, chosen.grid, numbers, constants)
 
 

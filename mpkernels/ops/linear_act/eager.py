@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 from mpkernels.ops.common.cast import cast
 from mpkernels.ops.common.layout import overlaps
-from mpkernels.ops.linear_act import Activation, acc_dtype, passes
-from mpkernels.ops.linear_act.passes import finish
+from mpkernels.ops.linear_act import epilogues, passes
+from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
+from mpkernels.ops.linear_act.epilogues import Activation, acc_dtype, finish
 
 BLOCK_ELEMENTS = 1 << 20  # of a weight, upcast at a time: 4 MB, a fresh larger buffer costs page faults
 SMALL_GEMM = 1 << 20  # M * N * K up to which oneDNN's own set-up costs more than it saves
@@ -27,20 +28,20 @@ PIECE = 1 << 17  # elements looked at at a time: what is made of them stays in t
 FEW_ROWS = 2  # up to here reading the weight costs more than multiplying with it
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    return None
+def why_not(key: CallKey) -> str | None:
+    return epilogues.why_not("eager", key.activation)
 
 
-def linear_act(*args):
-    return passes.linear_act(_matmul_nt, *args)
+def linear_act(call: ForwardCall):
+    return passes.forward(_matmul_nt, call)
 
 
-def linear_act_backward(*args):
-    return passes.linear_act_backward(_matmul_nt, *args)
+def linear_act_backward(call: BackwardCall):
+    return passes.backward(_matmul_nt, call)
 
 
 def _matmul_nt(
-    a, b, compute_dtype, out_dtype, *, bias=None, activation=Activation.NONE, pre=None, batch_invariant=False
+    a, b, compute_dtype, out_dtype, *, bias=None, activation=Activation.NONE, preactivation=None, batch_invariant=False
 ):  # fmt: skip
     """round(act(a @ b.T + bias)) as passes.py has it; b is cast and multiplied a block of rows at a time."""
     a, b = (t.contiguous() if overlaps(t) else t for t in (a, b))  # oneDNN has no words for what lies in itself
@@ -50,7 +51,7 @@ def _matmul_nt(
         b = cast(b, compute_dtype).t()
         if not batch_invariant and out_dtype == compute_dtype and activation in _AFTER_ROUNDING:
             return _matmul_nt_rounded_once(a, b, bias, activation)
-        return _matmul_nt_in_fp32(a, b, bias, activation, pre, out_dtype, batch_invariant)
+        return _matmul_nt_in_fp32(a, b, bias, activation, preactivation, out_dtype, batch_invariant)
     dtypes = {a.dtype, b.dtype, out_dtype, b.dtype if bias is None else bias.dtype}
     few = a.shape[0] <= FEW_ROWS and not batch_invariant and activation in _AFTER_ROUNDING
     if few and b.stride(1) == 1 and dtypes == {compute_dtype} and acc != compute_dtype:
@@ -66,12 +67,13 @@ def _matmul_nt(
     rows = max(64, BLOCK_ELEMENTS // max(K, 1))
     if b.dtype == acc or rows >= N:
         z = linear(a, cast(b, compute_dtype).to(acc), bias)
-        return finish(z, activation, pre, out_dtype)
+        return finish(z, activation, preactivation, out_dtype)
     out = a.new_empty((a.shape[0], N), dtype=out_dtype)
     for n in range(0, N, rows):
         block = _rows(b, n, rows, compute_dtype, acc)
         z = linear(a, block, None if bias is None else bias[n : n + rows])
-        out[:, n : n + rows] = finish(z, activation, None if pre is None else pre[:, n : n + rows], out_dtype)
+        saved = None if preactivation is None else preactivation[:, n : n + rows]
+        out[:, n : n + rows] = finish(z, activation, saved, out_dtype)
     return out
 
 
@@ -195,13 +197,13 @@ def _matmul_nt_rounded_once(a, b, bias, activation):
     return z.relu_() if activation == Activation.RELU else z
 
 
-def _matmul_nt_in_fp32(a, b, bias, activation, pre, out_dtype, batch_invariant):
+def _matmul_nt_in_fp32(a, b, bias, activation, preactivation, out_dtype, batch_invariant):
     """The same in any dtype: 16-bit operands, fp32 result, so that no split of K is reduced in 16 bits."""
     with _fp32_sums():
         z = _by_equal_gemms(a, b) if batch_invariant else torch.mm(a, b, out_dtype=torch.float32)
     if bias is not None:
         z += bias.to(torch.float32)
-    return finish(z, activation, pre, out_dtype)
+    return finish(z, activation, preactivation, out_dtype)
 
 
 def _by_equal_gemms(a, b):

@@ -1,17 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dispatcher: reading MPKERNELS_BACKEND, choosing an implementation, saying why not."""
+"""Ops and the choice of what serves them: reading MPKERNELS_BACKEND, choosing an implementation, saying why not."""
 
 import itertools
+from typing import NamedTuple
 
 import pytest
 import torch
 
 import mpkernels as mpk
-from mpkernels.runtime import dispatch
-from mpkernels.runtime.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, Implementation, Op, ops, parse_setting
+from mpkernels.runtime import resolve
+from mpkernels.runtime.op import Implementation, Op
+from mpkernels.runtime.resolve import BACKENDS, ENVIRONMENT_VARIABLE, Key, ops, parse_setting
 
 CPU, f32 = torch.device("cpu"), torch.float32
 unique = itertools.count()
+
+
+class Call(NamedTuple):
+    x: torch.Tensor
+
+    @property
+    def key(self) -> Key:
+        return Key(self.x.device, self.x.dtype)
+
+    gemm_key = None
+
+    def is_valid(self) -> bool:
+        return self.x.dim() < 5
 
 
 @pytest.fixture
@@ -24,29 +39,28 @@ def op(monkeypatch):
         def __init__(self, factor):
             self.factor = factor
 
-        def why_not(self, device, dtype):
+        def why_not(self, key):
             return self.refusal
 
         def __getattr__(self, name):
-            return lambda x: x * self.factor
+            return lambda call: call.x * self.factor
 
     made = Op(
-        f"dispatch_test_{next(unique)}(Tensor x) -> Tensor",
+        f"resolve_test_{next(unique)}(Tensor x) -> Tensor",
         "nowhere",
         (
             Implementation("native", ("cpu", "cuda")),
             Implementation("eager", ("cpu", "cuda")),
         ),
-        check=lambda x: None,
-        fake=lambda x: x.new_empty(x.shape),
-        key=lambda x: (x.device, x.dtype),
+        check=lambda call: None,
+        fake=lambda call: call.x.new_empty(call.x.shape),
+        call=Call,
     )
     made.modules = {"eager": Module(2), "native": Module(3)}
-    monkeypatch.setattr(made, "_module", made.modules.__getitem__)
-    monkeypatch.setattr(made, "function", lambda backend: getattr(made.modules[backend], made.name))
+    monkeypatch.setattr(made, "_module", lambda implementation: made.modules[implementation.backend])
     yield made
     del ops[made.name]
-    dispatch._choose.cache_clear()
+    resolve.choose.cache_clear()
     parse_setting.cache_clear()
 
 
@@ -71,14 +85,14 @@ def run(op):
         ("adamw_=eager,adamw_=native", {"adamw_": "native"}),
     ],
 )
-def test_dispatch_parses_the_setting(setting, forced):
+def test_resolve_parses_the_setting(setting, forced):
     assert parse_setting(setting) == forced
 
 
 @pytest.mark.parametrize(
     "setting", ["", "cuda", "Eager", "eager,", "linear=eager", "linear_act=cuda", "linear_act=", "=eager", "linear_act:eager"]
 )
-def test_dispatch_refuses_a_bad_setting(setting, monkeypatch):
+def test_resolve_refuses_a_bad_setting(setting, monkeypatch):
     """Where it is parsed and where an op is called, with every choice in the message."""
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, setting)
     x = torch.ones(2, 2)
@@ -92,15 +106,15 @@ def test_dispatch_refuses_a_bad_setting(setting, monkeypatch):
 # ----- the choice ---------------------------------------------------------------
 
 
-def test_dispatch_auto_takes_the_first_that_can(op, monkeypatch):
+def test_resolve_auto_takes_the_first_that_can(op, monkeypatch):
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     assert run(op) == 3
     op.modules["native"].refusal = "not built"
-    dispatch._choose.cache_clear()
+    resolve.choose.cache_clear()
     assert run(op) == 2
 
 
-def test_dispatch_auto_leaves_what_is_not_proven(op, monkeypatch):
+def test_resolve_auto_leaves_what_is_not_proven(op, monkeypatch):
     """`native` exists for cuda and is in `auto` for the CPU only."""
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     assert op.backend(torch.device("cuda"), f32) == "eager"
@@ -108,20 +122,20 @@ def test_dispatch_auto_leaves_what_is_not_proven(op, monkeypatch):
 
 
 @pytest.mark.parametrize(("backend", "factor"), [("eager", 2), ("native", 3)])
-def test_dispatch_forces(op, monkeypatch, backend, factor):
+def test_resolve_forces(op, monkeypatch, backend, factor):
     for setting in (backend, f"{op.name}={backend}", f"{op.name}={backend},triton"):
         monkeypatch.setenv(ENVIRONMENT_VARIABLE, setting)
         assert run(op) == factor
 
 
-def test_dispatch_reads_the_setting_at_every_call(op, monkeypatch):
+def test_resolve_reads_the_setting_at_every_call(op, monkeypatch):
     for backend, factor in (("eager", 2), ("native", 3), ("eager", 2)):
         monkeypatch.setenv(ENVIRONMENT_VARIABLE, backend)
         assert run(op) == factor
 
 
 @pytest.mark.parametrize("by_op", [False, True])
-def test_dispatch_forced_that_cannot_serve_raises(op, monkeypatch, by_op):
+def test_resolve_forced_that_cannot_serve_raises(op, monkeypatch, by_op):
     """With its reason, and it never falls back."""
     op.modules["native"].refusal = "needs sm90, got sm75"
     setting = f"{op.name}=native" if by_op else "native"
@@ -130,31 +144,31 @@ def test_dispatch_forced_that_cannot_serve_raises(op, monkeypatch, by_op):
         run(op)
 
 
-def test_dispatch_forced_for_all_leaves_ops_that_lack_it(op, monkeypatch):
+def test_resolve_forced_for_all_leaves_ops_that_lack_it(op, monkeypatch):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
     assert run(op) == 3
 
 
 @pytest.mark.parametrize("capability, backend", [((9, 0), "native"), ((8, 0), "eager"), ((10, 0), "eager")])
-def test_dispatch_forced_for_all_leaves_other_architectures(capability, backend, monkeypatch):
+def test_resolve_forced_for_all_leaves_other_architectures(capability, backend, monkeypatch):
     """Hopper's GEMM exists on Hopper: forcing native for the step elsewhere leaves linear_act to auto."""
-    from mpkernels.ops.linear_act import forward_op, impl_native
+    from mpkernels.ops.linear_act import forward_op, sm90
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(impl_native, "why_not", lambda device, dtype: None)
+    monkeypatch.setattr(sm90, "why_not", lambda key: None)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "native")
-    dispatch._choose.cache_clear()
+    resolve.choose.cache_clear()
     assert forward_op.backend(torch.device("cuda", 0), torch.float16) == backend
-    dispatch._choose.cache_clear()
+    resolve.choose.cache_clear()
 
 
-def test_dispatch_forced_by_op_knows_no_exception(op, monkeypatch):
+def test_resolve_forced_by_op_knows_no_exception(op, monkeypatch):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, f"{op.name}=triton")
     with pytest.raises(RuntimeError, match="cannot use triton: not implemented"):
         run(op)
 
 
-def test_dispatch_why_not(op):
+def test_resolve_why_not(op):
     assert op.why_not("triton", CPU, f32) == "not implemented"
     assert op.why_not("eager", torch.device("mps"), f32) == "not implemented for mps"
     assert op.why_not("eager", CPU, f32) is None
@@ -162,20 +176,20 @@ def test_dispatch_why_not(op):
     assert op.why_not("native", CPU, f32) == "not built"
 
 
-def test_dispatch_every_op_has_eager_everywhere():
+def test_resolve_every_op_has_eager_everywhere():
     for op in ops.values():
         for device in ("cpu", "cuda"):
             assert op.why_not("eager", torch.device(device), f32) is None
 
 
-def test_dispatch_reasons_are_short_sentences():
+def test_resolve_reasons_are_short_sentences():
     for op in ops.values():
         for backend in BACKENDS:
             reason = op.why_not(backend, CPU, f32)
             assert reason is None or (reason == reason.strip() and "\n" not in reason and 0 < len(reason) < 200)
 
 
-def test_dispatch_reports_hoppers_gemm(monkeypatch):
+def test_resolve_reports_hoppers_gemm(monkeypatch):
     """It has no fp32 arithmetic: the report and is_available ask for what it has."""
     from mpkernels import __main__ as command
     from mpkernels.ops.linear_act import backward_op, forward_op
@@ -189,16 +203,16 @@ def test_dispatch_reports_hoppers_gemm(monkeypatch):
         monkeypatch.setattr(op, "verdict", lambda backend, device: None)
         assert command.state(op, gpu, "native") == ("unproven", "python -m mpkernels prove")
     monkeypatch.setattr(native, "why_not", lambda: "not built")
-    monkeypatch.setattr(dispatch, "ops", {"linear_act": forward_op})
+    monkeypatch.setattr(resolve, "ops", {"linear_act": forward_op})
     assert mpk.is_available("native")
     assert mpk.why_not("native") is None
-    dispatch._choose.cache_clear()
+    resolve.choose.cache_clear()
 
 
 # ----- is_available and why_not ---------------------------------------------------------------
 
 
-def test_dispatch_is_available():
+def test_resolve_is_available():
     assert mpk.is_available("eager") is True
     assert mpk.why_not("eager") is None
     for backend in BACKENDS:
@@ -207,14 +221,14 @@ def test_dispatch_is_available():
         assert reason is None or (reason and "\n" not in reason)
 
 
-def test_dispatch_says_why_not(monkeypatch):
+def test_resolve_says_why_not(monkeypatch):
     for op in ops.values():
         monkeypatch.setattr(op, "why_not", lambda backend, device, dtype: "no driver")
     assert mpk.is_available("native") is False
     assert mpk.why_not("native") == "no driver"
 
 
-def test_dispatch_does_not_take_a_rocm_gpu_for_hopper(monkeypatch):
+def test_resolve_does_not_take_a_rocm_gpu_for_hopper(monkeypatch):
     """gfx90a has the type cuda and the capability (9, 0)."""
     from mpkernels.runtime import native
 
@@ -226,24 +240,24 @@ def test_dispatch_does_not_take_a_rocm_gpu_for_hopper(monkeypatch):
         monkeypatch.setattr(torch.version, "hip", hip)
         assert hopper.exists_on(gpu) is (hip is None)
         assert hopper.exists_on(CPU)
-    assert dispatch.triton_why_not.__wrapped__(gpu) == "needs an NVIDIA GPU, this torch is built for ROCm 6.4.1"
+    assert resolve.triton_why_not.__wrapped__(gpu) == "needs an NVIDIA GPU, this torch is built for ROCm 6.4.1"
     monkeypatch.setattr(native, "why_not", lambda: None)
     assert native.cuda_why_not.__wrapped__(gpu) == "needs an NVIDIA GPU, this torch is built for ROCm 6.4.1"
 
 
 @pytest.mark.parametrize("backend", ["cuda", "auto", "", None])
-def test_dispatch_is_available_refuses_names(backend):
+def test_resolve_is_available_refuses_names(backend):
     with pytest.raises(ValueError, match="backend must be one of eager, triton, native, got"):
         mpk.is_available(backend)
     with pytest.raises(ValueError, match="backend must be one of eager, triton, native, got"):
         mpk.why_not(backend)
 
 
-def test_dispatch_gives_implementations_no_minus_that_torch_has_put_off(op):
-    """`z.conj().imag` is a view of z with a minus to come: of a kernel that is handed its address, it would be lost."""
-    seen, double = [], op.function("native")
-    op.modules["native"] = type("Module", (), {"why_not": staticmethod(lambda device, dtype: None)})
-    setattr(op.modules["native"], op.name, staticmethod(lambda x: seen.append(x.is_neg()) or double(x)))
+def test_op_gives_implementations_no_lazily_negated_view(op):
+    """`z.conj().imag` is a view of z with its negative bit set, which a kernel that is handed its address would not see."""
+    seen = []
+    op.modules["native"] = type("Module", (), {"why_not": staticmethod(lambda key: None)})
+    setattr(op.modules["native"], op.name, staticmethod(lambda call: seen.append(call.x.is_neg()) or call.x * 3))
     x = torch.tensor([2 + 3j]).conj().imag
     assert x.is_neg()
     assert op(x).item() == -9

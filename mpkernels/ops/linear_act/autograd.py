@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The derivatives of linear_act: one autograd.Function for eager mode and torch.func, and the rules of the ops themselves.
+
+Two doors lead to an op. `LinearAct` is that of eager mode and of torch.func, which cannot differentiate an op that has
+`register_autograd` alone: `grad` raises there, and `jvp` is silently zero. torch.compile, torch.export and callers of
+torch.ops.mpkernels differentiate the ops. Both keep the same and take the same way back.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from mpkernels.ops.linear_act.call import BackwardCall, ForwardCall
+from mpkernels.ops.linear_act.epilogues import Activation
+from mpkernels.ops.linear_act.schema import backward_op, forward_op
+from mpkernels.runtime.resolve import Kernel
+
+
+class Grads(NamedTuple):
+    """Of the inputs that have one, or whether they are wanted."""
+
+    x: torch.Tensor | bool | None
+    weight: torch.Tensor | bool | None
+    bias: torch.Tensor | bool | None
+    prev_bias: torch.Tensor | bool | None
+
+
+class LinearAct(torch.autograd.Function):
+    """out of a call. The first four arguments are those of the call that have a gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias, prev_bias, call: ForwardCall, kernel: Kernel | None):
+        """(out, what autograd need not see). kernel: where it is known that nothing but eager execution goes on."""
+        out, *kept = forward_op.run(call) if kernel is None else forward_op.execute(call, kernel)
+        return out, tuple(kept)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _bias, _prev_bias, call, _ = inputs
+        out, kept = output
+        _keep(ctx, call._replace(x=x, weight=weight) if call.x is not x else call, ctx.needs_input_grad[1], out, *kept)
+
+    @staticmethod
+    def backward(ctx, grad_out, _):
+        wants_x, wants_weight, wants_bias, wants_prev_bias, *_ = ctx.needs_input_grad
+        return *_grads(ctx, Grads(wants_x, wants_weight, wants_bias, wants_prev_bias), grad_out), None, None
+
+
+# What `LinearAct.apply` calls where no transform is active. It itself first takes the signature of `forward` apart, for
+# defaults that there are none of, which costs as much as the rest of a small layer.
+apply_in_eager = super(torch.autograd.Function, LinearAct).apply
+
+
+def _keep(ctx, call: ForwardCall, wants_weight: bool, out, saved, x_compute) -> None:
+    """What `_grads` needs of a call."""
+    x, weight, bias, prev_bias = call.x, call.weight, call.bias, call.prev_bias
+    activation = Activation.NONE if call.activation_grad_fused else call.activation
+    kept = None
+    if activation != Activation.NONE:
+        kept = saved if call.save else out if activation == Activation.RELU else None
+    kept_x = None
+    if wants_weight:
+        kept_x = x if x.dtype == call.compute_dtype else x_compute
+    ctx.save_for_backward(kept_x, weight, call.weight_copy, kept, call.prev_saved)
+    ctx.set_materialize_grads(False)
+    ctx.activation, ctx.activation_grad_fused, ctx.prev_activation = (
+        activation,
+        call.activation_grad_fused,
+        call.prev_activation,
+    )
+    grad_dtype = call.grad_dtype
+    ctx.dtypes = (
+        call.compute_dtype, x.dtype, grad_dtype or weight.dtype, grad_dtype or (weight if bias is None else bias).dtype,
+    )  # fmt: skip
+    ctx.grad_prev_bias_dtype = None if prev_bias is None else grad_dtype or prev_bias.dtype
+
+
+def _grads(ctx, wanted: Grads, grad_out) -> Grads:
+    """The gradients that are wanted, None for the others."""
+    grad_prev_bias_dtype = ctx.grad_prev_bias_dtype if wanted.prev_bias else None
+    wants_x = wanted.x or grad_prev_bias_dtype is not None
+    output_mask = [wants_x, wanted.weight, wanted.bias and not ctx.activation_grad_fused]
+    if grad_out is None or not any(output_mask):
+        return Grads(None, None, None, None)
+    x, weight, weight_copy, saved, prev_saved = ctx.saved_tensors
+    call = BackwardCall(grad_out, x, weight, weight_copy, saved, ctx.activation, *ctx.dtypes, output_mask)
+    if wants_x and (ctx.prev_activation != Activation.NONE or grad_prev_bias_dtype is not None):
+        fused = {"prev_activation": ctx.prev_activation, "grad_prev_bias_dtype": grad_prev_bias_dtype}
+        call = call._replace(prev_saved=prev_saved, **fused)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        grads = _LinearActBackward.apply(*call)  # which refuses to be differentiated
+    else:
+        grads = backward_op.run(call)
+    flags = (*output_mask, grad_prev_bias_dtype is not None)
+    return Grads(*(grad if flag else None for grad, flag in zip(grads, flags, strict=True)))
+
+
+class _LinearActBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args):
+        return backward_op(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        _refuse_double_backward(ctx, *grads)
+
+
+def _refuse_double_backward(ctx, *grads):
+    raise RuntimeError("linear_act: double backward is not supported")
+
+
+# ----- the ops ---------------------------------------------------------------
+
+_NO_GRADS = ForwardCall(*[None] * len(ForwardCall._fields))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[1:])
+    _keep(ctx, ForwardCall(*inputs), _needs_grad(ctx).weight, *output)
+
+
+def _backward(ctx, grad_out, grad_saved, grad_x_compute):
+    needs = _needs_grad(ctx)
+    grads = _grads(ctx, Grads(needs.x, needs.weight, needs.bias, needs.prev_bias), grad_out)
+    return tuple(_NO_GRADS._replace(**grads._asdict()))
+
+
+def _needs_grad(ctx) -> ForwardCall:
+    """ctx.needs_input_grad by name; what torch.library adds to the arguments comes after them."""
+    return ForwardCall(*ctx.needs_input_grad[: len(ForwardCall._fields)])
+
+
+torch.library.register_autograd("mpkernels::linear_act", _backward, setup_context=_setup_context)
+torch.library.register_autograd("mpkernels::linear_act_backward", _refuse_double_backward)
+
+
+def _refusing_forward_mode(op):
+    """`register_autograd` drops tangents without a word. This refuses all of forward mode: it cannot see which have one."""
+
+    def kernel(keyset, *args):
+        if torch.autograd.forward_ad._current_level >= 0:
+            raise NotImplementedError(f"{op._opname}: forward mode (jvp) is not supported")
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    return kernel
+
+
+_library = torch.library.Library("mpkernels", "FRAGMENT")
+for _op in (torch.ops.mpkernels.linear_act.default, torch.ops.mpkernels.linear_act_backward.default):
+    _library.impl(_op._opname, _refusing_forward_mode(_op), "ADInplaceOrView", with_keyset=True)
+
+
+# ----- vmap ---------------------------------------------------------------
+
+
+def _each(op, info, in_dims, args):
+    """The op once per sample, results stacked."""
+
+    def sample(i):
+        return [a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)]
+
+    return tuple(map(torch.stack, zip(*(op(*sample(i)) for i in range(info.batch_size)), strict=True)))
+
+
+@torch.library.register_vmap("mpkernels::linear_act")
+def _vmap(info, in_dims, *args):
+    call, dims = ForwardCall(*args), ForwardCall(*in_dims)
+    if any(dim is not None for dim in (dims.weight, dims.bias, dims.weight_copy)):
+        return _each(torch.ops.mpkernels.linear_act, info, in_dims[: len(args)], args), (0, 0, 0)
+    call = call._replace(
+        x=call.x.movedim(dims.x, 0), activation_grad_fused=False, prev_saved=None, prev_activation=0, prev_bias=None
+    )  # which are for backward
+    out, saved, x_compute = forward_op.dispatch(call)
+    x_dim = 0 if x_compute.dim() > 1 else None
+    if saved.dim() == 1:
+        return (out, saved, x_compute), (0, None, x_dim)
+    return (out, saved.unflatten(0, (info.batch_size, -1)), x_compute), (0, 0, x_dim)
+
+
+@torch.library.register_vmap("mpkernels::linear_act_backward")
+def _vmap_backward(info, in_dims, *args):
+    return _each(torch.ops.mpkernels.linear_act_backward, info, in_dims[: len(args)], args), (0, 0, 0, 0)

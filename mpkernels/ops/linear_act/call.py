@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calls of linear_act and its backward: the arguments of the schemas by name, and what follows from them.
+
+`is_valid` is the fast-path predicate: all that every call pays for. Where it says no, mpkernels/ops/linear_act/checks.py
+builds the message.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from mpkernels.ops.common.cast import DTYPES
+from mpkernels.ops.linear_act.epilogues import Activation
+from mpkernels.runtime.tuned_table import GemmKey, gemm_key
+
+_DTYPES, _ACTIVATIONS = frozenset(DTYPES), frozenset(map(int, Activation))
+
+
+class CallKey(NamedTuple):
+    """All that the choice of an implementation may depend on. activation: of two the one that fewer implementations have.
+
+    N, K: of the weight; 0 on a CPU, where they decide nothing.
+    """
+
+    device: torch.device
+    dtype: torch.dtype  # compute_dtype
+    out_dtype: torch.dtype | None = None  # None: compute_dtype, in the plainest call there is
+    activation: int = Activation.NONE
+    N: int = 0
+    K: int = 0
+
+
+class ForwardCall(NamedTuple):
+    """A call of `linear_act`. The last four are of the fused backward: see FusedBackwardLink."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    weight_copy: torch.Tensor | None
+    activation: int
+    compute_dtype: torch.dtype
+    out_dtype: torch.dtype
+    save: int
+    batch_invariant: bool = False
+    grad_dtype: torch.dtype | None = None
+    activation_grad_fused: bool = False
+    prev_saved: torch.Tensor | None = None
+    prev_activation: int = Activation.NONE
+    prev_bias: torch.Tensor | None = None
+
+    @property
+    def key(self) -> CallKey:
+        device = self.x.device
+        if device.type == "cuda":
+            return CallKey(device, self.compute_dtype, self.out_dtype, self.activation, *self.weight.shape)
+        return CallKey(device, self.compute_dtype, self.out_dtype, self.activation)
+
+    @property
+    def gemm_key(self) -> GemmKey | None:
+        """None where a table may not decide: with batch_invariant a row's bits would depend on the number of rows."""
+        if self.batch_invariant:
+            return None
+        dtypes = (self.compute_dtype, self.operand.dtype, self.out_dtype)
+        return gemm_key("fprop", math.prod(self.x.shape[:-1]), *self.weight.shape, int(self.activation), *dtypes)
+
+    @property
+    def operand(self) -> torch.Tensor:
+        """The weight as it is multiplied with."""
+        return self.weight if self.weight_copy is None else self.weight_copy
+
+    def is_valid(self) -> bool:
+        x, weight, bias, copy, prev_bias = self.x, self.weight, self.bias, self.weight_copy, self.prev_bias
+        return (
+            _fit(x.device, x, weight, bias, copy, prev_bias)
+            and self.compute_dtype in _DTYPES
+            and self.out_dtype in _DTYPES
+            and weight.dim() == 2
+            and x.dim() > 0
+            and x.shape[-1] == weight.shape[1]
+            and (bias is None or bias.shape == weight.shape[:1])
+            and (copy is None or (copy.shape == weight.shape and copy.dtype == self.compute_dtype))
+            and self.activation in _ACTIVATIONS
+            and self.save in (0, 1)
+            and (not self.prev_activation or fits(self.prev_saved, self.prev_activation, x.shape, x.device))
+            and (prev_bias is None or prev_bias.shape == x.shape[-1:])
+        )
+
+
+class BackwardCall(NamedTuple):
+    """A call of `linear_act_backward`. The last three are of the fused backward: see FusedBackwardLink."""
+
+    grad_out: torch.Tensor
+    x: torch.Tensor | None
+    weight: torch.Tensor
+    weight_copy: torch.Tensor | None
+    saved: torch.Tensor | None
+    activation: int
+    compute_dtype: torch.dtype
+    grad_x_dtype: torch.dtype
+    grad_weight_dtype: torch.dtype
+    grad_bias_dtype: torch.dtype
+    output_mask: list[bool]
+    prev_saved: torch.Tensor | None = None
+    prev_activation: int = Activation.NONE
+    grad_prev_bias_dtype: torch.dtype | None = None
+
+    @property
+    def key(self) -> CallKey:
+        device, activation = self.grad_out.device, max(self.activation, self.prev_activation)
+        if device.type == "cuda":
+            return CallKey(device, self.compute_dtype, self.grad_out.dtype, activation, *self.weight.shape)
+        return CallKey(device, self.compute_dtype, self.grad_out.dtype, activation)
+
+    @property
+    def gemm_key(self) -> GemmKey:
+        dtypes = (self.compute_dtype, self.operand.dtype, self.grad_x_dtype, self.grad_weight_dtype)
+        return gemm_key("backward", math.prod(self.grad_out.shape[:-1]), *self.weight.shape, int(self.activation), *dtypes)
+
+    @property
+    def operand(self) -> torch.Tensor:
+        """The weight as it is multiplied with."""
+        return self.weight if self.weight_copy is None else self.weight_copy
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether it does the activation's backward of the previous layer too, or sums its bias gradient."""
+        return self.prev_activation != Activation.NONE or self.grad_prev_bias_dtype is not None
+
+    def is_valid(self) -> bool:
+        grad_out, x, weight, copy = self.grad_out, self.x, self.weight, self.weight_copy
+        return (
+            _fit(grad_out.device, grad_out, x, weight, copy)
+            and _DTYPES.issuperset((self.compute_dtype, self.grad_x_dtype, self.grad_weight_dtype, self.grad_bias_dtype))
+            and weight.dim() == 2
+            and grad_out.dim() > 0
+            and grad_out.shape[-1] == weight.shape[0]
+            and (copy is None or (copy.shape == weight.shape and copy.dtype == self.compute_dtype))
+            and (
+                not self.output_mask[1]
+                or (x is not None and x.dtype == self.compute_dtype and x.shape == (*grad_out.shape[:-1], weight.shape[1]))
+            )
+            and (not self.activation or fits(self.saved, self.activation, grad_out.shape, grad_out.device))
+            and (not self.is_fused or self._may_be_fused())
+        )
+
+    def _may_be_fused(self) -> bool:
+        shape, device = (*self.grad_out.shape[:-1], self.weight.shape[1]), self.grad_out.device
+        return (
+            bool(self.output_mask[0])
+            and self.grad_prev_bias_dtype in (*DTYPES, None)
+            and (not self.prev_activation or fits(self.prev_saved, self.prev_activation, shape, device))
+        )
+
+
+class FusedBackwardLink:
+    """Between two layers, the next of which alone reads what the previous returns: what its backward does for both.
+
+    The previous layer's forward gets it as `next`, and fills it where a kernel does the next one's dgrad; the next layer's
+    gets it as `prev`. Then dgrad's epilogue applies the activation's gradient of the previous layer and sums its bias
+    gradient, and the previous layer takes what arrives as its grad_z.
+    """
+
+    __slots__ = ("activation", "activation_grad_fused", "bias", "saved")
+
+    def __init__(self):
+        self.activation_grad_fused, self.saved, self.activation, self.bias = False, None, Activation.NONE, None
+
+    def fill(self, call: ForwardCall, saved: torch.Tensor) -> None:
+        """With a forward that left its activation's gradient to the next layer."""
+        self.activation_grad_fused, self.saved = True, saved if call.save else None
+        self.activation, self.bias = Activation(call.activation), call.bias
+
+
+def fits(saved: torch.Tensor | None, activation: int, shape: tuple[int, ...], device: torch.device) -> bool:
+    """Whether `saved` is what backward reads of an output of `shape`: a ReLU's mask or that output, else the preactivation."""
+    if activation not in _ACTIVATIONS or saved is None or saved.device != device:
+        return False
+    if activation == Activation.RELU and saved.dtype != torch.int32:
+        return saved.shape == shape and saved.dtype in DTYPES
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    if activation == Activation.RELU:
+        return saved.shape == (rows, (columns + 31) // 32)
+    return saved.shape == (rows, columns) and saved.dtype in DTYPES
+
+
+def _fit(device: torch.device, *tensors: Any) -> bool:
+    """Whether they are dense, of a dtype that is computed with, and on `device`."""
+    for tensor in tensors:
+        if tensor is not None and not (
+            tensor.dtype in DTYPES and tensor.layout == torch.strided and not tensor.is_nested and tensor.device == device
+        ):
+            return False
+    return True

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear_act in C++ on a CPU: out = round(act(x @ weight.T + bias)).
+
+The products read operands as they lie and round, widen and multiply them in registers; no copy in fp32 is written, whose
+pages cost as much as a small product. What is around the products is torch's, as in eager.
+"""
+
+import torch
+
+from mpkernels.ops.common.cast import cast
+from mpkernels.ops.linear_act import epilogues, passes
+from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
+from mpkernels.ops.linear_act.epilogues import Activation
+from mpkernels.runtime import native
+
+
+def why_not(key: CallKey) -> str | None:
+    reason = native.why_not() or epilogues.why_not("cpu", key.activation)
+    return reason or ("has no float64" if key.dtype == torch.float64 else None)
+
+
+def linear_act(call: ForwardCall):
+    x, (N, K), compute_dtype, activation = call.x, call.weight.shape, call.compute_dtype, call.activation
+    x_compute = saved = None
+    if x.dtype != compute_dtype:
+        x_compute = cast(x, compute_dtype) if x.dtype == torch.float64 else x.to(compute_dtype)  # round: x -> compute dtype
+    a = x if x_compute is None else x_compute
+    if x.dim() != 2:
+        a = a.reshape(x.shape[:-1].numel(), K)
+    if call.save and activation > Activation.RELU:
+        saved = a.new_empty((a.shape[0], N))
+    out = _multiply(
+        a, call.operand, compute_dtype, call.out_dtype,
+        bias=call.bias, activation=activation, preactivation=saved, batch_invariant=call.batch_invariant,
+    )  # fmt: skip
+    if call.save and activation == Activation.RELU:
+        saved = epilogues.pack_mask(out)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], N), saved, x_compute
+
+
+def linear_act_backward(call: BackwardCall):
+    if torch.float64 in (call.grad_out.dtype, None if call.saved is None else call.saved.dtype):
+        return passes.backward(_multiply, call)  # fp32 takes its smallest numbers for 0
+    if not call.is_fused:
+        return *_gradients(call, call.grad_x_dtype), None
+    grad_x, grad_weight, grad_bias = _gradients(call, torch.float32)
+    grad_z, grad_prev_bias = passes.prev_backward(call, passes.rows(grad_x))
+    return cast(grad_z, call.grad_x_dtype).view(grad_x.shape), grad_weight, grad_bias, grad_prev_bias
+
+
+def _multiply(
+    a, b, compute_dtype, out_dtype, *, bias=None, activation=Activation.NONE, preactivation=None, batch_invariant=False
+):  # fmt: skip
+    """round(act(a @ b.T + bias)) as passes.py has it."""
+    out = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    a, b = _readable(a, compute_dtype), _readable(b, compute_dtype)
+    torch.ops.mpkernels_C.linear_act_multiply.default(
+        a, b, bias, compute_dtype, activation, batch_invariant, out, preactivation
+    )
+    return out
+
+
+def _gradients(call: BackwardCall, grad_x_dtype: torch.dtype):
+    """grad_x, grad_weight and grad_bias in one call: one pass for grad_z and grad_bias, and the products."""
+    compute_dtype, (N, K) = call.compute_dtype, call.weight.shape
+    wants_x, wants_weight, wants_bias = call.output_mask
+    grad = passes.rows(call.grad_out)
+    grad = grad if grad.stride(1) == 1 else grad.contiguous()
+    saved = _saved(call, grad)
+    rounds = saved is not None or (grad.dtype != compute_dtype and grad.dtype != torch.float32)
+    grad_z = grad.new_empty(grad.shape, dtype=compute_dtype) if rounds and (wants_x or wants_weight) else None
+    grad_x = grad.new_empty((grad.shape[0], K), dtype=grad_x_dtype) if wants_x else None
+    grad_weight = grad.new_empty((N, K), dtype=call.grad_weight_dtype) if wants_weight else None
+    grad_bias = grad.new_empty(N, dtype=call.grad_bias_dtype) if wants_bias else None
+    x = _readable(passes.rows(call.x), compute_dtype) if wants_weight else None
+    weight = _readable(call.operand, compute_dtype)
+    torch.ops.mpkernels_C.linear_act_gradients.default(
+        grad, saved, call.activation, x, weight, compute_dtype, grad_z, grad_x, grad_weight, grad_bias
+    )
+    return grad_x if grad_x is None else passes.as_grad_x(call, grad_x), grad_weight, grad_bias
+
+
+def _saved(call: BackwardCall, grad: torch.Tensor) -> torch.Tensor | None:
+    """What `call` saved, as the pass over grad_out reads it: numbers, of which a ReLU's select by being positive."""
+    if call.activation == Activation.NONE:
+        return None
+    if call.saved.dtype == torch.int32:
+        return epilogues.unpack_mask(call.saved, grad.shape[1]).to(grad.dtype)
+    return passes.rows(call.saved).contiguous()
+
+
+def _readable(matrix: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
+    """`matrix`, cast where the kernel does not round it to compute_dtype itself, copied where rows and columns have gaps."""
+    dtype = matrix.dtype
+    if dtype != compute_dtype and dtype != torch.float32 and (compute_dtype != torch.float32 or dtype == torch.float64):
+        matrix = cast(matrix, compute_dtype)
+    return matrix if 1 in matrix.stride() else matrix.contiguous()

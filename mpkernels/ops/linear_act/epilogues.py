@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What linear_act does to its accumulator: a row per activation, in plain torch, and what backward reads of a forward.
+
+    out = round(act(z))                                z = x @ weight.T + bias, the preactivation
+    grad_z = grad_out * act'(saved)                    selected where the activation is a ReLU, times the slope elsewhere
+
+kernels_triton.py and csrc/linear_act have the same formulas as branches, reference.py in fp64.
+"""
+
+import enum
+import functools
+import math
+import typing
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from mpkernels.ops.common.cast import cast
+
+
+class Activation(enum.IntEnum):
+    """The activation as the schema carries it: a `str` argument of a compiled op leaks."""
+
+    NONE = 0
+    RELU = 1
+    RELU2 = 2
+    GELU = 3
+    GELU_TANH = 4
+    SILU = 5
+
+
+ActivationName = Literal["relu", "relu2", "gelu", "gelu_tanh", "silu"]
+_NAMES = {None: Activation.NONE} | {a.name.lower(): a for a in Activation if a != Activation.NONE}
+
+
+def activation_of(name: str | None) -> Activation:
+    """None or `"relu"`, `"relu2"`, `"gelu"`, `"gelu_tanh"`, `"silu"` as an Activation; ValueError for another name."""
+    if name not in _NAMES:
+        known = ", ".join(f'"{known}"' for known in _NAMES if known)
+        raise ValueError(f"activation must be None or one of {known}, got {name!r}")
+    return _NAMES[name]
+
+
+def name_of(activation: Activation) -> ActivationName | None:
+    """The inverse of activation_of."""
+    return None if activation == Activation.NONE else typing.cast(ActivationName, activation.name.lower())
+
+
+def acc_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """dtype of the accumulator."""
+    return torch.promote_types(compute_dtype, torch.float32)
+
+
+# ----- formulas ---------------------------------------------------------------
+
+# torch's fused GELU and SiLU have other bits in the vectors of a tensor than in what is left over behind them. So they are
+# given whole vectors, a piece at a time, which stays in the cache; what is left over is padded.
+
+_PIECE = 1 << 15  # elements of a thread
+_ALONE = 1 << 14  # elements that torch does not share among threads
+_VECTORS = 64  # elements: a multiple of what any CPU takes at once
+STEEP = 1000.0  # from here on slopes of gelu and silu are 0 or 1 in fp64 too, and at infinity their formulas are NaN
+
+_gelu_tanh = functools.partial(F.gelu, approximate="tanh")
+_gelu_tanh_ = functools.partial(torch.ops.aten.gelu_, approximate="tanh")
+_gelu_backward, _silu_backward = torch.ops.aten.gelu_backward, torch.ops.aten.silu_backward
+_gelu_tanh_backward = functools.partial(_gelu_backward, approximate="tanh")
+
+
+def _not_steep(backward):
+    """In place of the gradient."""
+    return lambda grad, z: backward(grad, z.clamp(-STEEP, STEEP), grad_input=grad)
+
+
+class Epilogue(NamedTuple):
+    """An activation. forward_: act(z), which overwrites z; graph: the same as graphs have it, where nothing is overwritten.
+
+    backward_: grad_z, which overwrites grad, from (grad, z) in the accumulator's dtype; None: grad is selected by a mask, or
+    is grad_z. saves: what backward reads. backends: the implementations that have it.
+    """
+
+    forward_: Callable
+    graph: Callable
+    backward_: Callable | None
+    saves: Literal["nothing", "mask", "preactivation"]
+    backends: frozenset[str]
+
+
+_ALL = frozenset({"eager", "cpu", "sm90", "triton"})
+_NOT_SM90 = _ALL - {"sm90"}
+
+EPILOGUES = {
+    Activation.NONE: Epilogue(lambda z: z, lambda z: z, None, "nothing", _ALL),
+    Activation.RELU: Epilogue(torch.relu_, torch.relu, None, "mask", _ALL),
+    Activation.RELU2: Epilogue(
+        lambda z: z.relu_().square_(),
+        lambda z: torch.relu(z).square(),
+        lambda grad, z: grad.mul_(2 * z).masked_fill_(z <= 0, 0),
+        "preactivation",
+        _NOT_SM90,
+    ),
+    Activation.GELU: Epilogue(torch.ops.aten.gelu_, F.gelu, _not_steep(_gelu_backward), "preactivation", _NOT_SM90),
+    Activation.GELU_TANH: Epilogue(_gelu_tanh_, _gelu_tanh, _not_steep(_gelu_tanh_backward), "preactivation", _NOT_SM90),
+    Activation.SILU: Epilogue(torch.ops.aten.silu_, F.silu, _not_steep(_silu_backward), "preactivation", _NOT_SM90),
+}
+
+
+def why_not(backend: str, activation: int) -> str | None:
+    """Why an implementation cannot serve an activation, or None."""
+    if backend in EPILOGUES[activation].backends:
+        return None
+    return f"has no {Activation(activation).name.lower()}"
+
+
+# ----- forward and backward ---------------------------------------------------------------
+
+
+def finish(z, activation, preactivation, out_dtype):
+    """round(act(z)); z is overwritten, and is rounded into `preactivation` where that is given."""
+    if preactivation is not None:
+        preactivation.copy_(cast(z, preactivation.dtype))
+    if activation == Activation.RELU:
+        z.relu_()
+    elif activation != Activation.NONE:
+        _by_vectors(EPILOGUES[activation].forward_, z)
+    return cast(z, out_dtype)
+
+
+def activation_backward(activation, saved, grad, compute_dtype):
+    """The gradient before the activation: `grad` selected by a ReLU's mask or output, else times the slope at `saved`."""
+    backward_ = EPILOGUES[activation].backward_
+    if backward_ is None:
+        return _select(saved, grad)
+    acc = acc_dtype(compute_dtype)
+    out = torch.empty(grad.shape, dtype=acc, device=grad.device).copy_(grad)
+    _by_vectors(lambda grad, z: backward_(grad, z.to(acc)), out, saved.contiguous())
+    return out
+
+
+def _by_vectors(function_, written, *others):
+    """function_(written, *others) of contiguous tensors, elements of one place together, in pieces of whole vectors."""
+    if not written.is_cpu:
+        function_(written, *others)
+        return
+    flat, begin, n = [tensor.view(-1) for tensor in (written, *others)], 0, written.numel()
+    for size in (_PIECE * torch.get_num_threads(), _ALONE, n % _ALONE // _VECTORS * _VECTORS):
+        while size and begin + size <= n:
+            function_(*(tensor.narrow(0, begin, size) for tensor in flat))
+            begin += size
+    if begin < n:
+        padded = [F.pad(tensor.narrow(0, begin, n - begin), (0, _VECTORS - n + begin)) for tensor in flat]
+        function_(*padded)
+        flat[0].narrow(0, begin, n - begin).copy_(padded[0].narrow(0, 0, n - begin))
+
+
+def _select(saved, grad_z):
+    """grad_z where the output was positive or NaN, else 0; selects, so that an inf behind a 0 does not become NaN."""
+    if saved.dtype == torch.int32:
+        return torch.where(unpack_mask(saved, grad_z.shape[1]), grad_z, 0)
+    saved = saved.reshape(grad_z.shape)
+    if saved.dtype == grad_z.dtype:
+        return torch.ops.aten.threshold_backward(grad_z, saved, 0)
+    return torch.where(saved <= 0, 0, grad_z)
+
+
+# ----- what is saved ---------------------------------------------------------------
+
+
+def mask_pitch(columns: int) -> int:
+    """Words from one row of the mask to the next: a multiple of 4, so that rows start at 16 bytes."""
+    return (columns + 127) // 128 * 4
+
+
+def empty_mask(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """An uninitialized mask for `rows` x `columns` outputs, on the device of `like`."""
+    words = (columns + 31) // 32
+    return like.new_empty_strided((rows, words), (mask_pitch(columns), 1), dtype=torch.int32)
+
+
+def empty_saved(x: torch.Tensor, columns: int, activation: int, compute_dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialized memory for what `activation` saves of an output of `columns` for each row of x (*, K)."""
+    rows, saves = math.prod(x.shape[:-1]), EPILOGUES[activation].saves
+    if saves == "nothing":
+        return x.new_empty(0, dtype=torch.int32)
+    if saves == "mask":
+        return empty_mask(x, rows, columns)
+    return x.new_empty((rows, columns), dtype=compute_dtype)
+
+
+def pack_mask(out: torch.Tensor) -> torch.Tensor:
+    """The mask of `not (out <= 0)` for out (M, N)."""
+    M, N = out.shape
+    mask = empty_mask(out, M, N)
+    bits = F.pad(~(out <= 0), (0, mask.shape[1] * 32 - N)).view(M, mask.shape[1], 32).long()
+    weights = torch.ones((), dtype=torch.int64, device=out.device) << torch.arange(32, dtype=torch.int64, device=out.device)
+    words = (bits * weights).sum(-1)
+    mask.copy_(torch.where(words >= 1 << 31, words - (1 << 32), words))
+    return mask
+
+
+def unpack_mask(mask: torch.Tensor, columns: int) -> torch.Tensor:
+    """(M, columns) bool from the mask."""
+    bits = (mask.unsqueeze(-1) >> torch.arange(32, device=mask.device, dtype=torch.int32)) & 1
+    return bits.bool().flatten(1)[:, :columns]

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two ops, linear_act and its backward: their schemas, and what implements them."""
+
+import torch
+
+from mpkernels.ops.linear_act import checks, flops
+from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
+from mpkernels.ops.linear_act.epilogues import Activation
+from mpkernels.runtime.op import Implementation, Op
+from mpkernels.runtime.tuned_table import GemmKey
+
+_PACKAGE = "mpkernels.ops.linear_act"
+_IMPLEMENTATIONS = (
+    Implementation("native", ("cpu",), module="cpu"),
+    Implementation("native", ("cuda",), module="sm90", sm=90, saves_mask=True),
+    Implementation("eager", ("cpu", "cuda")),
+    Implementation("triton", ("cuda", "cpu"), saves_mask=True),
+)
+
+
+def _covers(key: CallKey) -> bool:
+    """Cases of a proof compute in 16 bits, without an activation or with a ReLU: see mpkernels/testing/linear_act_cases.py."""
+    return key.activation <= Activation.RELU and key.dtype.itemsize == 2
+
+
+forward_op = Op(
+    "linear_act(Tensor x, Tensor weight, Tensor? bias, Tensor? weight_copy, int activation, ScalarType compute_dtype, "
+    "ScalarType out_dtype, int save, bool batch_invariant=False, ScalarType? grad_dtype=None, "
+    "bool activation_grad_fused=False, Tensor? prev_saved=None, int prev_activation=0, Tensor? prev_bias=None) "
+    "-> (Tensor out, Tensor saved, Tensor x_compute)",
+    _PACKAGE,
+    _IMPLEMENTATIONS,
+    call=ForwardCall,
+    key=CallKey,
+    check=checks.check_forward,
+    fake=checks.fake_forward,
+    fill=checks.fill_forward,
+    covers=_covers,
+    dtype=torch.float16,
+)
+backward_op = Op(
+    "linear_act_backward(Tensor grad_out, Tensor? x, Tensor weight, Tensor? weight_copy, Tensor? saved, int activation, "
+    "ScalarType compute_dtype, ScalarType grad_x_dtype, ScalarType grad_weight_dtype, ScalarType grad_bias_dtype, "
+    "bool[3] output_mask, Tensor? prev_saved=None, int prev_activation=0, ScalarType? grad_prev_bias_dtype=None) "
+    "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_prev_bias)",
+    _PACKAGE,
+    _IMPLEMENTATIONS,
+    call=BackwardCall,
+    key=CallKey,
+    check=checks.check_backward,
+    fake=checks.fake_backward,
+    fill=checks.fill_backward,
+    covers=_covers,
+    dtype=torch.float16,
+)
+flops.register()
+
+
+def op_of(key: GemmKey) -> Op:
+    """The op that a key of a tuned table is about."""
+    return forward_op if key[0] == "fprop" else backward_op

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear_act in CUDA C++ for sm_90a (Hopper): out = round(act(x @ weight.T + bias)) in one kernel by TMA and WGMMA.
+
+Backward is one streaming pass (select, grad_bias) and two launches of the same GEMM, in whose epilogue dgrad can do that pass
+for the previous layer. Same inputs, same bits: no atomics; where the sum over M is split, the parts are fp32 and are added
+in order.
+
+What TMA asks of a matrix: rows that are contiguous and start at multiples of 16 bytes. So K and N are multiples of 8 (else
+the call is refused: that is Triton's), and an operand that lies otherwise is copied once.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from mpkernels.ops.common.cast import cast
+from mpkernels.ops.linear_act import epilogues
+from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
+from mpkernels.ops.linear_act.epilogues import Activation, empty_mask, pack_mask
+from mpkernels.runtime import native
+
+BLOCK_M, BLOCK_K = 128, 64
+SELECT_ROWS, SUM_ROWS = 128, 64  # that one row of column sums stands for, of the select pass and of dgrad
+INVARIANT_M = 1024  # whose tile batch_invariant takes for every M
+K_BLOCKS_PER_SPLIT = 8  # at least: a part costs the write and the read of an fp32 tile
+MAX_SPLITS = 8
+
+
+def why_not(key: CallKey) -> str | None:
+    reason = native.cuda_why_not(key.device)
+    if reason is not None:
+        return reason
+    major, minor = torch.cuda.get_device_capability(key.device)
+    return f"needs sm90, got sm{major}{minor}" if (major, minor) != (9, 0) else why_not_call(key)
+
+
+def why_not_call(key: CallKey) -> str | None:
+    """`why_not` of a GPU that is an sm_90."""
+    if key.dtype not in (torch.float16, torch.bfloat16):
+        return f"needs float16 or bfloat16 to compute in, got {key.dtype}"
+    if key.N % 8 or key.K % 8:
+        return f"needs in_features and out_features in multiples of 8 (16 bytes), got {key.K} and {key.N}"
+    if key.out_dtype not in (key.dtype, torch.float32, None):
+        return f"needs an output in {key.dtype} or torch.float32, got {key.out_dtype}"
+    return epilogues.why_not("sm90", key.activation)
+
+
+def linear_act(call: ForwardCall):
+    x, compute_dtype, (N, K), M = call.x, call.compute_dtype, call.weight.shape, call.x.shape[:-1].numel()
+    x_compute = None if x.dtype == compute_dtype else cast(x, compute_dtype)
+    relu = call.activation == Activation.RELU
+    mask = empty_mask(x, M, N) if call.save and relu else None
+    out = x.new_empty((M, N), dtype=call.out_dtype)
+    if out.numel():
+        a, b = _matrix(_rows(x if x_compute is None else x_compute, M, K)), _weight(call)
+        if K == 0:  # an empty sum: one step of zeros
+            a, b = a.new_zeros((M, 8)), b.new_zeros((N, 8))
+        config = choose(INVARIANT_M if call.batch_invariant else M, N, _num_sms(x.device))
+        torch.ops.mpkernels_C.linear_act_fprop(a, b, call.bias, relu, out, mask, *config)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], N), mask, x_compute
+
+
+def linear_act_backward(call: BackwardCall):
+    grad_out, (N, K), M = call.grad_out, call.weight.shape, call.grad_out.shape[:-1].numel()
+    wants_x, wants_weight, wants_bias = call.output_mask
+    grad_z, grad_bias = _select(
+        _rows(grad_out, M, N),
+        _mask(call.saved, call.activation, M, N),
+        call.compute_dtype,
+        wants_x or wants_weight,
+        call.grad_bias_dtype if wants_bias else None,
+    )
+    grad_x = grad_weight = grad_prev_bias = None
+    if wants_x:
+        prev_mask = _mask(call.prev_saved, call.prev_activation, M, K)
+        grad_x, grad_prev_bias = _dgrad(grad_z, _weight(call), prev_mask, call.grad_x_dtype, call.grad_prev_bias_dtype)
+        grad_x = grad_x if grad_out.dim() == 2 else grad_x.view(*grad_out.shape[:-1], K)
+    if wants_weight:
+        grad_weight = _wgrad(grad_z, _matrix(_rows(call.x, M, K)), call.grad_weight_dtype)
+    return grad_x, grad_weight, grad_bias, grad_prev_bias
+
+
+# ----- tiles of a GEMM ---------------------------------------------------------------
+
+
+class TileConfig(NamedTuple):
+    """Columns of a tile (rows are BLOCK_M), blocks of a cluster that share their columns, and the SMs of the GPU."""
+
+    block_n: int
+    cluster: int
+    num_sms: int
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(rows: int, columns: int, num_sms: int) -> TileConfig:
+    """The larger tile where it keeps three quarters of the chip busy; pairs where few of them lack their second tile."""
+    tiles_m = -(-rows // BLOCK_M)
+    block_n = 256 if 4 * tiles_m * -(-columns // 256) >= 3 * num_sms else 128
+    cluster = 2 if tiles_m % 2 == 0 or tiles_m >= 16 else 1
+    return TileConfig(block_n, cluster, num_sms)
+
+
+def choose_splits(rows: int, columns: int, K: int, config: TileConfig) -> int:
+    """Parts of the sum over K, so that the tiles of a small result do not leave the chip idle."""
+    tiles = -(-rows // BLOCK_M) * -(-columns // config.block_n)
+    return max(1, min(config.num_sms // tiles, -(-K // BLOCK_K) // K_BLOCKS_PER_SPLIT, MAX_SPLITS))
+
+
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# ----- operands ---------------------------------------------------------------
+
+
+def _weight(call: ForwardCall | BackwardCall) -> torch.Tensor:
+    return _matrix(cast(call.operand, call.compute_dtype))
+
+
+def _rows(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """`tensor` as a matrix."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(rows, columns)
+
+
+def _matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, copied where TMA cannot read it as it lies."""
+    return tensor if tma_why_not(tensor) is None else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def tma_why_not(tensor: torch.Tensor) -> str | None:
+    """Why TMA cannot read a matrix of 16-bit elements as it lies, or None; its rows are those of the matrix."""
+    pitch, step = tensor.stride()
+    if step != 1:
+        return f"needs contiguous rows, got a stride of {step}"
+    if pitch < tensor.shape[1]:
+        return f"needs rows that do not overlap, got a pitch of {pitch} for {tensor.shape[1]} elements"
+    if pitch % 8 or tensor.data_ptr() % 16:
+        return (
+            f"needs rows at multiples of 16 bytes, got a pitch of {2 * pitch} and an address {tensor.data_ptr() % 16} past one"
+        )
+    return None
+
+
+def _mask(saved, activation, rows, columns):
+    """The mask that `saved` is, or that of the output that it is; None where nothing is selected."""
+    if activation == Activation.NONE:
+        return None
+    if saved.dtype == torch.int32:
+        return saved if saved.stride(1) == 1 else saved.contiguous()
+    return pack_mask(saved.reshape(rows, columns))
+
+
+# ----- backward ---------------------------------------------------------------
+
+
+def _select(grad_out, mask, compute_dtype, wants_grad_z, grad_bias_dtype):
+    """(grad_z in compute_dtype, grad_bias), None where not wanted; grad_out itself where it already is grad_z."""
+    M, N = grad_out.shape
+    is_grad_z = mask is None and grad_out.dtype == compute_dtype and _matrix(grad_out) is grad_out
+    grad_z = grad_out.new_empty((M, N), dtype=compute_dtype) if wants_grad_z and not is_grad_z else None
+    sums = None if grad_bias_dtype is None else grad_out.new_empty((-(-M // SELECT_ROWS), N), dtype=torch.float32)
+    if grad_out.numel() and (grad_z is not None or sums is not None):
+        torch.ops.mpkernels_C.linear_act_select(grad_out, mask, grad_z, sums)
+    grad_bias = None if sums is None else _sum(sums, grad_bias_dtype)
+    return grad_out if is_grad_z else grad_z, grad_bias
+
+
+def _sum(parts, dtype):
+    """parts.sum(0), rounded once to `dtype`."""
+    if parts.numel() == 0:
+        return parts.new_zeros(parts.shape[1:], dtype=dtype)
+    out = parts.new_empty(parts.shape[1:], dtype=dtype)
+    torch.ops.mpkernels_C.linear_act_sum(parts, out)
+    return out
+
+
+def _dgrad(grad_z, weight, prev_mask, dtype, grad_prev_bias_dtype):
+    """(grad_z @ weight, selected by `prev_mask` where it is given, in `dtype`; its column sums unrounded, or None)."""
+    M, (N, K) = grad_z.shape[0], weight.shape
+    parts = -(-M // SUM_ROWS) if N else 0
+    sums = None if grad_prev_bias_dtype is None else grad_z.new_empty((parts, K), dtype=torch.float32)
+    if N and M and K:
+        grad_x = grad_z.new_empty((M, K), dtype=_stored(dtype, grad_z.dtype))
+        torch.ops.mpkernels_C.linear_act_dgrad(grad_z, weight, prev_mask, grad_x, sums, *choose(M, K, _num_sms(grad_z.device)))
+    else:
+        grad_x = grad_z.new_zeros((M, K), dtype=dtype)
+    return cast(grad_x, dtype), None if sums is None else _sum(sums, grad_prev_bias_dtype)
+
+
+def _wgrad(grad_z, x, dtype):
+    """grad_z.T @ x in `dtype`."""
+    M, N, K = *grad_z.shape, x.shape[1]
+    if not (M and N and K):
+        return grad_z.new_zeros((N, K), dtype=dtype)
+    config = choose(N, K, _num_sms(grad_z.device))
+    splits = choose_splits(N, K, M, config)
+    if splits == 1:
+        grad_weight = grad_z.new_empty((N, K), dtype=_stored(dtype, grad_z.dtype))
+        torch.ops.mpkernels_C.linear_act_wgrad(grad_z, x, grad_weight, 1, *config)
+        return cast(grad_weight, dtype)
+    rows = -(-N // (2 * BLOCK_M)) * 2 * BLOCK_M  # of whole tiles, so that one part's last does not touch the next part
+    parts = grad_z.new_empty((splits, rows, K), dtype=torch.float32)
+    torch.ops.mpkernels_C.linear_act_wgrad(grad_z, x, parts.view(-1, K), splits, *config)
+    return _sum(parts[:, :N], dtype)
+
+
+def _stored(dtype: torch.dtype, compute_dtype: torch.dtype) -> torch.dtype:
+    """What the GEMM stores: the accumulator itself where it cannot store `dtype`, so that it is rounded once."""
+    return dtype if dtype == compute_dtype else torch.float32

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An op: a schema, a check, a fake and a table of implementations, all of which take one call.
+
+The dispatcher carries flat arguments. `Op` turns them once into the op's call, a NamedTuple whose fields are those of the
+schema, in their order and with their defaults. A call has
+
+    key           hashable: all that the choice of an implementation may depend on; `device` and `dtype` come first
+    is_valid()    a fast predicate; where it says no, the op's `check` finds the words and raises
+    gemm_key      what a tuned table is asked by, or None; ops without tables have none
+
+An implementation is a module of the op's folder, named as its backend (`eager.py`, `triton.py`, `native.py`), or as
+`Implementation.module` says where a backend has several (`cpu.py` and `sm90.py` are linear_act's `native`). It is imported at
+its first use, and has a function named as the op, which takes the call, and `why_not(key) -> str | None`: the only refusal.
+Where a result is not wanted it may return None for it; the dispatcher is given what the op's `fill` makes of that.
+
+mpkernels/runtime/resolve.py chooses; a call is chosen for once.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mpkernels.runtime import agreement, proof, resolve, tuned_table
+from mpkernels.runtime.resolve import Implementation, Kernel, Key, ops
+from mpkernels.runtime.tuned_table import BackendName
+
+_library = torch.library.Library("mpkernels", "FRAGMENT")
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+# What `os.environ` reads: a lookup there takes longer than all of `Op.resolve` to say "not there".
+_environment, _BACKEND = os.environ._data, os.environ.encodekey(resolve.ENVIRONMENT_VARIABLE)
+
+
+class Op:
+    """An op with its schema and its implementations, in order of preference on a CPU.
+
+    call: the NamedTuple class of its calls; None: `check`, `fake`, `key`, `mutated` and implementations take the arguments.
+    check: raises on bad input; runs before every call and in the fake.
+    fake: shapes and dtypes of the result.
+    key: the class of a call's key; without a `call`, (device, dtype) of the arguments.
+    fill: (call, results) -> results, with tensors of size 0 where an implementation returned None.
+    covers: whether the cases of a proof are of such a key: of others a verdict says nothing, and `auto` takes eager.
+    mutated: the tensors that a call writes, whose version counters are moved (raw-pointer writes do not move them).
+    dtype: what its arithmetic is asked for in where no call says so: one that every implementation has.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        package: str,
+        implementations: tuple[Implementation, ...],
+        *,
+        check: Callable[..., None],
+        fake: Callable[..., object],
+        call: type | None = None,
+        key: Callable[..., Any] = Key,
+        fill: Callable[[Any, Any], Any] | None = None,
+        covers: Callable[[Any], bool] = lambda key: True,
+        mutated: Callable[..., list[torch.Tensor]] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.name = schema.split("(")[0]
+        self.package, self.implementations, self.dtype = package, implementations, dtype
+        self.backends: tuple[BackendName, ...] = tuple(dict.fromkeys(i.backend for i in implementations))
+        self.check, self.fake, self.fill, self.covers, self.mutated = check, fake, fill, covers, mutated
+        self.takes_call = call is not None
+        self.call = functools.partial(_Arguments, key) if call is None else call
+        self.key = key if self.takes_call else Key
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(self.name, self._dispatched, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"mpkernels::{self.name}", self._fake, lib=_library)
+        ops[self.name] = self
+
+    # ----- a call ---------------------------------------------------------------
+
+    def __call__(self, *args, checked: bool = False, **kwargs):
+        """The op, without the dispatcher where nothing but eager execution goes on: it costs as much as a small GEMM.
+
+        The dispatcher also resolves a lazily negated view such as `z.conj().imag`, whose negative bit a kernel would not see.
+
+        checked: these tensors have passed `check` before; only their values are new. Versions are then the caller's to move.
+        """
+        if self.is_tracing() or not are_plain(args):
+            return getattr(torch.ops.mpkernels, self.name)(*args, **kwargs)
+        call = self.call(*args, **kwargs)
+        return self.execute(call, self.resolve(call)) if checked else self._run(call)
+
+    def run(self, call):
+        """The op on a call: as `__call__`, but what was not computed may be None."""
+        return self._run(call) if is_direct(call) else self.dispatch(call)
+
+    def dispatch(self, call):
+        """The op on a call, by the dispatcher."""
+        return getattr(torch.ops.mpkernels, self.name)(*without_defaults(call))
+
+    def resolve(self, call) -> Kernel:
+        """What serves a call. Raises RuntimeError where an implementation is forced that cannot."""
+        key, preferred = call.key, None
+        table = tuned_table.tables.get(key.device)
+        if table is None:
+            table = tuned_table.load(key.device)
+        if table:
+            entry = table.get(call.gemm_key)
+            preferred = None if entry is None else entry.backend
+        return self._chosen(key, preferred)
+
+    def _chosen(self, key, preferred: str | None = None) -> Kernel:
+        try:
+            return resolve.choose(self.name, key, _environment.get(_BACKEND), preferred)
+        except proof.SelfCheckDeferred:
+            return self.kernel("eager", key.device)
+
+    def execute(self, call, kernel: Kernel):
+        """Run a kernel on a call that was checked."""
+        with torch._C._DisableAutocast():  # dtypes are in the arguments: the torch ops inside are not to be cast again
+            if self.mutated is not None:
+                return kernel.function(call)
+            # A result that torch knows as a view could not be changed in place (`+=`, nn.ReLU(inplace=True)).
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                return kernel.function(call)
+
+    def _run(self, call):
+        if not call.is_valid():
+            self._of(self.check)(call)
+        result = self.execute(call, self.resolve(call))
+        if self.mutated is not None:
+            move_versions(self._of(self.mutated)(call))
+        return result
+
+    def _dispatched(self, *args, **kwargs):
+        call = self.call(*args, **kwargs)
+        results = self._run(call)
+        return results if self.fill is None else self.fill(call, results)
+
+    def _fake(self, *args, **kwargs):
+        call = self.call(*args, **kwargs)
+        self._of(self.check)(call)
+        return self._of(self.fake)(call)
+
+    def _of(self, function: Callable) -> Callable:
+        """As a function of a call."""
+        return function if self.takes_call else _spread(function)
+
+    # ----- its implementations ---------------------------------------------------------------
+
+    def function(self, backend: str) -> Callable:
+        """The implementation as a function of the op's arguments, whatever `why_not` says of it; all results are tensors."""
+
+        def run(*args, **kwargs):
+            call = self.call(*args, **kwargs)
+            results = self.kernel(backend, call.key.device).function(call)
+            return results if self.fill is None else self.fill(call, results)
+
+        return run
+
+    def kernel(self, backend: str, device: torch.device) -> Kernel:
+        """The implementation on `device`, whatever `why_not` says of it; eager serves devices that no table names."""
+        implementation = self.implementation(backend, device) or self.implementation(backend, torch.device("cpu"))
+        function = getattr(self._module(implementation), self.name)
+        return Kernel(backend, self._of(function), implementation.saves_mask)
+
+    def implementation(self, backend: str, device: torch.device) -> Implementation | None:
+        """That of `backend` for the type of `device`, or None."""
+        return next((i for i in self.implementations if i.backend == backend and device.type in i.device_types), None)
+
+    def why_not(self, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        """One sentence why `backend` cannot run this op there at all, or None."""
+        return self.why_not_key(backend, self.key(device, dtype))
+
+    def why_not_key(self, backend: str, key) -> str | None:
+        """One sentence why `backend` cannot run a call of such a key, or None."""
+        if backend not in self.backends:
+            return "not implemented"
+        implementation = self.implementation(backend, key.device)
+        if implementation is None:
+            return f"not implemented for {key.device.type}"
+        module = self._module(implementation)
+        return module.why_not(key) if self.takes_call else module.why_not(*key)
+
+    def backend(self, device: torch.device, dtype: torch.dtype) -> BackendName:
+        """Name of the backend of `plainest`."""
+        return self.plainest(device, dtype).backend
+
+    def plainest(self, device: torch.device, dtype: torch.dtype) -> Kernel:
+        """What serves the plainest call on `device`, its arithmetic in `dtype`. Raises RuntimeError as `resolve`."""
+        return self._chosen(self.key(device, dtype))
+
+    def verdict(self, backend: str, device: torch.device) -> proof.Verdict | None:
+        """What a proof found of an implementation on `device`; read once per process."""
+        key = proof.key(self.name, self.package, backend, device)
+        return proof.of(device, os.environ.get(resolve.VERDICTS_VARIABLE)).get(key)
+
+    def choices(self, device: torch.device) -> dict[str, bool]:
+        """What is proven on a GPU besides eager, or what ranks agreed on, and whether it is slow."""
+        if proof.has_agreed(device):
+            return proof.agreed(device).get(self.name, {})
+        found = {backend: self.verdict(backend, device) for backend in self.backends if backend != "eager"}
+        return {backend: verdict.slow for backend, verdict in found.items() if verdict is not None and verdict.right}
+
+    def _module(self, implementation: Implementation):
+        return resolve.module_of(self.package, implementation)
+
+    @staticmethod
+    def is_tracing() -> bool:
+        """Whether something else than eager execution goes on: a compiler, a mode, a transform."""
+        return bool(
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._are_functorch_transforms_active()
+            or (_VMAP_MODE is not None and torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE))
+        )
+
+
+# Set under the vmap that is older than functorch's, by which is_grads_batched=True runs backward; None: torch has it no more.
+_VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")
+
+
+class _Arguments:
+    """A call of an op whose implementations take the arguments themselves."""
+
+    __slots__ = ("args", "key", "kwargs")
+
+    def __init__(self, key, *args, **kwargs):
+        self.args, self.kwargs, self.key = args, kwargs, Key(*key(*args, **kwargs))
+
+    def is_valid(self) -> bool:
+        return False
+
+    gemm_key = None
+
+
+def _spread(function: Callable) -> Callable:
+    return lambda call: function(*call.args, **call.kwargs)
+
+
+def without_defaults(call) -> tuple:
+    """The arguments of a call, but for defaults at the end: what a graph or a strategy of sharding need not see."""
+    arguments, defaults = list(call), call._field_defaults
+    for name in reversed(call._fields):
+        if name not in defaults or arguments[-1] is not defaults[name]:
+            break
+        arguments.pop()
+    return tuple(arguments)
+
+
+def move_versions(tensors: list[torch.Tensor]) -> None:
+    """Tell torch that these were written: writes through raw pointers move no version counter."""
+    if not torch.is_inference_mode_enabled():
+        torch.autograd.graph.increment_version(tensors)
+
+
+# ----- whether the dispatcher has to see a call ---------------------------------------------------------------
+
+
+def are_plain(values) -> bool:
+    """Whether no tensor is of a class that may change what an op does, or is lazily negated."""
+    for value in values:  # noqa: SIM110 - a generator takes longer
+        if isinstance(value, torch.Tensor) and (type(value) not in PLAIN or value.is_neg()):
+            return False
+    return True
+
+
+def is_direct(call) -> bool:
+    """Whether nothing but eager execution of plain tensors goes on."""
+    return not Op.is_tracing() and are_plain(call)
+
+
+# ----- ranks ---------------------------------------------------------------
+
+
+def agree_on_backends() -> None:
+    """Make all ranks of a job choose alike on GPUs: called where a model is converted and an optimizer is made."""
+    if not agreement.is_due() or Op.is_tracing():
+        return
+    device = proof.indexed(torch.device("cuda"))
+    found = {(op.name, backend): op.verdict(backend, device) for op in ops.values() for backend in op.backends}
+    keys = [proof.key(op.name, op.package, backend, device) for op in ops.values() for backend in op.backends]
+    wrong = [", ".join(pair) for pair, verdict in found.items() if verdict is not None and not verdict.right]
+    if torch.distributed.get_rank() == 0 and not any(found.values()):
+        resolve.warn_unproven()
+    agreement.agree(device, {op.name: op.choices(device) for op in ops.values()}, keys, wrong)
+    resolve.choose.cache_clear()

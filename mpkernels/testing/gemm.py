@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random operands of one GEMM of linear_act, by the key of a tuned table, and why results of it are wrong."""
+
+from dataclasses import dataclass
+
+import torch
+
+from mpkernels.ops.common.cast import cast
+from mpkernels.ops.linear_act import op_of, reference
+from mpkernels.ops.linear_act.epilogues import Activation, pack_mask, unpack_mask
+from mpkernels.runtime.tuned_table import GemmKey
+from mpkernels.testing import bounds
+
+
+@dataclass
+class Inputs:
+    """Random operands of a problem, and what its results must be."""
+
+    problem: GemmKey
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    grad_out: torch.Tensor
+
+    @classmethod
+    def random(cls, problem: GemmKey, rows: int, device: torch.device) -> "Inputs":
+        _, _, N, K, _, compute, weight, *_ = problem
+        generator = torch.Generator(device).manual_seed(0)
+        shapes = ((rows, K), (N, K), (N,), (rows, N))
+        dtypes = (compute, weight, torch.float32, compute)
+        options = {"generator": generator, "dtype": torch.float32, "device": device}
+        return cls(problem, *(torch.randn(shape, **options).to(dtype) for shape, dtype in zip(shapes, dtypes)))
+
+    def arguments(self, backend: str, output_mask=(True, True, True)) -> tuple:
+        """Of the op, as the layer would call it: kernels for GPUs write and read a mask, the others select by the output."""
+        role, _, _, _, activation, compute, _, *dtypes = self.problem
+        save = int(op_of(self.problem).kernel(backend, self.x.device).saves_mask and activation != Activation.NONE)
+        if role == "fprop":
+            return self.x, self.weight, self.bias, None, activation, compute, dtypes[0], save
+        out = pack_mask(self._out()) if save else self._out()
+        grads = (dtypes[0], dtypes[1], dtypes[1])
+        return self.grad_out, self.x, self.weight, None, out, activation, compute, *grads, list(output_mask)
+
+    def wrong(self, results: tuple, output_mask=(True, True, True)) -> str | None:
+        """Why results of the op are wrong, or None."""
+        role, _, N, _, activation, compute, *_ = self.problem
+        weight = cast(self.weight, compute).double()
+        if role == "fprop":
+            out, saved, *_ = results
+            if saved.numel() and not torch.equal(unpack_mask(saved, N), ~(out <= 0)):
+                return "the mask is not that of the output"
+            exact = reference.linear_act(self.x, self.weight, self.bias, activation, compute)
+            return _outside("out", out, exact, self.x, weight.T, self.bias.double().abs(), compute)
+        grad_z = self.grad_out
+        positive = self._out() > 0 if activation != Activation.NONE else None
+        expected = reference.linear_act_backward(grad_z, self.x, self.weight, positive, compute)
+        grad_z = grad_z if positive is None else torch.where(positive, grad_z, 0)
+        factors = ((grad_z, weight), (grad_z.T, self.x), (torch.ones_like(grad_z[:, 0]), grad_z))
+        parts = zip(("grad_x", "grad_weight", "grad_bias"), results, expected, factors, output_mask, strict=False)
+        reasons = [_outside(name, got, r, *pair, 0, compute) for name, got, r, pair, wanted in parts if wanted]
+        return next(filter(None, reasons), None)
+
+    def _out(self) -> torch.Tensor:
+        """What backward takes for the layer's output: of either sign, as random as one."""
+        return self.grad_out.roll(1, 0)
+
+
+def _outside(name: str, got, exact, a, b, bias, compute: torch.dtype) -> str | None:
+    """Why a result is further from fp64 than one rounding and the accumulator take it, or None."""
+    v = bounds.accumulator_roundoff(got.device, compute)
+    excess = bounds.random_sign_excess(got, exact, a, b, bias, compute, v)
+    return None if excess <= 1 else f"{name} is {excess:.3g} times as far from fp64 as the bound allows"
