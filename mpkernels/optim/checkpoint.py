@@ -30,8 +30,8 @@ def checked_state(
         for i, (key, parameter) in enumerate(zip(new["params"], group["params"], strict=True))
     }
     known, states = {"step", "master", *kept.moments}, state_dict["state"]
-    foreign = {key: state for key, state in states.items() if key not in by_key}
-    if unknown := [key for key, state in foreign.items() if isinstance(key, int) or _keys(state) & {*kept.moments}]:
+    others = {key: state for key, state in states.items() if key not in by_key}
+    if unknown := [key for key, state in others.items() if isinstance(key, int) or _keys(state) & {*kept.moments}]:
         raise ValueError(f"state_dict has state for {unknown}, which no group names")
     for new, group in zip(saved, ours, strict=True):
         check_hyperparameters({**group, **new})
@@ -43,7 +43,7 @@ def checked_state(
             )
     result = {}
     for key, state in states.items():
-        if key in foreign:
+        if key in others:
             result[key] = state
             continue
         group, i, parameter = by_key[key]

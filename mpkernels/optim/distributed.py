@@ -109,7 +109,7 @@ def _mesh(mesh, placed: list[torch.Tensor]) -> _Mesh:
 
 
 def is_dtensor(tensor) -> bool:
-    """Whether `tensor` is a DTensor, without importing what torch imports only for those who use it."""
+    """Whether `tensor` is a DTensor, without importing what torch itself imports only at its first use."""
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return False
     module = sys.modules.get("torch.distributed.tensor")

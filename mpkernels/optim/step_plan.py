@@ -6,7 +6,7 @@ A plan is made for one `Signature`: it matches that of a step or not, it `is_cur
 """
 
 import weakref
-from itertools import chain, compress, zip_longest
+from itertools import chain, compress, starmap, zip_longest
 from operator import attrgetter, is_, itemgetter
 
 import torch
@@ -58,10 +58,9 @@ class GroupValues:
 
     def look(self, groups: list[dict]) -> None:
         """Raise ValueError for a value that a user or a scheduler has put there since and that is not allowed."""
-        known = len(groups) == len(self._seen)
-        seen, keys, moments = (
-            ([*self._seen], [*self._keys], [*self.moments]) if known else ([()] * len(groups) for _ in range(3))
-        )
+        seen, keys, moments = [*self._seen], [*self._keys], [*self.moments]
+        if len(seen) != len(groups):
+            seen, keys, moments = [()] * len(groups), [()] * len(groups), [()] * len(groups)
         for i, group in enumerate(groups):
             values = tuple(map(group.get, self._requirements))
             new = [n for n, v, old in zip_longest(self._requirements, values, seen[i], fillvalue=_NEVER_SEEN) if v is not old]
@@ -136,13 +135,13 @@ class StepPlan:
         self.readings = readings(self)
         shared = {id(call.grads) for call in self.calls}
         self._grad_lists = [*self.calls, *(reading for reading in self.readings if id(reading.grads) not in shared)]
-        self._owners = [(name, call.entries) for call in self.calls for name in ("step", *call.moments)]
-        self._owners.append(("master", [self.entries[i] for i in self.has_master]))
+        self._owners = [(itemgetter(name), call.entries) for call in self.calls for name in ("step", *call.moments)]
+        self._owners.append((itemgetter("master"), [self.entries[i] for i in self.has_master]))
         self._state_tensors = list(self._find_state_tensors())
         self._is_fake = any_fake(self.local_params)
         self._addresses = self._find_addresses()
         self._copied_addresses = [self._addresses[i] for i in self._copied]
-        self._same_params, self._same_grads = same_formats(self.local_params), None
+        self._params_match, self._grads_match = same_formats(self.local_params), None
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         return distributed.local(tensor) if self.dtensors else tensor
@@ -186,11 +185,11 @@ class StepPlan:
         return all(state.get(p) is entry for p, entry in zip(self.params, self.entries, strict=True))
 
     def _has_same_tensors(self) -> bool:
-        """NOTE: users replace what is in the state, as those do who move it to the host and back."""
+        """NOTE: users replace what is in the state, as offloading to the host and back does."""
         params = list(map(self.local, self.params)) if self.dtensors else self.local_params
         try:
             return (
-                self._same_params(*params)
+                self._params_match(*params)
                 and all(map(is_, self._find_state_tensors(), self._state_tensors))
                 and self._find_addresses() == self._addresses
             )
@@ -198,7 +197,7 @@ class StepPlan:
             return False
 
     def _find_state_tensors(self) -> chain:
-        return chain.from_iterable(map(itemgetter(name), entries) for name, entries in self._owners)
+        return chain.from_iterable(starmap(map, self._owners))
 
     def _find_addresses(self) -> list[int]:
         """NOTE: of DTensors it asks anew for what this rank holds."""
@@ -219,7 +218,7 @@ class StepPlan:
 
     def rebind(self, grads: list[torch.Tensor]) -> bool:
         """Take these gradients, of DTensors what this rank holds, if they are but for values and places as those before."""
-        if self._same_grads is None or not self._same_grads(*grads):
+        if self._grads_match is None or not self._grads_match(*grads):
             return False
         for part in self._grad_lists:
             part.grads.replace(grads if len(part.indices) == len(grads) else [grads[i] for i in part.indices])
@@ -227,13 +226,13 @@ class StepPlan:
 
     def rebuild_grads(self, grads: list[torch.Tensor], check) -> None:
         """Take these gradients, whatever they are; `check`, the op's, raises where it cannot work on them."""
-        self._same_grads = None
+        self._grads_match = None
         for part in self._grad_lists:
             part.grads[:] = [grads[i] for i in part.indices]
             part.grads.describe()
         for call in self.calls:
             check(*call.arguments)
-        self._same_grads = same_formats(grads)
+        self._grads_match = same_formats(grads)
 
     def grads_of_params(self) -> list[torch.Tensor]:
         """As the parameters have them, DTensors too."""
@@ -252,24 +251,24 @@ class StepPlan:
 
     def sync_external_writes(self) -> None:
         """Take over what others wrote since our last step: a skipped one must not leave a copy behind its weight."""
-        versions = self._find_versions()
-        for i in self._externally_written(versions):
-            master_weights.take_over(self.masters[i], self.local_params[i])
-        self.versions = versions
+        if self.has_master:
+            versions = self._find_versions()
+            for i in self._externally_written(versions):
+                master_weights.take_over(self.masters[i], self.local_params[i])
+            self.versions = versions
         for copy, stamp in zip(self.compute_copies, self._find_copy_stamps(), strict=True):
             if copy.stamp != stamp:
                 copy.write(cast(copy.weight, copy.tensor.dtype))
 
     def record_writes(self) -> None:
         """To be called after the update."""
-        self.versions = self._find_versions()
+        if self.has_master:
+            self.versions = self._find_versions()
         for copy, stamp in zip(self.compute_copies, self._find_copy_stamps(), strict=True):
             copy.stamp = stamp
 
     def _find_versions(self) -> list:
-        """What changes when a parameter, or what this rank holds of it, is written visibly; nothing where none has a master."""
-        if not self.has_master:
-            return []
+        """What changes when a parameter, or what this rank holds of it, is written visibly."""
         versions = list(map(_version, self.local_params))
         return list(zip(versions, map(_version, self.params), strict=True)) if self.dtensors else versions
 
@@ -318,7 +317,10 @@ class PlanCache:
         self.stamps: dict[int, tuple] = {}
 
     def find(self, signature: Signature) -> StepPlan | None:
-        return next((plan for plan in self.plans if plan.signature.matches(signature)), None)
+        for plan in self.plans:
+            if plan.signature.matches(signature):
+                return plan
+        return None
 
     def use(self, plan: StepPlan) -> None:
         """Put `plan` first. What was written meanwhile under other plans is not external to it."""

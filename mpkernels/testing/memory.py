@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guarded memory: tensors between two bands that nobody may write, outputs full of NaN before they are written."""
+"""Guarded memory: tensors between two bands that must stay as they are, outputs full of NaN before they are written."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

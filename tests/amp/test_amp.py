@@ -156,7 +156,7 @@ def test_scaler_update_with_a_new_scale():
 
 @pytest.mark.parametrize("new_scale", [8.0, torch.tensor(8.0)], ids=str)
 def test_scaler_update_with_a_new_scale_counts(new_scale):
-    """Of the last step no more than whether it was taken; scale, growth and hysteresis are left to whoever set the scale."""
+    """Of the last step no more than whether it was taken; scale, growth and hysteresis are left to what set the scale."""
     params, scaler = parameters(torch.float32), mpk.GradScaler(hysteresis=2)
     optimizer = mpk.optim.SGD(params, lr=0.1)
     iteration(params, optimizer, scaler)
@@ -599,7 +599,7 @@ def test_accelerates_optimizer_steps_as_ours():
 )
 @pytest.mark.parametrize("unscale", [False, True])
 def test_step_after_an_exception_is_that_step(make, unscale):
-    """The scale is taken once, whoever's optimizer it was; and without the step, the scaler can be copied and goes on."""
+    """The scale is taken once, ours or torch's optimizer; and without the step, the scaler can be copied and goes on."""
     results = []
     for fails in (False, True):
         params, scaler = parameters(torch.float32), mpk.GradScaler(init_scale=2.0**10)
@@ -872,7 +872,7 @@ def test_unscale_then_no_step_then_next_step():
 
 
 def test_unscale_then_inf_is_not_checked_again():
-    """As torch: the verdict is that of unscale_; what the user makes of the gradients afterwards is theirs."""
+    """As torch: found_inf is that of unscale_; what the user makes of the gradients afterwards is theirs."""
     params, scaler = parameters(torch.float32), mpk.GradScaler()
     optimizer = mpk.optim.SGD(params, lr=0.1)
     give_grads(params, scaler)
@@ -931,7 +931,7 @@ def clipping(**options) -> tuple[list[nn.Parameter], mpk.optim.SGD, mpk.GradScal
 
 @pytest.mark.parametrize("poison", [None, math.inf])
 def test_clip_goes_with_its_gradients(poison):
-    """Whoever takes them away, as `zero_grad` of the optimizer does; those of the next backward are read, and not clipped."""
+    """Gradients may be taken away, as by `zero_grad` of the optimizer; those of the next backward are read, and not clipped."""
     params, optimizer, scaler = clipping()
     scaler.clip_grad_norm_(optimizer, 1.0)
     give_grads(params, scaler, size=2.0, poison=poison)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the step on many ranks: gloo processes that must agree on the verdict, the norm, the scale and every step count.
+"""Tests of the step on many ranks: gloo processes that must agree on found_inf, the norm, the scale and every step count.
 
 Each test runs a function in processes of its own; `run_ranks` fails what raises on any rank and what hangs.
 """
@@ -121,7 +121,7 @@ def test_what_hangs_or_raises_fails(monkeypatch):
         run_ranks(2, never_comes)
 
 
-# ----- the verdict ----------------------------------------------------------------------
+# ----- found_inf ----------------------------------------------------------------------
 
 
 def step_by(way: str, scaler, optimizer) -> None:
@@ -166,15 +166,15 @@ def replicas_agree(sharded, optimizer) -> None:
     """What two ranks both hold has the same bits on both."""
     if sharded.by_hand:
         return
-    held = {}
+    states = {}
     for p in sharded.params:
         first = sharded.mesh.get_coordinate()
         where = tuple(c for c, placement in zip(first, p.placements, strict=True) if not placement.is_replicate())
-        held[len(held), where] = raw(local(t) for t in (p, *optimizer.state[p].values()))
+        states[len(states), where] = raw(local(t) for t in (p, *optimizer.state[p].values()))
     everyone = [None] * distributed.get_world_size()
-    distributed.all_gather_object(everyone, held)
+    distributed.all_gather_object(everyone, states)
     for rank in everyone:
-        assert all(held.get(key, value) == value for key, value in rank.items())
+        assert all(states.get(key, value) == value for key, value in rank.items())
 
 
 def overflow_in_every_way(rank, layout):
@@ -233,7 +233,7 @@ def test_every_rank_skips_under_torchs_scaler():
 
 
 def a_rank_without_gradients(rank, layout):
-    """The last rank has none: it still hears of the verdict, and joins in whatever the others do."""
+    """The last rank has none: it still hears of found_inf, and joins in whatever the others do."""
     world = distributed.get_world_size()
     sharded, scaler = Sharded(layout), mpk.GradScaler(init_scale=1024.0)
     optimizer = mpk.optim.AdamW(sharded.params, **sharded.options)
@@ -257,7 +257,7 @@ def a_rank_without_gradients(rank, layout):
 
 
 @pytest.mark.parametrize("world, layout", [(2, "fsdp"), (3, "by hand")])
-def test_rank_without_gradients_hears_of_the_verdict(world, layout):
+def test_rank_without_gradients_hears_of_found_inf(world, layout):
     run_ranks(world, a_rank_without_gradients, layout)
 
 
@@ -488,19 +488,19 @@ def states_are_dtensors(rank):
     assert all(p._version > version for p, version in zip(sharded.params, versions, strict=True))
 
 
-def foreign_writes(rank):
+def external_writes(rank):
     """Through the DTensor, through what it holds, unseen with the remedy, and by putting another tensor into it."""
     parameter = Sharded("fsdp", torch.float16).params[0]
     parameter.grad = torch.ones_like(parameter)
     optimizer = mpk.optim.SGD([parameter], lr=2.0**-12)  # lost in fp16
     optimizer.step()
-    held = local(parameter)
+    shard = local(parameter)
     with torch.no_grad():
         for value, write in (
             (2.0, lambda v: parameter.fill_(v)),
             (3.0, lambda v: parameter.to_local().fill_(v)),
-            (4.0, lambda v: (held.fill_(v), optimizer.sync_masters_())),
-            (5.0, lambda v: setattr(parameter, "_local_tensor", torch.full_like(held, v))),
+            (4.0, lambda v: (shard.fill_(v), optimizer.sync_masters_())),
+            (5.0, lambda v: setattr(parameter, "_local_tensor", torch.full_like(shard, v))),
         ):
             write(value)
             optimizer.step()
@@ -512,8 +512,8 @@ def test_states_are_dtensors_as_their_parameter():
     run_ranks(4, states_are_dtensors)
 
 
-def test_foreign_writes_to_dtensors_reach_the_masters():
-    run_ranks(2, foreign_writes)
+def test_external_writes_to_dtensors_reach_the_masters():
+    run_ranks(2, external_writes)
 
 
 # ----- errors and no collectives ----------------------------------------------------------------
@@ -664,7 +664,7 @@ def fsdp_trains(rank, policy, sizes):
     assert all(isinstance(optimizer.state[p]["exp_avg"], DTensor) for p in model.parameters())
     assert all(("master" in optimizer.state[p]) == (p.dtype == torch.float16) for p in model.parameters())
     scale = scaler.get_scale()
-    for bad in range(distributed.get_world_size()):  # the reduction carries it to some ranks, the verdict to all
+    for bad in range(distributed.get_world_size()):  # the reduction carries it to some ranks, found_inf to all
         before = everything(model.parameters(), optimizer)
         x, _ = batch(bad)
         scaler.scale(model(x).float().sum() * (math.inf if rank == bad else 1.0)).backward()

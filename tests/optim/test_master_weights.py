@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of masters: who reads them sees what was written to the parameters; master_weights swaps them in and back."""
+"""Tests of masters: a reader of them sees what was written to the parameters; master_weights swaps them in and back."""
 
 import copy
 
@@ -231,7 +231,7 @@ def test_graph_of_masters_does_not_outlive_a_step(lent):
         out.sum().backward()
 
 
-# ----- who reads masters ------------------------------------------------------------------------
+# ----- readers of masters ------------------------------------------------------------------------
 
 
 def load(model):

@@ -188,7 +188,7 @@ def test_strided(layout, name):
 @pytest.mark.parametrize("what", ["parameter", "gradient"])
 @ours
 def test_minus_that_torch_has_put_off(name, what):
-    """`z.conj().imag` is a view of z with a minus to come, and contiguous where it has one element."""
+    """`z.conj().imag` is a view of z with its negative bit set, and contiguous where it has one element."""
     results = []
     for laid in (torch.neg, torch._neg_view):
         params = parameters(torch.float16, torch.float32)
@@ -405,7 +405,7 @@ def test_grads_are_not_written():
 @pytest.mark.parametrize("way", ["plain", "max_norm", "scaler", "write_grads", "clip", "unscale", "left out"])
 @ours
 def test_gradients_are_let_go(name, way):
-    """After a step, or what else reads them, nobody but the parameters holds the gradients: the next ones take their memory."""
+    """After a step, or what else reads them, the parameters alone hold the gradients: the next ones take their memory."""
     params = parameters(torch.float16, torch.float32)
     options = {"max_norm": 1.0} if way == "max_norm" else {"write_grads": True} if way == "write_grads" else {}
     optimizer, scaler = OURS[name](params, **options), mpk.GradScaler(enabled=way not in ("plain", "max_norm"))
@@ -424,7 +424,7 @@ def test_gradients_are_let_go(name, way):
         assert [grad() for grad in grads] == [None, None]
 
 
-# ----- masters and foreign writes ----------------------------------------------------------------------
+# ----- masters and external writes ----------------------------------------------------------------------
 
 
 def half_trained(dtype=torch.float16):
@@ -1008,7 +1008,7 @@ def test_bad_value_of_grad_scale_is_an_overflow(name, master, scale):
     optimizer.step()
     assert state_bytes(optimizer) == before
     optimizer.grad_scale = None
-    optimizer.found_inf = torch.tensor(math.nan)  # not 0: somebody's verdict
+    optimizer.found_inf = torch.tensor(math.nan)  # not 0: a skip
     optimizer.step()
     assert state_bytes(optimizer) == before
     optimizer.found_inf = None
@@ -1254,8 +1254,8 @@ def test_step_sees_state_that_somebody_has_put_in(pair, change):
         for t in range(3, 6):
             train(params, optimizer, 1, t)
             trajectories[-1].append(torch.cat([p.detach() for p in params]).double().numpy())
-        held = optimizer._plans.plans[0].calls[0].states if make is ours else {}
+        listed = optimizer._plans.plans[0].calls[0].states if make is ours else {}
         assert all(
-            t is optimizer.state[p][name] for name, tensors in held.items() for p, t in zip(params, tensors, strict=True)
+            t is optimizer.state[p][name] for name, tensors in listed.items() for p, t in zip(params, tensors, strict=True)
         )
     bounds.check_trajectory(*map(np.stack, trajectories))

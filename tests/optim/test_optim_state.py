@@ -37,7 +37,7 @@ def own(params, optimizer) -> list[bytes]:
     return raw([*params, *(optimizer.state[p][n] for p in params for n in names if n in optimizer.state[p])])
 
 
-def foreign(params, optimizer) -> None:
+def another(params, optimizer) -> None:
     """What wrappers such as Lookahead, and users, keep in an optimizer's state."""
     optimizer.state["global_step"] = 7
     optimizer.state["history"] = {"losses": [1.0, 2.0], "master": torch.ones(2)}
@@ -61,7 +61,7 @@ def test_state_of_others_is_kept(name, way):
     params, other = make(name)
     for made in ((straight, optimizer), (params, other)):
         train(*made)
-    foreign(params, other)
+    another(params, other)
     if way in ("deepcopy", "pickle"):
         renew = copy.deepcopy if way == "deepcopy" else lambda value: pickle.loads(pickle.dumps(value))
         params, other = renew((params, other))
@@ -97,7 +97,7 @@ def test_entries_of_others_load_as_by_torch(name):
     theirs = torch.optim.SGD(twins, momentum=0.9)
     loaded = []
     for some, mine in ((params, optimizer), (twins, theirs)):
-        foreign(some, mine)
+        another(some, mine)
         train(some, mine)
         mine.state[some[0]]["wide"] = torch.full((2,), 0.1, dtype=torch.float64)
         mine.load_state_dict(mine.state_dict())

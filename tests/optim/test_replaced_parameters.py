@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of optimizers whose parameters, groups or state somebody replaces: what is there at the step is what counts."""
+"""Tests of optimizers whose parameters, groups or state the user replaces: what is there at the step is what counts."""
 
 import copy
 
@@ -96,7 +96,7 @@ def test_replaced_parameter_with_its_state(name, dtype, resize, state_first, mas
 @every_dtype
 @every_optimizer
 def test_replaced_parameter_without_state(name, dtype, stepped, whole_list):
-    """As those do who shard a model after its optimizer was made."""
+    """As sharding a model after its optimizer was made does."""
     params = parameters(dtype)
     optimizer = make(name, params)
     if stepped:
@@ -192,7 +192,7 @@ def test_plans_of_replaced_parameters_do_not_pile_up():
 
 
 @every_dtype
-def test_steps_of_sets_that_take_turns_are_those_of_single_optimizers(dtype):
+def test_steps_of_alternating_sets_are_those_of_single_optimizers(dtype):
     """Bit for bit, with writes of others in between, for more sets than there are plans."""
     params, alone = parameters(dtype), parameters(dtype)
     optimizer, singles = make("AdamW", params), [make("AdamW", [p]) for p in alone]
@@ -214,7 +214,7 @@ def test_steps_of_sets_that_take_turns_are_those_of_single_optimizers(dtype):
 
 
 def test_sets_that_take_turns_are_not_taken_for_written_by_others(monkeypatch):
-    """What one plan has written is not foreign to the next."""
+    """What one plan has written is not external to the next."""
     params, taken_over = parameters(torch.float16), []
     optimizer = mpk.optim.AdamW(params)
     take_over = master_weights.take_over

@@ -19,7 +19,7 @@ MAKE = {
 }
 ALLOCATIONS = ("empty", "empty_like", "zeros", "zeros_like", "ones", "full", "tensor", "stack", "cat", "where")
 WAYS = ("plain", "max_norm", "scaler", "clip", "unscale")  # how a step is taken
-STEPS, LATE = 5, 2  # one parameter has its first gradient in step 2, before which others are written by somebody
+STEPS, LATE = 5, 2  # one parameter has its first gradient in step 2, before which others are written by the user
 
 
 class Training:

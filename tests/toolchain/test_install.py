@@ -150,18 +150,23 @@ def test_make_checks_the_compiler_before_the_venv(project):
 
 @needs_make
 def test_make_installs_what_a_target_needs_once(project):
-    """The demo's packages for what runs the library, the rest for what tests it; everything under the constraints."""
+    """The demo's packages for what runs the library, others for what tests it and for the site; all under the constraints."""
     (demo,) = project("python3.11", "build")[2]
     assert project("python3.11", "build")[2] == []
     (rest,) = project("python3.11", "wheel")[2][:-1]  # the last is `pip wheel` itself
+    (site,) = project("python3.11", "docs")[2]
     begin = "install --disable-pip-version-check -c constraints.txt "
     assert demo.startswith(begin)
     assert rest.startswith(begin)
-    demo, rest = (set(line.removeprefix(begin).split()) for line in (demo, rest))
+    assert site.startswith(begin)
+    demo, rest, site = (set(line.removeprefix(begin).split()) for line in (demo, rest, site))
     assert {"torch", "scikit-learn"} <= demo
     assert {"pytest", "ruff", "transformers"} <= rest
-    assert not demo & rest
-    assert demo | rest == {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert "mkdocs-material" in site
+    assert not demo & rest | (demo | rest) & site
+    assert demo | rest | site == {
+        line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    }
 
 
 @needs_make
