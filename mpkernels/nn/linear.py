@@ -134,7 +134,7 @@ class MPLinear(nn.Linear):
             if self._cached.weight is not weight or not self._cached.is_fresh():
                 self._cached = _cast(weight, policy.compute_dtype)
             return self._cached.tensor
-        if torch.is_grad_enabled() and self.training and type(weight) is nn.Parameter:
+        if torch.is_grad_enabled() and self.training and (type(weight) is nn.Parameter or compute_copy.is_plain(weight)):
             copy = compute_copy.for_layer(self, policy.compute_dtype)
             if copy is None:
                 return None

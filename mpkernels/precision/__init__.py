@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layer breaks, and why: questions about a model's numerics, answered by running it."""
+"""Which layer breaks, and why, and what fits: questions about a model, answered by running it."""
 
 from mpkernels.precision.invariance import check_batch_invariant
 from mpkernels.precision.nonfinite import find_nonfinite
+from mpkernels.precision.plan import Plan, PlanRow, plan
 from mpkernels.precision.report import Report
 
-__all__ = ["Report", "check_batch_invariant", "find_nonfinite"]
+__all__ = ["Plan", "PlanRow", "Report", "check_batch_invariant", "find_nonfinite", "plan"]

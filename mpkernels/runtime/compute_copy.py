@@ -64,6 +64,13 @@ def stamp(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor._version, 0 if type(tensor).__name__ == "FakeTensor" else tensor.data_ptr()
 
 
+def is_plain(weight: torch.Tensor) -> bool:
+    """Whether `weight` is a Parameter and no subclass, or a FakeTensor that stands for one."""
+    if type(weight) is torch.nn.Parameter:
+        return True
+    return type(weight).__name__ == "FakeTensor" and isinstance(weight, torch.nn.Parameter)
+
+
 def is_shared(tensor: torch.Tensor) -> bool:
     """Whether other processes may write `tensor`, which moves no version here; torch says it of all CUDA tensors."""
     return tensor.device.type == "cpu" and tensor.is_shared()
@@ -94,7 +101,7 @@ def claim(params: list[torch.Tensor]) -> dict[int, ComputeCopy]:
         weight = layer._parameters.get("weight")
         if (i := index.get(id(weight))) is not None and request.dtype.itemsize < weight.dtype.itemsize:
             wanted.setdefault(i, []).append(request)
-    plain = (i for i in wanted if type(params[i]) is torch.nn.Parameter)  # it may have become a DTensor since
+    plain = (i for i in wanted if is_plain(params[i]))  # it may have become a DTensor since
     return {i: _copy_for(params[i], wanted[i]) for i in plain if not is_shared(params[i])}
 
 
@@ -116,6 +123,13 @@ def forget(layer: torch.nn.Module) -> None:
         bump_generation()
 
 
+def of_model(model: torch.nn.Module) -> list[ComputeCopy]:
+    """The copies that layers of `model` have, each once."""
+    requests = (_requests.get(layer) for layer in model.modules())
+    copies = (request.copy() for request in requests if request is not None)
+    return list({id(copy): copy for copy in copies if copy is not None}.values())
+
+
 def refresh_(model: torch.nn.Module) -> None:
     """Make every compute copy of `model` anew at its next use: the remedy after writes that move no version.
 
@@ -123,6 +137,5 @@ def refresh_(model: torch.nn.Module) -> None:
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be an nn.Module, got {model!r}")
-    for layer in model.modules():
-        if (request := _requests.get(layer)) is not None and (copy := request.copy()) is not None:
-            copy.stamp = None
+    for copy in of_model(model):
+        copy.stamp = None

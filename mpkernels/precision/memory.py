@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory of a training step after each op, by torch's MemTracker, which is private and known to this file alone.
+
+What it does not see: memory that an op allocates and frees before it returns (a workspace of the GEMM, a cast inside an op),
+gaps between the allocator's blocks, and what torch does not allocate (a CUDA context, NCCL's buffers).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Usage(NamedTuple):
+    """Bytes that are allocated at one time, by what they are for."""
+
+    parameters: int  # and buffers
+    gradients: int
+    optimizer: int  # all that is allocated in the optimizer's step: states, copies of weights, and what it frees again
+    activations: int  # what forward makes, and its inputs
+    temporaries: int  # what backward makes and frees again
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class Trace(NamedTuple):
+    """The ops that ran, and what was allocated after each of them."""
+
+    ops: list[str]
+    usages: list[Usage]
+
+
+def trace(model: nn.Module, inputs: Sequence[torch.Tensor], steps: Sequence[Callable[[], None]], device: torch.device) -> Trace:
+    """Run `steps`, training steps of `model` on `inputs`, and say what lies on `device` after each op."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    tracker = MemTracker()
+    tracker.track_external(model, *inputs)
+    recorder = _Recorder(tracker, device)
+    with tracker, recorder:
+        for step in steps:
+            tracker.reset_mod_stats()  # it refuses a second call of the model otherwise
+            step()
+    return recorder.trace
+
+
+_FIELDS = {
+    "Parameter": "parameters", "Buffer": "parameters", "Gradient": "gradients", "Optstate": "optimizer",
+    "Activation": "activations", "Other": "activations", "Temp": "temporaries",
+}  # fmt: skip
+
+
+class _Recorder(TorchDispatchMode):
+    """Entered after the tracker, so that each op comes here first and has been counted when it returns."""
+
+    def __init__(self, tracker: torch.nn.Module, device: torch.device):
+        super().__init__()
+        self.tracker, self.device, self.trace = tracker, device, Trace([], [])
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace != "prim":  # questions that only FakeTensors ask
+            self.trace.ops.append(str(func))
+            self.trace.usages.append(self._usage())
+        return result
+
+    def _usage(self) -> Usage:
+        found = dict.fromkeys(Usage._fields, 0)
+        for kind, size in self.tracker.get_tracker_snapshot().get(self.device, {}).items():
+            name = getattr(kind, "value", kind)
+            if name != "Total":
+                found[_FIELDS[name]] += size
+        return Usage(**found)

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""plan: each category against the same tracker on real steps, and against bytes that are counted by hand; bad inputs."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import mpkernels as mpk
+from mpkernels.precision import Plan, PlanRow, memory
+from mpkernels.precision.plan import POLICIES
+from mpkernels.runtime import compute_copy
+
+DEVICE = torch.device("cpu")
+WITHIN = 0.01  # of what real steps show
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(96, 192), nn.ReLU(), nn.Linear(192, 256), nn.LayerNorm(256), nn.GELU(), nn.Linear(256, 128))
+
+
+def gpt2():
+    """Wide enough for 1 %: the lists that the C++ step makes have some 100 bytes a parameter, and FakeTensors show none."""
+    config = transformers.GPT2Config(
+        vocab_size=200, n_positions=16, n_embd=96, n_layer=1, n_head=4, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def rows(n):
+    return torch.randn(n, 96)
+
+
+def tokens(n):
+    ids = torch.randint(200, (n, 12))
+    return {"input_ids": ids, "labels": ids}
+
+
+CASES = {"mlp": (mlp, rows), "gpt2": (gpt2, tokens)}
+OPTIMIZERS = {"AdamW": mpk.optim.AdamW, "SGD": lambda p: mpk.optim.SGD(p, momentum=0.9), "torch": torch.optim.AdamW}
+OURS = {name: OPTIMIZERS[name] for name in ("AdamW", "SGD")}  # the scaler refuses 16-bit gradients for others
+
+
+def measured(make_model, make_batch, n, policy, optimizer) -> dict[str, int]:
+    """The maxima of real steps, states and copies from the tensors themselves."""
+    policy = mpk.Policy.parse(policy)
+    model, batch = mpk.convert(make_model(), policy), make_batch(n)
+    if not isinstance(batch, dict):
+        batch = batch.to(policy.param_dtype)
+    optimizer = OPTIMIZERS[optimizer](model.parameters())
+    scaler = mpk.GradScaler(enabled=policy.compute_dtype == torch.float16)
+
+    def loss():
+        out = model(**batch) if isinstance(batch, dict) else model(batch)
+        return out.loss.float() if isinstance(batch, dict) else out.float().square().mean()
+
+    def step():
+        scaler.scale(loss()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    inputs = list(batch.values()) if isinstance(batch, dict) else [batch]
+    usages = memory.trace(model, inputs, [step, step], DEVICE).usages
+    tensors = {id(t): t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)}
+    states = sum(t.nbytes for t in tensors.values())
+    copies = sum(copy.tensor.nbytes for copy in compute_copy.of_model(model))
+    return {
+        "parameters": sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
+        "gradients": sum(p.nbytes for p in model.parameters()),
+        "states": states,
+        "copies": copies,
+        "activations": max(u.activations for u in usages),
+        "temporaries": max(u.temporaries + max(u.optimizer - states - copies, 0) for u in usages),
+        "peak": max(u.total for u in usages),
+    }
+
+
+def check(row, make_model, make_batch):
+    found = measured(make_model, make_batch, row.batch_size, row.policy, row.optimizer)
+    for name, size in found.items():
+        planned = getattr(row, name)
+        assert abs(planned - size) <= WITHIN * size, f"{row}: {name} is {size}"
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16", "bfloat16"])
+def test_plan_is_what_real_steps_show(policy, optimizer):
+    """The batch in the middle is interpolated."""
+    optimizers = {optimizer: OPTIMIZERS[optimizer]}
+    for row in mpk.plan(*CASES["mlp"], policies=[policy], optimizers=optimizers, batch_sizes=(8, 24, 64)).rows:
+        check(row, *CASES["mlp"])
+
+
+@pytest.mark.parametrize("policy, optimizer", [("mixed_float16", "AdamW"), ("bfloat16", "SGD"), ("float32", "torch")])
+def test_plan_of_a_transformer(policy, optimizer):
+    (row,) = mpk.plan(
+        *CASES["gpt2"], policies=[policy], optimizers={optimizer: OPTIMIZERS[optimizer]}, batch_sizes=[16]
+    ).rows  # fmt: skip
+    check(row, *CASES["gpt2"])
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("case", CASES)
+def test_plan_of_every_combination(case):
+    for row in mpk.plan(*CASES[case], policies=POLICIES, optimizers=OURS, batch_sizes=(8, 24, 64)).rows:
+        check(row, *CASES[case])
+
+
+def test_plan_interpolates_between_two_runs():
+    """Every size between the smallest and the largest is what a run of it alone says, and so is the largest that fits."""
+    plan = mpk.plan(mlp, rows, memory=4e6, policies=["mixed_bfloat16"], batch_sizes=(2, 500, 2000))
+    for row in plan.rows:
+        alone = mpk.plan(mlp, rows, memory=4e6, policies=["mixed_bfloat16"], batch_sizes=(row.batch_size,))
+        assert alone.rows == (row,)
+    ((combination, largest),) = plan.largest_batch.items()
+    assert combination == ("mixed_bfloat16", "AdamW")
+    edge = mpk.plan(mlp, rows, memory=4e6, policies=["mixed_bfloat16"], batch_sizes=(largest, largest + 1))
+    assert [row.fits for row in edge.rows] == [True, False]
+
+
+def test_plan_chooses_the_largest_batch_and_then_the_first_policy():
+    def best(*fits):
+        combinations = [("float32", 8), ("float32", 64), ("float16", 8), ("float16", 64)]
+        rows = [PlanRow(p, "AdamW", n, 1, 1, 1, 1, 1, 1, 6, f) for (p, n), f in zip(combinations, fits, strict=True)]
+        plan = Plan(tuple(rows), None if None in fits else 10, {})
+        assert plan.policy == plan.best.policy
+        return plan.best.policy, plan.best.batch_size
+
+    assert best(None, None, None, None) == ("float32", 64)
+    assert best(True, True, True, True) == ("float32", 64)
+    assert best(True, False, True, True) == ("float16", 64)
+    assert best(True, False, True, False) == ("float32", 8)
+    assert best(False, False, True, False) == ("float16", 8)
+
+
+def test_plan_prints_a_table():
+    text = str(mpk.plan(mlp, rows, memory=4e6, policies=["float32"], batch_sizes=(8, 2000)))
+    lines = text.splitlines()
+    assert lines[0].split() == [
+        "policy", "optimizer", "batch", "parameters", "gradients", "states", "copies", "activations", "temporaries", "peak",
+        "fits",
+    ]  # fmt: skip
+    assert [line.split()[-1] for line in lines[1:3]] == ["yes", "no"]
+    assert lines[3].startswith("largest batch in 3.8 MiB: ")
+    assert lines[4] == "policy: float32"
+
+
+def test_plan_says_what_comes_nearest():
+    plan = mpk.plan(mlp, rows, memory=1e5, policies=["float32", "bfloat16"], optimizers=["AdamW", "SGD"], batch_sizes=(4, 8))
+    row = min(plan.rows, key=lambda row: row.peak)
+    said = f"nothing fits 97.7 KiB: {row.policy} with {row.optimizer} and batch 4 comes nearest, with "
+    assert str(plan).splitlines()[-1].startswith(said)
+    with pytest.raises(ValueError, match=said):
+        _ = plan.policy
+
+
+def test_plan_allocates_nothing_and_leaves_random_numbers():
+    """128 GiB of parameters."""
+
+    def huge():
+        torch.manual_seed(1)
+        return nn.Sequential(*(nn.Linear(2**16, 2**16) for _ in range(8)))
+
+    before = torch.get_rng_state()
+    (row,) = mpk.plan(huge, lambda n: torch.randn(n, 2**16), policies=["mixed_float16"], batch_sizes=[1]).rows
+    assert row.parameters == 8 * 4 * (2**32 + 2**16)
+    assert row.copies == 8 * 2 * 2**32
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_plan_counts_a_tied_weight_once():
+    def tied():
+        model = nn.Sequential(nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 96))
+        model[2].weight = model[0].weight
+        return model
+
+    for policy, size in (("mixed_float16", 4), ("float16", 2)):
+        (row,) = mpk.plan(tied, rows, policies=[policy], batch_sizes=[4]).rows
+        assert row.parameters == size * (96 * 96 + 2 * 96)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"policies": ["mixed_fp16"]}, ValueError, "did you mean 'mixed_float16'"),
+        ({"policies": []}, ValueError, "policies must not be empty"),
+        ({"optimizers": ["Lion"]}, ValueError, "unknown optimizer 'Lion': one of AdamW, Adam, SGD"),
+        ({"optimizers": {"mine": 1}}, ValueError, "functions of the parameters"),
+        ({"batch_sizes": (0, 4)}, ValueError, "batch_sizes must be natural numbers"),
+        ({"memory": -1}, ValueError, "memory must be a positive number"),
+        ({"memory": "16GB"}, ValueError, "memory must be a positive number"),
+        ({"make_model": mlp()}, ValueError, "0.weight was there before|make_model must return"),
+        ({"make_model": lambda: 3}, TypeError, "make_model must return a torch.nn.Module, got int"),
+        (
+            {"make_model": lambda: nn.Linear(4, 4, device="meta")},
+            RuntimeError,
+            "weight is on meta: make the model on the device",
+        ),
+        ({"make_model": nn.Identity}, ValueError, "the model has no parameters"),
+        (
+            {"make_model": lambda: nn.Linear(96, 8, dtype=torch.float16)},
+            ValueError,
+            "float32 stores float32, and the model is made in float16: make it in float32",
+        ),
+        ({"make_batch": 3}, TypeError, "make_batch must be callable, got int"),
+    ],
+)
+def test_plan_of_bad_input(change, error, message):
+    if isinstance(model := change.get("make_model"), nn.Sequential):
+        change = {"make_model": lambda: model}
+    arguments = {"make_model": mlp, "make_batch": rows, "policies": ["float32"], "batch_sizes": [4], **change}
+    with pytest.raises(error, match=message):
+        mpk.plan(**arguments)
+
+
+def test_plan_of_a_model_that_returns_no_gradient():
+    class Counts(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).argmax(-1)
+
+    with pytest.raises(ValueError, match="the model returns no tensor that has a gradient"):
+        mpk.plan(lambda: Counts(96, 8), rows, policies=["float32"], batch_sizes=[4])
