@@ -3,6 +3,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,3 +77,108 @@ def hooked(model: nn.Module, register: Callable[[str, nn.Module], list]) -> Iter
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module in forward, and what came back to it in backward."""
+
+    name: str
+    module: nn.Module
+    x: torch.Tensor
+    out: torch.Tensor | None  # not of linears, whose output is computed again
+    grad_out: torch.Tensor | None  # None: backward did not come to it
+
+
+def capture(model: nn.Module, step: Callable, targets: Mapping[str, nn.Module], analyse: Callable[[Call], None]) -> float:
+    """Run `step(model)` and its backward once, in the dtype of the parameters, and hand over each call of `targets`.
+
+    `analyse` is given a call when its gradient arrives, and those that none came to after backward; what it was given lives
+    no longer than autograd keeps it. Returns the loss. Linears compute without policy and outside of autocast meanwhile.
+    """
+    waiting: dict[object, Call] = {}
+
+    def register(name: str, module: nn.Module) -> list:
+        if targets.get(name) is not module:
+            return []
+        handles = [module.register_forward_hook(lambda _, args, out: called(name, module, args, out))]
+        if is_linear(module):
+            outside = _Outside(module)
+            handles.append(module.register_forward_pre_hook(outside.enter))
+            handles.append(module.register_forward_hook(outside.leave))
+        return handles
+
+    def called(name: str, module: nn.Module, args: tuple, out: Any) -> None:
+        inputs = [t for t in tensors_of(args) if t.is_floating_point()]
+        outputs = [t for t in tensors_of(out) if t.is_floating_point()]
+        if not outputs:
+            return
+        kept = None if is_linear(module) else outputs[0].detach()
+        x = inputs[0].detach() if inputs else outputs[0].detach()[:0]
+        call, key = Call(name, module, x, kept, None), object()
+        waiting[key] = call
+        if outputs[0].requires_grad:
+            outputs[0].register_hook(lambda grad: arrived(key, grad.detach()))
+
+    def arrived(key: object, grad: torch.Tensor) -> None:
+        if (call := waiting.pop(key, None)) is not None:
+            with torch.no_grad():
+                analyse(replace(call, grad_out=grad))
+
+    with untouched(model), without_policies(model), hooked(model, register), torch.enable_grad():
+        loss = step(model)
+        check_loss("advise", loss)
+        value = float(loss.detach())
+        loss.backward()
+        del loss
+        with torch.no_grad():
+            for key in list(waiting):
+                analyse(waiting.pop(key))
+    return value
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether its output is `act(x @ weight.T + bias)`, an nn.Linear or what convert makes of one; transformers' Conv1D too."""
+    return isinstance(module, nn.Linear) or hasattr(module, "adopt") or type(module).__name__ == "Conv1D"
+
+
+@contextlib.contextmanager
+def without_policies(model: nn.Module) -> Iterator[None]:
+    """Inside, converted linears compute in the dtype of their parameters, as nn.Linear does."""
+    before = [(module, module.policy) for module in model.modules() if hasattr(module, "adopt")]
+    for module, _ in before:
+        module.policy = None  # not `adopt`, which would drop gradients
+    try:
+        yield
+    finally:
+        for module, policy in before:
+            module.policy = policy
+
+
+class _Outside:
+    """Hooks of one linear that turn off autocast around it, and widen what comes to it from inside of one."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.device = module, module.weight.device.type
+        self.was_on = False
+
+    def enter(self, module: nn.Module, args: tuple) -> tuple:
+        self.was_on = torch.amp.is_autocast_available(self.device) and torch.is_autocast_enabled(self.device)
+        if not self.was_on:
+            return args
+        torch.set_autocast_enabled(self.device, False)
+        return mapped(lambda t: t.to(module.weight.dtype) if t.is_floating_point() else t, args)
+
+    def leave(self, module: nn.Module, args: tuple, out: Any) -> None:
+        if self.was_on:
+            torch.set_autocast_enabled(self.device, True)
+
+
+def check_loss(name: str, loss: Any) -> None:
+    """TypeError for what is no tensor, ValueError for no scalar, RuntimeError for one without a graph."""
+    if not isinstance(loss, torch.Tensor):
+        raise TypeError(f"{name}: step must return the loss, a tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"{name}: step must return a scalar, got shape {tuple(loss.shape)}")
+    if not loss.requires_grad:
+        raise RuntimeError(f"{name}: the loss has no graph: it was computed under no_grad, or detached")

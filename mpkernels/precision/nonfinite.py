@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpkernels.precision.capture import check_is_module, hooked, mapped, tensors_of, untouched
+from mpkernels.precision.capture import check_is_module, check_loss, hooked, mapped, tensors_of, untouched
 from mpkernels.precision.report import Report
 
 
@@ -28,7 +28,7 @@ def find_nonfinite(model: nn.Module, step: Callable[[nn.Module], torch.Tensor]) 
         search = _Search()
         with hooked(model, search.register):
             loss = step(model)
-            _check_loss(loss)
+            check_loss("find_nonfinite", loss)
             if search.found is None and not _finite(loss):
                 last = f" (the last, {search.last}, returned amax {search.last_amax:g})" if search.last is not None else ""
                 message = f"first in forward: the loss is {loss.item():g}, every module's output is finite{last}"
@@ -37,15 +37,6 @@ def find_nonfinite(model: nn.Module, step: Callable[[nn.Module], torch.Tensor]) 
                 loss.backward()
         found = _of_parameters(model) if search.found is None else search.found
         return Report(True, "every output and every gradient is finite") if found is None else found
-
-
-def _check_loss(loss: Any) -> None:
-    if not isinstance(loss, torch.Tensor):
-        raise TypeError(f"find_nonfinite: step must return the loss, a tensor, got {type(loss).__name__}")
-    if loss.numel() != 1:
-        raise ValueError(f"find_nonfinite: step must return a scalar, got shape {tuple(loss.shape)}")
-    if not loss.requires_grad:
-        raise RuntimeError("find_nonfinite: the loss has no graph: it was computed under no_grad, or detached")
 
 
 class _Search:

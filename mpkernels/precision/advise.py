@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""advise: which format each linear of a model should have, by what it computes in a step of training on real data."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import nn
+
+from mpkernels.nn.convert.linears import linears, why_not
+from mpkernels.policy import Policy, PolicyName
+from mpkernels.precision import choose
+from mpkernels.precision.advice import Advice, AdviceRow
+from mpkernels.precision.capture import Call, capture, check_is_module
+from mpkernels.precision.layer import Layer, PolicyRow, Ranges
+from mpkernels.precision.tables import size_text
+from mpkernels.precision.verdict import problem
+
+POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
+LOSS_BUDGET = 1e-3  # of the loss
+
+
+def advise(
+    model: nn.Module, step: Callable[[nn.Module], torch.Tensor], *, policies: Iterable[PolicyName | Policy] = POLICIES,
+    loss_scale: float = 65536.0, loss_budget: float | None = None, memory: float | None = None,
+) -> Advice:  # fmt: skip
+    """Run one step of training, measure each linear under each policy, and choose one for each of them.
+
+    step: runs one forward on real data and returns the loss, a scalar with a graph, not scaled. policies: names or Policies,
+    of parameters as the model has them or of 16 bits. Gradients are judged times `loss_scale`.
+    Each call of a linear is analysed in fp64 when its gradient arrives: the range of its tensors in the formats of each
+    policy, the error of the policy's own arithmetic, and the first order of what that does to the loss. See `PolicyRow`.
+    Chosen is, for each linear, what stays in range (nothing overflows, less than 1 % of a gradient's norm becomes 0), so that
+    the noise of all together is at most `loss_budget` (None: a thousandth of the loss, or what the widest policies add), and
+    their bytes at most `memory`. Of what is left, the fewest bytes that products read and write, then the least noise: an
+    estimate of speed where no time is known. Linears with the same weight get the same policy. One that no policy keeps in
+    range gets the widest, and `why` says so; one that was not called gets none.
+    The model stays what it was: parameters, gradients, buffers, modes, hooks, random numbers.
+    Raises TypeError for what is no module and for a loss that is no tensor; ValueError for a loss that is no scalar, a model
+    without linears, an unknown policy, one whose parameters are wider than the model's, a model that is stored in 16 bits,
+    with which there is nothing wider to compare, and a budget that nothing meets (it says what comes nearest); RuntimeError
+    for a model on meta, and a loss without a graph.
+    """
+    check_is_module("advise", model)
+    candidates = [Policy.parse(p) for p in ([policies] if isinstance(policies, str | Policy) else policies)]
+    modules = _targets(model, candidates)
+    for name, value in (("loss_scale", loss_scale), ("loss_budget", loss_budget), ("memory", memory)):
+        if value is not None and not (isinstance(value, int | float) and value > 0):
+            raise ValueError(f"advise: {name} must be a positive number, got {value!r}")
+    reasons = {name: why_not(model, name, linear) for name, linear in linears(model)}
+    layers = {
+        name: Layer(m, candidates, loss_scale) for name, m in modules.items() if name in reasons and reasons[name] is None
+    }
+    others = {name: Ranges(candidates, loss_scale) for name in modules if name not in layers}
+
+    def analyse(call: Call) -> None:
+        if call.name in layers:
+            layers[call.name].add(call)
+        else:
+            for tensor, values in (("x", call.x), ("out", call.out), ("grad_out", call.grad_out)):
+                others[call.name].add(tensor, values)
+
+    loss = capture(model, step, modules, analyse)
+    found = {name: [layer.row(i) for i in range(len(candidates))] for name, layer in layers.items() if layer.calls}
+    budget = _loss_budget(loss, loss_budget, found)
+    chosen = _choose(modules, found, candidates, loss_scale, budget, math.inf if memory is None else memory)
+    rows = []
+    for name in modules:
+        policy = chosen.get(name)
+        if name in others:
+            note = reasons.get(name) or f"a {type(modules[name]).__name__} is not converted"
+            by_policy = {str(p): _only_range(p, others[name]) for p in candidates}
+        else:
+            note = "" if name in found else "was not called in this step: nothing was measured"
+            by_policy = {str(row.policy): row for row in found.get(name, ())}
+        rows.append(AdviceRow(name, None if policy is None else str(candidates[policy]), by_policy, note))
+    return Advice(tuple(rows), loss, budget, loss_scale)
+
+
+def _targets(model: nn.Module, policies: Sequence[Policy]) -> dict[str, nn.Module]:
+    """The modules with parameters of their own; ValueError for a model and policies that cannot be compared."""
+    if not policies:
+        raise ValueError("advise: policies must not be empty")
+    able = [m for name, m in linears(model) if why_not(model, name, m) is None]
+    if not able:
+        raise ValueError("advise: the model has no linear that can be converted")
+    stored = {m.weight.dtype for m in able}
+    if narrow := [d for d in stored if d.itemsize < 4]:
+        raise ValueError(f"advise: the model is stored in {narrow[0]}, with nothing wider to compare: give it in float32")
+    for policy in policies:
+        if policy.param_dtype.itemsize > min(d.itemsize for d in stored):
+            raise ValueError(f"advise: {policy} has wider parameters than the model, which is stored in {stored.pop()}")
+    inside = {name for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
+    return {
+        name: module for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False)) and name.rpartition(".")[0] not in inside
+    }  # fmt: skip
+
+
+def _only_range(policy: Policy, ranges: Ranges) -> PolicyRow:
+    return PolicyRow(policy, ranges.of(policy), {}, None, None, None, None, 0, 0, None)
+
+
+def _loss_budget(loss: float, given: float | None, found: dict[str, list[PolicyRow]]) -> float:
+    """By default not below what the most exact choice makes of itself; no limit where the loss is no number."""
+    if given is not None:
+        return float(given)
+    least = sum(min((r.noise for r in rows if _is_number(r.noise)), default=0.0) for rows in found.values())
+    return max(LOSS_BUDGET * abs(loss), least) if math.isfinite(loss) else math.inf
+
+
+def _is_number(noise: float | None) -> bool:
+    return noise is not None and math.isfinite(noise)
+
+
+def _choose(modules, found, policies, loss_scale: float, budget: float, memory: float) -> dict[str, int]:
+    """The index of the policy of each linear, by name."""
+    tied: dict[int, list[str]] = {}
+    for name in found:
+        tied.setdefault(id(modules[name].weight), []).append(name)
+    groups, best = list(tied.values()), None
+    for family in _families(policies):
+        allowed = [_allowed([found[name] for name in names], family, loss_scale) for names in groups]
+        items = [[_option([found[name][i] for name in names]) for i in row] for names, row in zip(groups, allowed)]
+        picks = choose.choose(items, budget, memory)
+        if picks is not None:
+            cost = tuple(choose.total(items, picks, field) for field in ("cost", "noise"))
+            policy = {n: row[i] for names, row, i in zip(groups, allowed, picks) for n in names}
+            best = min(best, (cost, policy), key=lambda pair: pair[0]) if best is not None else (cost, policy)
+    if best is not None:
+        return best[1]
+    raise ValueError(f"advise: {_nearest(found, groups, policies, loss_scale, budget, memory)}")
+
+
+def _families(policies: Sequence[Policy]) -> list[list[int]]:
+    """Which of `policies` go together in one model: 16-bit parameters with wide ones, mixed ones without them."""
+    narrow = sorted({p.param_dtype for p in policies if p.param_dtype.itemsize == 2}, key=str)
+    families = [[i for i, p in enumerate(policies) if p.param_dtype.itemsize > 2]]
+    families += [
+        [i for i, p in enumerate(policies) if p.param_dtype == dtype or (p.param_dtype.itemsize > 2 and not p.mixed)]
+        for dtype in narrow
+    ]
+    return [family for family in families if family]
+
+
+def _allowed(rows: list[list[PolicyRow]], family: list[int], loss_scale: float) -> list[int]:
+    """The policies that keep all linears of a group in range; if there is none, the one with the widest arithmetic."""
+    kept = [i for i in family if all(problem(row[i], loss_scale) is None for row in rows)]
+    wide = max(
+        family, key=lambda i: (torch.finfo(rows[0][i].policy.compute_dtype).max, rows[0][i].policy.compute_dtype.itemsize)
+    )
+    return kept or [wide]
+
+
+def _option(rows: list[PolicyRow]) -> choose.Option:
+    """Of linears with one weight; what has no finite noise was chosen for want of better, and is not counted."""
+    noise = sum(row.noise for row in rows if _is_number(row.noise))
+    return choose.Option(sum(row.traffic for row in rows), noise, sum(row.bytes for row in rows))
+
+
+def _nearest(found, groups, policies, loss_scale: float, budget: float, memory: float) -> str:
+    """What comes nearest to budgets that nothing meets."""
+    best: dict[str, float] = {"noise": math.inf, "bytes": math.inf}
+    for family in _families(policies):
+        items = [[_option([found[n][i] for n in names]) for i in _allowed([found[n] for n in names], family, loss_scale)]
+                 for names in groups]  # fmt: skip
+        for field in best:
+            best[field] = min(best[field], sum(min(getattr(o, field) for o in options) for options in items))
+    if best["noise"] > budget:
+        return f"no choice that stays in range adds less than {best['noise']:.2g} to the loss, and loss_budget is {budget:.2g}"
+    if best["bytes"] > memory:
+        return f"no choice that stays in range needs less than {size_text(best['bytes'])}, and memory is {size_text(memory)}"
+    least = f"{best['noise']:.2g} of a loss_budget of {budget:.2g}, and {size_text(best['bytes'])} of {size_text(memory)}"
+    return f"no choice that stays in range meets both budgets; each alone can be met: {least}"

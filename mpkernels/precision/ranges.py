@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of the values of a tensor in a format: how many overflow, become subnormal or 0, and how much room is left."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values of one tensor, gradients times the loss scale, held against one format.
+
+    amax: NaN where the tensor has one. min_nonzero: 0 where all are 0. zero_share, subnormal_share: of all elements, those
+    that are not 0 and are rounded to 0, or to a subnormal. norm_lost: the share of the norm that is rounded to 0.
+    overflows: how many become inf, or are inf or NaN already. margin_bits: how often the largest may double before it
+    overflows; negative where it does.
+    """
+
+    format: torch.dtype
+    amax: float
+    min_nonzero: float
+    zero_share: float
+    subnormal_share: float
+    norm_lost: float
+    overflows: int
+    margin_bits: float
+
+
+def overflow_from(dtype: torch.dtype) -> float:
+    """Half a unit in the last place beyond the largest number: the smallest magnitude that is rounded to inf."""
+    info = torch.finfo(dtype)
+    return info.max * (1 + info.eps / 4) if dtype != torch.float64 else math.inf
+
+
+class RangeCounter:
+    """Counts over the blocks of a tensor for several formats at once. Values in fp64, so that those counted are exact."""
+
+    def __init__(self, formats: list[torch.dtype], scale: float = 1.0):
+        self.scale, self.elements, self.amax, self.least, self.norm = scale, 0, 0.0, math.inf, 0.0
+        self.counts = {dtype: torch.zeros(4, dtype=torch.float64) for dtype in dict.fromkeys(formats)}
+
+    def add(self, values: torch.Tensor) -> None:
+        """values: a block in fp64, before the scale."""
+        if not values.numel():
+            return
+        magnitudes = values.abs() * self.scale
+        self.elements += values.numel()
+        amax = float(magnitudes.max())  # NaN comes through
+        self.amax = amax if math.isnan(amax) or math.isnan(self.amax) else max(self.amax, amax)
+        self.amax = math.nan if math.isnan(amax) else self.amax
+        least = float(torch.where(magnitudes > 0, magnitudes, math.inf).min())
+        self.least = min(self.least, least) if not math.isnan(least) else self.least
+        self.norm += float(magnitudes.square().nansum())
+        for dtype, counts in self.counts.items():
+            info = torch.finfo(dtype)
+            if amax < info.max and least >= info.tiny:
+                continue  # the usual case: nothing to count
+            zero = (magnitudes > 0) & (magnitudes <= info.smallest_normal * info.eps / 2)
+            small = (magnitudes < info.tiny) & (magnitudes > 0) & ~zero
+            large = ~(magnitudes < overflow_from(dtype))
+            lost = torch.where(zero, magnitudes, 0).square().sum()
+            counts += torch.stack([c.sum().double() for c in (zero, small, large)] + [lost]).cpu()
+
+    def range(self, dtype: torch.dtype) -> Range:
+        zero, small, large, lost = self.counts[dtype].tolist()
+        n = max(self.elements, 1)
+        margin = math.log2(torch.finfo(dtype).max / self.amax) if 0 < self.amax < math.inf else math.inf
+        margin = -math.inf if math.isnan(self.amax) or self.amax == math.inf else margin
+        norm_lost = math.sqrt(lost / self.norm) if 0 < self.norm < math.inf else 0.0
+        least = 0.0 if self.least == math.inf else self.least
+        return Range(dtype, self.amax, least, zero / n, small / n, norm_lost, int(large), margin)

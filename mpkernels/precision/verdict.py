@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the numbers of one layer under one policy mean: whether it stays in range, and the sentence that says why not."""
+
+import math
+
+import torch
+
+from mpkernels.precision.layer import BACKWARD, FORWARD, PolicyRow
+from mpkernels.precision.ranges import Range
+
+MOST_NORM_LOST = 0.01  # of a gradient's norm, rounded to 0
+
+
+def problem(row: PolicyRow, loss_scale: float) -> str | None:
+    """What leaves the range of its format, the first in the order of forward and backward; None where nothing does."""
+    for name in (*FORWARD, *BACKWARD):
+        if (found := row.range.get(name)) is not None and (sentence := _problem(name, found, row, loss_scale)) is not None:
+            return sentence
+    return None
+
+
+def _problem(name: str, found: Range, row: PolicyRow, loss_scale: float) -> str | None:
+    backward = name in BACKWARD
+    where = f"in backward at loss scale {loss_scale:g}" if backward else "in forward"
+    if math.isnan(found.amax):
+        return f"{name} has NaN {where}, which no format mends"
+    if found.amax == math.inf:
+        return f"{name} has inf {where} in the dtype that the model is stored in, which no format mends"
+    if found.overflows:
+        safe = row.max_loss_scale
+        remedy = f"; a loss scale of {safe:g} is safe for it" if backward and safe is not None else ""
+        return f"{name} reaches {found.amax:.3g} {where}, {_name(found.format)} ends at {_end(found.format)}{remedy}"
+    if backward and found.norm_lost >= MOST_NORM_LOST:
+        info = torch.finfo(found.format)
+        safe = row.max_loss_scale
+        remedy = (
+            f"; its gradients stay in range up to a loss scale of {safe:g}" if safe is not None and safe > loss_scale else ""
+        )
+        lost = f"loses {100 * found.norm_lost:.3g} % of its norm to 0 {where} (amax {found.amax:.3g})"
+        return f"{name} {lost}, {_name(found.format)} begins at {info.tiny * info.eps:.3g}{remedy}"
+    return None
+
+
+def addition(row: PolicyRow) -> str:
+    """What the layer adds to the loss."""
+    if row.noise is None or row.loss_change is None:
+        return "no gradient came to it, so that what it adds to the loss is unknown"
+    return f"adds {row.loss_change:.1e} to the loss, give or take {row.noise:.1e}"
+
+
+def tightest(row: PolicyRow) -> str:
+    """The tensor that has the least room in its format."""
+    name, found = min(row.range.items(), key=lambda item: item[1].margin_bits)
+    where = "backward" if name in BACKWARD else "forward"
+    return f"{name} reaches {found.amax:.3g} in {where}, {_name(found.format)} ends at {_end(found.format)}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _end(dtype: torch.dtype) -> str:
+    largest = torch.finfo(dtype).max
+    return f"{largest:.0f}" if largest < 1e6 else f"{largest:.3g}"

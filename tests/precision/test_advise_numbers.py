@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""advise: what it predicts is what is measured, bounds hold, budgets choose, the model stays what it was, bad inputs."""
+
+import copy
+import itertools
+import json
+import math
+import random
+import sys
+import xml.etree.ElementTree as ET
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mpkernels as mpk
+from mpkernels.precision import choose
+from mpkernels.precision.capture import Call
+from mpkernels.precision.choose import Option
+from mpkernels.precision.layer import Layer
+from tests import models
+
+FORMATS = ("float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16")
+X, Y = torch.randn(24, 16, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 6
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, 6))
+
+
+def step(model):
+    return F.cross_entropy(model(X), Y)
+
+
+# ----- numbers ----------------------------------------------------------------------
+
+
+class InPolicy(nn.Module):
+    """One linear in its policy, in a model that computes in fp64."""
+
+    def __init__(self, linear, policy):
+        super().__init__()
+        self.linear, self.policy = linear, mpk.Policy.parse(policy)
+
+    def forward(self, x):
+        dtype = self.policy.param_dtype
+        weight, bias = self.linear.weight.to(dtype), self.linear.bias.to(dtype)
+        return mpk.functional.linear_act(x.to(dtype), weight, bias, policy=self.policy).double()
+
+
+def changes(name: str, rows: int):
+    """(predicted, measured) changes of the loss, of each linear in each format with all others in fp64."""
+    case = models.CASES[name]
+    model, (inputs, labels) = case.model(), case.data(rows)
+    advice = mpk.advise(model, lambda model: models.loss(model, inputs, labels), policies=FORMATS, loss_budget=1e9)
+    wide = copy.deepcopy(model).double()
+
+    def loss(model):
+        with torch.no_grad():
+            return F.cross_entropy(models.logits(model, inputs).flatten(0, -2), labels.flatten()).item()
+
+    exact = loss(wide)
+    for layer, policy in itertools.product(advice.policy, FORMATS):
+        changed = copy.deepcopy(wide)
+        changed.set_submodule(layer, InPolicy(model.get_submodule(layer), policy))
+        yield advice[layer].policies[policy].loss_change, loss(changed) - exact
+
+
+@pytest.mark.parametrize("name", ["plain_mlp", "norm_block"])
+def test_advise_predicts_the_change_of_the_loss(name):
+    predicted, measured = zip(*changes(name, 48), strict=True)
+    assert torch.corrcoef(torch.tensor([predicted, measured]))[0, 1] >= 0.95
+    within = [0.5 <= p / m <= 2 for p, m in zip(predicted, measured, strict=True)]
+    assert sum(within) >= 0.85 * len(within)
+
+
+def random_call(rng: random.Random) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
+    M, K, N = rng.randint(1, 20), rng.choice([1, 2, 7, 16, 65, 300]), rng.randint(1, 9)
+    linear = nn.Linear(K, N, bias=rng.random() < 0.7)
+    x = torch.randn(M, K) * 10 ** rng.uniform(-6, 3)
+    with torch.no_grad():
+        linear.weight *= 10 ** rng.uniform(-5, 1)
+        if rng.random() < 0.3:
+            x = x.abs()
+            linear.weight.abs_()
+        if rng.random() < 0.2:
+            x[rng.randrange(M)] *= 1e-4
+    return linear, x, torch.randn(M, N)
+
+
+@pytest.mark.parametrize("layers", [150, pytest.param(20_000, marks=pytest.mark.sweep)])
+def test_advise_bound_holds(layers):
+    policies = [mpk.Policy.parse(p) for p in (*FORMATS, "mixed_float16,output=float16", "mixed_bfloat16,output=bfloat16")]
+    rng = random.Random(0)
+    torch.manual_seed(0)
+    largest = dict.fromkeys(map(str, policies), 0.0)
+    for _ in range(layers):
+        linear, x, grad = random_call(rng)
+        layer = Layer(linear, policies, 1.0)
+        with torch.no_grad():
+            layer.add(Call("", linear, x, None, grad))
+        for i, policy in enumerate(policies):
+            ratio = layer.row(i).bound_ratio
+            assert ratio is None or ratio <= 1, (policy, linear, ratio)
+            largest[str(policy)] = max(largest[str(policy)], ratio or 0.0)
+    assert min(largest.values()) > 0.2, "a bound that nothing comes near says nothing"
+
+
+def test_advise_errors_are_those_of_fp64():
+    """Against products that are written out; and blocks of rows change nothing."""
+    torch.manual_seed(0)
+    linear, x, grad = nn.Linear(40, 24), torch.randn(33, 40), torch.randn(33, 24)
+    policy = mpk.Policy.parse("mixed_bfloat16")
+    layer = Layer(linear, [policy], 64.0)
+    with torch.no_grad():
+        layer.add(Call("", linear, x, None, grad))
+    row = layer.row(0)
+    out = F.linear(*(t.detach().double() for t in (x, linear.weight, linear.bias)))
+    mine = mpk.convert(copy.deepcopy(linear), policy)
+    inputs = x.clone().requires_grad_()
+    got = mine(inputs)
+    got.backward(grad)
+    exact = {"out": out, "grad_x": grad.double() @ linear.weight.double(), "grad_weight": grad.double().t() @ x.double()}
+    for name, t in {"out": got, "grad_x": inputs.grad, "grad_weight": mine.weight.grad}.items():
+        assert row.error[name] == pytest.approx(float((t.double() - exact[name]).norm() / exact[name].norm()), rel=1e-3)
+    terms = grad.double() * (got.detach().double() - out)
+    assert row.loss_change == pytest.approx(float(terms.sum()))
+    assert row.noise == pytest.approx(float(terms.norm()))
+    assert row.range["grad_x"].amax == pytest.approx(64 * float(exact["grad_x"].abs().max()))
+
+
+def test_advise_counts_by_block(monkeypatch):
+    whole = mpk.advise(mlp().eval(), step)
+    monkeypatch.setattr("mpkernels.precision.layer.BLOCK", 100)
+    parts = mpk.advise(mlp().eval(), step)
+    for a, b in zip(whole.rows, parts.rows, strict=True):
+        for policy, tensor in itertools.product(a.policies, ("x", "grad_out")):
+            assert a.policies[policy].range[tensor] == b.policies[policy].range[tensor]
+        if a.note == "":
+            a, b = (row.policies["mixed_bfloat16"] for row in (a, b))
+            assert a.loss_change == pytest.approx(b.loss_change, rel=1e-2)  # fp32's own depends on the order of a sum
+
+
+# ----- choice ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["milp", "greedy"])
+def test_advise_chooses_the_cheapest_within_budgets(way, monkeypatch):
+    if way == "greedy":
+        monkeypatch.setitem(sys.modules, "scipy", None)
+    else:
+        pytest.importorskip("scipy")
+    rng, best_cost, found_cost = random.Random(1), 0.0, 0.0
+    for _ in range(60):
+        items = [[Option(rng.randint(1, 9), rng.random(), rng.randint(1, 9)) for _ in range(3)] for _ in range(5)]
+        noise, memory = rng.uniform(0.5, 3.5), rng.choice([math.inf, rng.uniform(10, 30)])
+        every = [picks for picks in itertools.product(range(3), repeat=5) if choose._within(items, picks, noise, memory)]
+        found = choose.choose(items, noise, memory)
+        if found is None:
+            assert not every or way == "greedy"
+            continue
+        assert tuple(found) in every
+        best = min(choose.total(items, picks, "cost") for picks in every)
+        best_cost, found_cost = best_cost + best, found_cost + choose.total(items, found, "cost")
+        assert way == "greedy" or choose.total(items, found, "cost") == best
+    assert found_cost <= 1.1 * best_cost
+
+
+def test_advise_of_budgets_that_nothing_meets():
+    with pytest.raises(ValueError, match=r"in range adds less than .* to the loss, and loss_budget is 1e-30"):
+        mpk.advise(mlp(), step, loss_budget=1e-30)
+    with pytest.raises(ValueError, match=r"no choice that stays in range needs less than [\d.]+ .?i?B, and memory is 100 B"):
+        mpk.advise(mlp(), step, memory=100)
+
+
+def test_advise_under_a_budget_of_memory():
+    """Of a layer with few rows the copy costs more than 16-bit saved tensors win."""
+
+    def step(model):
+        return F.cross_entropy(model(X[:4]), Y[:4])
+
+    free = mpk.advise(mlp(), step, loss_budget=1e9)
+    held = {p: sum(free[name].policies[p].bytes for name in free.policy) for p in ("float32", "mixed_bfloat16")}
+    assert set(free.policy.values()) == {"mixed_float16"}
+    assert held["float32"] < held["mixed_bfloat16"]
+    assert set(mpk.advise(mlp(), step, loss_budget=1e9, memory=held["float32"]).policy.values()) == {"float32"}
+
+
+def test_advise_of_16_bit_parameters():
+    """They do not go with mixed ones in one model."""
+    advice = mpk.advise(mlp(), step, policies=["float32", "mixed_float16", "float16"], loss_budget=1e9)
+    mpk.convert(mlp(), advice.policy)
+
+
+# ----- the model ----------------------------------------------------------------------
+
+
+def test_advise_leaves_the_model_as_it_was():
+    model = mpk.convert(mlp(), "mixed_float16")
+    step(model).backward()
+    before = copy.deepcopy(model)
+    grads = [p.grad.clone() for p in model.parameters()]
+    state = torch.get_rng_state()
+    mpk.advise(model, step)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, grads, (p.grad for p in model.parameters())))
+    for (name, a), (_, b) in zip(model.state_dict().items(), before.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    assert [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == [(True, 0, 0)] * 6
+    assert str(model[0].policy) == "mixed_float16"
+
+
+def test_advise_does_not_depend_on_policies_and_autocast():
+    plain = mpk.advise(mlp(), step)
+
+    def under_autocast(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            return step(model)
+
+    for model, a_step in ((mpk.convert(mlp(), "mixed_bfloat16"), step), (mlp(), under_autocast)):
+        advice = mpk.advise(model, a_step)
+        assert advice.policy == plain.policy
+        for name in plain.policy:
+            ranges = (a[name].policies["float32"].range["x"].amax for a in (advice, plain))
+            assert next(ranges) == pytest.approx(next(ranges), rel=1e-2)
+
+
+def test_advise_of_what_is_not_converted():
+    advice = mpk.advise(models.CASES["encoder"].model(), lambda m: models.loss(m, *models.sentences(8)))
+    row = advice["encoder.layers.0.self_attn"]
+    assert row.policy is None
+    assert row.policies["mixed_float16"].range["out"].amax > 0
+    assert advice["encoder.layers.0.linear1"].policy is not None
+    assert advice.why("embed") == "embed: a Embedding is not converted"
+
+
+def test_advise_of_a_transformer():
+    """Its Conv1D have their weight transposed."""
+    advice = mpk.advise(models.CASES["gpt2"].model(), lambda m: models.loss(m, *models.text(8)))
+    assert {"transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj", "lm_head"} <= set(advice.policy)
+    mpk.convert(models.CASES["gpt2"].model(), advice.policy)
+
+
+def test_advise_of_a_step_with_two_forwards():
+    twice = mpk.advise(mlp().eval(), lambda model: step(model) + step(model))
+    once = mpk.advise(mlp().eval(), step)
+    for name in once.policy:
+        a, b = twice[name].policies["mixed_bfloat16"], once[name].policies["mixed_bfloat16"]
+        assert a.loss_change == pytest.approx(2 * b.loss_change)
+
+
+# ----- what it says ----------------------------------------------------------------------
+
+
+def test_advice_prints(tmp_path):
+    advice = mpk.advise(mlp(), step)
+    lines = str(advice).splitlines()
+    assert lines[0].split() == ["layer", "policy", "float32", "mixed_bfloat16", "mixed_float16"]
+    assert [line.split()[0] for line in lines[1:4]] == ["0", "1", "4"]
+    assert lines[-1].startswith("loss ")
+    found = json.loads(advice.to_json())
+    assert found["rows"][0]["policies"]["mixed_float16"]["range"]["x"]["format"] == "float16"
+    advice.to_html(tmp_path / "advice.html")
+    text = (tmp_path / "advice.html").read_text()
+    svg = ET.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])
+    assert len([e for e in svg.iter() if e.tag.endswith("title")]) == 6 + 3 + 6
+    assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_advice_says_why():
+    advice = mpk.advise(mlp(), step)
+    said = advice.why("0", "mixed_float16")
+    assert said.startswith("0: mixed_float16: stays in range (")
+    assert "float16 ends at 65504); adds " in said
+    with pytest.raises(KeyError, match="there are 0, 1, 4"):
+        advice.why("fc")
+    with pytest.raises(KeyError, match="float64 was not judged"):
+        advice.why("0", "float64")
+    assert mpk.convert(mlp(), advice.policy)[0].policy is not None
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"model": 3}, TypeError, "model must be a torch.nn.Module, got int"),
+        ({"model": nn.ReLU()}, ValueError, "the model has no linear that can be converted"),
+        ({"model": nn.Linear(16, 6).half()}, ValueError, "stored in torch.float16, with nothing wider to compare"),
+        ({"model": nn.Linear(16, 6, device="meta")}, RuntimeError, "weight is on meta"),
+        ({"step": lambda model: 3.0}, TypeError, "step must return the loss, a tensor, got float"),
+        ({"step": lambda model: model(X)}, ValueError, r"step must return a scalar, got shape \(24, 6\)"),
+        ({"step": lambda model: step(model).detach()}, RuntimeError, "the loss has no graph"),
+        ({"policies": ["fp8"]}, ValueError, "unknown policy 'fp8'"),
+        ({"policies": []}, ValueError, "policies must not be empty"),
+        ({"policies": ["mixed_float32"]}, ValueError, "mixed_float32 has wider parameters than the model"),
+        ({"loss_scale": 0}, ValueError, "loss_scale must be a positive number, got 0"),
+        ({"loss_budget": -1}, ValueError, "loss_budget must be a positive number, got -1"),
+        ({"memory": "1GB"}, ValueError, "memory must be a positive number, got '1GB'"),
+    ],
+)
+def test_advise_of_bad_input(change, error, message):
+    arguments = {"model": nn.Linear(16, 6), "step": step, **change}
+    with pytest.raises(error, match=message):
+        mpk.advise(arguments.pop("model"), arguments.pop("step"), **arguments)
