@@ -82,8 +82,6 @@ def test_pages_name_what_the_package_has(page):
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_pages_lines_are_short(page):
     """Prose is; a row of a table is one line."""
-    if page.name == "gpu.md":
-        pytest.skip("is being rewritten")
     lines = enumerate(without_code(page.read_text()).splitlines(), 1)
     assert not [i for i, line in lines if len(line) > WIDTH and not line.startswith("|")]
 
