@@ -76,8 +76,8 @@ def extension() -> dict:
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
         stop(f"needs torch 2.11 or later, this is {torch.__version__}", 'Run: pip install "torch>=2.11"')
     check_compilers()
-    sources = ["csrc/ops.cpp", *_glob("csrc/*/*.cpp")]
-    cuda_sources, home = _glob("csrc/*/*.cu"), cuda_home()
+    sources = _glob("csrc/**/*.cpp")
+    cuda_sources, home = _glob("csrc/**/*.cu"), cuda_home()
     options = {}
     if cuda_sources and home is not None:
         cpp_extension.CUDA_HOME = str(home)  # None under a CPU-only torch, whatever the environment says

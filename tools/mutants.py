@@ -161,7 +161,7 @@ def copy_tree() -> None:
 
 
 def build() -> tuple[int, str]:
-    for path in TREE.glob("csrc/*/*.cu"):
+    for path in TREE.glob("csrc/**/*.cu"):
         path.unlink()
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=TREE, capture_output=True, text=True, check=False)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a loop on the CPU is compiled. MPK_CLONES: for AVX-512, for AVX2 and for any x86-64; the loader picks what the CPU has.
+// Function multiversioning. MPK_CLONES: compiled for AVX-512, for AVX2 and for any x86-64; the loader picks what the CPU has.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 #endif
 
 #ifdef __x86_64__
-// A loop written in AVX2's intrinsics, to be called where has_avx2.
+// A function of AVX2 intrinsics, to be called where has_avx2.
 #define MPK_AVX2 __attribute__((target("avx2,fma,f16c")))
 
 namespace mpk {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launch a kernel of sm_90 in clusters of blocks.
+// Launch a kernel of sm_90 in thread block clusters.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace mpk {
 
-// In clusters of `cluster` blocks, which divides the grid, with more than 48 KB of dynamic shared memory.
+// `cluster` blocks per cluster; it divides the grid. Dynamic shared memory may exceed 48 KB.
 template <class... Parameters, class... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), unsigned grid, unsigned cluster, unsigned block, size_t shared_bytes,
                      cudaStream_t stream, const Arguments&... arguments) {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The words of sm_90a that C++ does not have, each a function of one PTX instruction or two: the only file with PTX.
+// PTX wrappers for sm_90a, one or two instructions each: mbarriers, TMA, WGMMA, stmatrix, clusters. The only file with PTX.
 //
-// The host has them too (tests/emulator/common/sm90.cuh, found first there), written from the PTX ISA and not from this file: a
-// kernel that uses only these, <cuda_runtime.h> and plain C++ runs on both. Shared memory is handed over as ordinary pointers.
-// Source: PTX ISA 8.0 and later; the section of each instruction is that of its name.
+// A kernel that uses only these, <cuda_runtime.h> and plain C++ also runs on the host emulator, whose tests/emulator/common/
+// sm90.cuh is found in place of this file and is written from the PTX ISA, not from here. Shared memory is passed as ordinary
+// pointers. Source: PTX ISA 8.0 and later; each instruction's section has its name.
 
 #pragma once
 
@@ -19,13 +19,13 @@ namespace mpk::sm90 {
 
 // ----- shared memory -----
 
-// The block's dynamic shared memory, at a multiple of 1024 bytes: a swizzle of 128 bytes repeats after that many.
+// The block's dynamic shared memory, at a multiple of 1024 bytes, the period of the 128-byte swizzle.
 __device__ __forceinline__ uint8_t* dynamic_shared() {
   extern __shared__ __align__(1024) uint8_t mpk_dynamic_shared[];
   return mpk_dynamic_shared;
 }
 
-// In the window .shared, as instructions and descriptors take it.
+// The address in the .shared window, which instructions and descriptors take.
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
@@ -35,62 +35,62 @@ __device__ __forceinline__ void store_shared(void* shared, float first, float se
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address(shared)), "f"(first), "f"(second) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit elements, by a whole warp. Lane l gives the address of row l % 8 of matrix l / 8, 16 bytes at
-// a multiple of 16; value i of lane l holds the elements (l / 4, 2 (l % 4)) and the one right of it of matrix i.
+// Four 8 x 8 matrices of 16-bit elements, by a whole warp. Lane l passes the address of row l % 8 of matrix l / 8, 16 bytes at
+// a multiple of 16; its value i holds the elements (l / 4, 2 (l % 4)) and (l / 4, 2 (l % 4) + 1) of matrix i.
 __device__ __forceinline__ void stmatrix_x4(void* shared, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared)), "r"(m0),
                "r"(m1), "r"(m2), "r"(m3)
                : "memory");
 }
 
-// What ordinary stores of this thread wrote to shared memory is seen by TMA and WGMMA that start after a later barrier.
+// Makes this thread's ordinary stores to shared memory visible to TMA and WGMMA that start after a later barrier.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ----- barriers -----
 
-// bar.sync: until `threads` threads, whole warps, are at barrier `id` (1 to 15; 0 is that of __syncthreads).
+// bar.sync: waits until `threads` threads, whole warps, have reached barrier `id` (1 to 15; 0 is that of __syncthreads).
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// All threads of all blocks of the cluster arrive, then wait; a block outside of a cluster is a cluster of one. What was
-// written before an arrival is seen after the wait.
+// All threads of all blocks of the cluster arrive, then wait; a block outside of a cluster is a cluster of one. Writes before
+// an arrival are visible after the wait.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-// The same, but of what was written before only what a fence has released is seen: fence_barrier_init is enough for barriers.
+// The same, but only writes that a fence has released are visible: fence_barrier_init is enough for mbarriers.
 __device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
-// Of this block within its cluster.
+// The rank of this block in its cluster.
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 
-// An mbarrier in shared memory: a phase ends when no arrival and no byte of the phase is pending any more. NOTE: arrivals and
-// waits order ordinary loads and stores of this block alone. What crosses blocks here is copied by TMA and read by WGMMA, which
-// the bytes and the arrivals order; the scope of the cluster would cost a fence of the whole GPU at every arrival, and the L1
-// cache after every wait.
+// An mbarrier in shared memory: a phase completes when none of its arrivals and bytes is pending. NOTE: arrivals and waits
+// order ordinary loads and stores of this block only. Data that crosses blocks here is copied by TMA and read by WGMMA, which
+// the bytes and the arrivals order; cluster scope would cost a fence of the whole GPU at every arrival, and an invalidation of
+// the L1 cache after every wait.
 using Barrier = uint64_t;
 
-// By one thread, before anyone else touches it; every phase then expects this many arrivals.
+// By one thread, before any other touches it; every phase then expects this many arrivals.
 __device__ __forceinline__ void barrier_init(Barrier* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
-// By the thread that initialized: seen by the cluster and by TMA after the next cluster barrier.
+// By the thread that initialized: makes the mbarriers visible to the cluster and to TMA after the next cluster barrier.
 __device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// The phase waits for `bytes` more, then one arrival. NOTE: bytes may have come before they are expected.
+// Adds `bytes` to what the phase waits for, then arrives. NOTE: bytes may arrive before they are expected.
 __device__ __forceinline__ void barrier_arrive_expect_tx(Barrier* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
 
-// At the same place in the block `rank` of the cluster, which may be one's own.
+// Arrives at the mbarrier of the same offset in block `rank` of the cluster, which may be this block.
 __device__ __forceinline__ void barrier_arrive_cluster(Barrier* barrier, uint32_t rank) {
   asm volatile(
       "{\n"
@@ -102,7 +102,8 @@ __device__ __forceinline__ void barrier_arrive_cluster(Barrier* barrier, uint32_
       : "memory");
 }
 
-// Until the phase of this parity has ended; the first phase has parity 0. NOTE: a fresh barrier lets parity 1 pass.
+// Waits until the phase of this parity has completed; the first phase has parity 0. NOTE: on a fresh mbarrier a wait for parity
+// 1 returns at once.
 __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) {
   uint32_t ended = 0;
   while (!ended) {
@@ -120,15 +121,15 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) 
 
 // ----- TMA -----
 
-// A box of the map's tensor, of the map's size, whose first element has column c0 (of the contiguous dimension) and row c1.
-// What lies outside of the tensor is loaded as 0, and counts as bytes, and is not stored. `shared` is at a multiple of 1024
-// bytes; `map` is a kernel's __grid_constant__ parameter or part of one. Each by one thread.
+// Each copies a box of the tensor that `map` describes, whose first element has column c0 (of the contiguous dimension) and row
+// c1. Elements outside of the tensor are loaded as 0, count as bytes, and are not stored. `shared` is at a multiple of 1024
+// bytes; `map` is a kernel's __grid_constant__ parameter or part of one. By one thread.
 
 __device__ __forceinline__ void tma_prefetch(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Arrives as bytes at `barrier`.
+// Completes as bytes at `barrier`.
 __device__ __forceinline__ void tma_load(void* shared, const TensorMap* map, Barrier* barrier, int32_t c0, int32_t c1) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
@@ -137,7 +138,7 @@ __device__ __forceinline__ void tma_load(void* shared, const TensorMap* map, Bar
       : "memory");
 }
 
-// The same place of, and the same barrier in, each block of the cluster whose bit is set in `blocks`.
+// To the same offset, and the mbarrier of the same offset, in each block of the cluster whose bit is set in `blocks`.
 __device__ __forceinline__ void tma_load_multicast(void* shared, const TensorMap* map, Barrier* barrier, int32_t c0, int32_t c1,
                                                    uint16_t blocks) {
   asm volatile(
@@ -147,7 +148,7 @@ __device__ __forceinline__ void tma_load_multicast(void* shared, const TensorMap
       : "memory");
 }
 
-// Joins the thread's open group; the same thread commits and waits.
+// Joins the thread's open bulk group; the same thread commits and waits.
 __device__ __forceinline__ void tma_store(const TensorMap* map, const void* shared, int32_t c0, int32_t c1) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
                "r"(shared_address(shared)), "r"(c0), "r"(c1)
@@ -156,13 +157,13 @@ __device__ __forceinline__ void tma_store(const TensorMap* map, const void* shar
 
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Until at most the N latest groups still read shared memory.
+// Waits until at most the N latest groups still read shared memory.
 template <int N>
 __device__ __forceinline__ void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
 
-// Until at most the N latest groups are still writing.
+// Waits until at most the N latest groups have not completed their writes.
 template <int N>
 __device__ __forceinline__ void tma_store_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
@@ -170,7 +171,7 @@ __device__ __forceinline__ void tma_store_wait() {
 
 // ----- warps and registers -----
 
-// The value of the lane whose number differs in the bits of `lanes`. All lanes take part.
+// The value of the lane whose index differs in the bits of `lanes`. All lanes take part.
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int lanes) {
   static_assert(sizeof(T) == 4);
@@ -187,7 +188,7 @@ __device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-// max(x, 0); NaN stays.
+// max(x, 0); NaN propagates.
 __device__ __forceinline__ float relu(float x) {
   float y;
   asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
@@ -206,7 +207,7 @@ __device__ __forceinline__ uint32_t pack(float lo, float hi) {
   return packed;
 }
 
-// The same of max(x, 0); NaN stays NaN. NOTE: the sign of a zero is not defined.
+// The same of max(x, 0); NaN propagates. NOTE: the sign of a zero result is unspecified.
 template <class T>
 __device__ __forceinline__ uint32_t pack_relu(float lo, float hi) {
   uint32_t packed;
@@ -220,19 +221,19 @@ __device__ __forceinline__ uint32_t pack_relu(float lo, float hi) {
 
 // ----- WGMMA -----
 
-// By all 128 threads of a warpgroup: before the first wgmma, and before one whose accumulator was touched otherwise.
+// By all 128 threads of a warpgroup: before the first wgmma, and before one whose accumulator registers were accessed since.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Until at most the `kGroups` latest groups are running. Shared memory that the others read is free, their accumulators not
-// yet.
+// Waits until at most the `kGroups` latest groups are in flight. The shared memory that the others read may be reused; their
+// accumulators may not be read yet.
 template <int kGroups>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 }
 
-// The same for all groups; then `acc` may be read: as operands, no read of it moves to before.
+// Waits for all groups; then `acc` may be read. As an operand of the asm statements, no read of it is moved before them.
 template <int kValues>
 __device__ __forceinline__ void wgmma_wait_all(float (&acc)[kValues]) {
   wgmma_wait<0>();
@@ -273,9 +274,9 @@ __device__ __forceinline__ void wgmma_wait_all(float (&acc)[kValues]) {
                : "l"(desc_a), "l"(desc_b), "r"(static_cast<uint32_t>(accumulate)), "n"(trans_a), "n"(trans_b))
 // clang-format on
 
-// acc (64 x N) = a (64 x 16) b (16 x N), added to acc or not, by the 128 threads of a warpgroup; asynchronous until a wait.
-// Operands lie in shared memory as descriptors say; trans: along M (of a) or N (of b) the elements are contiguous, not along K.
-// Value 4 j + 2 h + i of thread t is the element (t / 32 * 16 + 8 h + t % 32 / 4, 8 j + 2 (t % 4) + i).
+// acc (64 x N) = a (64 x 16) b (16 x N) [+ acc], by the 128 threads of a warpgroup; asynchronous until a wait. The operands lie
+// in shared memory as their descriptors say; trans: contiguous along M (of a) or N (of b), not along K. Value 4 j + 2 h + i of
+// thread t is the element (t / 32 * 16 + 8 h + t % 32 / 4, 8 j + 2 (t % 4) + i).
 template <class T, int N, bool trans_a, bool trans_b>
 __device__ __forceinline__ void wgmma(float (&acc)[N / 2], uint64_t desc_a, uint64_t desc_b, bool accumulate) {
   static_assert(N == 64 || N == 128 || N == 256);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tensor maps, encoded by the driver: its function is looked up at the first call, so loading the library needs no driver.
+// Tensor maps, encoded by the driver. Its function is looked up at the first call, so that the library loads without a driver.
 
 #include <cuda.h>
 
@@ -68,15 +68,15 @@ TensorMap encode(const Key& key) {
 
 }  // namespace
 
-// The latest maps of this thread are kept: a layer's weight, and activations that the allocator places where they were before.
+// A cache per thread: a layer's weight stays where it is, and the allocator reuses the addresses of activations.
 TensorMap encode_tensor_map(const void* data, ScalarType dtype, int64_t rows, int64_t columns, int64_t pitch, int box_rows) {
-  constexpr size_t kKept = 64;  // a power of two
-  thread_local std::array<std::pair<Key, TensorMap>, kKept> kept{};
+  constexpr size_t kSlots = 64;  // a power of two
+  thread_local std::array<std::pair<Key, TensorMap>, kSlots> cache{};
   const Key key{data, rows, columns, pitch, box_rows, dtype};
   const uint64_t hash = (reinterpret_cast<uintptr_t>(data) >> 4 ^ rows * 31 ^ columns * 17 ^ box_rows) * 0x9e3779b97f4a7c15u;
-  auto& place = kept[hash >> 58];
-  if (!(place.first == key)) place = {key, encode(key)};
-  return place.second;
+  auto& slot = cache[hash >> 58];
+  if (!(slot.first == key)) slot = {key, encode(key)};
+  return slot.second;
 }
 
 }  // namespace mpk

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Probes of the words of csrc/common/sm90.cuh: kernels that show what an instruction did, bit by bit, and nothing else.
+// Probes of the PTX wrappers of csrc/common/sm90.cuh: kernels that dump what one instruction did, bit by bit.
 //
-// Compiled by nvcc for a Hopper GPU, whose answers tests/device/probes.py writes down, and by the C++ compiler against
-// tests/emulator, which has to give the same. Inputs are such that every answer is exact.
+// Compiled by nvcc for a Hopper GPU, whose answers tests/device/probes.py records, and by the C++ compiler for the host
+// emulator, which must give the same. Inputs are chosen so that every answer is exact.
 
 #include <cuda_runtime.h>
 
@@ -13,7 +13,7 @@
 #include "common/clusters.h"
 #include "common/sm90.cuh"
 #include "common/tensor_map.h"
-#include "linear_act/layout.h"
+#include "linear_act/sm90/layout.h"
 
 namespace mpk {
 namespace {
@@ -36,7 +36,7 @@ struct Shared {
 
 __device__ Shared& shared_memory() { return *reinterpret_cast<Shared*>(sm90::dynamic_shared()); }
 
-// The image from `in`, or untouched; ready for TMA and WGMMA.
+// Fills the image from `in` (null: kUntouched), ready for TMA and WGMMA.
 __device__ void fill(Shared& shared, const uint32_t* in) {
   for (int i = static_cast<int>(threadIdx.x); i < kImageBytes / 4; i += kThreads) {
     shared.image[i] = in == nullptr ? kUntouched : __ldg(in + i);
@@ -60,7 +60,7 @@ __device__ void show(const Shared& shared, uint32_t* out, int bytes) {
   for (int i = static_cast<int>(threadIdx.x); i < bytes / 4; i += kThreads) __stcs(out + i, shared.image[i]);
 }
 
-// p: c0, c1, bytes of the box. The box, and 128 bytes behind it that have to stay untouched.
+// p: c0, c1, bytes of the box. Shows the box and the 128 bytes behind it, which must stay untouched.
 __global__ void probe_load(MPK_GRID_CONSTANT(Probe) a) {
   Shared& shared = shared_memory();
   fill(shared, nullptr);
@@ -73,7 +73,7 @@ __global__ void probe_load(MPK_GRID_CONSTANT(Probe) a) {
   show(shared, a.out, a.p[2] + 128);
 }
 
-// p: c0, c1, bytes of the box, rows to the next. Each of two blocks loads a box for both; both show both.
+// p: c0, c1, bytes of the box, rows to the next. Each of two blocks loads a box for both and shows both.
 __global__ void probe_multicast(MPK_GRID_CONSTANT(Probe) a) {
   Shared& shared = shared_memory();
   fill(shared, nullptr);
@@ -100,7 +100,7 @@ __global__ void probe_store(MPK_GRID_CONSTANT(Probe) a) {
   sm90::tma_store_wait<0>();
 }
 
-// p: byte offsets of a and b in the image, leading and stride bytes of a, of b, accumulate. The values of all threads.
+// p: byte offsets of a and b in the image, leading and stride bytes of a, of b, accumulate. Shows the values of all threads.
 template <class T, int N, bool kTransA, bool kTransB>
 __global__ void probe_wgmma(MPK_GRID_CONSTANT(Probe) a) {
   Shared& shared = shared_memory();
@@ -119,7 +119,7 @@ __global__ void probe_wgmma(MPK_GRID_CONSTANT(Probe) a) {
   for (int i = 0; i < N / 2; ++i) __stcs(a.out + threadIdx.x * (N / 2) + i, bits_of(acc[i]));
 }
 
-// A warp stores four matrices of its lanes' numbers in the places of the swizzle; the image.
+// A warp stores four matrices of its lane indices at swizzled addresses. Shows the image.
 __global__ void probe_stmatrix(MPK_GRID_CONSTANT(Probe) a) {
   Shared& shared = shared_memory();
   fill(shared, nullptr);
@@ -132,7 +132,7 @@ __global__ void probe_stmatrix(MPK_GRID_CONSTANT(Probe) a) {
   show(shared, a.out, 4096);
 }
 
-// Two values of `in` for each thread: pack and pack_relu of both types, relu of each.
+// For two values of `in` per thread: pack and pack_relu of both types, relu of each.
 __global__ void probe_round(MPK_GRID_CONSTANT(Probe) a) {
   float pair[2];
   for (int i = 0; i < 2; ++i) {
@@ -148,8 +148,8 @@ __global__ void probe_round(MPK_GRID_CONSTANT(Probe) a) {
   __stcs(to + 5, bits_of(sm90::relu(pair[1])));
 }
 
-// Two blocks arrive at each other's barrier and their own, after a fresh one has let parity 1 pass; ranks, lanes, shared
-// floats.
+// A fresh mbarrier lets parity 1 pass; then two blocks arrive at each other's mbarrier and their own. Shows ranks, a shuffle,
+// and floats stored to shared memory.
 __global__ void probe_cluster(MPK_GRID_CONSTANT(Probe) a) {
   Shared& shared = shared_memory();
   const uint32_t rank = sm90::cluster_rank();
@@ -160,7 +160,7 @@ __global__ void probe_cluster(MPK_GRID_CONSTANT(Probe) a) {
   sm90::cluster_arrive_relaxed();
   sm90::cluster_wait();
   sm90::barrier_wait(&shared.barrier, 1);
-  sm90::cluster_arrive();  // or the phase could end before a thread has looked
+  sm90::cluster_arrive();  // or the phase could complete before a thread has waited
   sm90::cluster_wait();
   if (threadIdx.x < 2) sm90::barrier_arrive_cluster(&shared.barrier, threadIdx.x);
   sm90::barrier_wait(&shared.barrier, 0);
@@ -193,8 +193,9 @@ Kernel wgmma_kernel(const int64_t* p) {
 }  // namespace
 }  // namespace mpk
 
-// Runs one probe on addresses of device memory. p[0..7] is the kernel's; p[8..11] the tensor of "load", "multicast" and "store"
-// (fp32 or 16-bit, rows, columns, pitch) and the rows of its box, or which "wgmma" it is. The error, or an empty string.
+// Runs one probe on addresses of device memory. p[0..7] are the kernel's; p[8..12] the tensor of "load", "multicast" and
+// "store" (fp32 or 16-bit, rows, columns, pitch) and the rows of its box, or the variant of "wgmma". Returns the error or an
+// empty string.
 extern "C" const char* mpk_probe(const char* name, const int64_t* p, const void* in, void* out) {
   using namespace mpk;
   static std::string message;

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask a Hopper GPU what the words of csrc/common/sm90.cuh do, and write its answers to tests/data/sm90_probes.npz.
+"""Record what the PTX wrappers of csrc/common/sm90.cuh do on a Hopper GPU, in tests/data/sm90_probes.npz.
 
     python tests/device/probes.py [--out FILE]      needs nvcc, a GPU of compute capability 9.0, torch; no network
 
-tests/emulator/test_sm90_probes.py asks tests/emulator the same and wants the same bits. Until that file is there,
-what tests/emulator believes of the chip is read from the PTX ISA and unproven.
+tests/emulator/test_sm90_probes.py runs the same probes on the host emulator and compares the bits. Until that file exists, the
+emulator rests on the PTX ISA alone.
 """
 
 import argparse
@@ -27,7 +27,7 @@ IMAGE_WORDS = 16384  # of shared memory that a probe fills
 
 @dataclass(frozen=True)
 class Probe:
-    """One run of a probe: its parameters as tests/device/probes.cu lists them, its input and what `out` holds before."""
+    """One run of a probe: its parameters as tests/device/probes.cu lists them, its input, and the initial contents of `out`."""
 
     name: str
     parameters: tuple[int, ...]
@@ -36,7 +36,7 @@ class Probe:
 
 
 def probes() -> dict[str, Probe]:
-    """All of them, by a name that says what is asked."""
+    """All probes by a descriptive name."""
     return {**_copies(), **_products(), **_others()}
 
 
@@ -45,7 +45,7 @@ def _untouched(words: int) -> np.ndarray:
 
 
 def _copies() -> dict[str, Probe]:
-    """Boxes of a 16-bit and of an fp32 matrix whose elements are their own numbers: inside, over each edge, outside."""
+    """Boxes of a 16-bit and of an fp32 matrix whose elements are their indices: inside, across each edge, outside."""
     found = {}
     rows = 40
     for wide in (0, 1):
@@ -74,7 +74,7 @@ def _copies() -> dict[str, Probe]:
 
 
 def _products() -> dict[str, Probe]:
-    """Small integers all over the image, so that sums are exact: a wrong place anywhere shows."""
+    """Small integers all over the image, so that sums are exact and any wrong address shows."""
     found = {}
     random = np.random.default_rng(0)
     integers = random.integers(-8, 9, 2 * IMAGE_WORDS).astype(np.float32)
@@ -121,7 +121,7 @@ def _others() -> dict[str, Probe]:
 
 
 def ask(probe: Probe, library: ctypes.CDLL, given: int, out: int) -> None:
-    """Run it on memory of the device, by address."""
+    """Run the probe on device memory, by address."""
     parameters = (ctypes.c_int64 * 13)(*probe.parameters)
     library.mpk_probe.restype = ctypes.c_char_p
     error = library.mpk_probe(probe.name.encode(), parameters, ctypes.c_void_p(given), ctypes.c_void_p(out))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel of linear_act on Hopper at random sizes: 3 roles x tiles x clusters x splits, each against fp64 on the device.
+"""Every kernel of linear_act on Hopper at random sizes: 3 roles x tile configs x splits, each against fp64 on the device.
 
     python -m tests.device.sweep [--sizes N] [--rows FILE]      needs a GPU of compute capability 9.0
 
 Operands are small integers, so that fp32 sums are exact in any order and a result has one right value: it is compared for
-equality with the fp64 product, rounded once. Outputs lie between bands that nobody may write and are NaN before, operands
-have NaN beside them where they are a part of a wider matrix, every run is made twice for equal bits.
+equality with the fp64 product, rounded once. Outputs are NaN before and lie between guard bands; operands that are views of a
+wider matrix have NaN beside them; every run is repeated for equal bits.
 """
 
 import argparse
@@ -22,15 +22,15 @@ import torch
 from mpkernels.ops.linear_act.sm90 import BLOCK_K, BLOCK_M, SUM_ROWS
 from mpkernels.runtime import native
 
-SIZES, MOST = 2000, 700  # random sizes, and the most of M, N and K
+SIZES, MAX_SIZE = 2000, 700  # random sizes, and the largest M, N and K
 GUARD = 4096  # bytes on either side of an output
 TILES, CLUSTERS, SPLITS = (128, 256), (1, 2), (1, 2, 3, 8)
-CUTS = list(itertools.product(TILES, CLUSTERS, SPLITS))
+CONFIGS = list(itertools.product(TILES, CLUSTERS, SPLITS))
 FACTS = ("is not the fp64 result rounded", "has other bits the second time", "wrote past an output", "wrote an operand")
 
 
 class Memory:
-    """Outputs between two bands, all of whose bytes say so: 0xFF, which is NaN and -1, inside and 0xA5 around."""
+    """Outputs between two guard bands: bytes are 0xFF (NaN, -1) inside and 0xA5 in the bands."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -62,12 +62,12 @@ class Problem:
         return self.x, self.weight, self.grad_z, self.bias, self.mask
 
 
-def problem(random: np.random.Generator, device: torch.device, most: int) -> Problem:
-    M, N, K = int(random.integers(1, most + 1)), *(8 * int(random.integers(1, most // 8 + 1)) for _ in range(2))
+def problem(random: np.random.Generator, device: torch.device, max_size: int) -> Problem:
+    M, N, K = int(random.integers(1, max_size + 1)), *(8 * int(random.integers(1, max_size // 8 + 1)) for _ in range(2))
     dtype = (torch.float16, torch.bfloat16)[random.integers(2)]
 
     def integers(rows: int, columns: int, limit: int = 4) -> torch.Tensor:
-        """Half of them as a part of a wider matrix, which is NaN elsewhere."""
+        """Half of the time a view of a wider matrix, which is NaN elsewhere."""
         values = torch.randint(-limit, limit + 1, (rows, columns), device=device).to(dtype)
         if random.random() < 0.5:
             return values
@@ -82,17 +82,17 @@ def problem(random: np.random.Generator, device: torch.device, most: int) -> Pro
 
 
 def pack(positive: torch.Tensor) -> torch.Tensor:
-    """Bit j of word i of a row is that of column 32 i + j; those past the end are 0."""
+    """Bit j of word i of a row is that of column 32 i + j; bits past the end are 0."""
     rows, columns = positive.shape
     bits = torch.nn.functional.pad(positive, (0, -columns % 32)).view(rows, -1, 32).to(torch.int32)
     return (bits << torch.arange(32, dtype=torch.int32, device=positive.device)).sum(-1, dtype=torch.int32)
 
 
-def fprop(ops, p: Problem, memory: Memory, cut: tuple[int, int, int], splits: int, dtype: torch.dtype) -> Iterator:
-    """Pairs of what was written and what is right."""
+def fprop(ops, p: Problem, memory: Memory, config: tuple[int, int, int], splits: int, dtype: torch.dtype) -> Iterator:
+    """Pairs of the result and the expected value."""
     M, N, relu = p.x.shape[0], p.weight.shape[0], splits % 2 == 1
     out, mask = memory.output(M, N, dtype), memory.output(M, -(-N // 32), torch.int32)
-    ops.linear_act_fprop(p.x, p.weight, p.bias, relu, out, mask if relu else None, *cut)
+    ops.linear_act_fprop(p.x, p.weight, p.bias, relu, out, mask if relu else None, *config)
     exact = p.x.double() @ p.weight.double().t() + p.bias.double()
     exact = exact.relu() if relu else exact
     yield out, exact.to(dtype)
@@ -100,10 +100,10 @@ def fprop(ops, p: Problem, memory: Memory, cut: tuple[int, int, int], splits: in
         yield mask, pack(exact > 0)
 
 
-def dgrad(ops, p: Problem, memory: Memory, cut: tuple[int, int, int], splits: int, dtype: torch.dtype) -> Iterator:
+def dgrad(ops, p: Problem, memory: Memory, config: tuple[int, int, int], splits: int, dtype: torch.dtype) -> Iterator:
     M, K, selects = *p.x.shape, splits % 2 == 1
     out, sums = memory.output(M, K, dtype), memory.output(-(-M // SUM_ROWS), K, torch.float32)
-    ops.linear_act_dgrad(p.grad_z, p.weight, p.mask if selects else None, out, sums if selects else None, *cut)
+    ops.linear_act_dgrad(p.grad_z, p.weight, p.mask if selects else None, out, sums if selects else None, *config)
     exact = p.grad_z.double() @ p.weight.double()
     exact = exact * p.positive if selects else exact
     yield out, exact.to(dtype)
@@ -111,18 +111,18 @@ def dgrad(ops, p: Problem, memory: Memory, cut: tuple[int, int, int], splits: in
         yield sums, torch.nn.functional.pad(exact, (0, 0, 0, -M % SUM_ROWS)).view(-1, SUM_ROWS, K).sum(1).float()
 
 
-def wgrad(ops, p: Problem, memory: Memory, cut: tuple[int, int, int], splits: int, dtype: torch.dtype) -> Iterator:
+def wgrad(ops, p: Problem, memory: Memory, config: tuple[int, int, int], splits: int, dtype: torch.dtype) -> Iterator:
     (M, N), K = p.grad_z.shape, p.x.shape[1]
     splits = min(splits, -(-M // BLOCK_K))
     exact = p.grad_z.double().t() @ p.x.double()
     if splits == 1:
         out = memory.output(N, K, dtype)
-        ops.linear_act_wgrad(p.grad_z, p.x, out, 1, *cut)
+        ops.linear_act_wgrad(p.grad_z, p.x, out, 1, *config)
         yield out, exact.to(dtype)
         return
     rows = -(-N // (2 * BLOCK_M)) * 2 * BLOCK_M
     parts = memory.output(splits * rows, K, torch.float32)
-    ops.linear_act_wgrad(p.grad_z, p.x, parts, splits, *cut)
+    ops.linear_act_wgrad(p.grad_z, p.x, parts, splits, *config)
     yield parts.view(splits, rows, K)[:, :N].sum(0), exact.float()
 
 
@@ -147,19 +147,19 @@ def faults(role: Callable, ops, p: Problem, *how) -> torch.Tensor:
     return torch.stack([torch.stack(flags).any() for flags in (wrong, differ, crossed, written)])
 
 
-def sweep(ops, device: torch.device, sizes: int, most: int = MOST, blocks: int = 132) -> list[str]:
-    """What is wrong, a line each, of `sizes` random sizes; every role and every cut has its share of them."""
+def sweep(ops, device: torch.device, sizes: int, max_size: int = MAX_SIZE, blocks: int = 132) -> list[str]:
+    """The faults, a line each, of `sizes` random sizes, which are spread over all roles and configs."""
     random, found = np.random.default_rng(0), []
     torch.manual_seed(0)
     for i in range(sizes):
-        p = problem(random, device, most)
+        p = problem(random, device, max_size)
         said, flags = [], []
         for j, (name, role) in enumerate(ROLES.items()):
-            block_n, cluster, splits = CUTS[(i + 5 * j) % len(CUTS)]
-            cut = (block_n, cluster, int(random.choice((blocks, 2))))
+            block_n, cluster, splits = CONFIGS[(i + 5 * j) % len(CONFIGS)]
+            config = (block_n, cluster, int(random.choice((blocks, 2))))
             dtype = (p.x.dtype, torch.float32)[random.integers(2)]
             said.append(f"{name} of {sizes_of(p)}, {p.x.dtype} to {dtype}, tile {block_n}, cluster {cluster}, splits {splits}")
-            flags.append(faults(role, ops, p, cut, splits, dtype))
+            flags.append(faults(role, ops, p, config, splits, dtype))
         for what, row in zip(said, torch.stack(flags).tolist(), strict=True):  # one wait for the device a size
             found += [f"{what}: {fact}" for fact, is_so in zip(FACTS, row, strict=True) if is_so]
     return found
@@ -172,7 +172,7 @@ def sizes_of(p: Problem) -> str:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, default=SIZES)
-    parser.add_argument("--rows", type=Path, help="a file of JSON lines to add the outcome to")
+    parser.add_argument("--rows", type=Path, help="a file of JSON lines to append the outcome to")
     options = parser.parse_args(arguments)
     device = torch.device("cuda")
     reason = native.cuda_why_not(device)

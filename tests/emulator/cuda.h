@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The driver's words for tensor maps, found in place of the toolkit's header of this name. What a map means is in sm90.cpp.
+// Host emulator: the driver's API for tensor maps, found in place of the toolkit's header of this name; sm90.cpp implements it.
 
 #pragma once
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA words that the kernels use, for a C++ compiler: each thread is a fiber, clusters of blocks run one after the other.
+// Host emulator: the part of the CUDA runtime that the kernels use, for a C++ compiler. Each thread is a fiber; clusters of
+// blocks run one after the other.
 //
-// Found in place of the toolkit's header of this name. What it means is written in fibers.cpp; from CUDA's documentation, not
-// from what the kernels assume.
+// Found in place of the toolkit's header of this name. fibers.cpp implements it from CUDA's documentation, not from what the
+// kernels assume.
 
 #pragma once
 
@@ -20,7 +21,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-// One block at a time: a block's memory is the process's. In a section of its own, so that it can be poisoned.
+// Static, as one block runs at a time; in a section of its own, so that it can be poisoned.
 #define __shared__ static __attribute__((section("mpk_shared")))
 
 #define CUDART_VERSION 13000
@@ -51,7 +52,7 @@ void sync_block();
 void sync_warp(const char* where);
 void check_access(const void* address, size_t bytes, bool is_store);
 
-// 32 bytes of each lane that the others read: put there, then the warp meets, then looked at, then ended.
+// 32 bytes per lane that the other lanes read: write the own slot, sync_warp, read other slots, end_exchange.
 void* exchange_slot(unsigned lane);
 unsigned lane();
 void end_exchange();
@@ -64,7 +65,7 @@ T read(const T* from) {
   return value;
 }
 
-// What lane `from` gives. All lanes take part.
+// The value of lane `from`. All lanes take part.
 template <class T>
 T exchange(T value, unsigned from, const char* where) {
   static_assert(sizeof(T) <= 8);
@@ -81,7 +82,7 @@ T exchange(T value, unsigned from, const char* where) {
 inline void __syncthreads() { host::sync_block(); }
 inline void __threadfence_block() {}  // one fiber at a time
 
-// The value of the lane `delta` above, one's own where there is none.
+// The value of the lane `delta` above, or the lane's own if there is none.
 template <class T>
 T __shfl_down_sync(unsigned, T value, unsigned delta) {
   const unsigned from = host::lane() + delta;
@@ -137,7 +138,7 @@ struct cudaLaunchConfig_t {
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
 
-// The driver's functions, by name.
+// Entry points of the driver, by name.
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
 constexpr unsigned long long cudaEnableDefault = 0;
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version, unsigned long long flags,
@@ -147,16 +148,16 @@ namespace host {
 
 cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, size_t argument_bytes,
                 const std::function<void()>& thread);
-cudaError_t set_most_shared(const void* kernel, int bytes);
+cudaError_t set_max_shared(const void* kernel, int bytes);
 
 }  // namespace host
 
 template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int value) {
-  return host::set_most_shared(reinterpret_cast<const void*>(kernel), value);
+  return host::set_max_shared(reinterpret_cast<const void*>(kernel), value);
 }
 
-// The arguments are copied, as a launch does.
+// The arguments are copied, as a launch copies them.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
   const std::tuple<std::decay_t<Parameters>...> copies(std::forward<Arguments>(arguments)...);

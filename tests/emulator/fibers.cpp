@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CUDA words of cuda_runtime.h mean here: fibers in a seeded random order, poisoned shared memory, checked addresses.
+// Host emulator: implements cuda_runtime.h: fibers in a seeded random order, poisoned shared memory, checked addresses.
 //
-// A fiber runs until it waits or ends. Which one runs next is random; the seed makes some warps and blocks faster than others.
-// Between two fibers, what was started and nobody waits for (copies, products) happens, or happens later. When nobody can run
-// and nothing can happen, the launch fails with what each fiber waits for.
+// A fiber runs until it waits or ends. The next one is random; the seed makes some warps and blocks faster than others. Between
+// two fibers, a pending asynchronous operation (copy, product) completes or is delayed further. When no fiber can run and no
+// operation is pending, the launch fails with what each fiber waits for.
 
 #include "fibers.h"
 
@@ -31,20 +31,20 @@ Counts counts;
 
 namespace {
 
-constexpr unsigned kMostThreads = 1024, kMostBlocks = 2;  // of a block, of a cluster
+constexpr unsigned kMaxThreads = 1024, kMaxBlocks = 2;  // of a block, of a cluster
 constexpr size_t kStackBytes = 64 << 10;
-constexpr size_t kMostArgumentBytes = 32764;
-constexpr size_t kMostShared = 232448, kMostSharedUnasked = 48 << 10;
+constexpr size_t kMaxArgumentBytes = 32764;
+constexpr size_t kMaxShared = 232448, kDefaultShared = 48 << 10;
 constexpr int kPoison = 0xff;  // a NaN in every format
 constexpr unsigned kExchangeBytes = 32;
 
-enum class AtCluster { kAway, kArrived, kOpen };  // where a thread is in the cluster's barrier
+enum class ClusterPhase { kOutside, kArrived, kReleased };  // of a thread at the cluster's barrier
 
 struct Fiber {
   ucontext_t context;
   jmp_buf jump;
   bool started, ended;
-  AtCluster at_cluster;
+  ClusterPhase cluster_phase;
   const char* waits_at;
   unsigned exchanges;
   Block* block;
@@ -57,8 +57,8 @@ struct Range {
 
 std::mt19937 random_order;
 std::vector<Range> ranges;
-std::map<const void*, size_t> most_shared;  // by kernel
-std::string failure;                        // the first of a launch
+std::map<const void*, size_t> max_shared;  // by kernel
+std::string failure;                       // the first of a launch
 bool capturing;
 
 std::vector<Fiber> fibers;
@@ -69,8 +69,8 @@ unsigned current;
 bool in_fiber;
 const std::function<void()>* body;
 
-// By turns: a lane may reach its next exchange before the others have read this one.
-alignas(16) uint8_t exchanged[2][kMostThreads * kMostBlocks][kExchangeBytes];
+// Double-buffered: a lane may reach its next exchange before the others have read this one.
+alignas(16) uint8_t exchanged[2][kMaxThreads * kMaxBlocks][kExchangeBytes];
 
 struct ClusterBarrier {
   unsigned threads, arrived, ended;
@@ -81,7 +81,7 @@ struct Failed {};
 
 // ----- fibers -----
 
-// NOTE: setjmp and longjmp once it has started: swapcontext asks the kernel for the signal mask every time.
+// NOTE: setjmp and longjmp once it has started, because swapcontext makes a system call for the signal mask every time.
 void switch_to_scheduler() {
   if (_setjmp(fibers[current].jump) == 0) _longjmp(scheduler, 1);
 }
@@ -95,7 +95,7 @@ void fiber_main() {
 }
 
 void make_fibers() {
-  constexpr unsigned kCount = kMostThreads * kMostBlocks;
+  constexpr unsigned kCount = kMaxThreads * kMaxBlocks;
   static char* const stacks = static_cast<char*>(
       mmap(nullptr, kCount * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   fibers.assign(kCount, Fiber{});
@@ -128,25 +128,25 @@ void open_block_if_full(Block& block) {
   wake(block.queue);
 }
 
-// Threads that have ended count as arrived.
+// Ended threads count as arrived.
 void open_cluster_if_full() {
   ClusterBarrier& barrier = cluster_barrier;
   if (barrier.arrived == 0 || barrier.arrived + barrier.ended < barrier.threads) return;
   barrier.arrived = 0;
   for (unsigned i = 0; i < barrier.threads; ++i) {
-    if (fibers[i].at_cluster == AtCluster::kArrived) fibers[i].at_cluster = AtCluster::kOpen;
+    if (fibers[i].cluster_phase == ClusterPhase::kArrived) fibers[i].cluster_phase = ClusterPhase::kReleased;
   }
   wake(barrier.queue);
 }
 
-void note_end(unsigned fiber) {
+void on_thread_end(unsigned fiber) {
   Block& block = *fibers[fiber].block;
   Warp& warp = block.warps[(fiber - block.first) / kWarp];
   --block.live;
   --warp.live;
   ++cluster_barrier.ended;
   if (warp.waiting > 0) fail(std::string("a thread ends while its warp is at ") + warp.where);
-  if (fibers[fiber].at_cluster != AtCluster::kAway)
+  if (fibers[fiber].cluster_phase != ClusterPhase::kOutside)
     fail("a thread ends that has arrived at the cluster's barrier and not waited");
   open_block_if_full(block);
   open_cluster_if_full();
@@ -156,8 +156,8 @@ void note_end(unsigned fiber) {
 // ----- one cluster -----
 
 void make_block(unsigned index, unsigned rank, unsigned first, unsigned threads, size_t shared_bytes) {
-  // NOTE: a swizzle depends on addresses, so that shared memory starts at the same multiple everywhere.
-  alignas(1024) static uint8_t shared[kMostBlocks][kMostShared];
+  // NOTE: aligned, because a swizzle depends on addresses.
+  alignas(1024) static uint8_t shared[kMaxBlocks][kMaxShared];
   std::memset(shared[rank], kPoison, shared_bytes);
   Block block{};
   block.index = index;
@@ -179,7 +179,7 @@ void start_threads() {
     for (unsigned i = block.first; i < block.first + block.threads; ++i) {
       Fiber& fiber = fibers[i];
       fiber.ended = false;
-      fiber.at_cluster = AtCluster::kAway;
+      fiber.cluster_phase = ClusterPhase::kOutside;
       fiber.exchanges = 0;
       fiber.block = &block;
       ready.push_back(i);
@@ -188,7 +188,7 @@ void start_threads() {
   cluster_barrier = {static_cast<unsigned>(ready.size()), 0, 0, {}};
 }
 
-// "threads 1-31 at a shuffle;" for those that have not ended.
+// "threads 1-31 at a shuffle;" for each group of threads that have not ended.
 void report_deadlock() {
   std::string message;
   for (const Block& block : blocks) {
@@ -215,7 +215,7 @@ uint32_t priority_of(unsigned fiber) {
   return block.warps[(fiber - block.first) / kWarp].priority;
 }
 
-// Of as many random ones as are tried, the fiber of the fastest warp.
+// The fiber of the fastest warp among `tries` random ones.
 unsigned take_ready(unsigned tries) {
   size_t best = random_order() % ready.size();
   for (unsigned i = 1; i < tries; ++i) {
@@ -238,7 +238,7 @@ void run_cluster() {
     if (ready.empty()) continue;
     const unsigned fiber = take_ready(tries);
     resume(fiber);
-    if (fibers[fiber].ended) note_end(fiber);
+    if (fibers[fiber].ended) on_thread_end(fiber);
   }
   if (failure.empty() && cluster_barrier.ended < cluster_barrier.threads) report_deadlock();
 }
@@ -259,17 +259,17 @@ unsigned cluster_of(const cudaLaunchConfig_t& config) {
 
 void check_launch(const cudaLaunchConfig_t& config, const void* kernel, size_t argument_bytes) {
   const unsigned cluster = cluster_of(config);
-  const auto asked = most_shared.find(kernel);
-  if (config.gridDim.x == 0 || config.blockDim.x == 0 || config.blockDim.x > kMostThreads) fail("an impossible launch");
-  if (argument_bytes > kMostArgumentBytes) fail("arguments of " + std::to_string(argument_bytes) + " bytes");
+  const auto asked = max_shared.find(kernel);
+  if (config.gridDim.x == 0 || config.blockDim.x == 0 || config.blockDim.x > kMaxThreads) fail("an impossible launch");
+  if (argument_bytes > kMaxArgumentBytes) fail("arguments of " + std::to_string(argument_bytes) + " bytes");
   if (cluster == 0 || config.gridDim.x % cluster != 0) fail("a grid that is no multiple of the cluster");
-  if (cluster > kMostBlocks) fail("a cluster of " + std::to_string(cluster) + " blocks");
-  if (config.dynamicSmemBytes > (asked == most_shared.end() ? kMostSharedUnasked : asked->second)) {
+  if (cluster > kMaxBlocks) fail("a cluster of " + std::to_string(cluster) + " blocks");
+  if (config.dynamicSmemBytes > (asked == max_shared.end() ? kDefaultShared : asked->second)) {
     fail("more dynamic shared memory than was asked for");
   }
 }
 
-// The order of clusters, and of all that happens in them, is the seed's.
+// The seed decides the order of the clusters and of all events in them.
 void run_grid(const cudaLaunchConfig_t& config) {
   const unsigned size = cluster_of(config), threads = config.blockDim.x;
   std::vector<unsigned> order(config.gridDim.x / size);
@@ -296,7 +296,7 @@ void fail(const std::string& message) {
   if (failure.empty()) failure = message;
   if (!in_fiber) throw Failed{};
   fibers[current].waits_at = "a failure";
-  switch_to_scheduler();  // which does not come back
+  switch_to_scheduler();  // does not return
   std::abort();
 }
 
@@ -320,7 +320,7 @@ Block& current_block() { return *fibers[current].block; }
 std::vector<Block>& cluster() { return blocks; }
 uint32_t random_number() { return random_order(); }
 
-// ----- words -----
+// ----- what kernels call -----
 
 void sync_block() {
   Block& block = current_block();
@@ -380,17 +380,17 @@ void sync_named(int id, int threads) {
 
 void arrive_cluster() {
   Fiber& fiber = fibers[current];
-  if (fiber.at_cluster != AtCluster::kAway) fail("a thread arrives at the cluster's barrier twice");
-  fiber.at_cluster = AtCluster::kArrived;
+  if (fiber.cluster_phase != ClusterPhase::kOutside) fail("a thread arrives at the cluster's barrier twice");
+  fiber.cluster_phase = ClusterPhase::kArrived;
   ++cluster_barrier.arrived;
   open_cluster_if_full();
 }
 
 void wait_cluster() {
   Fiber& fiber = fibers[current];
-  if (fiber.at_cluster == AtCluster::kAway) fail("a thread waits at the cluster's barrier and has not arrived");
-  while (fiber.at_cluster == AtCluster::kArrived) wait_in(cluster_barrier.queue, "the cluster's barrier");
-  fiber.at_cluster = AtCluster::kAway;
+  if (fiber.cluster_phase == ClusterPhase::kOutside) fail("a thread waits at the cluster's barrier and has not arrived");
+  while (fiber.cluster_phase == ClusterPhase::kArrived) wait_in(cluster_barrier.queue, "the cluster's barrier");
+  fiber.cluster_phase = ClusterPhase::kOutside;
 }
 
 void check_range(const void* pointer, size_t bytes, bool is_store) {
@@ -413,13 +413,13 @@ void check_access(const void* pointer, size_t bytes, bool is_store) {
 
 bool is_known(const void* address) { return range_of(reinterpret_cast<uintptr_t>(address)) != nullptr; }
 
-cudaError_t set_most_shared(const void* kernel, int bytes) {
+cudaError_t set_max_shared(const void* kernel, int bytes) {
   failure.clear();
-  if (bytes < 0 || static_cast<size_t>(bytes) > kMostShared) {
+  if (bytes < 0 || static_cast<size_t>(bytes) > kMaxShared) {
     failure = "no " + std::to_string(bytes) + " bytes of shared memory for a block";
     return cudaErrorInvalidValue;
   }
-  most_shared[kernel] = bytes;
+  max_shared[kernel] = bytes;
   return cudaSuccess;
 }
 
@@ -437,7 +437,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, size_t arg
   } catch (const Failed&) {
   }
   if (failure.empty()) return cudaSuccess;
-  make_fibers();  // those that hang are abandoned
+  make_fibers();  // blocked ones are abandoned
   return cudaErrorInvalidConfiguration;
 }
 
@@ -456,7 +456,7 @@ extern "C" {
 
 void host_seed(uint32_t seed) { host::random_order.seed(seed); }
 
-// Device memory: what kernels may read and, if `writable`, write.
+// Declares device memory, which kernels may read and, if `writable`, write.
 void host_set_memory(const uintptr_t* begins, const int64_t* bytes, const bool* writable, int64_t count) {
   host::ranges.clear();
   for (int64_t i = 0; i < count; ++i) {
@@ -467,6 +467,6 @@ void host_set_memory(const uintptr_t* begins, const int64_t* bytes, const bool* 
 
 void host_set_capturing(bool capturing) { host::capturing = capturing; }
 
-// Those since the last call.
+// The counts since the last call.
 void host_take_counts(host::Counts* counts) { *counts = std::exchange(host::counts, {}); }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Fibers that stand for the threads of a cluster of blocks, what they wait in, and what runs beside them.
+// Host emulator: the fibers that emulate the threads of a cluster, the queues they wait in, and the asynchronous units.
 
 #pragma once
 
@@ -13,7 +13,7 @@ namespace host {
 constexpr unsigned kWarp = 32;
 constexpr unsigned kWarpgroup = 128;
 
-// Fibers that wait for the same thing. Whoever changes it wakes them all, and they look again.
+// Fibers that wait for the same condition. A change of it wakes them all, and each checks again.
 struct Queue {
   std::vector<unsigned> fibers;
 };
@@ -42,26 +42,26 @@ struct Block {
   NamedBarrier named[16];
 };
 
-// Ends the launch with this message, the first one given. Does not return.
+// Ends the launch with the first message given. Does not return.
 [[noreturn]] void fail(const std::string& message);
 
-// For a fiber: until the queue is woken. `what` is for the report of a deadlock.
+// Blocks the current fiber until the queue is woken. `what` is for the deadlock report.
 void wait_in(Queue& queue, const char* what);
 void wake(Queue& queue);
 void yield();
 
-// Until all lanes of the warp are at the same instruction.
+// Blocks until all lanes of the warp have reached the same instruction.
 void sync_warp(const char* where);
 
 Block& current_block();
-std::vector<Block>& cluster();  // the blocks that run now
+std::vector<Block>& cluster();  // the running blocks
 uint32_t random_number();
 
-// ----- what runs beside the fibers, in sm90.cpp -----
+// ----- the asynchronous units (TMA, WGMMA), in sm90.cpp -----
 
-void start_units();                   // for the cluster that begins
-bool has_events();                    // that could happen now
-void run_event(bool nobody_can_run);  // one of them, perhaps
-void finish_units(const Block& of);   // all of its threads have ended
+void start_units();                  // for a new cluster
+bool has_events();                   // whether an operation is pending
+void run_event(bool all_blocked);    // completes one, unless all are to be late
+void finish_units(const Block& of);  // after the block's last thread
 
 }  // namespace host

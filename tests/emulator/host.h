@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the stand-in knows besides the CUDA words: which memory is the device's, and what a kernel moved.
+// Host emulator: what is not CUDA's API: which memory is the device's, and how much a kernel moved.
 
 #pragma once
 
@@ -11,7 +11,7 @@ namespace host {
 struct Counts {
   int64_t launches;
   int64_t accesses, loaded, stored;  // those of vector.cuh, and the bytes they moved
-  int64_t tma_loaded, tma_stored;    // bytes of tensors that TMA moved; once for all blocks of a multicast
+  int64_t tma_loaded, tma_stored;    // bytes of tensors that TMA moved; a multicast counts once
 };
 
 extern Counts counts;
@@ -19,7 +19,7 @@ extern Counts counts;
 // Whether the address is in the device's memory.
 bool is_known(const void* address);
 
-// Fails the launch where the access is not one that the tests allow.
+// Fails the launch if the tests do not allow the access.
 void check_range(const void* address, size_t bytes, bool is_store);
 
 }  // namespace host

@@ -30,7 +30,7 @@ STEP = ("csrc/ops.cpp", *(f"csrc/{folder}/cuda.cu" for folder in FOLDERS), "test
 HOPPER = (
     "csrc/ops.cpp",
     "csrc/common/tensor_map.cu",
-    "csrc/linear_act/cuda.cu",
+    "csrc/linear_act/sm90/launch.cu",
     "tests/emulator/sm90_kernels.cu",
     "tests/device/probes.cu",
 )

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// csrc/linear_act/layout.h as C functions, for tests/ops/linear_act/test_sm90_layout.py.
+// csrc/linear_act/sm90/layout.h as C functions, for tests/ops/linear_act/test_sm90_layout.py.
 
-#include "linear_act/layout.h"
+#include "linear_act/sm90/layout.h"
 
 extern "C" {
 
@@ -24,14 +24,14 @@ uint32_t layout_nonzero_pair(uint32_t packed) { return mpk::nonzero_pair(packed)
 uint32_t layout_word_bits(int64_t left) { return mpk::word_bits(left); }
 
 void layout_grouped_tile(int index, int rows, int columns, int group, int* at) {
-  const mpk::TileAt tile = mpk::grouped_tile(index, rows, columns, group);
+  const mpk::TileCoord tile = mpk::grouped_tile(index, rows, columns, group);
   at[0] = tile.row;
   at[1] = tile.column;
 }
 
-void layout_part_of(int steps, int part, int parts, int* range) {
-  const mpk::Range part_range = mpk::part_of(steps, part, parts);
-  range[0] = part_range.begin;
-  range[1] = part_range.end;
+void layout_split_range(int k_blocks, int split, int splits, int* range) {
+  const mpk::Range found = mpk::split_range(k_blocks, split, splits);
+  range[0] = found.begin;
+  range[1] = found.end;
 }
 }

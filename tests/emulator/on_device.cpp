@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// csrc/common/cuda.cu for a machine without CUDA: one device, one stream, and memory that the tests name.
+// Host emulator: csrc/common/cuda.cu without CUDA: one device, one stream, and the memory that the tests declare.
 
 #include "common/stream.h"
 #include "host.h"

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the words of sm_90a mean here: mbarriers, TMA and WGMMA with the latest and the earliest they may happen.
+// Host emulator: mbarriers, TMA and WGMMA of sm_90a, completing as early and as late as PTX allows.
 //
-// A copy lands, and a product reads its operands, at a random later time: some at any, some when nobody can run, some when
-// nearly nothing else can happen either. Each warp of a warpgroup reads at a time of its own. Until its wait a product's
-// accumulator is NaN for the kernel. What the async proxy touches must not hold ordinary stores that were not fenced. What PTX
-// calls undefined and is seen here fails the launch.
+// A copy lands, and a product reads its operands, at a random later time: some at any time, some only when all threads are
+// blocked, some when nearly no other operation is pending either. Each warp of a warpgroup reads at a time of its own. Until
+// its wait an accumulator is NaN for the kernel. Ordinary stores must be fenced before the async proxy accesses the same
+// memory. Detected undefined behavior fails the launch.
 //
 // Source: PTX ISA 8.0 and later: mbarrier, cp.async.bulk.tensor, Tensors (swizzling modes), wgmma (matrix descriptor, strides,
 // canonical layouts, accumulator fragments), stmatrix, async proxy. Of these: 2-d tiles, and the swizzle of 128 bytes.
@@ -27,11 +27,11 @@
 namespace host {
 namespace {
 
-constexpr uint32_t kWindow = 1024;  // where dynamic shared memory starts in the window .shared: below it lies the system's
+constexpr uint32_t kWindow = 1024;  // where dynamic shared memory starts in the .shared window, after the system's
 constexpr uint32_t kLine = 16;      // bytes that a swizzle keeps together
-constexpr uint32_t kBoxRow = 128;   // bytes: of the swizzle
-constexpr int64_t kMostTx = (1 << 20) - 1;
-constexpr int kMostN = 256, kRows = 64, kWarpRows = 16, kDepth = 16;
+constexpr uint32_t kBoxRow = 128;   // bytes, the width of the swizzle
+constexpr int64_t kMaxTx = (1 << 20) - 1;
+constexpr int kMaxN = 256, kRows = 64, kWarpRows = 16, kK = 16;
 
 // ----- state of a block -----
 
@@ -40,7 +40,7 @@ struct MBarrier {
   int64_t tx = 0;
   uint64_t phase = 0;
   unsigned initialized_by = 0;  // thread
-  bool fenced = false;          // others' copies and blocks may see it
+  bool fenced = false;          // visible to TMA and to other blocks
   Queue queue;
 };
 
@@ -51,19 +51,19 @@ struct StoreGroup {
 struct Thread {
   std::vector<StoreGroup> groups{1};  // the last one is open
   Queue queue;                        // for them
-  std::vector<uint32_t> unfenced;     // lines of shared memory
+  std::vector<uint32_t> unfenced;     // lines of shared memory with unfenced stores
   // wgmma
   bool fenced = false;
-  float* acc = nullptr;  // what the warpgroup has taken
+  float* acc = nullptr;  // registers that the warpgroup's products own
   int64_t issued = 0;
-  std::vector<int64_t> committed;  // products in and before each group
+  std::vector<int64_t> committed;  // products up to the end of each group
   size_t waited = 0;               // groups
 };
 
-// When an event happens. 0: at any time; 1: when nobody can run; more: when there is no event of less.
-using Lateness = unsigned;
+// When an operation completes. 0: at any time; 1: when all threads are blocked; more: when none of less is pending.
+using Delay = unsigned;
 
-Lateness random_lateness() {
+Delay random_delay() {
   const uint32_t kind = random_number() % 3;
   return kind < 2 ? kind : 2 + random_number() % 256;
 }
@@ -79,25 +79,25 @@ struct Product {
   Operand a, b;
   int n;
   bool accumulate, bf16;
-  int issued = 0;          // by threads
-  Lateness lateness[4]{};  // by warp
+  int issued = 0;    // by threads
+  Delay delay[4]{};  // by warp
   Interval reads[2]{};
 };
 
-// What a TMA store may read until its thread has waited for that.
-struct Lent {
+// Memory that a TMA store may read until its thread has waited for the group.
+struct PendingRead {
   Interval memory;
   unsigned thread;
   size_t group;
 };
 
 struct Warpgroup {
-  std::deque<Product> products;  // not all of whose warps have waited for them, from number `first` on
+  std::deque<Product> products;  // those that some warp has not waited for; the first has index `first`
   int64_t first = 0;
   int64_t done[4] = {}, waited[4] = {};  // by warp
   Queue queues[4];
   int n = 0;
-  alignas(32) float tile[kRows][kMostN];
+  alignas(32) float tile[kRows][kMaxN];
 };
 
 struct State {
@@ -105,8 +105,8 @@ struct State {
   std::map<uint32_t, MBarrier> barriers;  // by address
   std::vector<Thread> threads;
   std::deque<Warpgroup> warpgroups;
-  std::vector<uint16_t> unfenced;  // ordinary stores to each line that no fence followed
-  std::vector<Lent> lent;
+  std::vector<uint16_t> unfenced;  // per line, the number of unfenced ordinary stores
+  std::vector<PendingRead> pending_reads;
 };
 
 std::vector<State> states;  // by rank
@@ -124,7 +124,7 @@ uint8_t* at(const State& state, uint32_t address, uint32_t bytes) {
   return state.block->shared + (address - kWindow);
 }
 
-// Before the async proxy touches it.
+// Before the async proxy accesses the memory.
 void check_fenced(const State& state, uint32_t address, uint32_t bytes) {
   at(state, address, bytes);
   for (uint32_t line = (address - kWindow) / kLine; line * kLine < address - kWindow + bytes; ++line) {
@@ -132,15 +132,15 @@ void check_fenced(const State& state, uint32_t address, uint32_t bytes) {
   }
 }
 
-// Before anything writes there.
-void check_not_lent(const State& state, uint32_t begin, uint32_t end) {
-  for (const Lent& lent : state.lent) {
-    if (lent.memory.meets(begin, end)) fail("shared memory is written that a TMA store may still read");
+// Before a write.
+void check_no_pending_read(const State& state, uint32_t begin, uint32_t end) {
+  for (const PendingRead& read : state.pending_reads) {
+    if (read.memory.meets(begin, end)) fail("shared memory is written that a TMA store may still read");
   }
 }
 
-void note_store(State& state, uint32_t address, uint32_t bytes) {
-  check_not_lent(state, address, address + bytes);
+void on_store(State& state, uint32_t address, uint32_t bytes) {
+  check_no_pending_read(state, address, address + bytes);
   Thread& thread = state.threads[threadIdx.x];
   for (uint32_t line = (address - kWindow) / kLine; line * kLine < address - kWindow + bytes; ++line) {
     ++state.unfenced[line];
@@ -148,7 +148,7 @@ void note_store(State& state, uint32_t address, uint32_t bytes) {
   }
 }
 
-// The swizzle of 128 bytes: bits 4-6 of the address are those and bits 7-9.
+// The 128-byte swizzle: bits 4-6 of the address are XORed with bits 7-9.
 uint32_t swizzle(uint32_t address) { return address ^ (address >> 3 & 0x70); }
 
 // ----- barriers -----
@@ -168,7 +168,7 @@ void end_phase_if_complete(MBarrier& barrier) {
 
 void expect_bytes(MBarrier& barrier, int64_t bytes) {
   barrier.tx += bytes;
-  if (barrier.tx > kMostTx || barrier.tx < -kMostTx) fail("an mbarrier's tx-count is out of range");
+  if (barrier.tx > kMaxTx || barrier.tx < -kMaxTx) fail("an mbarrier's tx-count is out of range");
   if (barrier.pending == 0 && barrier.tx < 0) fail("more bytes than an mbarrier expects");
 }
 
@@ -199,12 +199,12 @@ struct Copy {
   State* state;
   uint32_t shared, barrier;
   int32_t c0, c1;
-  bool is_first;  // of a multicast, for the count
+  bool is_first;  // of a multicast, which counts once
   bool is_store;
   unsigned thread;  // of a store
   size_t group;
-  std::vector<uint8_t> read;  // by a store that has not written
-  Lateness lateness;
+  std::vector<uint8_t> read;  // by a store that has not written yet
+  Delay delay;
 };
 
 std::vector<Copy> copies;
@@ -219,7 +219,7 @@ Map read_map(const void* pointer) {
 
 uint32_t box_bytes(const Map& map) { return map.box_rows * kBoxRow; }
 
-// f(global, byte within the row of the box, bytes, row of the box) for what lies inside of the tensor.
+// f(global, byte within the box row, bytes, box row) for each part of the box inside of the tensor.
 template <class F>
 void for_each_inside(const Copy& copy, const F& f) {
   const int64_t width = kBoxRow / copy.map.element;
@@ -233,7 +233,7 @@ void for_each_inside(const Copy& copy, const F& f) {
   }
 }
 
-// f(swizzled place, number) for each line of the box.
+// f(swizzled address, index) for each line of the box.
 template <class F>
 void for_each_line(const Copy& copy, const F& f) {
   at(*copy.state, copy.shared, box_bytes(copy.map));
@@ -264,7 +264,7 @@ void read_box(Copy& copy) {
     check_fenced(*copy.state, place, kLine);
     std::memcpy(&copy.read[i * kLine], at(*copy.state, place, kLine), kLine);
   });
-  copy.lateness = random_lateness();
+  copy.delay = random_delay();
   Thread& thread = copy.state->threads[copy.thread];
   --thread.groups[copy.group].unread;
   wake(thread.queue);
@@ -298,7 +298,7 @@ float bits_to_float(uint32_t bits) {
   return value;
 }
 
-// fp16: as an fp32 with the exponent's bias of fp16, which a factor corrects, subnormals too.
+// fp16: the bits as an fp32 with fp16's exponent bias, which a factor corrects; this covers subnormals.
 MPK_CLONES void widen(const uint16_t* from, float* to, int count, bool bf16) {
   for (int i = 0; i < count; ++i) {
     const uint32_t bits = from[i], sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff;
@@ -312,9 +312,8 @@ MPK_CLONES void widen(const uint16_t* from, float* to, int count, bool bf16) {
   }
 }
 
-// The line of an operand in which `major` steps along the contiguous dimension and `minor` along the other one stand.
-// K-major: ((8, m), (8, 2)) : ((128 B, stride), (2 B, 16 B)); MN-major: ((64, m), (8, 2)) : ((2 B, leading), (128 B, stride));
-// then the swizzle.
+// The line of an operand that holds element (mn, k). K-major: ((8, m), (8, 2)) : ((128 B, stride), (2 B, 16 B)); MN-major:
+// ((64, m), (8, 2)) : ((2 B, leading), (128 B, stride)); then the swizzle.
 struct Layout {
   uint32_t start, leading, stride;
   bool transposed;
@@ -333,25 +332,25 @@ struct Layout {
     return swizzle(start + mn / 8 * stride + mn % 8 * 128 + k * 2);
   }
 
-  // With all of each row of 128 bytes.
+  // Rounded to whole rows of 128 bytes.
   Interval interval(int count) const {
-    const uint32_t first = line(0, 0), last = std::max(line(count - 8, kDepth - 1), line(count - 1, kDepth - 8));
+    const uint32_t first = line(0, 0), last = std::max(line(count - 8, kK - 1), line(count - 1, kK - 8));
     return {first / kBoxRow * kBoxRow, (last / kBoxRow + 1) * kBoxRow};
   }
 };
 
-// values[mn][k] or, where `by_k`, values[k][mn], of `count` rows or columns from `first` on.
+// values[mn][k] or, if `by_k`, values[k][mn], of `count` rows or columns from `first` on.
 void gather(const State& state, const Operand& operand, int first, int count, bool by_k, bool bf16, float* values) {
   const Layout layout(operand);
-  static uint16_t raw[kMostN * kDepth];
+  static uint16_t raw[kMaxN * kK];
   const auto line = [&](int mn, int k) {
     const uint32_t address = layout.line(mn, k);
     check_fenced(state, address, kLine);
     return reinterpret_cast<const uint16_t*>(at(state, address, kLine));
   };
-  const auto place = [&](int i, int k) -> uint16_t& { return raw[by_k ? k * count + i : i * kDepth + k]; };
+  const auto place = [&](int i, int k) -> uint16_t& { return raw[by_k ? k * count + i : i * kK + k]; };
   if (operand.transposed) {
-    for (int k = 0; k < kDepth; ++k) {
+    for (int k = 0; k < kK; ++k) {
       for (int i = 0; i < count; i += 8) {
         const uint16_t* const from = line(first + i, k);
         for (int j = 0; j < 8; ++j) place(i + j, k) = from[j];
@@ -359,21 +358,21 @@ void gather(const State& state, const Operand& operand, int first, int count, bo
     }
   } else {
     for (int i = 0; i < count; ++i) {
-      for (int k = 0; k < kDepth; k += 8) {
+      for (int k = 0; k < kK; k += 8) {
         const uint16_t* const from = line(first + i, k);
         for (int j = 0; j < 8; ++j) place(i, k + j) = from[j];
       }
     }
   }
-  widen(raw, values, count * kDepth, bf16);
+  widen(raw, values, count * kK, bf16);
 }
 
-// The products are exact in fp32; each sum is rounded, along K in order.
+// The products are exact in fp32; each sum is rounded, in the order of K.
 MPK_CLONES void multiply_add(const float* a, const float* b, float* tile, int n) {
   for (int row = 0; row < kWarpRows; ++row) {
-    float* const sums = tile + row * kMostN;
-    for (int k = 0; k < kDepth; ++k) {
-      const float factor = a[row * kDepth + k];
+    float* const sums = tile + row * kMaxN;
+    for (int k = 0; k < kK; ++k) {
+      const float factor = a[row * kK + k];
       for (int column = 0; column < n; ++column) sums[column] += factor * b[k * n + column];
     }
   }
@@ -381,12 +380,12 @@ MPK_CLONES void multiply_add(const float* a, const float* b, float* tile, int n)
 
 // The 16 rows of a warp.
 void run_product(State& state, Warpgroup& warpgroup, int warp) {
-  static float a[kWarpRows * kDepth], b[kMostN * kDepth];
+  static float a[kWarpRows * kK], b[kMaxN * kK];
   const Product& product = warpgroup.products[warpgroup.done[warp] - warpgroup.first];
   gather(state, product.a, warp * kWarpRows, kWarpRows, false, product.bf16, a);
   gather(state, product.b, 0, product.n, true, product.bf16, b);
   float* const tile = warpgroup.tile[warp * kWarpRows];
-  if (!product.accumulate) std::fill(tile, tile + kWarpRows * kMostN, 0.0f);
+  if (!product.accumulate) std::fill(tile, tile + kWarpRows * kMaxN, 0.0f);
   multiply_add(a, b, tile, product.n);
   ++warpgroup.done[warp];
   --products_to_run;
@@ -412,7 +411,7 @@ float& element(Warpgroup& warpgroup, int i) {
 }
 
 void start_product(Product& product) {
-  for (Lateness& lateness : product.lateness) lateness = random_lateness();
+  for (Delay& delay : product.delay) delay = random_delay();
   product.reads[0] = Layout(product.a).interval(kRows);
   product.reads[1] = Layout(product.b).interval(product.n);
   for (const Copy& copy : copies) {
@@ -423,8 +422,8 @@ void start_product(Product& product) {
   }
 }
 
-// What all of the warps have waited for may be written again.
-void note_waited(Warpgroup& warpgroup, int warp, int64_t products) {
+// The memory of products that all warps have waited for may be overwritten.
+void on_wait(Warpgroup& warpgroup, int warp, int64_t products) {
   warpgroup.waited[warp] = std::max(warpgroup.waited[warp], products);
   while (*std::min_element(warpgroup.waited, warpgroup.waited + 4) > warpgroup.first) {
     warpgroup.products.pop_front();
@@ -432,9 +431,9 @@ void note_waited(Warpgroup& warpgroup, int warp, int64_t products) {
   }
 }
 
-// Before TMA loads there.
+// Before a TMA load.
 void check_not_read(const State& state, uint32_t begin, uint32_t end) {
-  check_not_lent(state, begin, end);
+  check_no_pending_read(state, begin, end);
   for (const Warpgroup& warpgroup : state.warpgroups) {
     for (const Product& product : warpgroup.products) {
       for (const Interval& memory : product.reads) {
@@ -446,7 +445,7 @@ void check_not_read(const State& state, uint32_t begin, uint32_t end) {
 
 }  // namespace
 
-// ----- what runs beside the fibers -----
+// ----- the asynchronous units -----
 
 void start_units() {
   copies.clear();
@@ -463,10 +462,10 @@ void start_units() {
 
 bool has_events() { return !copies.empty() || products_to_run > 0; }
 
-// Each copy, and each warp that has products, is as likely as any other that may happen now.
-void run_event(bool nobody_can_run) {
+// Copies and warps with pending products are equally likely, among those whose delay is over.
+void run_event(bool all_blocked) {
   struct Event {
-    Lateness lateness;
+    Delay delay;
     size_t copy;
     State* state;
     Warpgroup* warpgroup;
@@ -474,22 +473,22 @@ void run_event(bool nobody_can_run) {
   };
   static std::vector<Event> events;
   events.clear();
-  for (size_t i = 0; i < copies.size(); ++i) events.push_back({copies[i].lateness, i, nullptr, nullptr, 0});
+  for (size_t i = 0; i < copies.size(); ++i) events.push_back({copies[i].delay, i, nullptr, nullptr, 0});
   for (State& state : states) {
     for (Warpgroup& warpgroup : state.warpgroups) {
       for (int warp = 0; warp < 4; ++warp) {
         if (!can_run(warpgroup, warp)) continue;
         const Product& next = warpgroup.products[warpgroup.done[warp] - warpgroup.first];
-        events.push_back({next.lateness[warp], 0, &state, &warpgroup, warp});
+        events.push_back({next.delay[warp], 0, &state, &warpgroup, warp});
       }
     }
   }
-  Lateness now = 0;
-  if (nobody_can_run) {
-    const auto less = [](const Event& a, const Event& b) { return a.lateness < b.lateness; };
-    now = std::max(1u, std::min_element(events.begin(), events.end(), less)->lateness);
+  Delay now = 0;
+  if (all_blocked) {
+    const auto less = [](const Event& a, const Event& b) { return a.delay < b.delay; };
+    now = std::max(1u, std::min_element(events.begin(), events.end(), less)->delay);
   }
-  const auto later = [&](const Event& event) { return event.lateness > now; };
+  const auto later = [&](const Event& event) { return event.delay > now; };
   events.erase(std::remove_if(events.begin(), events.end(), later), events.end());
   if (events.empty()) return;
   const Event event = events[random_number() % events.size()];
@@ -511,7 +510,7 @@ void finish_units(const Block& block) {
   }
 }
 
-// ----- words: shared memory -----
+// ----- PTX wrappers: shared memory -----
 
 uint8_t* dynamic_shared() { return current_block().shared; }
 
@@ -527,11 +526,11 @@ unsigned cluster_rank() { return current_block().rank; }
 void store_shared(void* shared, const void* value, uint32_t bytes) {
   const uint32_t address = shared_address(shared);
   if (address % bytes != 0) fail("a store to shared memory at no multiple of its size");
-  note_store(here(), address, bytes);
+  on_store(here(), address, bytes);
   std::memcpy(at(here(), address, bytes), value, bytes);
 }
 
-// Lane 8 i + r has the address of row r of matrix i; value i of lane l is the pair l % 4 of row l / 4 of matrix i.
+// Lane 8 i + r passes the address of row r of matrix i; value i of lane l is pair l % 4 of row l / 4 of matrix i.
 void stmatrix_x4(void* row, const uint32_t (&matrices)[4]) {
   if (shared_address(row) % 16 != 0) fail("stmatrix at no multiple of 16 bytes");
   std::memcpy(exchange_slot(lane()), &row, sizeof(row));
@@ -550,12 +549,12 @@ void fence_proxy_async() {
   thread.unfenced.clear();
 }
 
-// ----- words: barriers -----
+// ----- PTX wrappers: barriers -----
 
 void barrier_init(void* barrier, uint32_t arrivals) {
   const uint32_t address = shared_address(barrier);
   if (address % 8 != 0) fail("an mbarrier at no multiple of 8 bytes");
-  if (arrivals == 0 || arrivals > kMostTx) fail("an mbarrier for " + std::to_string(arrivals) + " arrivals");
+  if (arrivals == 0 || arrivals > kMaxTx) fail("an mbarrier for " + std::to_string(arrivals) + " arrivals");
   MBarrier made{};
   made.expected = made.pending = arrivals;
   made.initialized_by = threadIdx.x;
@@ -598,7 +597,7 @@ void barrier_wait(void* barrier, uint32_t parity) {
     wait_in(here_barrier.queue, parity ? "an mbarrier, parity 1" : "an mbarrier, parity 0");
 }
 
-// ----- words: TMA -----
+// ----- PTX wrappers: TMA -----
 
 void tma_prefetch(const void* map) { read_map(map); }
 
@@ -610,7 +609,7 @@ void tma_load(void* shared, const void* map, void* barrier, int32_t c0, int32_t 
   for (unsigned rank = 0; rank < states.size(); ++rank) {
     if ((blocks >> rank & 1) == 0) continue;
     check_not_read(states[rank], to, to + box_bytes(read_map(map)));
-    copies.push_back({read_map(map), &states[rank], to, signal, c0, c1, is_first, false, 0, 0, {}, random_lateness()});
+    copies.push_back({read_map(map), &states[rank], to, signal, c0, c1, is_first, false, 0, 0, {}, random_delay()});
     is_first = false;
   }
 }
@@ -619,12 +618,12 @@ void tma_store(const void* map, const void* shared, int32_t c0, int32_t c1) {
   const uint32_t from = shared_address(shared);
   if (from % kBoxRow != 0) fail("TMA from shared memory at no multiple of 128 bytes");
   Thread& thread = this_thread();
-  here().lent.push_back({{from, from + box_bytes(read_map(map))}, threadIdx.x, thread.groups.size() - 1});
+  here().pending_reads.push_back({{from, from + box_bytes(read_map(map))}, threadIdx.x, thread.groups.size() - 1});
   ++thread.groups.back().stores;
   ++thread.groups.back().unread;
   ++thread.groups.back().unwritten;
   copies.push_back(
-      {read_map(map), &here(), from, 0, c0, c1, true, true, threadIdx.x, thread.groups.size() - 1, {}, random_lateness()});
+      {read_map(map), &here(), from, 0, c0, c1, true, true, threadIdx.x, thread.groups.size() - 1, {}, random_delay()});
 }
 
 void tma_store_commit() { this_thread().groups.emplace_back(); }
@@ -635,12 +634,12 @@ void tma_store_wait(int groups, bool only_read) {
   const auto is_done = [&](const StoreGroup& group) { return (only_read ? group.unread : group.unwritten) == 0; };
   const auto all_done = [&] { return std::all_of(thread.groups.begin(), thread.groups.begin() + waited, is_done); };
   while (!all_done()) wait_in(thread.queue, only_read ? "a TMA store's reading" : "a TMA store");
-  const auto is_back = [&](const Lent& lent) { return lent.thread == threadIdx.x && lent.group < waited; };
-  std::vector<Lent>& lent = here().lent;
-  lent.erase(std::remove_if(lent.begin(), lent.end(), is_back), lent.end());
+  const auto is_done_reading = [&](const PendingRead& read) { return read.thread == threadIdx.x && read.group < waited; };
+  std::vector<PendingRead>& reads = here().pending_reads;
+  reads.erase(std::remove_if(reads.begin(), reads.end(), is_done_reading), reads.end());
 }
 
-// ----- words: WGMMA -----
+// ----- PTX wrappers: WGMMA -----
 
 void wgmma_fence() { this_thread().fenced = true; }
 
@@ -656,7 +655,7 @@ void wgmma(float* acc, int n, Operand a, Operand b, bool accumulate, bool bf16) 
     thread.acc = acc;
     warpgroup.n = n;
   }
-  if (thread.acc != acc || warpgroup.n != n) fail("the stand-in has one accumulator at a time");
+  if (thread.acc != acc || warpgroup.n != n) fail("the emulator has one accumulator at a time");
   const int64_t index = thread.issued++ - warpgroup.first;
   if (index == static_cast<int64_t>(warpgroup.products.size())) {
     warpgroup.products.push_back({a, b, n, accumulate, bf16});
@@ -678,7 +677,7 @@ void wgmma_wait(int groups) {
   const int64_t products = waited > 0 ? thread.committed[waited - 1] : 0;
   const unsigned warp = threadIdx.x % kWarpgroup / kWarp;
   while (warpgroup.done[warp] < products) wait_in(warpgroup.queues[warp], "wgmma's products");
-  note_waited(warpgroup, warp, products);
+  on_wait(warpgroup, warp, products);
   thread.waited = std::max(thread.waited, waited);
   if (thread.acc == nullptr || thread.waited < all || products < thread.issued) return;
   for (int i = 0; i < warpgroup.n / 2; ++i) thread.acc[i] = element(warpgroup, i);
@@ -688,7 +687,7 @@ void wgmma_wait(int groups) {
 
 }  // namespace host
 
-// ----- the driver's function -----
+// ----- the driver -----
 
 // Refuses what the driver refuses, and what is not emulated.
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,

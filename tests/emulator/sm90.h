@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The words of csrc/common/sm90.cuh without their templates, for tests/emulator/common/sm90.cuh. What they mean is in sm90.cpp.
+// Host emulator: the PTX wrappers of csrc/common/sm90.cuh without their templates, for tests/emulator/common/sm90.cuh;
+// implemented in sm90.cpp.
 
 #pragma once
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Small kernels that hold the words of sm_90a, each against its definition, and a GEMM that can be wrong in many ways.
+// Kernels for tests/emulator/test_sm90_emulator.py: one per PTX wrapper, to compare with its definition; a pipelined GEMM that
+// can be wrong in many ways; and misuse that the emulator must refuse.
 
 #include <cuda_runtime.h>
 
@@ -26,7 +27,7 @@ struct Arguments {
 
 // ----- TMA -----
 
-// A box as it lies in shared memory.
+// A box as TMA lays it out in shared memory.
 __global__ void dump_box(const Arguments& g) {
   uint8_t* const shared = sm90::dynamic_shared();
   const int bytes = g.box_rows * 128;
@@ -42,7 +43,7 @@ __global__ void dump_box(const Arguments& g) {
   for (int i = threadIdx.x; i < bytes / 2; i += blockDim.x) __stcs(g.halves + i, reinterpret_cast<uint16_t*>(shared)[i]);
 }
 
-// Two blocks, each of which loads half of the rows for both; where it is wrong, before both have their barriers.
+// Two blocks, each of which loads half of the rows for both. `wrong`: before both have initialized their mbarriers.
 __global__ void dump_multicast(const Arguments& g) {
   uint8_t* const shared = sm90::dynamic_shared();
   const int bytes = g.box_rows * 128, rank = static_cast<int>(sm90::cluster_rank());
@@ -90,7 +91,7 @@ __global__ void store_box(const Arguments& g) {
 
 // ----- stmatrix and rounding -----
 
-// Lane l gives row l of 32 rows of 16 bytes, and as value i the pair (4 l + i, 4 l + i) + 1000.
+// Lane l passes row l of 32 rows of 16 bytes, and as value i the pair (4 l + i, 4 l + i + 1000).
 __global__ void dump_stmatrix(const Arguments& g) {
   uint8_t* const shared = sm90::dynamic_shared();
   const uint32_t lane = threadIdx.x;
@@ -111,7 +112,7 @@ __global__ void dump_pack(const Arguments& g) {
 
 // ----- WGMMA -----
 
-// A product twice: alone, then added to itself. Shared memory is an image, the fragments are dumped as they are.
+// A product twice: overwriting, then accumulating. Shared memory is given as an image; the fragments are dumped.
 template <class T, int N, bool trans_a, bool trans_b>
 __global__ void dump_wgmma(const Arguments& g) {
   uint8_t* const shared = sm90::dynamic_shared();
@@ -132,9 +133,9 @@ __global__ void dump_wgmma(const Arguments& g) {
 // ----- a pipeline, and what can be wrong with it -----
 
 enum Wrong {
-  kRight,
+  kCorrect,
   kSwappedParity,      // of the waits for full stages
-  kNoFullWait,         // products of what has not come
+  kNoFullWait,         // products of operands that have not arrived
   kNoEmptyWait,        // a stage is loaded again while it is read
   kEarlyRelease,       // a stage is released before the wait for its products
   kOneArrivalTooMany,  // expected at a full stage
@@ -153,19 +154,19 @@ enum Wrong {
   kWrongNamedBarrier,  // for more threads than come
   kNoNamedBarrier,     // between stmatrix and the TMA store
   kPastSharedMemory,   // a load
-  kUnfinishedLoad,     // one more than anyone waits for
+  kUnfinishedLoad,     // that no thread waits for
   kHalfWarpStmatrix,   //
 };
 
 constexpr int kStages = 2, kTile = 64, kBox = kTile * 128;
 
-// out (64 x 64 tiles of it, one below the other) = a b: a (64 tiles x depth), b (64 x depth); warpgroup 0 multiplies, thread
-// 128 loads.
+// out (tiles of 64 x 64, one below the other) = a b.T: a (64 tiles x K), b (64 x K). Warpgroup 0 is the consumer, thread 128
+// the producer.
 __global__ void pipeline(const Arguments& g) {
   uint8_t* const shared = sm90::dynamic_shared();
   auto* const full = reinterpret_cast<Barrier*>(shared + (2 * kStages + 1) * kBox);
   Barrier* const empty = full + kStages;
-  const int tiles = g.c1, steps = g.c0, thread = static_cast<int>(threadIdx.x), wrong = g.wrong;
+  const int tiles = g.c1, k_blocks = g.c0, thread = static_cast<int>(threadIdx.x), wrong = g.wrong;
   if (thread == 0) {
     for (int i = 0; i < kStages; ++i) {
       sm90::barrier_init(full + i, wrong == kOneArrivalTooMany ? 2 : 1);
@@ -175,18 +176,18 @@ __global__ void pipeline(const Arguments& g) {
   }
   __syncthreads();
   const auto stage_of = [&](int i) { return i % kStages; };
-  const auto parity_of = [&](int i) { return static_cast<uint32_t>(i / kStages % 2); };
-  const int count = tiles * steps;
+  const auto phase_of = [&](int i) { return static_cast<uint32_t>(i / kStages % 2); };
+  const int count = tiles * k_blocks;
   if (thread >= 128) {
     if (thread > 128) return;
     for (int i = 0; i < count; ++i) {
-      const int stage = stage_of(i), step = i % steps, tile = i / steps;
+      const int stage = stage_of(i), k_block = i % k_blocks, tile = i / k_blocks;
       uint8_t* const to = shared + 2 * stage * kBox;
-      if (wrong != kNoEmptyWait) sm90::barrier_wait(empty + stage, parity_of(i) ^ 1);
+      if (wrong != kNoEmptyWait) sm90::barrier_wait(empty + stage, phase_of(i) ^ 1);
       sm90::barrier_arrive_expect_tx(full + stage, 2 * kBox + (wrong == kTooManyBytes) * 16 - (wrong == kTooFewBytes) * 16);
-      sm90::tma_load(to, &g.a, full + stage, step * 64, tile * kTile);
-      sm90::tma_load(wrong == kPastSharedMemory ? shared + (2 * kStages + 1) * kBox : to + kBox, &g.b, full + stage, step * 64,
-                     0);
+      sm90::tma_load(to, &g.a, full + stage, k_block * 64, tile * kTile);
+      sm90::tma_load(wrong == kPastSharedMemory ? shared + (2 * kStages + 1) * kBox : to + kBox, &g.b, full + stage,
+                     k_block * 64, 0);
     }
     if (wrong == kUnfinishedLoad) sm90::tma_load(shared, &g.a, full, 0, 0);
     return;
@@ -194,14 +195,14 @@ __global__ void pipeline(const Arguments& g) {
   float acc[32];
   const int warp = thread / 32, lane = thread % 32;
   for (int tile = 0, i = 0; tile < tiles; ++tile) {
-    for (int step = 0; step < steps; ++step, ++i) {
+    for (int k_block = 0; k_block < k_blocks; ++k_block, ++i) {
       const int stage = stage_of(i);
-      if (wrong != kNoFullWait) sm90::barrier_wait(full + stage, parity_of(i) ^ (wrong == kSwappedParity));
+      if (wrong != kNoFullWait) sm90::barrier_wait(full + stage, phase_of(i) ^ (wrong == kSwappedParity));
       if (wrong != kNoWgmmaFence) sm90::wgmma_fence();
       const uint32_t at = sm90::shared_address(shared + 2 * stage * kBox) + (wrong == kShiftedDescriptor) * 128;
       const uint64_t form = 1ull << 62 | 64ull << 32;
       for (int k = 0; k < 4; ++k) {
-        sm90::wgmma<Half, 64, false, false>(acc, form | (at + k * 32) >> 4, form | (at + kBox + k * 32) >> 4, step + k > 0);
+        sm90::wgmma<Half, 64, false, false>(acc, form | (at + k * 32) >> 4, form | (at + kBox + k * 32) >> 4, k_block + k > 0);
       }
       sm90::wgmma_commit();
       if (wrong == kEarlyRelease && lane == 0) sm90::barrier_arrive(empty + stage);
@@ -229,7 +230,7 @@ __global__ void pipeline(const Arguments& g) {
   if (thread == 0 && wrong != kNoStoreWait) sm90::tma_store_wait<0>();
 }
 
-// ----- what PTX does not allow, a line each -----
+// ----- misuse that PTX does not allow -----
 
 enum Misuse {
   kArrivesTwice,
@@ -365,7 +366,7 @@ TensorMap map_of(const Matrix& matrix, int box_rows) {
 
 }  // namespace
 
-// What a test asks for; tests/emulator/test_sm90_stand_in.py has the same.
+// A request of a test; tests/emulator/test_sm90_emulator.py declares the same struct.
 struct Case {
   const char* kernel;
   Matrix a, b, out;
@@ -377,7 +378,7 @@ struct Case {
   uint64_t desc_a, desc_b;
 };
 
-// The error it was refused with, or an empty string.
+// Returns the error of the launch, or an empty string.
 extern "C" const char* host_run_kernel(const Case& c) {
   static std::string message;
   message.clear();

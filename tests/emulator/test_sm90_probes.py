@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tests/emulator held to the chip: the probes of tests/device give the bits that a Hopper GPU gave, once there are any."""
+"""The host emulator against the hardware: the probes of tests/device give the recorded bits of a Hopper GPU, once recorded."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
 def ask(name: str, seed: int) -> np.ndarray:
-    """What the stand-in answers, its events in the order of `seed`."""
+    """The emulator's answer, its events in the order of `seed`."""
     library, probe = host_kernels.library(LIBRARY), PROBES[name]
     library.host_seed(seed)
     given, out = (torch.from_numpy(a.view(np.int32).copy()) for a in (probe.given, probe.out))
@@ -25,22 +25,22 @@ def ask(name: str, seed: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", PROBES)
-def test_sm90_probe_answers_always_alike(name):
+def test_sm90_probe_answers_do_not_depend_on_the_seed(name):
     first = ask(name, 0)
     for seed in (1, 2):
         assert np.array_equal(ask(name, seed), first)
 
 
-def test_sm90_probes_answer_as_the_chip():
+def test_sm90_probes_answer_like_the_gpu():
     if not probes.ANSWERS.exists():
-        pytest.skip(f"no Hopper GPU was asked: python tests/device/probes.py writes {probes.ANSWERS.name}")
+        pytest.skip(f"not recorded on a Hopper GPU: python tests/device/probes.py writes {probes.ANSWERS.name}")
     with np.load(probes.ANSWERS) as answers:
         wrong = [name for name in PROBES if not np.array_equal(ask(name, 0), answers[name])]
-        assert not wrong, f"not as on {answers['gpu']}: {wrong}"
+        assert not wrong, f"other bits than on {answers['gpu']}: {wrong}"
 
 
 def test_sm90_probes_show_what_they_should():
-    """A few answers by hand: a box in the order of the swizzle, with zeros outside; the value of one element of a product."""
+    """A few answers by hand: a swizzled box with zeros outside of the tensor; one element of a product."""
     box = ask("load fp16 box of 16 rows at 0 33", 0).view(np.uint16)
     for row, column in ((0, 0), (1, 9), (6, 63), (7, 0), (15, 20)):
         place = row * 64 + ((column // 8) ^ (row % 8)) * 8 + column % 8

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels that are wrong, each in one way that the stand-in must notice.
+// Wrong kernels, each with one defect that the host emulator must detect.
 
 #include <cuda_runtime.h>
 
@@ -14,14 +14,14 @@ using mpk::launch;
 
 constexpr int kThreads = 64;
 
-// No barrier between thread 0's write and the others' reads.
+// No barrier between the write of thread 0 and the reads of the others.
 __global__ void reads_too_early(unsigned* out) {
   __shared__ unsigned value;
   if (threadIdx.x == 0) value = 7;
   __stcs(out + threadIdx.x, value);
 }
 
-// As above with the barrier: right.
+// The same with the barrier: correct.
 __global__ void reads_after_barrier(unsigned* out) {
   __shared__ unsigned value;
   if (threadIdx.x == 0) value = 7;
@@ -29,14 +29,14 @@ __global__ void reads_after_barrier(unsigned* out) {
   __stcs(out + threadIdx.x, value);
 }
 
-// Sums of the lanes from one's own to the last, if the lanes above have them: lane 0 has 0 + ... + 31.
+// A warp reduction: lane 0 gets 0 + ... + 31.
 __global__ void adds_lanes(unsigned* out) {
   unsigned sum = threadIdx.x % 32;
   for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_down_sync(~0u, sum, distance);
   __stcs(out + threadIdx.x, threadIdx.x % 32 == 0 ? sum : 0);
 }
 
-// One lane waits for the block while the rest of its warp waits for it.
+// One lane waits for the block while the rest of its warp waits for that lane.
 __global__ void hangs(unsigned* out) {
   if (threadIdx.x == 0) {
     __syncthreads();
@@ -57,7 +57,7 @@ constexpr Kernel kKernels[] = {reads_after_barrier, adds_lanes,          reads_t
 
 }  // namespace
 
-// Runs one; the error it was refused with, or an empty string.
+// Runs one; returns the error of the launch, or an empty string.
 extern "C" const char* host_run_kernel(int which, unsigned* out) {
   static std::string message;
   message.clear();

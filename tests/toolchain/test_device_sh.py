@@ -217,8 +217,8 @@ class Ops:
 
 def test_sweep_finds_nothing_wrong_with_what_is_right():
     ops = Ops()
-    assert sweep.sweep(ops, torch.device("cpu"), len(sweep.CUTS), most=150) == []
-    assert ops.calls == 2 * 3 * len(sweep.CUTS)
+    assert sweep.sweep(ops, torch.device("cpu"), len(sweep.CONFIGS), max_size=150) == []
+    assert ops.calls == 2 * 3 * len(sweep.CONFIGS)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_sweep_finds_nothing_wrong_with_what_is_right():
     [("second run", 1), ("NaN", 0), ("past the end", 2), ("operand", 3), ("mask", 0), ("sums", 0)],
 )
 def test_sweep_notices(wrong, fact):
-    found = sweep.sweep(Ops(wrong), torch.device("cpu"), 4, most=150)
+    found = sweep.sweep(Ops(wrong), torch.device("cpu"), 4, max_size=150)
     assert any(line.endswith(sweep.FACTS[fact]) for line in found), found
 
 
@@ -237,7 +237,7 @@ def test_sweep_of_the_kernels_on_the_host():
         pytest.skip(reason)
     host_kernels.library("mpkernels_hopper").host_seed(1)
     ops = host_kernels.HostOps(library="mpkernels_hopper")
-    assert sweep.sweep(ops, torch.device("cpu"), 8, most=130, blocks=4) == []
+    assert sweep.sweep(ops, torch.device("cpu"), 8, max_size=130, blocks=4) == []
 
 
 @pytest.mark.parametrize("backend", ["eager", "native"])

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The words of csrc/common/sm90.cuh for a C++ compiler, found in its place: what they mean is in tests/emulator/sm90.cpp.
-//
-// Source: PTX ISA; not that file's PTX.
+// Host emulator: the PTX wrappers of csrc/common/sm90.cuh for a C++ compiler, found in its place; implemented in
+// tests/emulator/sm90.cpp. Source: the PTX ISA, not the PTX of that file.
 
 #pragma once
 
@@ -112,7 +111,7 @@ uint32_t pack(float lo, float hi) {
   return round_to<T>(lo) | static_cast<uint32_t>(round_to<T>(hi)) << 16;
 }
 
-// NOTE: -0 stays, which the sign of a zero may.
+// NOTE: -0 stays -0: the sign of a zero result is unspecified.
 template <class T>
 uint32_t pack_relu(float lo, float hi) {
   return pack<T>(lo < 0 ? 0.0f : lo, hi < 0 ? 0.0f : hi);

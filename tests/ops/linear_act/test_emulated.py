@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linear_act's Hopper kernels, run by the stand-in of tests/emulator: all roles against fp64, on poisoned memory, in any order.
+"""linear_act's Hopper kernels on the host emulator: all roles against fp64, on poisoned memory, in any order of events.
 
-What this cannot prove: speed, the memory model, and anything that the stand-in understands wrongly.
+What this cannot prove: speed, the memory model, and whatever the emulator gets wrong.
 """
 
 import math
@@ -20,11 +20,11 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 LIBRARY = "mpkernels_hopper"
 BLOCK_M, BLOCK_K = 128, 64
-BAND = 64  # rows of a column sum
+SUM_ROWS = 64  # rows of the matrix per row of column sums
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
-# (block_n, cluster, blocks): one tile at a time or several, alone or in pairs, one of which may lie outside
-CUTS = [(256, 1, 100), (256, 2, 2), (128, 1, 2), (128, 2, 100)]
-SHAPES = [(1, 8, 8), (128, 256, 64), (200, 264, 136), (257, 520, 320), (385, 136, 72)]  # of the result, then the depth
+# (block_n, cluster, num_sms): one or several tiles per block, clusters of one or two, whose second tile may lie outside
+CONFIGS = [(256, 1, 100), (256, 2, 2), (128, 1, 2), (128, 2, 100)]
+SHAPES = [(1, 8, 8), (128, 256, 64), (200, 264, 136), (257, 520, 320), (385, 136, 72)]  # M, N and K of the GEMM
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def ops():
 
 
 class Poisoned:
-    """A matrix in the middle of memory that must not be written: `pad` elements after each row, and rows around."""
+    """A matrix inside memory that must not be written: `pad` elements after each row, a row before and one after."""
 
     def __init__(self, rows, columns, dtype, pad=8):
         integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
@@ -55,7 +55,7 @@ class Poisoned:
 
 
 def operand(rows, columns, dtype, generator, pad=8):
-    """NOTE: what lies beside it is NaN."""
+    """NOTE: the padding beside it is NaN."""
     result = torch.full((rows, -(-columns // 8) * 8 + pad), math.nan, dtype=dtype)[:, :columns]
     result.copy_(torch.randn(rows, columns, generator=generator))
     return result
@@ -69,7 +69,7 @@ def positive_bits(mask, columns):
 
 
 def random_mask(rows, columns, generator):
-    """(mask, bool (rows, columns)); its pitch is longer than its rows."""
+    """(mask, bool (rows, columns)); the mask's pitch is longer than its rows."""
     positive = torch.randint(2, (rows, columns), generator=generator).bool()
     words = -(-columns // 32)
     padded = torch.zeros(rows, words * 32, dtype=torch.int64)
@@ -83,13 +83,13 @@ def random_mask(rows, columns, generator):
 # ----- fprop ----------------------------------------------------------------------------------------
 
 
-def check_fprop(shape, cut, dtype, out_dtype, bias_dtype, relu, generator):
+def check_fprop(shape, config, dtype, out_dtype, bias_dtype, relu, generator):
     (M, N, K), out = shape, Poisoned(*shape[:2], out_dtype)
     x, weight = operand(M, K, dtype, generator), operand(N, K, dtype, generator)
     bias = None if bias_dtype is None else torch.randn(2 * N, generator=generator).to(bias_dtype)[::2]
     mask = Poisoned(M, -(-N // 32), torch.float32) if relu else None
     words = mask.view.view(torch.int32) if relu else None
-    ops().linear_act_fprop(x, weight, bias, relu, out.view, words, *cut)
+    ops().linear_act_fprop(x, weight, bias, relu, out.view, words, *config)
     out.check_only_view_is_written()
     bounds.check_forward(out.view, x, weight, bias, int(relu), dtype, random_sign=True)
     if relu:
@@ -98,12 +98,12 @@ def check_fprop(shape, cut, dtype, out_dtype, bias_dtype, relu, generator):
         bounds.check_mask(positive_bits(words, N), x, weight, bias, dtype, out_dtype)
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_fprop_matches_reference(shape, cut, generator):
-    k = (SHAPES.index(shape) + CUTS.index(cut)) % 4
+def test_fprop_matches_reference(shape, config, generator):
+    k = (SHAPES.index(shape) + CONFIGS.index(config)) % 4
     dtype, bias_dtype = (F16, BF16)[k % 2], (F16, BF16, F32, torch.float64)[k]
-    check_fprop(shape, cut, dtype, dtype, bias_dtype, True, generator)
+    check_fprop(shape, config, dtype, dtype, bias_dtype, True, generator)
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
@@ -131,39 +131,39 @@ def test_fprop_nan_and_inf(dtype, generator):
 # ----- dgrad ----------------------------------------------------------------------------------------
 
 
-def run_dgrad(grad_z, weight, mask, out_dtype, sums, cut):
+def run_dgrad(grad_z, weight, mask, out_dtype, sums, config):
     out = Poisoned(grad_z.shape[0], weight.shape[1], out_dtype)
-    ops().linear_act_dgrad(grad_z, weight, mask, out.view, sums, *cut)
+    ops().linear_act_dgrad(grad_z, weight, mask, out.view, sums, *config)
     out.check_only_view_is_written()
     return out.view
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_dgrad_matches_reference(shape, cut, generator):
-    """Alone; selected by the mask of the previous layer, bit for bit; and the column sums of what it selects."""
+def test_dgrad_matches_reference(shape, config, generator):
+    """Alone; masked by the previous layer's ReLU, bit for bit; and the column sums of the masked result."""
     M, K, N = shape
-    k = SHAPES.index(shape) + CUTS.index(cut)
+    k = SHAPES.index(shape) + CONFIGS.index(config)
     dtype, out_dtype = (F16, BF16)[k % 2], ((F16, BF16)[k % 2], F32)[k // 2 % 2]
     grad_z, weight = operand(M, N, dtype, generator), operand(N, K, dtype, generator)
-    grad_x = run_dgrad(grad_z, weight, None, out_dtype, None, cut)
+    grad_x = run_dgrad(grad_z, weight, None, out_dtype, None, config)
     bounds.check_backward((grad_x, None, None), grad_z, grad_x, weight, None, dtype, random_sign=True)
 
     mask, positive = random_mask(M, K, generator)
-    sums = Poisoned(1, -(-M // BAND) * K, F32)
+    sums = Poisoned(1, -(-M // SUM_ROWS) * K, F32)
     bands = sums.view.view(-1, K)
-    selected = run_dgrad(grad_z, weight, mask, out_dtype, bands, cut)
+    selected = run_dgrad(grad_z, weight, mask, out_dtype, bands, config)
     assert raw([selected.contiguous()]) == raw([torch.where(positive, grad_x, 0)])
     sums.check_only_view_is_written()
 
-    exact = torch.where(positive, run_dgrad(grad_z, weight, None, F32, None, cut), 0)
-    for i, band in enumerate(exact.split(BAND)):
+    exact = torch.where(positive, run_dgrad(grad_z, weight, None, F32, None, config), 0)
+    for i, band in enumerate(exact.split(SUM_ROWS)):
         nothing = band.new_zeros(len(band), 1), band.new_zeros(K, 1)
         bounds.check_backward((None, None, bands[i]), band, *nothing, None, dtype)
 
 
 def test_dgrad_mask_selects(generator):
-    """An inf or a NaN where the mask has 0 becomes 0, and is in no sum."""
+    """An inf or a NaN where the mask is 0 becomes 0, and enters no sum."""
     grad_z, weight = torch.ones(64, 8, dtype=F16), torch.zeros(8, 64, dtype=F16)
     weight[0, :3] = torch.tensor([math.inf, math.nan, 1.0])
     mask, sums = torch.zeros(64, 2, dtype=torch.int32), torch.empty(1, 64)
@@ -178,43 +178,43 @@ def test_dgrad_mask_selects(generator):
 # ----- wgrad ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_wgrad_matches_reference(shape, cut, generator):
+def test_wgrad_matches_reference(shape, config, generator):
     N, K, M = shape
-    k = SHAPES.index(shape) + CUTS.index(cut)
+    k = SHAPES.index(shape) + CONFIGS.index(config)
     dtype, out_dtype = (F16, BF16)[k % 2], ((F16, BF16)[k % 2], F32)[k // 2 % 2]
     N = -(-N // 8) * 8
     grad_z, x, out = operand(M, N, dtype, generator), operand(M, K, dtype, generator), Poisoned(N, K, out_dtype)
-    ops().linear_act_wgrad(grad_z, x, out.view, 1, *cut)
+    ops().linear_act_wgrad(grad_z, x, out.view, 1, *config)
     out.check_only_view_is_written()
     bounds.check_backward((None, out.view, None), grad_z, x, out.view, None, dtype, random_sign=True)
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("splits", [2, 5])
-def test_wgrad_split_over_rows(splits, cut, generator):
-    """The parts are fp32, one below the other in a workspace, and are added in order."""
+def test_wgrad_split_over_rows(splits, config, generator):
+    """Split-K: the partial results are fp32, one below the other in a workspace, and are added in order."""
     M, N, K = 5 * BLOCK_K - 3, 136, 264
     grad_z, x = operand(M, N, F16, generator), operand(M, K, F16, generator)
     rows = -(-N // (2 * BLOCK_M)) * 2 * BLOCK_M
     parts, out = Poisoned(splits * rows, K, F32, pad=0), Poisoned(N, K, F16)
-    ops().linear_act_wgrad(grad_z, x, parts.view, splits, *cut)
+    ops().linear_act_wgrad(grad_z, x, parts.view, splits, *config)
     parts.check_only_view_is_written()
     parts = parts.view.view(splits, rows, K)[:, :N]
     ops().linear_act_sum(parts, out.view)
     out.check_only_view_is_written()
     bounds.check_backward((None, out.view, None), grad_z, x, out.view, None, F16, random_sign=True)
-    cuts = [5 * i // splits * BLOCK_K for i in range(splits)] + [M]
-    for part, begin, end in zip(parts, cuts, cuts[1:]):
+    edges = [5 * i // splits * BLOCK_K for i in range(splits)] + [M]
+    for part, begin, end in zip(parts, edges, edges[1:]):
         bounds.check_backward((None, part, None), grad_z[begin:end], x[begin:end], part, None, F16, random_sign=True)
 
 
 # ----- tensor maps ----------------------------------------------------------------------------------
 
 
-def test_tensor_maps_are_kept_by_address_and_shape(generator):
-    """The same memory as matrices of other sizes, pitches and dtypes, in turn: as if each were there for the first time."""
+def test_tensor_maps_are_cached_by_address_and_shape(generator):
+    """The same memory as matrices of other sizes, pitches and dtypes: the cache does not confuse them."""
     memory, weight, out = (torch.randn(64 * 64, generator=generator).half() for _ in range(3))
     views = [((64, 64), (64, 1), F16), ((32, 64), (64, 1), F16), ((64, 32), (64, 1), F16), ((128, 32), (32, 1), F16)]
     views += [((64, 64), (64, 1), BF16), ((64, 32), (32, 1), F16)]
@@ -228,32 +228,32 @@ def test_tensor_maps_are_kept_by_address_and_shape(generator):
 # ----- all roles ------------------------------------------------------------------------------------
 
 
-def every_role(cut, generator, repeat):
-    """What `repeat(run)` gives of each role; run() makes new outputs."""
+def every_role(config, generator, repeat):
+    """`repeat(run)` of each role; run() makes new outputs."""
     M, N, K = 330, 392, 200
     x, weight, grad_z = (operand(*s, F16, generator) for s in ((M, K), (N, K), (M, N)))
-    below, _ = random_mask(M, K, generator)
+    mask_below, _ = random_mask(M, K, generator)
 
     def fprop():
         out, mask = torch.empty(M, N, dtype=F16), torch.empty(M, -(-N // 32), dtype=torch.int32)
-        ops().linear_act_fprop(x, weight, None, True, out, mask, *cut)
+        ops().linear_act_fprop(x, weight, None, True, out, mask, *config)
         return [out, mask]
 
     def dgrad():
-        sums = torch.empty(-(-M // BAND), K)
-        return [run_dgrad(grad_z, weight, below, F16, sums, cut).contiguous(), sums]
+        sums = torch.empty(-(-M // SUM_ROWS), K)
+        return [run_dgrad(grad_z, weight, mask_below, F16, sums, config).contiguous(), sums]
 
     def wgrad():
         out = torch.empty(N, K, dtype=F16)
-        ops().linear_act_wgrad(grad_z, x, out, 1, *cut)
+        ops().linear_act_wgrad(grad_z, x, out, 1, *config)
         return [out]
 
     return [repeat(run) for run in (fprop, dgrad, wgrad)]
 
 
 @pytest.mark.parametrize("block_n", [128, 256])
-def test_schedule_and_cut_do_not_matter(block_n, generator):
-    """Every order of threads, copies and products has the same bits; so have all numbers of blocks, alone or in pairs."""
+def test_schedule_and_config_do_not_matter(block_n, generator):
+    """The same bits in every order of threads, copies and products, and for every number of blocks and cluster size."""
     state, results = generator.get_state(), []
     for seed, (cluster, blocks) in enumerate([(1, 1), (1, 5), (2, 2), (2, 6), (1, 100), (1, 100)]):
         host_kernels.library(LIBRARY).host_seed(seed)
@@ -262,11 +262,11 @@ def test_schedule_and_cut_do_not_matter(block_n, generator):
     assert all(result == results[0] for result in results)
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=str)
-def test_bytes_moved(cut, generator):
-    """Operands once per tile of the other, b once for both blocks of a pair; outputs once."""
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_bytes_moved(config, generator):
+    """Operands once per tile of the other, b once for both blocks of a cluster; outputs once."""
     M, N, K = 330, 392, 200
-    block_n, cluster, _ = cut
+    block_n, cluster, _ = config
     tiles = lambda rows, columns: (-(-rows // (BLOCK_M * cluster)), -(-columns // block_n))
 
     def moved(run):
@@ -275,16 +275,16 @@ def test_bytes_moved(cut, generator):
         counts = host_kernels.take_counts(LIBRARY)
         return counts.tma_loaded, counts.tma_stored
 
-    def expected(rows, columns, depth):
-        pairs, across = tiles(rows, columns)
-        return 2 * depth * (rows * across + columns * pairs), 2 * rows * columns
+    def expected(rows, columns, K):
+        clusters, across = tiles(rows, columns)
+        return 2 * K * (rows * across + columns * clusters), 2 * rows * columns
 
     sizes = [(M, N, K), (M, K, N), (N, K, M)]
-    assert every_role(cut, generator, moved) == [expected(*size) for size in sizes]
+    assert every_role(config, generator, moved) == [expected(*size) for size in sizes]
 
 
 def test_outside_of_a_tensor_is_refused(generator):
-    """The stand-in knows the bounds that a kernel must keep."""
+    """The emulator checks every address against the tensors of the call."""
     x, weight, out = (torch.randn(64, 64, generator=generator).half() for _ in range(3))
     host_kernels.set_memory([out[:-1]], [x, weight], LIBRARY)
     op = torch.ops.mpkernels_hopper.linear_act_fprop.default
@@ -296,14 +296,14 @@ def test_outside_of_a_tensor_is_refused(generator):
 @pytest.mark.parametrize("case", range(40))
 def test_every_role_on_random_sizes(case, generator):
     rand = lambda n: int(torch.randint(n, (), generator=generator))
-    cut = (128 << rand(2), 1 + rand(2), 1 + rand(6))
-    rows, columns, depth = 1 + rand(600), 8 + 8 * rand(90), 8 + 8 * rand(60)
+    config = (128 << rand(2), 1 + rand(2), 1 + rand(6))
+    M, N, K = 1 + rand(600), 8 + 8 * rand(90), 8 + 8 * rand(60)
     dtype = (F16, BF16)[rand(2)]
-    check_fprop((rows, columns, depth), cut, dtype, (dtype, F32)[rand(2)], (None, F16, F32)[rand(3)], bool(rand(2)), generator)
-    grad_z, weight = operand(rows, depth, dtype, generator), operand(depth, columns, dtype, generator)
-    grad_x = run_dgrad(grad_z, weight, None, dtype, None, cut)
+    check_fprop((M, N, K), config, dtype, (dtype, F32)[rand(2)], (None, F16, F32)[rand(3)], bool(rand(2)), generator)
+    grad_z, weight = operand(M, K, dtype, generator), operand(K, N, dtype, generator)
+    grad_x = run_dgrad(grad_z, weight, None, dtype, None, config)
     bounds.check_backward((grad_x, None, None), grad_z, grad_x, weight, None, dtype, random_sign=True)
-    x, out = operand(rows, columns, dtype, generator), Poisoned(depth, columns, dtype)
-    ops().linear_act_wgrad(grad_z, x, out.view, 1, *cut)
+    x, out = operand(M, N, dtype, generator), Poisoned(K, N, dtype)
+    ops().linear_act_wgrad(grad_z, x, out.view, 1, *config)
     out.check_only_view_is_written()
     bounds.check_backward((None, out.view, None), grad_z, x, out.view, None, dtype, random_sign=True)

@@ -12,8 +12,8 @@ from tests.toolchain.test_cuda_machine_code import has_cuda, of_architecture, ru
 GEMMS = 24  # 3 roles x 2 operand dtypes x 2 result dtypes x 2 tiles
 FPROP, DGRAD, WGRAD = (f"RoleE{i}" for i in range(3))
 THREADS = 384
-REGISTERS = 168  # at launch: what 384 threads can have; setmaxnreg then moves them to those that multiply
-MOVED_REGISTERS = (40, 232)  # of the loading and of the multiplying warpgroups
+REGISTERS = 168  # at launch: the most that 384 threads can have; setmaxnreg then moves them to the consumer warpgroups
+MOVED_REGISTERS = (40, 232)  # of the producer and of the consumer warpgroups
 REGISTERS_PER_SM = 65536
 RESERVED_SHARED = 1024  # by the system, for every block on sm_90
 
@@ -68,14 +68,14 @@ def test_linear_act_gemm_uses_hopper(kernel):
 
 
 def test_linear_act_gemm_is_not_serialized(kernel):
-    """A fence and a wait for the four instructions of a step, a wait at the end: ptxas adds others where it serializes."""
+    """A fence and a wait for the four instructions of a k-block, a wait at the end: ptxas adds others where it serializes."""
     found = opcodes(kernel)
     assert families(kernel)["HGMMA"] == 4
     assert (found["WARPGROUP.ARRIVE"], found["WARPGROUP.DEPBAR.LE"]) == (1, 2)
 
 
 def test_linear_act_gemm_has_no_barrier_in_the_loop(kernel):
-    """Between the first and the last HGMMA nothing waits for the block."""
+    """No barrier of the block between the first and the last HGMMA."""
     lines = code("sm_90a")[kernel]
     at = [i for i, line in enumerate(lines) if line.startswith("HGMMA")]
     assert not [line for line in lines[at[0] : at[-1]] if line.startswith("BAR")]
@@ -115,7 +115,7 @@ def test_linear_act_gemm_registers(kernel):
     use = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", used.group(1))}
     assert (use["REG"], use["STACK"], use["LOCAL"], use["SHARED"]) == (REGISTERS, 0, 0, RESERVED_SHARED)
     assert REGISTERS * THREADS <= REGISTERS_PER_SM
-    loading, multiplying = MOVED_REGISTERS
-    assert (loading + 2 * multiplying) * THREADS // 3 <= REGISTERS * THREADS
+    producer, consumer = MOVED_REGISTERS
+    assert (producer + 2 * consumer) * THREADS // 3 <= REGISTERS * THREADS
     moves = [line for line in code("sm_90a")[kernel] if line.startswith("USETMAXREG")]
     assert sorted(int(line.split()[-1], 0) for line in moves) == sorted(MOVED_REGISTERS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""csrc/linear_act/layout.h against plain definitions: swizzle, descriptors, fragments, mask words, tile order, parts of K."""
+"""csrc/linear_act/sm90/layout.h against plain definitions: swizzle, descriptors, fragments, mask words, tile order, split-K."""
 
 import ctypes
 import itertools
@@ -111,11 +111,11 @@ def test_layout_tiles_in_bands(layout, rows, columns, group):
     assert [ints(layout.layout_grouped_tile, 2, i, rows, columns, group) for i in range(rows * columns)] == expected
 
 
-@pytest.mark.parametrize("steps, parts", ((1, 1), (7, 1), (7, 3), (64, 8), (9, 8), (2**30, 7)))
-def test_layout_parts_are_consecutive_and_even(layout, steps, parts):
-    ranges = [ints(layout.layout_part_of, 2, steps, part, parts) for part in range(parts)]
+@pytest.mark.parametrize("k_blocks, splits", ((1, 1), (7, 1), (7, 3), (64, 8), (9, 8), (2**30, 7)))
+def test_layout_splits_are_consecutive_and_even(layout, k_blocks, splits):
+    ranges = [ints(layout.layout_split_range, 2, k_blocks, split, splits) for split in range(splits)]
     assert ranges[0][0] == 0
-    assert ranges[-1][1] == steps
+    assert ranges[-1][1] == k_blocks
     assert all(before[1] == after[0] for before, after in itertools.pairwise(ranges))
     lengths = [end - begin for begin, end in ranges]
     assert max(lengths) - min(lengths) <= 1

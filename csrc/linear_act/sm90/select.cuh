@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The passes around the GEMM: grad_z = select(mask, grad_out) with its column sums, and sums of parts. In a fixed order.
+// The passes before and after the sm_90a GEMM of backward: grad_z = select(mask, grad_out) with its column sums (the bias
+// gradient), and the sum of partial results (of column sums, of split-K). Every sum has one order.
 
 #pragma once
 
@@ -16,10 +17,10 @@ namespace mpk {
 constexpr int kSelectThreads = 256;
 constexpr int kSelectVector = 8;                                              // columns of a thread
 constexpr int kSelectColumns = 32 * kSelectVector;                            // of a block
-constexpr int kSelectStep = kSelectThreads * kSelectVector / kSelectColumns;  // rows that a block reads at once
-constexpr int kSelectRows = 128;                                              // of a block: one row of column sums
+constexpr int kSelectStep = kSelectThreads * kSelectVector / kSelectColumns;  // rows that a block reads at a time
+constexpr int kSelectRows = 128;                                              // of a block, which writes one row of column sums
 
-// Without a mask everything is selected.
+// Without a mask every element is kept.
 template <class G, class T>
 struct SelectArguments {
   int64_t rows, columns;
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(MPK_GRID_CONSTAN
 }
 static_assert(kSelectColumns == kSelectThreads);
 
-// out = round(the sum of the parts), each rows x columns and `part_stride` elements behind the one before.
+// out = round(the sum of `count` parts), each rows x columns, `part_stride` elements from one to the next.
 template <class Out>
 struct SumArguments {
   const float* parts;
@@ -108,7 +109,7 @@ struct SumArguments {
   int64_t out_stride_m, out_stride_n;
 };
 
-// kSlices threads share a column's parts, one after the other in steps of kSlices.
+// kSlices threads share a column: each adds every kSlices-th part, then the first adds what they have.
 template <class Out, int kSlices>
 __global__ void __launch_bounds__(kSelectThreads) sum_kernel(MPK_GRID_CONSTANT(SumArguments<Out>) a) {
   constexpr int kColumns = kSelectThreads / kSlices;

@@ -1,24 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-// linear_act on Hopper: its GEMM in three roles and the passes around it, as operators. Sizes are positive.
+// The operators of linear_act on Hopper: arguments checked, tensor maps encoded, the GEMM in its three roles and the passes
+// around it launched. Sizes are positive.
 
 #include <torch/csrc/stable/library.h>
 
 #include "common/check.h"
 #include "common/clusters.h"
 #include "common/stream.h"
-#include "gemm.cuh"
+#include "kernel.cuh"
 #include "select.cuh"
 
 namespace mpk {
 namespace {
 
-constexpr int64_t kMostSize = (int64_t{1} << 31) - 512;  // a tile past the end is still an int
+constexpr int64_t kMaxSize = (int64_t{1} << 31) - 512;  // so that coordinates of a tile past the end fit an int
 
-// A matrix that TMA takes.
+// A matrix that TMA can read or write.
 void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name, " must be ", rows, " x ",
                   columns);
-  STD_TORCH_CHECK(rows > 0 && columns > 0 && rows <= kMostSize && columns <= kMostSize, name, " is empty or too large");
+  STD_TORCH_CHECK(rows > 0 && columns > 0 && rows <= kMaxSize && columns <= kMaxSize, name, " is empty or too large");
   const int64_t bytes = static_cast<int64_t>(tensor.element_size());
   const bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 && tensor.stride(0) * bytes % 16 == 0;
   STD_TORCH_CHECK(tensor.stride(1) == 1 && (tensor.stride(0) >= columns || rows == 1) && aligned, name,
@@ -42,55 +43,56 @@ void check_sums(const Tensor& sums, int64_t rows, int64_t columns) {
                   "column sums must be float32 ", rows, " x ", columns, ", contiguous");
 }
 
-// How a GEMM is cut: columns of a tile, blocks of a cluster, and the most blocks of a launch.
-struct Cut {
-  int64_t block_n, cluster, blocks;
+// num_sms: the persistent grid has at most so many blocks.
+struct TileConfig {
+  int64_t block_n, cluster, num_sms;
 };
 
 template <Role kRole, class T, class Out, int BLOCK_N>
-void launch_gemm(const GemmArguments& g, const Cut& cut, cudaStream_t stream) {
-  const int64_t tiles = ceil_div(g.rows, kBlockM * g.cluster) * ceil_div(g.columns, BLOCK_N) * g.splits;
-  STD_TORCH_CHECK(tiles <= kMostSize, "too many tiles");
-  const unsigned grid = static_cast<unsigned>(std::min(tiles, std::max<int64_t>(cut.blocks / g.cluster, 1)) * g.cluster);
-  launch_clusters(gemm_kernel<kRole, T, Out, BLOCK_N>, grid, g.cluster, kGemmThreads, sizeof(GemmShared<BLOCK_N>), stream, g);
+void launch_gemm(const GemmArguments& g, const TileConfig& config, cudaStream_t stream) {
+  const int64_t tiles = ceil_div(g.M, kBlockM * g.cluster) * ceil_div(g.N, BLOCK_N) * g.splits;
+  STD_TORCH_CHECK(tiles <= kMaxSize, "too many tiles");
+  const unsigned grid = static_cast<unsigned>(std::min(tiles, std::max<int64_t>(config.num_sms / g.cluster, 1)) * g.cluster);
+  launch_clusters(gemm_kernel<kRole, T, Out, BLOCK_N>, grid, g.cluster, kGemmThreads, sizeof(SharedStorage<BLOCK_N>), stream,
+                  g);
 }
 
 template <Role kRole, class T>
-void launch_gemm(const GemmArguments& g, const Cut& cut, ScalarType out, cudaStream_t stream) {
-  const bool wide = cut.block_n == 256, rounds = out != ScalarType::Float;
-  if (wide && rounds) launch_gemm<kRole, T, T, 256>(g, cut, stream);
-  if (wide && !rounds) launch_gemm<kRole, T, float, 256>(g, cut, stream);
-  if (!wide && rounds) launch_gemm<kRole, T, T, 128>(g, cut, stream);
-  if (!wide && !rounds) launch_gemm<kRole, T, float, 128>(g, cut, stream);
+void launch_gemm(const GemmArguments& g, const TileConfig& config, ScalarType out, cudaStream_t stream) {
+  const bool wide = config.block_n == 256, rounds = out != ScalarType::Float;
+  if (wide && rounds) launch_gemm<kRole, T, T, 256>(g, config, stream);
+  if (wide && !rounds) launch_gemm<kRole, T, float, 256>(g, config, stream);
+  if (!wide && rounds) launch_gemm<kRole, T, T, 128>(g, config, stream);
+  if (!wide && !rounds) launch_gemm<kRole, T, float, 128>(g, config, stream);
 }
 
-// out (rows x columns, each split's below the other's) = a b; the rest of `g` is the epilogue's.
+// out (M x N, of each split below that of the previous one) = a b over K; the rest of `g` is the epilogue's.
 template <Role kRole>
-void run_gemm(GemmArguments g, const Tensor& a, const Tensor& b, const Tensor& out, int64_t depth, const Cut& cut,
+void run_gemm(GemmArguments g, const Tensor& a, const Tensor& b, const Tensor& out, int64_t K, const TileConfig& config,
               cudaStream_t stream) {
-  constexpr bool kTransA = kRole == Role::kWgrad, kTransB = kRole != Role::kFprop;
-  STD_TORCH_CHECK((cut.block_n == 128 || cut.block_n == 256) && (cut.cluster == 1 || cut.cluster == 2) && cut.blocks > 0,
-                  "block_n must be 128 or 256, cluster 1 or 2, blocks positive");
+  STD_TORCH_CHECK(
+      (config.block_n == 128 || config.block_n == 256) && (config.cluster == 1 || config.cluster == 2) && config.num_sms > 0,
+      "block_n must be 128 or 256, cluster 1 or 2, blocks positive");
   const ScalarType dtype = a.scalar_type();
   STD_TORCH_CHECK((dtype == ScalarType::Half || dtype == ScalarType::BFloat16) && b.scalar_type() == dtype &&
                       (out.scalar_type() == dtype || out.scalar_type() == ScalarType::Float),
-                  "operands must be float16 or bfloat16 alike, the result of their dtype or float32");
-  g.depth = static_cast<int>(depth);
-  g.cluster = static_cast<int>(cut.cluster);
-  g.a = map_of(a, kTransA ? kBlockK : kBlockM);
-  g.b = map_of(b, kTransB ? kBlockK : static_cast<int>(cut.block_n / cut.cluster));
+                  "operands must both be float16 or bfloat16, the result of their dtype or float32");
+  g.K = static_cast<int>(K);
+  g.cluster = static_cast<int>(config.cluster);
+  g.a = map_of(a, is_a_transposed(kRole) ? kBlockK : kBlockM);
+  g.b = map_of(b, is_b_transposed(kRole) ? kBlockK : static_cast<int>(config.block_n / config.cluster));
   g.out = map_of(out, kWarpgroupRows);
   if (dtype == ScalarType::Half) {
-    launch_gemm<kRole, Half>(g, cut, out.scalar_type(), stream);
+    launch_gemm<kRole, Half>(g, config, out.scalar_type(), stream);
   } else {
-    launch_gemm<kRole, BFloat16>(g, cut, out.scalar_type(), stream);
+    launch_gemm<kRole, BFloat16>(g, config, out.scalar_type(), stream);
   }
 }
 
 // ----- the operators -----
 
 void fprop(Tensor x, Tensor weight, std::optional<Tensor> bias, bool relu, Tensor out, std::optional<Tensor> mask,
-           int64_t block_n, int64_t cluster, int64_t blocks) {
+           int64_t block_n, int64_t cluster, int64_t num_sms) {
   const int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
   check_matrix("x", x, M, K);
   check_matrix("weight", weight, N, K);
@@ -98,8 +100,8 @@ void fprop(Tensor x, Tensor weight, std::optional<Tensor> bias, bool relu, Tenso
   check_same_device("weight", weight, x);
   check_same_device("out", out, x);
   GemmArguments g{};
-  g.rows = static_cast<int>(M);
-  g.columns = static_cast<int>(N);
+  g.M = static_cast<int>(M);
+  g.N = static_cast<int>(N);
   g.splits = 1;
   g.relu = relu;
   if (bias) {
@@ -116,11 +118,11 @@ void fprop(Tensor x, Tensor weight, std::optional<Tensor> bias, bool relu, Tenso
     g.mask_pitch = mask->stride(0);
   }
   const OnDevice device(x);
-  run_gemm<Role::kFprop>(g, x, weight, out, K, {block_n, cluster, blocks}, device.stream());
+  run_gemm<Role::kFprop>(g, x, weight, out, K, {block_n, cluster, num_sms}, device.stream());
 }
 
 void dgrad(Tensor grad_z, Tensor weight, std::optional<Tensor> mask, Tensor grad_x, std::optional<Tensor> column_sums,
-           int64_t block_n, int64_t cluster, int64_t blocks) {
+           int64_t block_n, int64_t cluster, int64_t num_sms) {
   const int64_t M = grad_z.size(0), N = grad_z.size(1), K = weight.size(1);
   check_matrix("grad_z", grad_z, M, N);
   check_matrix("weight", weight, N, K);
@@ -128,8 +130,8 @@ void dgrad(Tensor grad_z, Tensor weight, std::optional<Tensor> mask, Tensor grad
   check_same_device("weight", weight, grad_z);
   check_same_device("grad_x", grad_x, grad_z);
   GemmArguments g{};
-  g.rows = static_cast<int>(M);
-  g.columns = static_cast<int>(K);
+  g.M = static_cast<int>(M);
+  g.N = static_cast<int>(K);
   g.splits = 1;
   if (mask) {
     check_mask(*mask, M, K);
@@ -143,28 +145,28 @@ void dgrad(Tensor grad_z, Tensor weight, std::optional<Tensor> mask, Tensor grad
     g.column_sums = column_sums->mutable_data_ptr<float>();
   }
   const OnDevice device(grad_z);
-  run_gemm<Role::kDgrad>(g, grad_z, weight, grad_x, N, {block_n, cluster, blocks}, device.stream());
+  run_gemm<Role::kDgrad>(g, grad_z, weight, grad_x, N, {block_n, cluster, num_sms}, device.stream());
 }
 
-// With splits, `out` is the workspace: float32, that many matrices of a whole number of tiles of two blocks, one below the
-// other.
-void wgrad(Tensor grad_z, Tensor x, Tensor out, int64_t splits, int64_t block_n, int64_t cluster, int64_t blocks) {
+// With split-K, `out` is the workspace: float32, one partial result per split, each padded to a multiple of kSplitAlignment
+// rows, one below the other.
+void wgrad(Tensor grad_z, Tensor x, Tensor out, int64_t splits, int64_t block_n, int64_t cluster, int64_t num_sms) {
   const int64_t M = grad_z.size(0), N = grad_z.size(1), K = x.size(1);
   check_matrix("grad_z", grad_z, M, N);
   check_matrix("x", x, M, K);
   check_same_device("x", x, grad_z);
   check_same_device("out", out, grad_z);
-  STD_TORCH_CHECK(splits >= 1 && splits <= ceil_div(M, kBlockK), "more splits than steps");
-  const int64_t split_rows = splits == 1 ? N : ceil_div(N, 2 * kBlockM) * 2 * kBlockM;
+  STD_TORCH_CHECK(splits >= 1 && splits <= ceil_div(M, kBlockK), "more splits than k-blocks");
+  const int64_t split_rows = splits == 1 ? N : ceil_div(N, kSplitAlignment) * kSplitAlignment;
   check_matrix("out", out, splits * split_rows, K);
   STD_TORCH_CHECK(splits == 1 || out.scalar_type() == ScalarType::Float, "the workspace must be float32");
   GemmArguments g{};
-  g.rows = static_cast<int>(N);
-  g.columns = static_cast<int>(K);
+  g.M = static_cast<int>(N);
+  g.N = static_cast<int>(K);
   g.splits = static_cast<int>(splits);
   g.split_rows = static_cast<int>(split_rows);
   const OnDevice device(grad_z);
-  run_gemm<Role::kWgrad>(g, grad_z, x, out, M, {block_n, cluster, blocks}, device.stream());
+  run_gemm<Role::kWgrad>(g, grad_z, x, out, M, {block_n, cluster, num_sms}, device.stream());
 }
 
 template <class G, class T>
@@ -193,7 +195,7 @@ void launch_select(const Tensor& grad_out, const std::optional<Tensor>& mask, co
     a.sums = sums->mutable_data_ptr<float>();
   }
   const int64_t grid = ceil_div(a.rows, kSelectRows) * ceil_div(a.columns, kSelectColumns);
-  STD_TORCH_CHECK(grid > 0 && grid <= kMostSize, "grad_out is empty or too large");
+  STD_TORCH_CHECK(grid > 0 && grid <= kMaxSize, "grad_out is empty or too large");
   launch(select_kernel<G, T>, static_cast<unsigned>(grid), kSelectThreads, 0, stream, a);
 }
 
@@ -207,7 +209,7 @@ void select_as(const Tensor& grad_out, const std::optional<Tensor>& mask, const 
   }
 }
 
-// grad_z and the column sums of bands of 128 rows, each if given.
+// grad_z, and column sums of every kSelectRows rows; either may be omitted.
 void select(Tensor grad_out, std::optional<Tensor> mask, std::optional<Tensor> grad_z, std::optional<Tensor> sums) {
   STD_TORCH_CHECK(grad_out.dim() == 2, "grad_out must be a matrix");
   for (const auto* other : {&mask, &grad_z, &sums}) {
@@ -215,7 +217,7 @@ void select(Tensor grad_out, std::optional<Tensor> mask, std::optional<Tensor> g
   }
   const ScalarType dtype = grad_z ? grad_z->scalar_type() : grad_out.scalar_type();
   STD_TORCH_CHECK(grad_out.scalar_type() == dtype || grad_out.scalar_type() == ScalarType::Float,
-                  "grad_out must be of the compute dtype or float32");
+                  "grad_out must have the compute dtype or float32");
   const OnDevice device(grad_out);
   if (dtype == ScalarType::BFloat16) {
     select_as<BFloat16>(grad_out, mask, grad_z, sums, device.stream());
@@ -227,21 +229,21 @@ void select(Tensor grad_out, std::optional<Tensor> mask, std::optional<Tensor> g
 
 template <class Out>
 void launch_sum(const Tensor& parts, const Tensor& out, cudaStream_t stream) {
-  const bool deep = out.dim() == 1;  // many parts of one row, or a few of many
+  const bool one_row = out.dim() == 1;  // many parts of one row, or a few of many rows
   SumArguments<Out> a{};
   a.parts = parts.const_data_ptr<float>();
   a.count = parts.size(0);
   a.part_stride = parts.stride(0);
-  a.pitch = deep ? 0 : parts.stride(1);
-  a.rows = deep ? 1 : out.size(0);
+  a.pitch = one_row ? 0 : parts.stride(1);
+  a.rows = one_row ? 1 : out.size(0);
   a.columns = out.size(out.dim() - 1);
   a.out = static_cast<Out*>(out.mutable_data_ptr());
-  a.out_stride_m = deep ? 0 : out.stride(0);
+  a.out_stride_m = one_row ? 0 : out.stride(0);
   a.out_stride_n = out.stride(out.dim() - 1);
   constexpr int kSlices = 8;
-  const int64_t grid = a.rows * ceil_div(a.columns, deep ? kSelectThreads / kSlices : kSelectThreads);
-  STD_TORCH_CHECK(grid > 0 && grid <= kMostSize, "out is empty or too large");
-  const auto kernel = deep ? sum_kernel<Out, kSlices> : sum_kernel<Out, 1>;
+  const int64_t grid = a.rows * ceil_div(a.columns, one_row ? kSelectThreads / kSlices : kSelectThreads);
+  STD_TORCH_CHECK(grid > 0 && grid <= kMaxSize, "out is empty or too large");
+  const auto kernel = one_row ? sum_kernel<Out, kSlices> : sum_kernel<Out, 1>;
   launch(kernel, static_cast<unsigned>(grid), kSelectThreads, 0, stream, a);
 }
 
@@ -250,7 +252,7 @@ void sum_parts(Tensor parts, Tensor out) {
   const int64_t dims = out.dim();
   STD_TORCH_CHECK((dims == 1 || dims == 2) && parts.dim() == dims + 1 && parts.scalar_type() == ScalarType::Float &&
                       parts.stride(dims) == 1,
-                  "parts must be float32, of one dimension more than out");
+                  "parts must be float32, with one dimension more than out");
   for (int64_t i = 0; i < dims; ++i) STD_TORCH_CHECK(parts.size(i + 1) == out.size(i), "parts do not fit out");
   check_same_device("parts", parts, out);
   const OnDevice device(out);

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words of sm_90a in tests/emulator, against definitions written here from the PTX ISA, and kernels that must not pass.
+"""The host emulator of sm_90a against definitions written here from the PTX ISA, and wrong kernels that it must detect.
 
-The definitions are of numpy and owe nothing to csrc or tests/emulator. What a Hopper card does is not known here.
+The definitions use numpy and nothing of csrc or tests/emulator. Whether a Hopper GPU agrees is for test_sm90_probes.py to say.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ class Matrix(ctypes.Structure):
 
 
 class Case(ctypes.Structure):
-    """tests/emulator/sm90_kernels.cu has the same."""
+    """tests/emulator/sm90_kernels.cu declares the same struct."""
 
     _fields_ = [("kernel", ctypes.c_char_p), ("a", Matrix), ("b", Matrix), ("out", Matrix)]
     _fields_ += [(name, ctypes.c_void_p) for name in ("image", "floats", "halves")]
@@ -37,7 +37,7 @@ class Case(ctypes.Structure):
 
 
 def run(kernel, seed=0, **options):
-    """Runs a kernel of sm90_kernels.cu; the error it was refused with, or ''."""
+    """Runs a kernel of sm90_kernels.cu; returns the error of the launch, or ''."""
     case, memory = Case(kernel=kernel.encode()), []
     for name, value in options.items():
         if torch.is_tensor(value):
@@ -62,7 +62,7 @@ def random_bits(*shape, generator):
 
 
 def swizzled(byte):
-    """Where a byte of an image of rows of 128 bytes stands: 16-byte column c of row r at column c xor r % 8."""
+    """Where the 128-byte swizzle puts a byte of an image of 128-byte rows: 16-byte chunk c of row r at chunk c xor r % 8."""
     row, chunk = byte // 128, byte % 128 // 16
     return row * 128 + (chunk ^ row % 8) * 16 + byte % 16
 
@@ -139,7 +139,7 @@ def test_tensor_map_is_refused(change):
 
 
 def test_loads_are_checked_against_memory():
-    """The map says more rows than memory has."""
+    """The map claims more rows than memory has."""
     memory = torch.zeros(66, 64).half()
     more = Matrix(memory.data_ptr(), 0, 66, 64, 64)
     assert "a load outside of every tensor" in run("box", a=more, halves=memory[:-1].view(torch.int16), box_rows=66)
@@ -190,11 +190,11 @@ def place(image, operand, start, form, transposed):
 
 FORMS = {  # of b: (leading, stride); b starts behind 16 KB
     "along K": (False, 0, (16, 1024)),
-    "along K, its third step": (False, 64, (16, 1024)),
+    "along K, its third k-step": (False, 64, (16, 1024)),
     "along K, spread": (False, 32, (16, 2048)),
     "along N": (True, 0, (2048, 1024)),
     "along N, the other order": (True, 0, (1024, 4096)),
-    "along N, its third step": (True, 4096, (8192, 1024)),
+    "along N, its third k-step": (True, 4096, (8192, 1024)),
 }
 
 
@@ -234,11 +234,11 @@ def test_wgmma_refuses_descriptors(descriptor, message):
 
 # ----- a pipeline, and what can be wrong with it ----------------------------------------------------
 
-TILES, STEPS = 3, 5
+TILES, K_BLOCKS = 3, 5
 FENCE = "TMA or WGMMA meets ordinary stores to shared memory with no fence.proxy.async since"
-LENT = "shared memory is written that a TMA store may still read"
+PENDING_READ = "shared memory is written that a TMA store may still read"
 LOADING = "wgmma reads what TMA is still loading"
-WRONG = [  # (what, in which way it must be noticed, where None is wrong values)
+WRONG = [  # (what, the error that must detect it; None: the values are wrong)
     ("swapped parity", LOADING),
     ("no wait for full stages", LOADING),
     ("no wait for empty stages", "more arrivals than an mbarrier expects"),
@@ -250,9 +250,9 @@ WRONG = [  # (what, in which way it must be noticed, where None is wrong values)
     ("shifted swizzle", None),
     ("shifted descriptor", None),
     ("no proxy fence", FENCE),
-    ("no wait for the stores' reading", LENT),
+    ("no wait for the stores' reading", PENDING_READ),
     ("no wait for the stores", "a block ends before a TMA store has read its memory"),
-    ("no commit", LENT),
+    ("no commit", PENDING_READ),
     ("no wait for products", None),
     ("no wgmma fence", "wgmma with no wgmma.fence"),
     ("no fence of barriers", "TMA meets an mbarrier with no fence"),
@@ -266,9 +266,9 @@ WRONG = [  # (what, in which way it must be noticed, where None is wrong values)
 
 def run_pipeline(wrong, seed, generator, tiles=TILES):
     """(error, whether the result is right)."""
-    a, b = (torch.randint(-4, 5, (rows, 64 * STEPS), generator=generator).half() for rows in (64 * tiles, 64))
+    a, b = (torch.randint(-4, 5, (rows, 64 * K_BLOCKS), generator=generator).half() for rows in (64 * tiles, 64))
     out = torch.full((64 * tiles, 64), torch.nan).half()
-    error = run("pipeline", seed, a=a, b=b, out=out, box_rows=64, c0=STEPS, c1=tiles, wrong=wrong)
+    error = run("pipeline", seed, a=a, b=b, out=out, box_rows=64, c0=K_BLOCKS, c1=tiles, wrong=wrong)
     return error, out.float().equal(a.float() @ b.float().T)
 
 
@@ -277,11 +277,11 @@ def test_pipeline_is_right_in_any_order(generator):
 
 
 @pytest.mark.parametrize("wrong", range(1, len(WRONG) + 1), ids=lambda i: WRONG[i - 1][0])
-def test_wrong_pipeline_is_noticed(wrong, generator):
+def test_wrong_pipeline_is_detected(wrong, generator):
     results = [run_pipeline(wrong, seed, generator) for seed in range(SEEDS)]
     message = WRONG[wrong - 1][1]
-    noticed = [not right if message is None else message in error for error, right in results]
-    assert any(noticed), results
+    detected = [not right if message is None else message in error for error, right in results]
+    assert any(detected), results
 
 
 def test_stores_need_a_group(generator):
@@ -291,7 +291,7 @@ def test_stores_need_a_group(generator):
     assert "" not in errors
 
 
-def test_deadlock_report_says_who_waits_for_what(generator):
+def test_deadlock_report_names_threads_and_waits(generator):
     error, _ = run_pipeline([what for what, _ in WRONG].index("too many bytes are expected") + 1, 0, generator)
     assert "deadlock in block 0: threads 0-128 at an mbarrier, parity 0;" in error
 
@@ -302,7 +302,7 @@ def test_wrong_pipelines_leave_nothing_behind(generator):
         assert run_pipeline(0, wrong, generator) == ("", True)
 
 
-# ----- what PTX does not allow ----------------------------------------------------------------------
+# ----- misuse that PTX does not allow ----------------------------------------------------------------------
 
 MISUSE = [
     ("arrives twice", "a thread arrives at the cluster's barrier twice"),
@@ -325,7 +325,7 @@ MISUSE = [
     ("a warp at two instructions", "lanes of a warp at"),
     ("wgmma of two descriptors", "the threads of a warpgroup differ in their wgmma"),
     ("unfinished wgmma", "a thread ends before its wgmma"),
-    ("two accumulators", "the stand-in has one accumulator at a time"),
+    ("two accumulators", "the emulator has one accumulator at a time"),
     ("wgmma by three warps", "wgmma by a part of a warpgroup"),
     ("ends while its warp shuffles", "while"),
     ("arrives relaxed past an mbarrier", "a relaxed arrival after an mbarrier with no fence"),
@@ -351,6 +351,6 @@ def test_shared_memory_has_an_end():
 
 
 def test_schedules_differ(generator):
-    """The seed decides: a block that does not wait for its stores is in time or is not."""
+    """The seed decides whether a block that does not wait for its stores is in time."""
     wrong = [what for what, _ in WRONG].index("no wait for the stores") + 1
     assert {run_pipeline(wrong, seed, generator)[0] == "" for seed in range(8 * SEEDS)} == {True, False}

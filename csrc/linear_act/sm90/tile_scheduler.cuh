@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which output tiles a block of the persistent grid computes, and in which order. The producer and the consumer warpgroups each
+// run a scheduler of their own and get the same sequence.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/sm90.cuh"
+#include "gemm_arguments.h"
+#include "layout.h"
+
+namespace mpk {
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+struct WorkTile {
+  int row, column;  // of the tile's first element
+  int out_row;      // where the result is written: with split-K, in the split's part of the workspace
+  Range k_blocks;
+};
+
+// The blocks of a cluster take tiles one above the other, so that they share the columns of b.
+template <int BLOCK_N>
+class PersistentTileScheduler {
+ public:
+  __device__ explicit PersistentTileScheduler(const GemmArguments& g)
+      : g_(g),
+        rank_(static_cast<int>(sm90::cluster_rank())),
+        rows_(static_cast<int>(ceil_div(g.M, kBlockM * g.cluster))),
+        columns_(static_cast<int>(ceil_div(g.N, BLOCK_N))),
+        next_(static_cast<int>(blockIdx.x) / g.cluster) {}
+
+  // False when there is no further tile.
+  __device__ bool next(WorkTile& tile) {
+    const int tiles = rows_ * columns_;
+    if (next_ >= tiles * g_.splits) return false;
+    const int split = next_ / tiles;
+    const TileCoord at = grouped_tile(next_ % tiles, rows_, columns_, kGroupM);
+    tile.row = (at.row * g_.cluster + rank_) * kBlockM;
+    tile.column = at.column * BLOCK_N;
+    tile.out_row = tile.row + split * g_.split_rows;
+    tile.k_blocks = split_range(static_cast<int>(ceil_div(g_.K, kBlockK)), split, g_.splits);
+    next_ += static_cast<int>(gridDim.x) / g_.cluster;
+    return true;
+  }
+
+ private:
+  const GemmArguments& g_;
+  int rank_, rows_, columns_, next_;
+};
+
+#endif  // sm_90a or the host
+
+}  // namespace mpk
