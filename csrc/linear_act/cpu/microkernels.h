@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loops of linear_act on the CPU for one instruction set: cpu.cpp includes this once for each, in a namespace that has
-// kLanes, kRows and what needs intrinsics: fma, widen, narrow. Hence no guard against being included twice.
+// The micro-kernels of linear_act's CPU GEMM for one ISA: packing with conversion to fp32, the register tile, and the
+// dot-product for few rows. dispatch.h includes this once per ISA, hence no include guard, in a namespace that defines kWidth
+// (fp32 elements of a vector), kMR (rows of the register tile), and, by intrinsics, fma, widen and narrow.
 
-using V = float __attribute__((vector_size(4 * kLanes)));
+using V = float __attribute__((vector_size(4 * kWidth)));
 
-constexpr int64_t kColumns = 2 * kLanes;  // of a panel
+constexpr int64_t kNR = 2 * kWidth;  // columns of a panel and of the register tile
 
 template <class Vector>
 inline Vector load(const float* from) {
@@ -18,9 +19,9 @@ inline void store(float* to, const Vector& v) {
   std::memcpy(to, &v, sizeof(v));
 }
 
-// ----- operands -----
+// ----- packing -----
 
-// Eight elements rounded to Compute, in fp32.
+// Eight elements, rounded to Compute, in fp32.
 template <class Compute, class From>
 inline V8 load8(const From* from) {
   if constexpr (std::is_same_v<From, Half>) {
@@ -46,7 +47,7 @@ inline V8 load8(const From* from) {
 template <class Compute, class From>
 inline float load1(const From* from) {
   From x;
-  std::memcpy(&x, from, sizeof(x));            // which may lie at any address
+  std::memcpy(&x, from, sizeof(x));            // `from` need not be aligned
   return convert<float>(convert<Compute>(x));  // round: From -> Compute
 }
 
@@ -104,15 +105,15 @@ void widen_transposed(const void* from_bytes, int64_t pitch, int64_t count, int6
   }
 }
 
-// ----- multiply-accumulate -----
+// ----- the register tile -----
 
-// acc (R, kColumns) = [acc +] a (R, depth) @ panel (depth, kColumns). An element is one chain of sums in the order of depth,
+// acc (R, kNR) = [acc +] a (R, K) @ panel (K, kNR). Each element is one chain of fused multiply-adds in the order of K,
 // whatever R is.
 template <int R>
-void tile(const float* a, int64_t a_pitch, const float* panel, int64_t depth, float* acc, int64_t acc_pitch, bool add) {
+void tile(const float* a, int64_t a_pitch, const float* panel, int64_t K, float* acc, int64_t acc_pitch, bool add) {
   V sum[R][2] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    const V left = load<V>(panel + k * kColumns), right = load<V>(panel + k * kColumns + kLanes);
+  for (int64_t k = 0; k < K; ++k) {
+    const V left = load<V>(panel + k * kNR), right = load<V>(panel + k * kNR + kWidth);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const V x = a[r * a_pitch + k] - V{};
@@ -124,7 +125,7 @@ void tile(const float* a, int64_t a_pitch, const float* panel, int64_t depth, fl
   for (int r = 0; r < R; ++r) {
     float* to = acc + r * acc_pitch;
     store(to, add ? load<V>(to) + sum[r][0] : sum[r][0]);
-    store(to + kLanes, add ? load<V>(to + kLanes) + sum[r][1] : sum[r][1]);
+    store(to + kWidth, add ? load<V>(to + kWidth) + sum[r][1] : sum[r][1]);
   }
 }
 
@@ -133,15 +134,17 @@ constexpr std::array<Tile, sizeof...(R)> tiles(std::index_sequence<R...>) {
   return {tile<R + 1>...};
 }
 
-constexpr auto kTiles = tiles(std::make_index_sequence<kRows>());
+constexpr auto kTiles = tiles(std::make_index_sequence<kMR>());
 
-// sums[r * sums_pitch] = x[r] . weight for R rows of x, in which zeros follow up to a multiple of kDotPadding. The weight
-// comes from memory, and each element once: it is fetched ahead, into the second cache, because the first has x to keep.
-// Blocks of kBlock are summed by themselves, as tiles are.
+// ----- few rows -----
+
+// sums[r * sums_pitch] = x[r] . weight for R rows of x, zero-padded to a multiple of kDotPadding. Each element of the weight is
+// read from memory, once: a software prefetch brings it to the L2 cache, because L1 holds x. Blocks of kBlock are summed
+// separately, as k-blocks of tiles are.
 template <int R, class Compute, class From>
 void dot(const void* weight_bytes, const float* x, int64_t x_pitch, int64_t length, float* sums, int64_t sums_pitch) {
   constexpr int kUnroll = R <= 2 ? 4 : 2;
-  constexpr int64_t kStep = 8 * kUnroll, kBlock = 1024, kAhead = 8192 / sizeof(From);
+  constexpr int64_t kStep = 8 * kUnroll, kBlock = 1024, kPrefetchDistance = 8192 / sizeof(From);
   static_assert(kDotPadding % kStep == 0 && kBlock % kStep == 0);
   const From* weight = static_cast<const From*>(weight_bytes);
   V8 sum[R][kUnroll] = {};
@@ -158,7 +161,7 @@ void dot(const void* weight_bytes, const float* x, int64_t x_pitch, int64_t leng
     };
     int64_t k = begin;
     for (; k + kStep <= end; k += kStep) {
-      __builtin_prefetch(weight + k + kAhead, /*rw=*/0, /*locality=*/2);
+      __builtin_prefetch(weight + k + kPrefetchDistance, /*rw=*/0, /*locality=*/2);
       step(weight + k, k);
     }
     if (k < end) {
@@ -177,21 +180,21 @@ void dot(const void* weight_bytes, const float* x, int64_t x_pitch, int64_t leng
   }
 }
 
-// ----- what cpu.cpp calls -----
+// ----- what dispatch.h refers to -----
 
 template <class Compute, class From>
-constexpr Loops kLoops = {
+constexpr MicroKernels kMicroKernels = {
     widen_rows<Compute, From>,
     widen_transposed<Compute, From>,
     {dot<1, Compute, From>, dot<2, Compute, From>, dot<3, Compute, From>, dot<4, Compute, From>},
 };
 
-inline const Loops& loops(ScalarType compute, ScalarType from) {
-  if (from == ScalarType::Half) return kLoops<Half, Half>;
-  if (from == ScalarType::BFloat16) return kLoops<BFloat16, BFloat16>;
-  if (compute == ScalarType::Half) return kLoops<Half, float>;
-  if (compute == ScalarType::BFloat16) return kLoops<BFloat16, float>;
-  return kLoops<float, float>;
+inline const MicroKernels& micro_kernels(ScalarType compute, ScalarType from) {
+  if (from == ScalarType::Half) return kMicroKernels<Half, Half>;
+  if (from == ScalarType::BFloat16) return kMicroKernels<BFloat16, BFloat16>;
+  if (compute == ScalarType::Half) return kMicroKernels<Half, float>;
+  if (compute == ScalarType::BFloat16) return kMicroKernels<BFloat16, float>;
+  return kMicroKernels<float, float>;
 }
 
-constexpr InstructionSet kInstructionSet = {kLanes, kRows, kColumns, kTiles.data(), loops};
+constexpr IsaKernels kKernels = {kMR, kNR, kTiles.data(), micro_kernels};

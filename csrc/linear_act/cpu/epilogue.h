@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// The epilogue of the CPU GEMM: bias, the saved preactivation, activation and the one rounding, of a block of accumulators.
+
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+
+#include "../../common/cast.h"
+#include "../../common/check.h"
+#include "../../common/clones.h"
+#include "../activation.h"
+
+namespace mpk {
+namespace {
+
+MPK_CLONES void add(float* z, const float* bias, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) z[i] += bias[i];
+}
+
+class Output {
+ public:
+  // saved: receives the preactivation.
+  Output(const Tensor& out, const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& saved)
+      : data_(static_cast<char*>(out.mutable_data_ptr())),
+        pitch_(out.size(1)),
+        size_(size_of(out.scalar_type())),
+        round_(find_cast(ScalarType::Float, out.scalar_type())),
+        activate_(activation_loops(activation).activate) {
+    STD_TORCH_CHECK(out.is_cpu() && out.dim() == 2 && out.is_contiguous(), "out must be a contiguous matrix");
+    if (saved) {
+      STD_TORCH_CHECK(saved->is_cpu() && saved->dim() == 2 && saved->size(0) == out.size(0) && saved->size(1) == out.size(1) &&
+                          saved->is_contiguous(),
+                      "saved must be a contiguous matrix as large as out");
+      saved_ = static_cast<char*>(saved->mutable_data_ptr());
+      saved_size_ = size_of(saved->scalar_type());
+      round_saved_ = find_cast(ScalarType::Float, saved->scalar_type());
+    }
+    if (!bias) return;
+    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == out.size(1) && bias->is_contiguous(),
+                    "bias must be contiguous and as long as a row of out");
+    bias_ = static_cast<const char*>(bias->const_data_ptr());
+    bias_size_ = size_of(bias->scalar_type());
+    widen_bias_ = find_cast(bias->scalar_type(), ScalarType::Float);
+  }
+
+  // out[row + i, column + j] = round(act(acc[i * pitch + j] + bias[column + j])). Overwrites acc; scratch: `columns` elements.
+  void finish(int64_t row, int64_t column, int64_t rows, int64_t columns, float* acc, int64_t pitch, float* scratch) const {
+    if (bias_ != nullptr) widen_bias_(bias_ + column * bias_size_, scratch, columns);
+    for (int64_t i = 0; i < rows; ++i) {
+      float* z = acc + i * pitch;
+      if (bias_ != nullptr) add(z, scratch, columns);
+      const int64_t at = (row + i) * pitch_ + column;
+      if (saved_ != nullptr) round_saved_(z, saved_ + at * saved_size_, columns);  // round: fp32 -> saved
+      if (activate_ != nullptr) activate_(z, columns);
+      round_(z, data_ + at * size_, columns);  // round: fp32 -> out
+    }
+  }
+
+ private:
+  char* data_;
+  int64_t pitch_, size_;
+  Cast round_;
+  void (*activate_)(float* z, int64_t n);
+  char* saved_ = nullptr;
+  int64_t saved_size_ = 0;
+  Cast round_saved_ = nullptr;
+  const char* bias_ = nullptr;
+  int64_t bias_size_ = 0;
+  Cast widen_bias_ = nullptr;
+};
+
+}  // namespace
+}  // namespace mpk
