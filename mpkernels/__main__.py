@@ -23,10 +23,13 @@ from mpkernels.runtime.op import Op
 def main() -> int:
     if sys.argv[1:2] in (["tune"], ["prove"]):
         return importlib.import_module(f"mpkernels.{sys.argv[1]}").main(sys.argv[2:])
+    if sys.argv[1:2] in (["advise"], ["plan"]):
+        return importlib.import_module("mpkernels.precision.command").main(sys.argv[1], sys.argv[2:])
     parser = argparse.ArgumentParser(
         prog="python -m mpkernels",
         usage="%(prog)s [-h] [--json]\n       %(prog)s prove [-h] [--full] [--out FILE] [--device DEVICE] [--mps]\n"
-        "       %(prog)s tune [-h] [--shapes M,K,N ...] [--rounds N] [--package] [--show]",
+        "       %(prog)s tune [-h] [--shapes M,K,N ...] [--rounds N] [--package] [--show]\n"
+        "       %(prog)s advise [-h] SCRIPT.py:FUNCTION ...\n       %(prog)s plan [-h] SCRIPT.py:FUNCTION ...",
         description=f"""{__doc__.splitlines()[0]}
 
 commands:
@@ -36,6 +39,8 @@ commands:
           auto takes there
   tune    find the fastest implementation of each GEMM on this device and remember it;
           `python -m mpkernels tune --show` prints what is remembered
+  advise  say which format each linear of a model should have
+  plan    say which policy fits a memory budget
 
 {resolve.ENVIRONMENT_VARIABLE}=auto, {", ".join(resolve.BACKENDS)} or op=backend,... forces implementations.
 {resolve.VERDICTS_VARIABLE}=FILE names verdicts besides those of the user's cache.""",
