@@ -222,10 +222,14 @@ _VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")
 class _Arguments:
     """A call of an op whose implementations take the arguments themselves."""
 
-    __slots__ = ("args", "key", "kwargs")
+    __slots__ = ("args", "key_of", "kwargs")
 
-    def __init__(self, key, *args, **kwargs):
-        self.args, self.kwargs, self.key = args, kwargs, Key(*key(*args, **kwargs))
+    def __init__(self, key_of, *args, **kwargs):
+        self.args, self.kwargs, self.key_of = args, kwargs, key_of
+
+    @property
+    def key(self) -> Key:
+        return Key(*self.key_of(*self.args, **self.kwargs))
 
     def is_valid(self) -> bool:
         return False
@@ -258,10 +262,15 @@ def move_versions(tensors: list[torch.Tensor]) -> None:
 
 def are_plain(values) -> bool:
     """Whether no tensor is of a class that may change what an op does, or is lazily negated."""
-    for value in values:  # noqa: SIM110 - a generator takes longer
-        if isinstance(value, torch.Tensor) and (type(value) not in PLAIN or value.is_neg()):
+    for value in values:
+        kind = type(value)
+        if kind not in _NO_TENSORS and isinstance(value, torch.Tensor) and (kind not in PLAIN or value.is_neg()):
             return False
     return True
+
+
+# Most of a call's arguments; isinstance takes several times as long to say so, as torch.Tensor has a metaclass.
+_NO_TENSORS = frozenset({type(None), bool, int, float, list, torch.dtype})
 
 
 def is_direct(call) -> bool:

@@ -44,8 +44,7 @@ class LinearAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, _):
-        wants_x, wants_weight, wants_bias, wants_prev_bias, *_ = ctx.needs_input_grad
-        return *_grads(ctx, Grads(wants_x, wants_weight, wants_bias, wants_prev_bias), grad_out), None, None
+        return *_grads(ctx, Grads(*ctx.needs_input_grad[:4]), grad_out), None, None
 
 
 # What `LinearAct.apply` calls where no transform is active. It itself first takes the signature of `forward` apart, for
@@ -93,8 +92,13 @@ def _grads(ctx, wanted: Grads, grad_out) -> Grads:
         grads = _LinearActBackward.apply(*call)  # which refuses to be differentiated
     else:
         grads = backward_op.run(call)
-    flags = (*output_mask, grad_prev_bias_dtype is not None)
-    return Grads(*(grad if flag else None for grad, flag in zip(grads, flags, strict=True)))
+    grad_x, grad_weight, grad_bias, grad_prev_bias = grads
+    return Grads(
+        grad_x if wants_x else None,
+        grad_weight if wanted.weight else None,
+        grad_bias if output_mask[2] else None,
+        None if grad_prev_bias_dtype is None else grad_prev_bias,
+    )
 
 
 class _LinearActBackward(torch.autograd.Function):

@@ -14,7 +14,7 @@ from mpkernels.ops.common.cast import DTYPES
 from mpkernels.ops.linear_act.epilogues import Activation
 from mpkernels.runtime.tuned_table import GemmKey, gemm_key
 
-_DTYPES, _ACTIVATIONS = frozenset(DTYPES), frozenset(map(int, Activation))
+_DTYPES, _ACTIVATIONS, _STRIDED = frozenset(DTYPES), frozenset(map(int, Activation)), torch.strided
 
 
 class CallKey(NamedTuple):
@@ -71,19 +71,22 @@ class ForwardCall(NamedTuple):
 
     def is_valid(self) -> bool:
         x, weight, bias, copy, prev_bias = self.x, self.weight, self.bias, self.weight_copy, self.prev_bias
+        device = x.device
+        if not _fit(device, x, weight, bias, copy, prev_bias):
+            return False  # NOTE: a nested tensor has no shape
+        shape, weight_shape = x.shape, weight.shape
         return (
-            _fit(x.device, x, weight, bias, copy, prev_bias)
-            and self.compute_dtype in _DTYPES
+            self.compute_dtype in _DTYPES
             and self.out_dtype in _DTYPES
-            and weight.dim() == 2
-            and x.dim() > 0
-            and x.shape[-1] == weight.shape[1]
-            and (bias is None or bias.shape == weight.shape[:1])
-            and (copy is None or (copy.shape == weight.shape and copy.dtype == self.compute_dtype))
+            and len(weight_shape) == 2
+            and len(shape) > 0
+            and shape[-1] == weight_shape[1]
+            and (bias is None or bias.shape == weight_shape[:1])
+            and (copy is None or (copy.shape == weight_shape and copy.dtype == self.compute_dtype))
             and self.activation in _ACTIVATIONS
             and self.save in (0, 1)
-            and (not self.prev_activation or fits(self.prev_saved, self.prev_activation, x.shape, x.device))
-            and (prev_bias is None or prev_bias.shape == x.shape[-1:])
+            and (not self.prev_activation or fits(self.prev_saved, self.prev_activation, shape, device))
+            and (prev_bias is None or prev_bias.shape == shape[-1:])
         )
 
 
@@ -129,18 +132,21 @@ class BackwardCall(NamedTuple):
 
     def is_valid(self) -> bool:
         grad_out, x, weight, copy = self.grad_out, self.x, self.weight, self.weight_copy
+        device = grad_out.device
+        if not _fit(device, grad_out, x, weight, copy):
+            return False  # NOTE: a nested tensor has no shape
+        shape, weight_shape = grad_out.shape, weight.shape
         return (
-            _fit(grad_out.device, grad_out, x, weight, copy)
-            and _DTYPES.issuperset((self.compute_dtype, self.grad_x_dtype, self.grad_weight_dtype, self.grad_bias_dtype))
-            and weight.dim() == 2
-            and grad_out.dim() > 0
-            and grad_out.shape[-1] == weight.shape[0]
-            and (copy is None or (copy.shape == weight.shape and copy.dtype == self.compute_dtype))
+            _DTYPES.issuperset((self.compute_dtype, self.grad_x_dtype, self.grad_weight_dtype, self.grad_bias_dtype))
+            and len(weight_shape) == 2
+            and len(shape) > 0
+            and shape[-1] == weight_shape[0]
+            and (copy is None or (copy.shape == weight_shape and copy.dtype == self.compute_dtype))
             and (
                 not self.output_mask[1]
-                or (x is not None and x.dtype == self.compute_dtype and x.shape == (*grad_out.shape[:-1], weight.shape[1]))
+                or (x is not None and x.dtype == self.compute_dtype and x.shape == (*shape[:-1], weight_shape[1]))
             )
-            and (not self.activation or fits(self.saved, self.activation, grad_out.shape, grad_out.device))
+            and (not self.activation or fits(self.saved, self.activation, shape, device))
             and (not self.is_fused or self._may_be_fused())
         )
 
@@ -188,7 +194,7 @@ def _fit(device: torch.device, *tensors: Any) -> bool:
     """Whether they are dense, of a dtype that is computed with, and on `device`."""
     for tensor in tensors:
         if tensor is not None and not (
-            tensor.dtype in DTYPES and tensor.layout == torch.strided and not tensor.is_nested and tensor.device == device
+            tensor.dtype in _DTYPES and tensor.layout is _STRIDED and not tensor.is_nested and tensor.device == device
         ):
             return False
     return True
