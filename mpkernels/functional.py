@@ -23,7 +23,7 @@ def linear_act(
 ) -> torch.Tensor:  # fmt: skip
     """`act(x @ weight.T + bias)`, rounded once.
 
-    x: (*, K); weight: (N, K); bias: (N,) or None; returns (*, N). activation: as MPLinear. policy: a Policy, its name,
+    x: `(*, K)`; weight: (N, K); bias: (N,) or None; returns `(*, N)`. activation: as MPLinear. policy: a Policy, its name,
     or None: as `F.linear`, under `torch.autocast` too. With a policy its compute_dtype wins over autocast, and gradients
     of weight and bias have its grad_dtype, else their own dtype. weight_copy: the weight in the compute dtype, read in its
     place. Tensor subclasses, modes and torch.fx see this one call, by `__torch_function__`.

@@ -19,7 +19,7 @@ class MPMLP(MPSequential):
 
     sizes: features from the input's to the output's, at least two. activation: as MPLinear's, after every layer but the
     last, which has output_activation. bias, device, dtype, policy: as MPLinear.
-    x: (*, sizes[0]); returns (*, sizes[-1]). Values and gradients are those of the layers one by one. Under `mixed_*` the
+    x: `(*, sizes[0])`; returns `(*, sizes[-1])`. Values and gradients are those of the layers one by one. Under `mixed_*` the
     activations between layers are in the compute dtype, the result as the policy says: by default in the dtype of x.
     One autograd node per layer; where kernels run it, its grad_x is already selected by the mask of the layer before, whose
     bias gradient it returns. Not where a hook could see the activation between the two: see MPSequential.
