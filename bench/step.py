@@ -19,7 +19,7 @@ import mpkernels as mpk
 from bench.cases import Step
 from bench.contender import OURS, Contender, Missing, check_peer, numerics, package, with_forced
 from bench.rows import free_bytes
-from mpkernels.ops.adamw import reference
+from mpkernels.ops.optimizer_update import reference
 from mpkernels.optim import grad_reading
 from mpkernels.runtime import compute_copy
 from tests import bounds

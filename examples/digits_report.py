@@ -91,7 +91,7 @@ def served_by(run, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, str]:
     served = {op.name: op.backend(device, compute) for op in linears}
     if gemm := gemm_by(lambda: run.step(*batch), device):
         served = {name: f"{backend} ({gemm})" for name, backend in served.items()}
-    served["adamw_"] = mpk.ops.adamw.op.backend(device, master)
+    served["adamw_"] = mpk.ops.optimizer_update.adamw_.backend(device, master)
     if run.scaler.is_enabled():
         served["grad_stats_"] = mpk.ops.grad_stats.op.backend(device, policy.grad_dtype or policy.param_dtype)
         served["update_scale_"] = mpk.ops.update_scale.op.backend(device, torch.float32)
@@ -180,7 +180,7 @@ def peak_bytes(make: Callable, x: torch.Tensor, target: torch.Tensor) -> int:
 def implementations(device: torch.device) -> list[dict]:
     """One layer and one step through every implementation: median us, largest error against fp64, or why not."""
     layer_ops = (mpk.ops.linear_act.forward_op, mpk.ops.linear_act.backward_op)
-    step_ops = (mpk.ops.grad_stats.op, mpk.ops.adamw.op)
+    step_ops = (mpk.ops.grad_stats.op, mpk.ops.optimizer_update.adamw_)
     layer_case = "fp16 layer with ReLU, forward and backward, M={} K={} N={}".format(*LAYER)
     step_case = f"AdamW step, fp16 with fp32 masters, {STEP[0]} tensors of {STEP[1]}"
     rows = []

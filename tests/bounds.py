@@ -34,6 +34,7 @@ from mpkernels.testing.bounds import (
     check_mask,
     check_moment,
     check_norm,
+    check_sign_step,
     check_stepped,
     gamma,
     least_subnormal,
@@ -52,6 +53,7 @@ __all__ = [  # with what is defined here
     "check_mask",
     "check_moment",
     "check_norm",
+    "check_sign_step",
     "check_stepped",
     "overflow_threshold",
 ]

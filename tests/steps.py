@@ -59,6 +59,11 @@ def norm_is_in_fp32(grads) -> bool:
     return "eager" in backends
 
 
+def force_all(ops: Iterable[Op], backend: str, device: str, monkeypatch) -> torch.device:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, ",".join(f"{op.name}={backend}" for op in ops))
+    return torch.device(device)
+
+
 def scalar(value: float, device="cpu", dtype=torch.float32) -> torch.Tensor:
     return torch.full((), value, dtype=dtype, device=device)
 
@@ -214,7 +219,7 @@ def trajectory(call: Callable, arguments: Callable, options: dict, dtype, device
     return np.stack(result)
 
 
-# ----- tests that adamw_ and sgd_ share ---------------------------------------------------------------
+# ----- tests that the updates share ---------------------------------------------------------------
 
 
 def check_rounds_copies_once(call: Callable, arguments: Callable, dtype: torch.dtype, device) -> None:

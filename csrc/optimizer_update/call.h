@@ -29,6 +29,7 @@ template <class Rule>
 UpdateLists make_lists(const Tensor& masters, const Tensor& grads, const std::array<Tensor, kStateLists<Rule>>& states,
                        const Tensor& copies, const Tensor& steps) {
   UpdateLists lists{{"masters", masters}, {"grads", grads}, {"copies", copies}, {"steps", steps}, {}};
+  lists.states.reserve(kStateLists<Rule>);
   check_steps(lists.steps, lists.masters);
   check_list("grads", lists.grads, lists.masters);
   check_list("copies", lists.copies, lists.masters, /*may_be_empty=*/true);
@@ -66,14 +67,14 @@ struct PrivateOp<Rule, Update, std::index_sequence<k...>, ParameterTypes<Paramet
   static bool call(Tensor masters, Tensor grads, TensorAt<k>... states, Tensor copies, Tensor steps, Tensor on, Tensor lr,
                    Parameter... parameters, bool maximize, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
                    std::optional<Tensor> grad_norm, std::optional<double> max_norm) {
-    return Update::update(UpdateCall<Rule>{make_lists<Rule>(masters, grads, {states...}, copies, steps),
-                                           on,
-                                           lr,
+    return Update::update(UpdateCall<Rule>{make_lists<Rule>(masters, grads, {std::move(states)...}, copies, steps),
+                                           std::move(on),
+                                           std::move(lr),
                                            {/*lr=*/0, parameters...},
                                            maximize,
-                                           grad_scale,
-                                           found_inf,
-                                           grad_norm,
+                                           std::move(grad_scale),
+                                           std::move(found_inf),
+                                           std::move(grad_norm),
                                            max_norm});
   }
 };

@@ -133,6 +133,8 @@ typename TensorUpdate<Rule>::Run find_run(const UpdateCall<Rule>& call, int64_t 
 template <class Rule>
 std::vector<TensorUpdate<Rule>> make_tensors(const UpdateCall<Rule>& call, double factor) {
   const UpdateLists& lists = call.lists;
+  typename Rule::Options options = call.options;
+  options.lr = real_value(call.lr);
   std::vector<TensorUpdate<Rule>> tensors;
   tensors.reserve(lists.masters.size());
   for (int64_t i = 0; i < lists.masters.size(); ++i) {
@@ -143,9 +145,9 @@ std::vector<TensorUpdate<Rule>> make_tensors(const UpdateCall<Rule>& call, doubl
     if (i > 0 && t == steps_taken(lists.steps, i - 1) && lists.masters.dtype(i) == lists.masters.dtype(i - 1)) {
       tensor.scalars = tensors.back().scalars;
     } else if (lists.masters.dtype(i) == ScalarType::Double) {
-      tensor.scalars = typename Rule::template Scalars<double>(call.options, factor, t);
+      tensor.scalars = typename Rule::template Scalars<double>(options, factor, t);
     } else {
-      tensor.scalars = typename Rule::template Scalars<float>(call.options, factor, t);
+      tensor.scalars = typename Rule::template Scalars<float>(options, factor, t);
     }
     tensors.push_back(tensor);
   }
@@ -154,10 +156,9 @@ std::vector<TensorUpdate<Rule>> make_tensors(const UpdateCall<Rule>& call, doubl
 
 template <class Rule>
 struct CpuUpdate {
-  static bool update(UpdateCall<Rule> call) {
+  static bool update(const UpdateCall<Rule>& call) {
     const Step step = read_step(call);
     if (!step.taken) return false;
-    call.options.lr = real_value(call.lr);
     const std::vector<TensorUpdate<Rule>> tensors = make_tensors(call, step.factor);
     ChunkPartition(call.lists.masters).parallel_for_each([&](int64_t i, int64_t begin, int64_t end, int64_t) {
       tensors[i].run(tensors[i], begin, end);

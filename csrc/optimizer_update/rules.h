@@ -13,6 +13,7 @@
 #pragma once
 
 #include "adamw.h"
+#include "lion.h"
 #include "sgd.h"
 
 namespace mpk {
@@ -22,6 +23,7 @@ template <class F>
 void for_each_rule(const F& f) {
   f(Adamw{});
   f(Sgd{});
+  f(Lion{});
 }
 
 }  // namespace mpk

@@ -22,11 +22,11 @@ _SWITCHES = {name: hyperparameters.flag(name) for name in ("write_grads", "skip_
 
 
 class Optimizer(StatefulOptimizer):
-    """Base of AdamW, Adam and SGD.
+    """Base of AdamW, Adam, Lion and SGD.
 
     master_dtype: fp32 or fp64, what 16-bit parameters are updated in (None: fp32). state_dtype: of the moments: None, the
     master's, or bf16, for 2 bytes less per moment and parameter than fp32, of memory and of traffic each way; the arithmetic
-    stays the master's, see mpkernels.ops.adamw for what is lost.
+    stays the master's, see mpkernels.ops.optimizer_update for what is lost.
     max_norm: clip the global norm over all groups inside the step. write_grads: leave `.grad` unscaled after a step
     under a scaler, as torch does. skip_nonfinite: without a scaler, skip a step with inf or NaN gradients.
     process_group: needed where plain tensors are sharded by hand: the ranks that share one found_inf and whose gradients

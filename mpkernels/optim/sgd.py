@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from mpkernels.ops.sgd import sgd_
+from mpkernels.ops.optimizer_update import sgd_
 from mpkernels.optim import hyperparameters as hyper
 from mpkernels.optim.optimizer import Optimizer, Params
 

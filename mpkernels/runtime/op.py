@@ -46,6 +46,7 @@ class Op:
     covers: whether the cases of a proof are of such a key: of others a verdict says nothing, and `auto` takes eager.
     mutated: the tensors that a call writes, whose version counters are moved (raw-pointer writes do not move them).
     dtype: what its arithmetic is asked for in where no call says so: one that every implementation has.
+    function: its name in the implementations' modules; None: the op's.
     """
 
     def __init__(
@@ -62,11 +63,13 @@ class Op:
         covers: Callable[[Any], bool] = lambda key: True,
         mutated: Callable[..., list[torch.Tensor]] | None = None,
         dtype: torch.dtype = torch.float32,
+        function: str | None = None,
     ):
         self.name = schema.split("(")[0]
+        self.function_name = function or self.name
         self.package, self.implementations, self.dtype = package, implementations, dtype
         self.backends: tuple[BackendName, ...] = tuple(dict.fromkeys(i.backend for i in implementations))
-        self.check, self.fake, self.fill, self.covers, self.mutated = check, fake, fill, covers, mutated
+        self.check_call, self.fake, self.fill, self.covers, self.mutated = check, fake, fill, covers, mutated
         self.takes_call = call is not None
         self.call = functools.partial(_Arguments, key) if call is None else call
         self.key = key if self.takes_call else Key
@@ -88,6 +91,10 @@ class Op:
             return getattr(torch.ops.mpkernels, self.name)(*args, **kwargs)
         call = self.call(*args, **kwargs)
         return self.execute(call, self.resolve(call)) if checked else self._run(call)
+
+    def check(self, *args, **kwargs) -> None:
+        """Raise on bad arguments."""
+        self._of(self.check_call)(self.call(*args, **kwargs))
 
     def run(self, call):
         """The op on a call: as `__call__`, but what was not computed may be None."""
@@ -125,7 +132,7 @@ class Op:
 
     def _run(self, call):
         if not call.is_valid():
-            self._of(self.check)(call)
+            self._of(self.check_call)(call)
         result = self.execute(call, self.resolve(call))
         if self.mutated is not None:
             move_versions(self._of(self.mutated)(call))
@@ -138,7 +145,7 @@ class Op:
 
     def _fake(self, *args, **kwargs):
         call = self.call(*args, **kwargs)
-        self._of(self.check)(call)
+        self._of(self.check_call)(call)
         return self._of(self.fake)(call)
 
     def _of(self, function: Callable) -> Callable:
@@ -160,7 +167,7 @@ class Op:
     def kernel(self, backend: str, device: torch.device) -> Kernel:
         """The implementation on `device`, whatever `why_not` says of it; eager serves devices that no table names."""
         implementation = self.implementation(backend, device) or self.implementation(backend, torch.device("cpu"))
-        function = getattr(self._module(implementation), self.name)
+        function = getattr(self._module(implementation), self.function_name)
         return Kernel(backend, self._of(function), implementation.saves_mask)
 
     def implementation(self, backend: str, device: torch.device) -> Implementation | None:

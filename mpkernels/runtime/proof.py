@@ -150,6 +150,6 @@ def _code(package: str, backend: str) -> int:
     """
     folder = Path(importlib.import_module(package).__file__).parent
     folders = (folder, folder.parent / "common", Path(__file__).parents[1] / "testing")
-    files = [path for folder in folders for path in sorted(folder.glob("*.py"))]
+    files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     files += [native.LIBRARY] if backend == "native" and native.LIBRARY.exists() else []
     return functools.reduce(lambda sum, path: zlib.crc32(path.read_bytes(), sum), files, 0)

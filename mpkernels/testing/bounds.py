@@ -335,3 +335,13 @@ def check_moment(got: np.ndarray, exact: np.ndarray, magnitude: np.ndarray, near
     _check_error(
         "moment", np.abs(got - exact), u * np.abs(exact) + (1 + u) * error + least_subnormal(torch.bfloat16), got, exact
     )
+
+
+def check_sign_step(got, w, direction, size, lr, decay, arithmetic: torch.dtype) -> None:
+    """One step of Lion: w * decay - lr * sign(direction), which is a sum of terms whose magnitudes add up to `size`.
+
+    Nearer to 0 than its 6 roundings (factor, constants, products, sum) the direction may have another sign.
+    """
+    u, exact = unit_roundoff(arithmetic), w * decay - lr * np.sign(direction)
+    is_near = (size > 0) & (np.abs(direction) <= gamma(6, u) * size + 4 * least_subnormal(arithmetic))
+    _check_error("weight", np.abs(got - exact), gamma(4, u) * (np.abs(w) + lr) + is_near * 2 * lr, got, exact)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mpkernels.testing import linear_act_cases, step_cases
+from mpkernels.testing import linear_act_cases, step_cases, update_cases
 from mpkernels.testing.memory import Memory
 
 
@@ -42,8 +42,9 @@ def of(op: str, *, few: bool, full: bool = False) -> Iterator[Case]:
         "linear_act": linear_act_cases.forward,
         "linear_act_backward": linear_act_cases.backward,
         "grad_stats_": step_cases.grad_stats,
-        "adamw_": step_cases.adamw,
-        "sgd_": step_cases.sgd,
+        "adamw_": update_cases.adamw,
+        "sgd_": update_cases.sgd,
+        "lion_": update_cases.lion,
         "update_scale_": step_cases.update_scale,
     }
     for name, parts in families[op](few, full):

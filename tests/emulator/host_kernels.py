@@ -23,7 +23,7 @@ from tests.paths import ROOT
 from tests.steps import leaves
 
 BUILD = ROOT / "build/host"
-OPS = ("adamw_", "grad_stats_", "sgd_", "update_scale_")
+OPS = ("adamw_", "grad_stats_", "lion_", "sgd_", "update_scale_")
 STAND_IN = tuple(f"tests/emulator/{name}" for name in ("fibers.cpp", "sm90.cpp", "on_device.cpp"))
 FOLDERS = ("grad_stats", "optimizer_update", "update_scale")
 STEP = ("csrc/ops.cpp", *(f"csrc/{folder}/cuda.cu" for folder in FOLDERS), "tests/emulator/wrong_kernels.cu")
@@ -37,7 +37,12 @@ HOPPER = (
 SOURCES = {"mpkernels_host": STEP + STAND_IN, "mpkernels_hopper": HOPPER + STAND_IN}
 # -ffp-contract=off as nvcc's -fmad=false.
 FLAGS = "-std=c++17 -O2 -g0 -fPIC -fvisibility=default -ffp-contract=off -U_FORTIFY_SOURCE"
-TABLES = {"adamw_": (7, 1), "sgd_": (5, 1), "grad_stats_": (1, 0)}  # how many lists a call begins with, and which is grads
+TABLES = {
+    "adamw_": (7, 1),
+    "sgd_": (5, 1),
+    "lion_": (5, 1),
+    "grad_stats_": (1, 0),
+}  # how many lists a call begins with, and which is grads
 ITEMSIZES = {5: 2, 6: 4, 7: 8, 15: 2}  # by c10::ScalarType
 
 

@@ -12,14 +12,15 @@ import zlib
 import pytest
 import torch
 
-from mpkernels.ops import adamw, grad_stats, sgd
+from mpkernels.ops import grad_stats
 from mpkernels.runtime import native
 from mpkernels.runtime.resolve import ENVIRONMENT_VARIABLE
 from tests import bounds
 from tests.emulator import host_kernels
 from tests.emulator.host_kernels import HostOps, take_counts
 from tests.ops.grad_stats import test_grad_stats
-from tests.ops.optimizer_update import test_adamw, test_sgd
+from tests.ops.optimizer_update import test_inputs, test_rules, test_skips
+from tests.ops.optimizer_update.rules import RULES
 from tests.ops.update_scale import test_update_scale
 from tests.steps import BAD_VALUES, DTYPES, counts, raw, scalar
 
@@ -33,6 +34,7 @@ SIZES = (1, 3, 4, 5, 0, 1023, VECTORS - 1, VECTORS, VECTORS + 5, CHUNK - 1, CHUN
 HYPER = dict(
     adamw=dict(beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, decoupled=True, maximize=False),
     sgd=dict(momentum=0.9, dampening=0.1, weight_decay=0.1, nesterov=True, maximize=False),
+    lion=dict(beta1=0.9, beta2=0.99, weight_decay=0.1, maximize=False),
 )
 COPIES = (torch.float16, torch.bfloat16, torch.float32, None)
 
@@ -54,7 +56,12 @@ def device(host):
     return torch.device("cpu")
 
 
-for module in (test_adamw, test_grad_stats, test_sgd, test_update_scale):
+@pytest.fixture(params=RULES)
+def rule(request):
+    return RULES[request.param]
+
+
+for module in (test_grad_stats, test_inputs, test_rules, test_skips, test_update_scale):
     for name, function in vars(module).items():
         if name.startswith("test_") and "device" in inspect.signature(function).parameters and not name.endswith(PYTHON_ONLY):
             globals()[name] = function
@@ -63,8 +70,11 @@ for module in (test_adamw, test_grad_stats, test_sgd, test_update_scale):
 # ----- the update, bit for bit as on the CPU --------------------------------------------------------
 
 
-def native_of(module):
-    return module.op.function("native")
+def native_of(op):
+    return op.function("native")
+
+
+UPDATES = {name: rule.op for name, rule in RULES.items()}
 
 
 def arguments(
@@ -98,6 +108,8 @@ def arguments(
     if kind == "adamw":
         amsgrad = result.pop("amsgrad", False)
         return result | dict(exp_avgs=states[0], exp_avg_sqs=states[1], max_exp_avg_sqs=states[2] if amsgrad else [])
+    if kind == "lion":
+        return result | dict(exp_avgs=states[0])
     return result | dict(momentum_buffers=states[0] if result["momentum"] else [])
 
 
@@ -116,14 +128,13 @@ def clone(args):
 
 def check_as_on_cpu(kind, args, host_ops=None):
     """Two steps by the CUDA kernels have the bits of two steps of the CPU's."""
-    module = dict(adamw=adamw, sgd=sgd)[kind]
     expected = clone(args)
     for _ in range(2):
-        native_of(module)(**expected)
+        native_of(UPDATES[kind])(**expected)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops, "mpkernels_C", host_ops or HostOps())
         for _ in range(2):
-            native_of(module)(**args)
+            native_of(UPDATES[kind])(**args)
     assert raw(written(args)) == raw(written(expected))
 
 
@@ -138,6 +149,8 @@ VARIANTS = {
     "sgd": ("sgd", dict(momentum=0.0, dampening=0.0, nesterov=False)),
     "sgd momentum": ("sgd", dict()),
     "sgd maximize": ("sgd", dict(nesterov=False, maximize=True)),
+    "lion": ("lion", dict(maximize=True)),
+    "lion bf16 moments": ("lion", dict(narrow=True)),
 }
 
 
@@ -152,7 +165,7 @@ def test_cuda_update_of_every_dtype(variant, master, generator):
         check_as_on_cpu(kind, args)
 
 
-@pytest.mark.parametrize("variant", ["adamw", "adamw bf16 moments", "sgd momentum"])
+@pytest.mark.parametrize("variant", ["adamw", "adamw bf16 moments", "sgd momentum", "lion"])
 def test_cuda_update_tails_and_chunk_edges(variant, generator):
     kind, options = VARIANTS[variant]
     check_as_on_cpu(kind, arguments(kind, SIZES, generator, masters=(torch.float32, torch.float64), **options))
@@ -178,7 +191,7 @@ def test_cuda_update_takes_vectors_where_it_can(generator, host):
     def accesses(offset, copy=torch.float16):
         args = arguments("adamw", (CHUNK,), generator, copies=(copy,), offset=offset)
         take_counts()
-        native_of(adamw)(**args)
+        native_of(UPDATES["adamw"])(**args)
         return take_counts().accesses
 
     aligned = 7 * CHUNK // 4 + CHUNK // 4  # g, w, m, v and w, m, v, copy in vectors of 4
@@ -198,7 +211,7 @@ def test_cuda_update_ten_thousand_tensors(variant, generator):
     assert 2 * 2 < take_counts().launches <= 2 * (tables + 1)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", UPDATES)
 @pytest.mark.parametrize(
     "skip", [dict(found_inf=scalar(math.nan)), dict(grad_scale=scalar(math.inf))], ids=["found_inf", "scale"]
 )
@@ -206,19 +219,19 @@ def test_cuda_skip_moves_no_byte(kind, skip, generator, host):
     args = arguments(kind, SIZES, generator) | skip
     before = raw(written(args))
     take_counts()
-    native_of(dict(adamw=adamw, sgd=sgd)[kind])(**args)
+    native_of(UPDATES[kind])(**args)
     moved = take_counts()
     assert (moved.loaded, moved.stored) == (0, 0)
     assert raw(written(args)) == before
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", UPDATES)
 def test_cuda_schedule_does_not_matter(kind, generator, host):
     args, results = arguments(kind, SIZES, generator, masters=(torch.float32, torch.float64)), []
     for seed in range(4):
         host_kernels.library().host_seed(seed)
         again = clone(args)
-        native_of(dict(adamw=adamw, sgd=sgd)[kind])(**again)
+        native_of(UPDATES[kind])(**again)
         results.append(raw(written(again)))
     assert all(result == results[0] for result in results)
 
@@ -226,17 +239,17 @@ def test_cuda_schedule_does_not_matter(kind, generator, host):
 # ----- lr -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", UPDATES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_cuda_lr_on_the_cpu(kind, dtype, generator):
     args = arguments(kind, (1000,), generator) | dict(lr=scalar(0.3, dtype=dtype))
     check_as_on_cpu(kind, clone(args) | dict(lr=args["lr"]), HostOps(host_tensors=(args["lr"],)))
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", UPDATES)
 def test_cuda_capture_refuses_lr_on_the_cpu(kind, generator, monkeypatch):
     args = arguments(kind, (1000,), generator)
-    before, step = raw(written(args)), native_of(dict(adamw=adamw, sgd=sgd)[kind])
+    before, step = raw(written(args)), native_of(UPDATES[kind])
     host_kernels.library().host_set_capturing(True)
     try:
         monkeypatch.setattr(torch.ops, "mpkernels_C", HostOps(host_tensors=(args["lr"],)))
@@ -257,7 +270,7 @@ def stats(grads, norm=True):
     """(found_inf, amax, nonfinite, grad_norm) of one call."""
     n = len(grads)
     result = scalar(7.0), torch.full((n,), -7.0, dtype=torch.float64), counts(n) - 7, scalar(-7.0, dtype=torch.float64)
-    native_of(grad_stats)(grads, scalar(2.0), *result[:3], result[3] if norm else None)
+    native_of(grad_stats.op)(grads, scalar(2.0), *result[:3], result[3] if norm else None)
     return result
 
 
@@ -325,7 +338,8 @@ def test_cuda_stats_chunks_grow_with_the_model(generator, host):
 @pytest.mark.parametrize("kind, grad, narrow, expected", [
     ("adamw", torch.float16, False, 30), ("adamw", torch.bfloat16, False, 30), ("adamw", torch.float32, False, 34),
     ("sgd", torch.float16, False, 22), ("sgd", torch.float32, False, 26),
-    ("adamw", torch.float16, True, 22), ("sgd", torch.float16, True, 18),
+    ("adamw", torch.float16, True, 22), ("sgd", torch.float16, True, 18), ("lion", torch.float16, False, 22),
+    ("lion", torch.float16, True, 18),
 ])  # fmt: skip
 def test_cuda_bytes_per_parameter(kind, grad, narrow, expected, generator, host):
     """Verdict, norm and update with a 16-bit copy; and a skipped step, which reads the gradients once."""
@@ -334,7 +348,7 @@ def test_cuda_bytes_per_parameter(kind, grad, narrow, expected, generator, host)
     take_counts()
     stats(args["grads"])
     check = take_counts()
-    native_of(dict(adamw=adamw, sgd=sgd)[kind])(**args)
+    native_of(UPDATES[kind])(**args)
     update = take_counts()
     assert (check.loaded, check.stored) == (grad.itemsize * n, 0)
     assert check.loaded + update.loaded + update.stored == expected * n

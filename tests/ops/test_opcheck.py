@@ -70,7 +70,7 @@ def grad_stats_(draw: Draw) -> dict:
 
 
 def update(draw: Draw, *moments: str) -> dict:
-    """What adamw_ and sgd_ have in common."""
+    """What the updates have in common."""
     shapes = [draw.sizes(draw.randint(0, 3)) for _ in range(draw.randint(1, 4))]
     masters = [draw.tensor(shape, draw.choice((f32, f64))) for shape in shapes]
     state_dtype = draw.maybe(bf16)
@@ -98,6 +98,10 @@ def sgd_(draw: Draw) -> dict:
     return args | dict(momentum=momentum, dampening=0.0 if nesterov else 0.1, nesterov=nesterov)
 
 
+def lion_(draw: Draw) -> dict:
+    return update(draw, "exp_avgs") | dict(beta1=0.9, beta2=0.99)
+
+
 def update_scale_(draw: Draw) -> dict:
     return dict(
         grad_scale=torch.tensor(2.0 ** draw.randint(-126, 127)), growth_tracker=torch.tensor(draw.randint(0, 3)).int(),
@@ -107,7 +111,7 @@ def update_scale_(draw: Draw) -> dict:
     )  # fmt: skip
 
 
-MAKERS = (linear_act, linear_act_backward, grad_stats_, adamw_, sgd_, update_scale_)
+MAKERS = (linear_act, linear_act_backward, grad_stats_, adamw_, sgd_, lion_, update_scale_)
 
 
 def test_opcheck_has_every_op():

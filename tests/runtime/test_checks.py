@@ -14,7 +14,7 @@ from mpkernels.testing.memory import GUARD, Memory
 from tests import wrong_kernels
 
 CPU = torch.device("cpu")
-STEP = ("adamw_", "sgd_", "grad_stats_", "update_scale_")
+STEP = ("adamw_", "sgd_", "lion_", "grad_stats_", "update_scale_")
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_checks_notice_a_write_outside_of_outputs(name, wrong):
 
 @pytest.mark.parametrize("name", sorted(ops))
 def test_checks_notice_a_written_input(name, wrong):
-    place = {"adamw_": 1, "sgd_": 1, "grad_stats_": 0, "update_scale_": 4}.get(name, 0)
+    place = {"adamw_": 1, "sgd_": 1, "lion_": 1, "grad_stats_": 0, "update_scale_": 4}.get(name, 0)
 
     def change(right, arguments):
         results = right(*arguments)
@@ -201,6 +201,9 @@ def test_checks_notice_a_mask_that_multiplies(wrong):
         ("sgd_", 14, None, "clipped"),
         ("sgd_", 12, None, "skipped"),
         ("sgd_", 8, 0.0, "plain"),  # weight_decay
+        ("lion_", 13, None, "clipped"),
+        ("lion_", 11, None, "skipped"),
+        ("lion_", 6, 0.0, "plain"),  # beta1
     ],
 )
 def test_checks_notice_a_wrong_step(name, place, value, ending, wrong):
@@ -214,7 +217,7 @@ def test_checks_notice_a_wrong_step(name, place, value, ending, wrong):
     assert ending in wrong(name, change)
 
 
-@pytest.mark.parametrize("name", ["adamw_", "sgd_"])
+@pytest.mark.parametrize("name", ["adamw_", "sgd_", "lion_"])
 def test_checks_notice_fp64_that_is_fp32_inside(name, wrong):
     def change(right, arguments):
         right(*arguments)
@@ -224,7 +227,7 @@ def test_checks_notice_fp64_that_is_fp32_inside(name, wrong):
     assert "fp64 masters, plain" in wrong(name, change)
 
 
-@pytest.mark.parametrize("name", ["adamw_", "sgd_"])
+@pytest.mark.parametrize("name", ["adamw_", "sgd_", "lion_"])
 def test_checks_notice_bf16_moments_that_are_cut(name, wrong):
     """By two of their last places, as a wrong rounding on the way would."""
 

@@ -200,24 +200,24 @@ def test_proof_holds_for_its_machine_and_code(changed, op, monkeypatch):
 
 def test_proof_knows_the_code_that_ran(monkeypatch, tmp_path):
     """Another checksum where a source of the op, one that ops share, or the library changes."""
-    import mpkernels.ops.adamw as package
+    import mpkernels.ops.optimizer_update as package
     from mpkernels.runtime import native
 
     library = tmp_path / "_C.abi3.so"
     library.write_bytes(b"one")
     monkeypatch.setattr(native, "LIBRARY", library)
-    folder = tmp_path / "ops" / "adamw"
-    for path in (folder, folder.parent / "common"):
+    folder = tmp_path / "ops" / "optimizer_update"
+    for path in (folder / "rules", folder.parent / "common"):
         path.mkdir(parents=True)
     monkeypatch.setattr(package, "__file__", str(folder / "__init__.py"))
     seen = []
-    for path in (None, folder / "impl_native.py", folder.parent / "common" / "shared.py", library):
+    for path in (None, folder / "native.py", folder / "rules/adamw.py", folder.parent / "common" / "shared.py", library):
         if path is not None:
             path.write_text("two")
         proof._code.cache_clear()
-        seen.append(proof._code("mpkernels.ops.adamw", "native"))
-    assert len(set(seen)) == 4
-    assert proof._code("mpkernels.ops.adamw", "triton") != seen[-1]
+        seen.append(proof._code("mpkernels.ops.optimizer_update", "native"))
+    assert len(set(seen)) == 5
+    assert proof._code("mpkernels.ops.optimizer_update", "triton") != seen[-1]
 
 
 @pytest.mark.parametrize("busy", ["compile", "capture", "mode", "transform"])

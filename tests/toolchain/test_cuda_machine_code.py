@@ -15,10 +15,10 @@ from mpkernels.runtime import native
 
 ARCHITECTURES = (75, 80, 90)
 # Kernels by what their names contain; those of a rule of csrc/optimizer_update are update_kernel<Rule, ...>.
-RULES = ("Adamw", "Sgd")  # their memory traffic is loads and stores of 16 bytes
+RULES = ("Adamw", "Sgd", "Lion")  # their memory traffic is loads and stores of 16 bytes
 VECTOR_LOADS = (*RULES, "chunk_kernel")
 KERNELS = {  # how many there are for each architecture
-    "Adamw": 16, "Sgd": 6, "chunk_kernel": 2, "tensor_kernel": 1, "verdict_kernel": 1, "advance_kernel": 1,
+    "Adamw": 16, "Sgd": 6, "Lion": 4, "chunk_kernel": 2, "tensor_kernel": 1, "verdict_kernel": 1, "advance_kernel": 1,
     "update_scale_kernel": 1,
 }  # fmt: skip
 NARROW_MOMENTS = "BFloat16"  # in a kernel's name: moments of half the master's width, read and written 8 bytes at a time

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled library: what it is built against, how arguments arrive in C++, and its runs, chunks, threads and layouts.
 
-That the steps are right is proven in test_adamw.py, test_sgd.py, test_grad_stats.py and test_update_scale.py.
+That the steps are right is proven in test_rules.py, test_skips.py, test_grad_stats.py and test_update_scale.py.
 """
 
 import math
@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from mpkernels.ops import adamw, grad_stats, sgd, update_scale
+from mpkernels.ops import grad_stats, update_scale
 from mpkernels.ops.common.layout import is_dense
-from mpkernels.ops.sgd import reference as sgd_reference
+from mpkernels.ops.optimizer_update import adamw_, reference, sgd_
 from mpkernels.runtime import native
 from tests import bounds, steps
 from tests.paths import ROOT
@@ -33,8 +33,8 @@ def library():
     assert reason is None, f"the library is needed here: {reason}"
 
 
-def native_of(module):
-    return module.op.function("native")
+def native_of(op):
+    return op.function("native")
 
 
 # ----- the file -------------------------------------------------------------------------------------
@@ -53,17 +53,17 @@ def test_library_names_no_path_of_the_machine_it_was_built_on():
     assert str(ROOT).encode() not in native.LIBRARY.read_bytes()
 
 
-@pytest.mark.parametrize("module", [adamw, grad_stats, sgd, update_scale])
-def test_native_is_what_auto_takes_on_the_cpu(module):
-    assert module.op.why_not("native", torch.device("cpu"), torch.float32) is None
-    assert module.op.backends[0] == "native"
-    assert module.op.backend(torch.device("cpu"), torch.float32) == "native"
+@pytest.mark.parametrize("op", [adamw_, grad_stats.op, sgd_, update_scale.op], ids=lambda op: op.name)
+def test_native_is_what_auto_takes_on_the_cpu(op):
+    assert op.why_not("native", torch.device("cpu"), torch.float32) is None
+    assert op.backends[0] == "native"
+    assert op.backend(torch.device("cpu"), torch.float32) == "native"
 
 
 def test_native_says_why_not_when_not_built(monkeypatch):
     monkeypatch.setattr(native, "LIBRARY", Path("nowhere/_C.abi3.so"))
     monkeypatch.setattr(native, "why_not", native.why_not.__wrapped__)
-    reason = adamw.op.why_not("native", torch.device("cpu"), torch.float32)
+    reason = adamw_.why_not("native", torch.device("cpu"), torch.float32)
     assert reason == "not built; run pip install --no-build-isolation ."
 
 
@@ -77,10 +77,10 @@ def test_sgd_receives_every_scalar(generator):
     options = dict(momentum=0.9, dampening=0.3, weight_decay=0.7)
     for nesterov, maximize in ((False, False), (True, False), (False, True)):
         w, g, b = torch.randn(3, 101, dtype=torch.float64, generator=generator).unbind()
-        expected_w, expected_b = sgd_reference.sgd(
+        expected_w, expected_b = reference.sgd(
             *(t.numpy().copy() for t in (w, g, b)), 2, lr=0.1, nesterov=nesterov, maximize=maximize, **options
         )
-        native_of(sgd)(
+        native_of(sgd_)(
             [w],
             [g],
             [b],
@@ -100,7 +100,7 @@ def test_adamw_receives_every_scalar():
     w, m, v = torch.full((3, 37), 8.0, dtype=torch.float64).unbind()
     m.zero_(), v.zero_()
     arguments = [w], [torch.full_like(w, 2.0)], [m], [v], [], [w[:0]], step_counts(1), scalar(0.25, dtype=torch.float64)
-    native_of(adamw)(*arguments, beta1=0.5, beta2=0.75, eps=2.0, weight_decay=0.5, decoupled=True, maximize=False)
+    native_of(adamw_)(*arguments, beta1=0.5, beta2=0.75, eps=2.0, weight_decay=0.5, decoupled=True, maximize=False)
     assert w.eq(8 * (1 - 0.25 * 0.5) - 0.25 / 0.5 * 1 / (1 / 0.5 + 2)).all()
     assert m.eq(1).all()
     assert v.eq(1).all()
@@ -110,7 +110,7 @@ def test_update_scale_receives_every_scalar():
     def call(found, scale=1.0, tracker=0, **change):
         state = [scalar(scale), scalar(tracker, dtype=torch.int32), scalar(9, dtype=torch.int32), counts(2)]
         options = dict(growth_factor=1.1, backoff_factor=0.7, growth_interval=1, hysteresis=3, min_scale=1e-30, max_scale=1e30)
-        native_of(update_scale)(*state, scalar(found), **options | change)
+        native_of(update_scale.op)(*state, scalar(found), **options | change)
         return [t.tolist() for t in state]
 
     float32 = lambda x: float(np.float32(x))
@@ -124,7 +124,7 @@ def test_max_norm_arrives():
     w = torch.zeros(5, dtype=torch.float64)
     options = dict(momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False)
     norm = scalar(4 - 1e-6, dtype=torch.float64)
-    native_of(sgd)(
+    native_of(sgd_)(
         [w],
         [torch.ones_like(w)],
         [],
@@ -169,7 +169,7 @@ def one_by_one(args) -> None:
     """The call, each element as a tensor of its own."""
     lists = [name for name, value in args.items() if isinstance(value, list) and value and name != "steps"]
     pieces = {name: [e for t in args[name] for e in t.split(1)] for name in lists}
-    native_of(adamw)(**args | pieces | dict(steps=step_counts(len(pieces["masters"]))))
+    native_of(adamw_)(**args | pieces | dict(steps=step_counts(len(pieces["masters"]))))
 
 
 def clone(args) -> dict:
@@ -184,7 +184,7 @@ def test_adamw_element_does_not_depend_on_its_place(generator, master_dtype):
     """10,000 tensors of one element give the bits of one tensor: of vectors, of their tails, of starts without alignment."""
     whole = problem((10_000,), generator, master_dtypes=(master_dtype,))
     single = clone(whole)
-    native_of(adamw)(**whole)
+    native_of(adamw_)(**whole)
     one_by_one(single)
     assert raw(written(whole)) == raw(written(single))
 
@@ -199,9 +199,9 @@ def test_adamw_runs_of_every_dtype(generator, grad_dtype, copy_dtype):
         mine = [i for i, t in enumerate(args["masters"]) if t.dtype == dtype]
         join = {n: [torch.cat([args[n][i] for i in mine])] for n in ("masters", "grads", "exp_avgs", "exp_avg_sqs", "copies")}
         flat[dtype] = (mine, args | join | dict(steps=step_counts(1)))
-    native_of(adamw)(**args)
+    native_of(adamw_)(**args)
     for mine, joined in flat.values():
-        native_of(adamw)(**joined)
+        native_of(adamw_)(**joined)
         for name in ("masters", "exp_avgs", "exp_avg_sqs", "copies"):
             assert raw([torch.cat([args[name][i] for i in mine])]) == raw(joined[name])
     assert set(steps.taken(args["steps"])) == {1}
@@ -214,7 +214,7 @@ def test_copies_beside_their_neighbours(generator, size):
     for offset in (0, 1, 7, 31):
         args = problem((size,), generator)
         buffer = torch.full((size + 64,), -7, dtype=torch.float16)
-        native_of(adamw)(**args | dict(copies=[buffer[offset : offset + size]]))
+        native_of(adamw_)(**args | dict(copies=[buffer[offset : offset + size]]))
         assert raw([buffer[offset : offset + size]]) == raw([args["masters"][0].half()])
         assert torch.cat([buffer[:offset], buffer[offset + size :]]).eq(-7).all()
 
@@ -236,8 +236,8 @@ def two_threads():
 def test_steps_have_the_same_bits_with_two_threads(generator, two_threads):
     one = problem(SIZES, generator, DTYPES, (torch.float32, torch.float64), (torch.float16, torch.bfloat16))
     two = clone(one)
-    native_of(adamw)(**one)
-    two_threads(lambda: native_of(adamw)(**two))
+    native_of(adamw_)(**one)
+    two_threads(lambda: native_of(adamw_)(**two))
     assert raw(written(one)) == raw(written(two))
 
 
@@ -246,7 +246,7 @@ def test_grad_stats_have_the_same_bits_with_two_threads(generator, two_threads):
 
     def stats():
         result = scalar(7.0), torch.empty(len(grads), dtype=torch.float64), counts(len(grads)), scalar(0.0, dtype=torch.float64)
-        native_of(grad_stats)(grads, scalar(3.0), *result)
+        native_of(grad_stats.op)(grads, scalar(3.0), *result)
         return result
 
     found_inf, amax, nonfinite, grad_norm = stats()
@@ -263,7 +263,7 @@ def test_grad_stats_counts_whole_runs_of_nonfinite(dtype):
     for bad in (math.inf, math.nan):
         grads = [torch.full((3 * CHUNK + 1,), bad, dtype=dtype), torch.full((5,), -2.0, dtype=dtype)]
         found_inf, amax, nonfinite = scalar(7.0), torch.empty(2, dtype=torch.float64), counts(2)
-        native_of(grad_stats)(grads, None, found_inf, amax, nonfinite)
+        native_of(grad_stats.op)(grads, None, found_inf, amax, nonfinite)
         assert nonfinite.tolist() == [3 * CHUNK + 1, 0]
         assert amax.tolist() == [0.0, 2.0]
         assert found_inf == 1
@@ -275,7 +275,7 @@ def test_norm_of_fp16_has_the_bits_of_fp32s(generator, size):
 
     def norm(grad):
         result = scalar(7.0), torch.empty(1, dtype=torch.float64), counts(1), scalar(0.0, dtype=torch.float64)
-        native_of(grad_stats)([grad], None, *result)
+        native_of(grad_stats.op)([grad], None, *result)
         return result[-1]
 
     odd = torch.randn(size + 1, generator=generator).half()[1:]
@@ -308,8 +308,8 @@ def test_adamw_layouts_meet(generator, skip):
             args[name][i] = target.copy_(plain[name][i])
     before = raw(written(args))
     found_inf = scalar(float(skip))
-    native_of(adamw)(**plain, found_inf=found_inf)
-    native_of(adamw)(**args, found_inf=found_inf)
+    native_of(adamw_)(**plain, found_inf=found_inf)
+    native_of(adamw_)(**args, found_inf=found_inf)
     assert raw(written(args)) == (before if skip else raw(written(plain)))
     assert set(steps.taken(args["steps"])) == {0 if skip else 1}
 
@@ -320,7 +320,7 @@ def test_dense_permutation_needs_no_stand_in(generator, monkeypatch):
     for name in ("masters", "grads", "exp_avgs", "exp_avg_sqs", "copies"):
         args[name] = [args[name][0].view(5, 7).t(), args[name][1].view(1, 3, 4, 3).to(memory_format=torch.channels_last)]
     monkeypatch.setattr(torch, "empty_strided", None)
-    native_of(adamw)(**args)
+    native_of(adamw_)(**args)
     steps.check_copies(args["copies"], args["masters"])
 
 
@@ -330,7 +330,7 @@ def test_parameters_that_require_grad(generator):
     master = args["masters"][0] = torch.nn.Parameter(args["masters"][0])
     args["exp_avgs"] = [torch.randn(70, generator=generator)[::2]]
     before = master._version
-    adamw.adamw_(**args)
+    adamw_(**args)
     assert master._version > before
     assert master.is_leaf
     assert not args["exp_avgs"][0].requires_grad

@@ -78,7 +78,7 @@ def compile_for(kernel, signature: dict[str, str], constexprs: dict, sm: int, **
         name=compiled.metadata.name,
         sm=sm,
         signature=signature,
-        constexprs=constexprs,
+        constexprs={name: v.__name__ if callable(v) else v for name, v in constexprs.items()},  # functions are no JSON
         options=options,
         shared=compiled.metadata.shared,
         n_regs=usage["REG"],
@@ -105,7 +105,7 @@ def _cuobjdump(*arguments: str) -> str:
 
 def compile_cases(op: str, sms: Iterable[int], every: bool, name: str | None) -> Iterable[dict]:
     """What the command prints, row by row; `name`: of one kernel, the others are left out."""
-    cases = importlib.import_module(f"tests.triton_aot_{op}").cases
+    cases = importlib.import_module(f"tests.toolchain.triton_aot_{op}").cases
     for sm in sms:
         for kernel, signature, constexprs, options in cases(sm, every):
             if name not in (None, kernel.__name__):

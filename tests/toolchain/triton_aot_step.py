@@ -5,12 +5,11 @@ import itertools
 
 import torch
 
-from mpkernels.ops.adamw.kernels_triton import adamw_kernel
 from mpkernels.ops.common import triton_table as table
 from mpkernels.ops.common.triton_kernels import ADVANCE_BLOCK, TYPES, advance_kernel
 from mpkernels.ops.grad_stats.impl_triton import REDUCE_BLOCK
 from mpkernels.ops.grad_stats.kernels_triton import chunk_kernel, tensor_kernel, verdict_kernel
-from mpkernels.ops.sgd.kernels_triton import sgd_kernel
+from mpkernels.ops.optimizer_update import triton_kernel as kernels
 from mpkernels.ops.update_scale.kernels_triton import update_scale_kernel
 
 DTYPES = f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -26,6 +25,7 @@ def cases(sm: int, every: bool):
     """(kernel, signature, constexprs, options); with every=False the usual dtypes only."""
     yield from _adamw(every)
     yield from _sgd(every)
+    yield from _lion(every)
     yield from _grad_stats(every)
     yield _update_scale()
     for pointers in _scalars(every):
@@ -56,12 +56,14 @@ def _optional(pointers: dict, names: tuple[str, ...]) -> tuple[dict, dict]:
     return {n: pointers[n] for n in names if n in pointers}, {n: None for n in names if n not in pointers}
 
 
-def _update(kernel, dtypes, pointers, aligned, scalars, **constexprs):
+def _update(rule, states, dtypes, pointers, aligned, **constexprs):
     signature, absent = _optional(pointers, ("lr_ptr", *SCALED))
     types = {f"{name}_type": TYPES[d] for name, d in zip(("master", "grad", "copy"), dtypes, strict=True)}
-    types["state_type"] = TYPES[bf16 if dtypes[2] == bf16 else dtypes[0]]
-    signature |= TABLE | STEP | dict.fromkeys(scalars, "fp64")
-    return kernel, signature, absent | types | TILE | dict(ALIGNED=aligned) | constexprs, OPTIONS
+    types["state_type"] = TYPES[bf16 if dtypes[2] == bf16 else dtypes[0]] if states else None
+    signature |= TABLE | STEP | dict.fromkeys((f"p{k}" for k in range(7)), "fp64")
+    functions = dict(scalars=getattr(kernels, f"{rule}_scalars"), formula=getattr(kernels, f"{rule}_formula"), STATES=states)
+    constexprs |= absent | types | functions | TILE
+    return kernels.update_kernel, signature, constexprs | dict(ALIGNED=aligned), OPTIONS
 
 
 def _updates(every: bool):
@@ -73,16 +75,18 @@ def _updates(every: bool):
 
 
 def _adamw(every: bool):
-    scalars = ("beta1", "beta2", "log2_beta1", "log2_beta2", "eps", "weight_decay", "added_decay")
     for dtypes, pointers, aligned, more in _updates(every):
-        flags = dict(AMSGRAD=more, ADDS_DECAY=more, MAXIMIZE=more)
-        yield _update(adamw_kernel, dtypes, pointers, aligned, scalars, **flags)
+        yield _update("adamw", 3 if more else 2, dtypes, pointers, aligned, FLAGS=more, MAXIMIZE=more)
 
 
 def _sgd(every: bool):
     for dtypes, pointers, aligned, more in _updates(every):
-        flags = dict(DECAY=more, NESTEROV=more and aligned, MAXIMIZE=more) | ({} if more else dict(state_type=None))
-        yield _update(sgd_kernel, dtypes, pointers, aligned, ("momentum", "dampening", "weight_decay"), **flags)
+        yield _update("sgd", int(more), dtypes, pointers, aligned, FLAGS=(more, more and aligned), MAXIMIZE=more)
+
+
+def _lion(every: bool):
+    for dtypes, pointers, aligned, more in _updates(every):
+        yield _update("lion", 1, dtypes, pointers, aligned, FLAGS=None, MAXIMIZE=more)
 
 
 def _grad_stats(every: bool):

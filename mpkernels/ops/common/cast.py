@@ -15,7 +15,7 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype)  # round: wide -> dtype
 
 
-def cast_to_either_side(tensor: torch.Tensor, dtype: torch.dtype, step: torch.Tensor) -> torch.Tensor:
+def stochastic_round(tensor: torch.Tensor, dtype: torch.dtype, step: torch.Tensor) -> torch.Tensor:
     """`tensor` in its own dtype, or in bf16 rounded up or down with the probability that makes it the mean.
 
     An average that moves by less than half a last place a step is followed so, where rounding to nearest would hold it
@@ -26,13 +26,13 @@ def cast_to_either_side(tensor: torch.Tensor, dtype: torch.dtype, step: torch.Te
         return tensor
     wide = _to_float32_odd(tensor) if tensor.dtype == torch.float64 else tensor
     place = torch.arange(tensor.numel(), dtype=torch.int64, device=tensor.device).view(tensor.shape)
-    low = _scrambled((place & 0xFFFFFFFF) ^ _scrambled(step.view(torch.int32).long())) >> 16
+    low = hash32((place & 0xFFFFFFFF) ^ hash32(step.view(torch.int32).long())) >> 16
     bits = ((wide.view(torch.int32) + low) >> 16) << 16  # round: fp32 -> bf16
     return torch.where(wide.isnan(), wide, bits.to(torch.int32).view(torch.float32)).to(dtype)
 
 
-def _scrambled(x: torch.Tensor) -> torch.Tensor:
-    """32 bits that look random, of a number below 2^32. Source: Wellons, hash-prospector, "lowbias32"."""
+def hash32(x: torch.Tensor) -> torch.Tensor:
+    """A hash of 32 bits. Source: Wellons, hash-prospector, "lowbias32"."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)

@@ -110,21 +110,21 @@ def round_to_odd(x):
 
 
 @triton.jit
-def to_either_side(x, dtype: tl.constexpr, index, seed):
+def stochastic_round(x, dtype: tl.constexpr, index, seed):
     """`x` in its own dtype, or bf16, up or down with the probability that makes it the mean: optimizer_update/round.h."""
     if x.dtype == dtype:
         y = x
     else:
         wide = round_to_odd(x) if x.dtype == tl.float64 else x
-        bits = wide.to(tl.uint32, bitcast=True) + (scrambled(index.to(tl.uint32) ^ seed) >> 16)
+        bits = wide.to(tl.uint32, bitcast=True) + (hash32(index.to(tl.uint32) ^ seed) >> 16)
         cut = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)  # round: fp32 -> bf16
         y = tl.where(wide != wide, wide, cut).to(dtype)
     return y
 
 
 @triton.jit
-def scrambled(x):
-    """32 bits that look random, of a uint32. Source: Wellons, hash-prospector, "lowbias32"."""
+def hash32(x):
+    """A hash of a uint32. Source: Wellons, hash-prospector, "lowbias32"."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)

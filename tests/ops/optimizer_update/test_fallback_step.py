@@ -9,27 +9,29 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import mpkernels as mpk
-from mpkernels.ops.adamw import impl_eager as adamw
 from mpkernels.ops.common import multi_tensor
 from mpkernels.ops.grad_stats import impl_eager as grad_stats
-from mpkernels.ops.sgd import impl_eager as sgd
+from mpkernels.ops.optimizer_update import adamw_, eager, sgd_
+from mpkernels.ops.optimizer_update import fused as torchs_fused
+from mpkernels.ops.optimizer_update.rules import sgd as sgd_rule
 from mpkernels.ops.update_scale import impl_eager as update_scale
 from tests import bounds, steps
 from tests.dispatch_count import Counting
 from tests.ops.grad_stats import test_grad_stats
-from tests.ops.optimizer_update import test_adamw, test_sgd
+from tests.ops.optimizer_update.rules import ADAMW, RULES, SGD
 from tests.paths import ROOT
 from tests.steps import raw, scalar
 
 TABLE = ROOT / "docs" / "fallback.md"
 ELEMENTS = 2**22
 f16, f32, f64 = torch.float16, torch.float32, torch.float64
+adamw_eager, sgd_eager = (op.function("eager") for op in (adamw_, sgd_))
 
 
 @pytest.fixture
 def as_on_gpu(monkeypatch):
     """On the CPU, without looking at a value."""
-    for module in (multi_tensor, grad_stats, sgd):
+    for module in (multi_tensor, grad_stats, eager, sgd_rule):
         monkeypatch.setattr(module, "values_are_here", lambda device: False)
 
 
@@ -74,10 +76,10 @@ def step(n, lists, grad_dtype=f16, clip=False, by_sgd=False):
     grad_stats.grad_stats_(grads, scale, found_inf, *rows, norm)
     counted, rest = [zero_d() for _ in range(n)], (scale, found_inf, norm, max_norm)
     if by_sgd:
-        sgd.sgd_(masters, grads, lists(f32), copies, counted, lr, 0.9, 0.0, 1e-4, False, False, *rest)
+        sgd_eager(masters, grads, lists(f32), copies, counted, lr, 0.9, 0.0, 1e-4, False, False, *rest)
     else:
         moments = lists(f32), lists(f32), []
-        adamw.adamw_(masters, grads, *moments, copies, counted, lr, 0.9, 0.999, 1e-8, 0.1, True, False, *rest)
+        adamw_eager(masters, grads, *moments, copies, counted, lr, 0.9, 0.999, 1e-8, 0.1, True, False, *rest)
     skipped = torch.empty(2, dtype=torch.int64, device="cuda")
     trackers = zero_d(torch.int32), zero_d(torch.int32)
     update_scale.update_scale_(scale, *trackers, skipped, found_inf, 2.0, 0.5, 2000, 1, 2.0**-126, 2.0**127)
@@ -136,53 +138,48 @@ def table() -> str:
 
 @pytest.mark.parametrize("variant", ["adamw", "clipped", "adam with decay"])
 def test_fallback_adamw_matches_reference(as_on_gpu, fused, variant):
-    w = test_adamw.trajectory(variant, f32, "cpu", adamw.adamw_)
-    bounds.check_trajectory(w, test_adamw.expected(variant), test_adamw.torchs(variant))
+    ADAMW.check(variant, f32, "cpu", adamw_eager)
     assert {name for name, *_ in fused} == {"_fused_adam_" if variant.startswith("adam ") else "_fused_adamw_"}
 
 
-@pytest.mark.parametrize(
-    "variant", ["plain", "decay", "maximize", "momentum", "dampening", "nesterov", "nesterov maximize", "clipped"]
-)
+@pytest.mark.parametrize("variant", SGD.variants)
 def test_fallback_sgd_matches_reference(as_on_gpu, fused, variant):
     """With NaN in the buffers of a first step; with dampening a tensor at a time."""
-    w = test_sgd.trajectory(variant, f32, "cpu", sgd.sgd_)
-    bounds.check_trajectory(w, test_sgd.expected(variant), test_sgd.torchs(variant))
-    options = test_sgd.DEFAULTS | test_sgd.VARIANTS[variant]
+    SGD.check(variant, f32, "cpu", sgd_eager)
+    options = SGD.defaults | SGD.variants[variant]
     assert bool(fused) != bool(options["momentum"] and options["dampening"])
 
 
 def test_fallback_rejects_gradients_that_are_not_unscaled(as_on_gpu, monkeypatch):
-    monkeypatch.setattr(multi_tensor, "grad_factor", lambda *args: None)
-    w = test_adamw.trajectory("other betas", f32, "cpu", adamw.adamw_)
+    monkeypatch.setattr(eager, "grad_factor", lambda *args: None)
     with pytest.raises(AssertionError, match="bound 8"):
-        bounds.check_trajectory(w, test_adamw.expected("other betas"), test_adamw.torchs("other betas"))
+        ADAMW.check("other betas", f32, "cpu", adamw_eager)
 
 
 def test_fallback_sgd_first_step_of_some(as_on_gpu):
     """Whose buffers are zeros, beside others that go on: the bits of a call for each."""
     sizes, generator = (5, 40, 7), torch.Generator().manual_seed(0)
     start, grad = (torch.randn(52, generator=generator) for _ in range(2))
-    make = lambda: test_sgd.arguments(steps.split(start, sizes), steps.split(grad.half(), sizes), momentum=0.9)
+    make = lambda: SGD.arguments(steps.split(start, sizes), steps.split(grad.half(), sizes), momentum=0.9)
     together, alone = make(), make()
     for args in (together, alone):
         args["steps"] = [scalar(value) for value in (0.0, 3.0, 0.0)]
         args["momentum_buffers"] = [torch.zeros(5), torch.ones(40), torch.zeros(7)]
-    sgd.sgd_(**together)
+    sgd_eager(**together)
     for i in range(3):
-        sgd.sgd_(**alone | {n: alone[n][i : i + 1] for n in ("masters", "grads", "momentum_buffers", "copies", "steps")})
-    assert raw(test_sgd.state(together)) == raw(test_sgd.state(alone))
+        sgd_eager(**alone | {n: alone[n][i : i + 1] for n in ("masters", "grads", "momentum_buffers", "copies", "steps")})
+    assert raw(SGD.state(together)) == raw(SGD.state(alone))
 
 
 def call_of(kind, **options):
     """(op, a call's arguments, what it may write) with every dtype, after one step."""
-    module, op = (test_adamw, adamw.adamw_) if kind == "adamw" else (test_sgd, sgd.sgd_)
-    args = module.mixed(torch.device("cpu"), **options)
+    rule = RULES[kind]
+    op, args = rule.op.function("eager"), rule.mixed(torch.device("cpu"), **options)
     op(**args)
-    return op, args, module.state(args)
+    return op, args, rule.state(args)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", RULES)
 @pytest.mark.parametrize("found_inf", [1.0, 2.0, -1.0, 1e-45, math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("grad_scale", [None, 8.0, *steps.BAD_SCALES])
 def test_fallback_skip_leaves_every_byte(as_on_gpu, kind, found_inf, grad_scale):
@@ -205,7 +202,7 @@ def test_fallback_verdict_of_2_is_none_to_torch():
     assert (w != 1).all()
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", RULES)
 def test_fallback_never_writes_gradients(as_on_gpu, kind):
     """torch's fused optimizers write what they unscale."""
     op, args, _ = call_of(kind)
@@ -218,11 +215,11 @@ def test_fallback_never_writes_gradients(as_on_gpu, kind):
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_fallback_lists_have_the_same_strides(fused, kind):
     """On a GPU torch's fused optimizers refuse others, and a size of 1 may have any stride."""
-    module, op = (test_adamw, adamw.adamw_) if kind == "adamw" else (test_sgd, sgd.sgd_)
+    rule, op = RULES[kind], RULES[kind].op.function("eager")
     masters = [torch.ones(6, 4).t(), torch.ones(5, 3, 1, 1), torch.ones(1), torch.ones(())]
     grads = [torch.ones(4, 6), torch.ones(5, 3).as_strided((5, 3, 1, 1), (3, 1, 3, 3)), torch.ones(2)[::2], torch.ones(())]
     for dtype in (f32, f16):
-        op(**module.arguments([m.clone() for m in masters], [g.to(dtype) for g in grads]), grad_scale=scalar(2.0))
+        op(**rule.arguments([m.clone() for m in masters], [g.to(dtype) for g in grads]), grad_scale=scalar(2.0))
     assert fused
     for _, lists, _ in fused:
         written = [tensors for tensors in lists[:4] if len(tensors) == len(lists[0])][: 4 if kind == "adamw" else 3]
@@ -236,20 +233,16 @@ def test_fallback_without_the_fused_op(monkeypatch):
     op(**args)
     assert steps.taken(args["steps"]) == [2.0] * len(args["steps"])
     steps.check_copies(args["copies"], args["masters"])
-    from mpkernels.ops.common.fused import fused_why_not
-
-    assert "no _fused_adamw_" in fused_why_not("_fused_adamw_", f32, f32)
+    assert "no _fused_adamw_" in torchs_fused.fused_why_not("_fused_adamw_", f32, f32)
 
 
-def test_fallback_pieces_are_bounded(monkeypatch, fused):
-    """A piece has no more elements than it may, or one tensor; every tensor is in one."""
-    from mpkernels.ops.common import fused as common
-
-    monkeypatch.setattr(common, "_MOST", {"cpu": 100})
+def test_fallback_segments_are_bounded(monkeypatch, fused):
+    """A segment has no more elements than it may, or one tensor; every tensor is in one."""
+    monkeypatch.setattr(torchs_fused, "_MOST", {"cpu": 100})
     sizes = (60, 50, 0, 30, 400, 10, 90, 1)
-    adamw.adamw_(**test_adamw.arguments([torch.ones(n) for n in sizes], [torch.ones(n).half() for n in sizes]))
-    pieces = [[t.numel() for t in args[0]] for _, args, _ in fused]
-    assert pieces == [[60], [50, 30], [400], [10, 90], [1]]
+    adamw_eager(**ADAMW.arguments([torch.ones(n) for n in sizes], [torch.ones(n).half() for n in sizes]))
+    segments = [[t.numel() for t in args[0]] for _, args, _ in fused]
+    assert segments == [[60], [50, 30], [400], [10, 90], [1]]
 
 
 # ----- the verdict ---------------------------------------------------------------

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import mpkernels as mpk
-from mpkernels.ops import adamw, sgd
+from mpkernels.ops.optimizer_update import adamw_, reference
 from tests import bounds, steps
-from tests.ops.optimizer_update import test_adamw, test_sgd
+from tests.ops.optimizer_update.rules import ADAMW, LION
 from tests.steps import SIZES, check_raises_unchanged, raw, scalar, split, step_counts
 
 STEPS, LR, BETAS = 1000, 1e-2, (0.9, 0.999)
@@ -19,15 +19,8 @@ KINDS = {
     "adamw": lambda p, **o: mpk.optim.AdamW(p, lr=LR, **o),
     "adamw amsgrad": lambda p, **o: mpk.optim.AdamW(p, lr=LR, amsgrad=True, **o),
     "sgd": lambda p, **o: mpk.optim.SGD(p, lr=LR, momentum=0.9, nesterov=True, **o),
+    "lion": lambda p, **o: mpk.optim.Lion(p, lr=LR, **o),
 }
-
-
-@pytest.fixture(params=steps.targets(adamw.op))
-def device(request, monkeypatch):
-    for op in (adamw.op, sgd.op):
-        device = steps.force(op, request.param, monkeypatch)
-    monkeypatch.setenv(steps.ENVIRONMENT_VARIABLE, f"adamw_={request.param[0]},sgd_={request.param[0]}")
-    return device
 
 
 # ----- one step ---------------------------------------------------------------------------------------
@@ -58,10 +51,10 @@ def wide(tensors) -> np.ndarray:
 def test_state_dtype_step_of_adamw(amsgrad, options, dtype, device):
     names = ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")[: 3 if amsgrad else 2]
     args = dict(max_exp_avg_sqs=[]) | problem(dtype, device, names)
-    options = test_adamw.DEFAULTS | dict(weight_decay=0.1) | options
+    options = ADAMW.defaults | dict(weight_decay=0.1) | options
     w, g, m, v = (wide(args[name]) for name in ("masters", "grads", "exp_avgs", "exp_avg_sqs"))
     vmax = wide(args["max_exp_avg_sqs"]) if amsgrad else None
-    exact = adamw.reference.adamw(w, g, m, v, vmax, 4, lr=LR, **options)
+    exact = reference.adamw(w, g, m, v, vmax, 4, lr=LR, **options)
     torch.ops.mpkernels.adamw_(**args, **options)
     decay = 0 if options["decoupled"] else 0.1
     magnitude = np.abs(m) + np.abs(g) + decay * np.abs(w)
@@ -82,7 +75,7 @@ def test_state_dtype_step_of_sgd(nesterov, dtype, device):
     args = problem(dtype, device, ("momentum_buffers",))
     options = dict(momentum=0.9, dampening=0.0 if nesterov else 0.1, weight_decay=0.1, nesterov=nesterov, maximize=False)
     w, g, b = (wide(args[name]) for name in ("masters", "grads", "momentum_buffers"))
-    stepped, exact = sgd.reference.sgd(w, g, b, 4, lr=LR, **options)
+    stepped, exact = reference.sgd(w, g, b, 4, lr=LR, **options)
     torch.ops.mpkernels.sgd_(**args, **options)
     magnitude = np.abs(b) + np.abs(g) + np.abs(w)
     bounds.check_moment(wide(args["momentum_buffers"]), exact, magnitude, True, dtype)
@@ -90,14 +83,25 @@ def test_state_dtype_step_of_sgd(nesterov, dtype, device):
     steps.check_copies(args["copies"], args["masters"])
 
 
-@pytest.mark.parametrize("op", [adamw.op, sgd.op], ids=lambda op: op.name)
-def test_state_dtype_skip_leaves_state_bitwise(op, device):
-    names = ("exp_avgs", "exp_avg_sqs") if op is adamw.op else ("momentum_buffers",)
-    args = problem(torch.float32, device, names) | dict(found_inf=scalar(1.0, device))
-    options = test_adamw.DEFAULTS | dict(max_exp_avg_sqs=[]) if op is adamw.op else test_sgd.DEFAULTS | dict(momentum=0.9)
+def test_state_dtype_skip_leaves_state_bitwise(rule, device):
+    args = rule.mixed(device, **rule.busy) | dict(found_inf=scalar(1.0, device))
+    args |= {name: [t.bfloat16() for t in args[name]] for name in rule.states}
     before = raw(steps.leaves(args))
-    op(**args, **options)
+    rule.op(**args)
     assert raw(steps.leaves(args)) == before
+
+
+def test_state_dtype_step_of_lion(device):
+    for dtype in (torch.float32, torch.float64):
+        args, options = problem(dtype, device, ("exp_avgs",)), LION.defaults | dict(weight_decay=0.1)
+        w, g, m = (wide(args[name]) for name in ("masters", "grads", "exp_avgs"))
+        LION.call(**args, **options)
+        terms = options["beta1"] * m, (1 - options["beta1"]) * g
+        decay, size = 1 - LR * options["weight_decay"], sum(map(np.abs, terms))
+        bounds.check_sign_step(wide(args["masters"]), w, sum(terms), size, LR, decay, dtype)
+        exact = reference.lion(w, g, m, 4, lr=LR, **options)[1]
+        bounds.check_moment(wide(args["exp_avgs"]), exact, np.abs(m) + np.abs(g), False, dtype)
+        steps.check_copies(args["copies"], args["masters"])
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -105,13 +109,13 @@ def test_state_dtype_keeps_what_is_not_finite(value, device):
     args = problem(torch.float32, device, ("exp_avgs", "exp_avg_sqs")) | dict(max_exp_avg_sqs=[])
     for grad in args["grads"]:
         grad.fill_(value)
-    adamw.op(**args, **test_adamw.DEFAULTS)
+    adamw_(**args, **ADAMW.defaults)
     v = torch.cat(args["exp_avg_sqs"])
     assert (v.isnan() if value != value else v == value).all()
 
 
 def test_state_dtype_raises(device):
-    args = problem(torch.float64, device, ("exp_avgs", "exp_avg_sqs")) | test_adamw.DEFAULTS | dict(max_exp_avg_sqs=[])
+    args = problem(torch.float64, device, ("exp_avgs", "exp_avg_sqs")) | ADAMW.defaults | dict(max_exp_avg_sqs=[])
     narrow = lambda dtype: [t.to(dtype) for t in args["exp_avgs"]]
     check = lambda change, message: check_raises_unchanged(torch.ops.mpkernels.adamw_, args, change, message)
     check(dict(exp_avgs=narrow(torch.float16)), r"exp_avgs\[0\] must be float32, float64, bfloat16, got torch.float16")
@@ -138,7 +142,7 @@ def exact_run() -> tuple[np.ndarray, ...]:
     m, v, result = np.zeros_like(w), np.zeros_like(w), []
     options = dict(lr=LR, beta1=BETAS[0], beta2=BETAS[1], eps=1e-8, weight_decay=0.0, decoupled=True)
     for t, g in enumerate(gradients().double().numpy(), 1):
-        w, m, v, _ = adamw.reference.adamw(w, g, m, v, None, t, **options)
+        w, m, v, _ = reference.adamw(w, g, m, v, None, t, **options)
         result.append((w, m, v))
     return tuple(map(np.stack, zip(*result, strict=True)))
 
@@ -150,7 +154,7 @@ def test_state_dtype_follows_fp64(device):
     args |= dict(steps=step_counts(1, device), lr=scalar(LR, dtype=torch.float64))
     weights, squares = [], []
     for grad in gradients().to(device):
-        adamw.op(**args, grads=[grad], **test_adamw.DEFAULTS)
+        adamw_(**args, grads=[grad], **ADAMW.defaults)
         weights.append(wide(args["masters"]))
         squares.append(wide(args["exp_avg_sqs"]))
     w, m, v = exact_run()

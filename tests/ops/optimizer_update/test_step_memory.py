@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mpkernels.optim import SGD
-from tests.ops.optimizer_update import test_adamw, test_sgd
+from tests.ops.optimizer_update.rules import RULES
 from tests.steps import check_raises_unchanged, counts, raw, scalar, step_counts, taken
 
 ops = torch.ops.mpkernels
@@ -14,8 +14,7 @@ f64, i32, i64 = torch.float64, torch.int32, torch.int64
 
 def update(name) -> dict:
     masters, grads = [torch.ones(6), torch.full((4,), 2.0)], [torch.ones(6), torch.ones(4).half()]
-    options = dict(amsgrad=True) if name == "adamw" else dict(momentum=0.9)
-    return dict(adamw=test_adamw, sgd=test_sgd)[name].arguments(masters, grads, **options)
+    return RULES[name].arguments(masters, grads, **RULES[name].busy)
 
 
 def grad_stats() -> dict:
@@ -40,7 +39,6 @@ def two(size, second) -> list[torch.Tensor]:
     return [whole[:6], whole[second : second + 4]]
 
 
-MOMENTS = {"adamw": ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"), "sgd": ("momentum_buffers",)}
 SHARED = {
     "masters": (lambda a, m: {"masters": two(9, 5)}, r"masters\[\d\] shares memory with masters\[\d\]"),
     "moments": (lambda a, m: {m: two(9, 5)}, "{m}.* shares memory with {m}"),
@@ -69,13 +67,13 @@ SHARED = {
     "a moment itself": (lambda a, m: replaced(a, m, torch.ones(1).expand(6), None), r"{m}\[0\] overlaps itself"),
     "a copy itself": (lambda a, m: replaced(a, "copies", torch.ones(1).expand(6), None), r"copies\[0\] overlaps itself"),
 }  # fmt: skip
-CASES = [(op, moment, what) for op, moments in MOMENTS.items() for moment in moments for what in SHARED]
+CASES = [(name, moment, what) for name, rule in RULES.items() for moment in rule.states for what in SHARED]
 
 
 @pytest.mark.parametrize("name, moment, what", CASES, ids=[" ".join(c) for c in CASES])
 def test_update_refuses_shared_memory(name, moment, what):
     """And takes what only looks shared, such as the columns of one matrix."""
-    args, call = update(name), dict(adamw=ops.adamw_, sgd=ops.sgd_)[name]
+    args, call = update(name), RULES[name].call
     change, message = SHARED[what]
     change = change(args, moment)
     if message is not None:
@@ -129,11 +127,11 @@ def test_shared_gradients_are_read():
 
 def test_optimizer_checks_memory_once(monkeypatch):
     """The steps after the first of the same tensors ask nothing of it."""
-    from mpkernels.ops.common import multi_tensor
+    from mpkernels.ops.optimizer_update import checks
 
     calls = []
-    check = multi_tensor.check_memory
-    monkeypatch.setattr(multi_tensor, "check_memory", lambda *args, **kwargs: calls.append(args) or check(*args, **kwargs))
+    check = checks.check_memory
+    monkeypatch.setattr(checks, "check_memory", lambda *args, **kwargs: calls.append(args) or check(*args, **kwargs))
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = SGD([parameter], lr=0.5)
     for _ in range(3):

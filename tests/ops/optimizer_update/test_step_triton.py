@@ -4,17 +4,18 @@
 import contextlib
 import math
 
-import numpy as np
 import pytest
 import torch
 
-from mpkernels.ops import adamw, grad_stats, sgd, update_scale
+from mpkernels import optim
+from mpkernels.ops import grad_stats, update_scale
 from mpkernels.ops.common import triton_table as table
-from mpkernels.optim import SGD, AdamW
+from mpkernels.ops.optimizer_update import adamw_, lion_, sgd_
 from mpkernels.testing import checks, step_cases
 from tests import bounds, steps
 from tests.ops.grad_stats import test_grad_stats
-from tests.ops.optimizer_update import test_adamw, test_sgd, test_state_dtype
+from tests.ops.optimizer_update import test_inputs, test_rules, test_skips, test_state_dtype
+from tests.ops.optimizer_update.rules import ADAMW, LION, RULES, SGD
 from tests.ops.update_scale import test_update_scale
 from tests.steps import BAD_SCALES, BAD_VALUES, DTYPES, Problem, raw, scalar
 
@@ -27,11 +28,8 @@ if INTERPRETED:
 
     triton_interpreter.install()
 
-UPDATES = {"adamw": test_adamw, "sgd": test_sgd}
-CALLS = {"adamw": torch.ops.mpkernels.adamw_, "sgd": torch.ops.mpkernels.sgd_}
-updates = pytest.mark.parametrize("name", UPDATES)
+updates = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 SIZES = (1, 2, 7, 31, 64, 257, table.BLOCK + 1)
-STATE = {"adamw": dict(amsgrad=True), "sgd": dict(momentum=0.9)}
 
 
 @pytest.fixture
@@ -41,7 +39,7 @@ def device() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _force_triton(monkeypatch):
-    monkeypatch.setenv("MPKERNELS_BACKEND", "adamw_=triton,sgd_=triton,grad_stats_=triton,update_scale_=triton")
+    monkeypatch.setenv("MPKERNELS_BACKEND", "adamw_=triton,sgd_=triton,lion_=triton,grad_stats_=triton,update_scale_=triton")
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="of the interpreter")
@@ -51,7 +49,7 @@ def test_interpreter_computes_bf16_by_value():
 
 
 @pytest.mark.parametrize("what", ["parameter", "gradient"])
-@pytest.mark.parametrize("make", [AdamW, SGD])
+@pytest.mark.parametrize("make", [optim.AdamW, optim.SGD, optim.Lion])
 def test_step_minus_that_torch_has_put_off(make, what, device):
     """`z.conj().imag` has the address of z, and values that lie nowhere."""
     results = []
@@ -64,12 +62,12 @@ def test_step_minus_that_torch_has_put_off(make, what, device):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("op", [adamw.op, sgd.op, grad_stats.op, update_scale.op], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [adamw_, sgd_, lion_, grad_stats.op, update_scale.op], ids=lambda op: op.name)
 def test_step_runs_in_triton(op, device):
     assert op.backend(device, torch.float32) == "triton"
 
 
-@pytest.mark.parametrize("op", [adamw.op, sgd.op, grad_stats.op, update_scale.op], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [adamw_, sgd_, lion_, grad_stats.op, update_scale.op], ids=lambda op: op.name)
 def test_step_is_right_in_every_case(op, device, monkeypatch):
     monkeypatch.setitem(step_cases.SIZES, "several tensors", (1, 7, 0, 31))
     assert checks.wrong(op, "triton", device) is None
@@ -83,38 +81,29 @@ def short(monkeypatch):
     """20 steps instead of 1,000."""
     problem = Problem(sizes=(1, 7, 31), steps=20)
     monkeypatch.setattr(steps, "problem", lambda: problem)
-    for module in UPDATES.values():
-        monkeypatch.setattr(module, "expected", module.expected.__wrapped__)
-        monkeypatch.setattr(module, "torchs", module.torchs.__wrapped__)
 
 
-CASES = [(name, variant) for name, module in UPDATES.items() for variant in module.VARIANTS]
+@test_rules.CASES
+def test_step_matches_reference_fp32(rule, variant, device, short):
+    rule.check(variant, torch.float32, device)
 
 
-@pytest.mark.parametrize("name, variant", CASES, ids=[f"{n}-{v}" for n, v in CASES])
-def test_step_matches_reference_fp32(name, variant, device, short):
-    module = UPDATES[name]
-    bounds.check_trajectory(module.trajectory(variant, torch.float32, device), module.expected(variant), module.torchs(variant))
+FEW = [(ADAMW, "adamw"), (ADAMW, "adam amsgrad maximize"), (SGD, "nesterov"), (LION, "decay")]
 
 
-@pytest.mark.parametrize(
-    "name, variant", [c for c in CASES if c[1] in ("adamw", "adam amsgrad maximize", "clipped", "nesterov")]
-)
-def test_step_matches_reference_fp64(name, variant, device, short):
-    module = UPDATES[name]
-    w = module.trajectory(variant, torch.float64, device, copy_dtypes=(torch.float16, torch.float32, torch.bfloat16))
-    bounds.check_trajectory(w, module.expected(variant, np.longdouble), None)
+@pytest.mark.parametrize("rule, variant", [*FEW, *((rule, "clipped") for rule in RULES.values())])
+def test_step_matches_reference_fp64(rule, variant, device, short):
+    rule.check(variant, torch.float64, device)
 
 
 @updates
-def test_step_mixed_dtypes_and_tails(name, device):
+def test_step_mixed_dtypes_and_tails(rule, device):
     """One call over all dtypes and tails of blocks and chunks: near eager's result, copies rounded once."""
     sizes = (*SIZES, table.CHUNK, 0, 2 * table.CHUNK + 3, table.CHUNK - 1)
-    module, options = UPDATES[name], dict(weight_decay=0.1, **STATE[name])
-    ours, eagers = (module.mixed(device, sizes=sizes, **options) for _ in range(2))
+    ours, eagers = (rule.mixed(device, sizes=sizes, weight_decay=0.1, **rule.busy) for _ in range(2))
     for _ in range(2):
-        CALLS[name](**ours, grad_scale=scalar(64.0, device))
-        module.op.function("eager")(**eagers, grad_scale=scalar(64.0, device))
+        rule.call(**ours, grad_scale=scalar(64.0, device))
+        rule.op.function("eager")(**eagers, grad_scale=scalar(64.0, device))
     steps.check_copies(ours["copies"], ours["masters"])
     assert steps.taken(ours["steps"]) == [2] * len(sizes)
     for got, expected in zip(ours["masters"], eagers["masters"], strict=True):
@@ -137,17 +126,16 @@ def test_step_with_bf16_moments_that_are_not_finite(device):
 
 
 @updates
-def test_step_many_tensors(name, device):
+def test_step_many_tensors(rule, device):
     sizes = [i % 4 for i in range(300)]
-    module = UPDATES[name]
-    many = module.mixed(device, sizes=sizes, **STATE[name])
-    CALLS[name](**many)
+    many = rule.mixed(device, sizes=sizes, **rule.busy)
+    rule.call(**many)
     assert steps.taken(many["steps"]) == [1] * len(sizes)
     steps.check_copies(many["copies"], many["masters"])
     for i in (1, 150, 299):
         lists = [k for k, v in many.items() if isinstance(v, list) and v]
-        alone = module.mixed(device, sizes=sizes, **STATE[name])
-        CALLS[name](**alone | {n: alone[n][i : i + 1] for n in lists} | dict(steps=alone["steps"][i : i + 1]))
+        alone = rule.mixed(device, sizes=sizes, **rule.busy)
+        rule.call(**alone | {n: alone[n][i : i + 1] for n in lists} | dict(steps=alone["steps"][i : i + 1]))
         assert raw([alone["masters"][i]]) == raw([many["masters"][i]])
 
 
@@ -158,61 +146,65 @@ def test_step_capture_refuses_lr_on_the_cpu(monkeypatch):
         table.lr_arguments("sgd_", torch.tensor(0.1), torch.device("cuda"))
 
 
-def test_step_of_other_modules(device):
+@updates
+def test_step_of_other_modules(rule, device):
     """What the other implementations are held to, where it is quick enough here."""
-    test_sgd.test_sgd_strided(device)
-    test_adamw.test_adamw_steps_differ_between_tensors(device)
-    test_sgd.test_sgd_first_step_ignores_the_buffer(device)
-    for module, name in ((test_adamw, "adamw"), (test_sgd, "sgd")):
-        getattr(module, f"test_{name}_empty")(device)
-        getattr(module, f"test_{name}_bumps_versions")(device)
-        for kind in (torch.float32, torch.float64):
-            getattr(module, f"test_{name}_lr_tensor")(device, kind)
-        for dtype in (torch.float16, torch.bfloat16):
-            getattr(module, f"test_{name}_copies_of_fp64_are_rounded_once")(device, dtype)
-    test_adamw.test_adamw_writes_only_its_elements(device)
-    test_adamw.test_adamw_bf16_exp_avg_sq_is_rounded_by_step_and_place(device)
-    for dtype in (torch.float32, torch.bfloat16):
-        test_adamw.test_adamw_maximum_that_is_nan_stays(device, dtype)
-    for bits in test_adamw.NANS:
-        test_adamw.test_adamw_nan_of_any_bits_stays_nan(device, bits, 70)
+    test_rules.test_update_steps_differ_between_tensors(rule, device)
+    test_inputs.test_update_empty(rule, device)
+    test_inputs.test_update_bumps_versions(rule, device)
+    test_inputs.test_update_writes_only_its_elements(rule, device)
+    for kind in (torch.float32, torch.float64):
+        test_rules.test_update_lr_tensor(rule, device, kind)
+    for dtype in (torch.float16, torch.bfloat16):
+        test_rules.test_update_copies_of_fp64_are_rounded_once(rule, device, dtype)
+    for bits in test_rules.NANS:
+        test_rules.test_update_nan_of_any_bits_stays_nan(rule, device, bits, 70)
     for norm in (math.nan, math.inf):
-        test_adamw.test_adamw_norm_that_is_not_finite(device, norm)
-        test_sgd.test_sgd_norm_that_is_not_finite(device, norm)
+        test_skips.test_update_norm_that_is_not_finite(rule, device, norm)
+
+
+def test_step_of_one_rule(device):
+    test_inputs.test_update_strided(SGD, device)
+    test_rules.test_sgd_first_step_ignores_the_buffer(device)
+    test_rules.test_lion_sign_of_zero_and_nan(device)
+    for rule, name, power in ((ADAMW, "exp_avg_sqs", 2), (LION, "exp_avgs", 1)):
+        test_rules.test_update_stochastic_rounding_is_by_step_and_place(rule, name, power, device)
+    for dtype in (torch.float32, torch.bfloat16):
+        test_rules.test_adamw_maximum_that_is_nan_stays(device, dtype)
 
 
 @updates
-def test_step_scaling_by_a_power_of_two_is_neutral(name, device):
+def test_step_scaling_by_a_power_of_two_is_neutral(rule, device):
     results = []
     for scale in (1.0, 2.0**7):
-        args = UPDATES[name].mixed(device, weight_decay=0.1, **STATE[name])
+        args = rule.mixed(device, weight_decay=0.1, **rule.busy)
         args["grads"] = [g * scale for g in args["grads"]]
         options = dict(grad_scale=scalar(scale, device), grad_norm=scalar(5.0, device, torch.float64), max_norm=1.0)
         for _ in range(2):
-            CALLS[name](**args, **options)
-        results.append(raw(UPDATES[name].state(args)))
+            rule.call(**args, **options)
+        results.append(raw(rule.state(args)))
     assert results[0] == results[1]
 
 
 @updates
-def test_step_skip_leaves_state_bitwise(name, device):
-    args = UPDATES[name].mixed(device, **STATE[name])
-    CALLS[name](**args)
-    before = raw(UPDATES[name].state(args))
+def test_step_skip_leaves_state_bitwise(rule, device):
+    args = rule.mixed(device, **rule.busy)
+    rule.call(**args)
+    before = raw(rule.state(args))
     for grad_scale in BAD_SCALES:
-        CALLS[name](**args, grad_scale=scalar(grad_scale, device), found_inf=scalar(0.0, device))
+        rule.call(**args, grad_scale=scalar(grad_scale, device), found_inf=scalar(0.0, device))
     for found_inf in (1.0, -1.0, 1e-45, math.nan, math.inf):
-        CALLS[name](**args, found_inf=scalar(found_inf, device))
-    assert raw(UPDATES[name].state(args)) == before
-    CALLS[name](**args, grad_scale=scalar(2.0, device), found_inf=scalar(-0.0, device))
+        rule.call(**args, found_inf=scalar(found_inf, device))
+    assert raw(rule.state(args)) == before
+    rule.call(**args, grad_scale=scalar(2.0, device), found_inf=scalar(-0.0, device))
     assert steps.taken(args["steps"]) == [2] * len(args["masters"])
 
 
 @updates
-def test_step_inf_leaves_state_bitwise(name, device):
+def test_step_inf_leaves_state_bitwise(rule, device):
     """A sample of positions; the other implementations are held to all of them."""
-    args = UPDATES[name].mixed(device, sizes=SIZES, **STATE[name])
-    before, n = raw(UPDATES[name].state(args)), len(SIZES)
+    args = rule.mixed(device, sizes=SIZES, **rule.busy)
+    before, n = raw(rule.state(args)), len(SIZES)
     out = test_grad_stats.outputs(n, device, norm=False)
     grad_scale = scalar(8.0, device)
     for i, grad in enumerate(args["grads"]):
@@ -220,10 +212,10 @@ def test_step_inf_leaves_state_bitwise(name, device):
         good = grad[position].clone()
         grad[position] = BAD_VALUES[i // 2 % 3]
         torch.ops.mpkernels.grad_stats_(args["grads"], grad_scale, *out.values())
-        CALLS[name](**args, grad_scale=grad_scale, found_inf=out["found_inf"])
+        rule.call(**args, grad_scale=grad_scale, found_inf=out["found_inf"])
         assert out["nonfinite"].tolist() == [int(k == i) for k in range(n)]
         grad[position] = good
-    assert raw(UPDATES[name].state(args)) == before
+    assert raw(rule.state(args)) == before
 
 
 # ----- grad_stats_, update_scale_ --------------------------------------------------------------------
@@ -294,12 +286,12 @@ def capture(monkeypatch):
 
 
 @updates
-def test_table_of_a_capture_is_never_evicted(name, device, capture):
+def test_table_of_a_capture_is_never_evicted(rule, device, capture):
     """What a capture was given stays as it is whatever comes after: a replay reads it again, on the device and the host."""
-    args = UPDATES[name].mixed(device, **STATE[name])
-    CALLS[name](**args)  # the tables of these very tensors are there already
+    args = rule.mixed(device, **rule.busy)
+    rule.call(**args)  # the tables of these very tensors are there already
     with capture():
-        CALLS[name](**args)
+        rule.call(**args)
         (launch,) = table.launches([args["masters"][:1]])
     assert len(table._captured) > 3
     kept = [(pinned, sent, sent.tolist()) for pinned, sent in table._captured]

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What adamw_ and sgd_ in plain torch share where torch's own fused optimizers compute: which tensors, and in what pieces.
+"""Updates by torch's own fused optimizers: which tensors they serve, and how many at a time.
 
 `torch._fused_adamw_` and its like take fp32 weights, gradients and moments, many tensors a launch. Gradients come to them as
-a copy in fp32 of a piece of the list at a time, since they write what they unscale, and gradients are never written.
+a copy in fp32 of a segment of the list at a time, since they write what they unscale, and gradients are never written.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import accumulate
 
 import torch
 
 from mpkernels.runtime.fake import copy_
 
-_MOST = {"cpu": 2**18, "cuda": 2**26}  # elements of a piece: 1 MiB stays in the cache; 256 MiB of a GPU's memory
+_MOST = {"cpu": 2**18, "cuda": 2**26}  # elements of a segment: 1 MiB stays in the cache; 256 MiB of a GPU's memory
 
 
 def fused_why_not(function: str, master: torch.dtype, moments: torch.dtype, amsgrad: bool = False) -> str | None:
@@ -37,28 +37,28 @@ def why_not_fused(function: str, masters: list[torch.Tensor], moments: list[torc
 
 
 class Contiguous:
-    """`lists` with contiguous stand-ins for tensors that are not: the bits of an update follow the place of an element.
+    """`lists` with contiguous copies in place of tensors that are not: the bits of an update follow the place of an element.
 
     Where a size is 1, whose stride says nothing but has to agree too, they are seen as vectors.
     """
 
     def __init__(self, *lists: list[torch.Tensor]):
-        self._stand_ins = []
-        self.lists = [tensors if _are_plain(tensors) else list(map(self._stand_in, tensors)) for tensors in lists]
+        self._replaced = []
+        self.lists = [tensors if _are_plain(tensors) else list(map(self._replace, tensors)) for tensors in lists]
 
-    def _stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
-        stand_in = tensor.detach()
+    def _replace(self, tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.detach()
         if not tensor.is_contiguous() or tensor.is_neg():
-            stand_in = stand_in.resolve_neg().contiguous()
-            self._stand_ins.append((tensor, stand_in))
-        return stand_in.as_strided((tensor.numel(),), (1,)) if 1 in tensor.shape else stand_in
+            copy = copy.resolve_neg().contiguous()
+            self._replaced.append((tensor, copy))
+        return copy.as_strided((tensor.numel(),), (1,)) if 1 in tensor.shape else copy
 
     def write_back(self, grads: list[torch.Tensor]) -> None:
-        """Copy the stand-ins to what they stand for, but for gradients, which are never written."""
+        """Copy the copies back, but for those of gradients, which are never written."""
         read = set(map(id, grads))
-        for tensor, stand_in in self._stand_ins:
+        for tensor, copy in self._replaced:
             if id(tensor) not in read:
-                copy_(tensor, stand_in)
+                copy_(tensor, copy)
 
 
 def _are_plain(tensors: list[torch.Tensor]) -> bool:
@@ -68,31 +68,34 @@ def _are_plain(tensors: list[torch.Tensor]) -> bool:
     return True
 
 
-def update_fused(update: Callable, lists: tuple, indices: list[int], factor, skip, apart: list | None = None) -> None:
-    """`update(indices, gradients, grad_scale=, found_inf=)` for piece after piece of `lists`, then their copies.
+def update_fused(fused, lists: tuple, indices: list[int], factor, skip) -> None:
+    """Update the tensors of these indices, segment after segment of the lists, then their copies.
 
-    lists: masters, grads and copies. factor: what gradients are multiplied by, or None. skip: `skip_flag`, or None.
-    apart: tensors for which it differs are not in one piece.
+    fused: the rule's Fused. lists: masters, grads, copies and states. factor: what gradients are multiplied by, or None. skip:
+    `skip_flag`, or None.
     """
-    masters, grads, copies = lists
+    masters, grads, copies, states = lists
     found_inf = None if skip is None else skip.float()  # exactly 0 or 1: others are no verdict to them
     factor, divisor = (None, None) if factor is None else (factor.float(), factor.reciprocal().float())
     scratch = None
-    for piece in _pieces(masters, grads, copies, indices, apart):
-        own, scale = [grads[i] for i in piece], None
+    for segment in _segments(masters, grads, copies, indices, fused.apart):
+        of = lambda tensors, segment=segment: [tensors[i] for i in segment]
+        own, scale = of(grads), None
         if own[0].dtype == torch.float32:
             # Multiplied here: with a scale near 2^127 and a clip the reciprocal of the factor can be beyond fp32.
             work = own if factor is None else torch._foreach_mul(own, factor)
         else:
             room = sum(map(_room, own))
-            if scratch is None or scratch.numel() < room:  # pieces share it, so that it stays in a CPU's cache
+            if scratch is None or scratch.numel() < room:  # segments share it, so that it stays in a CPU's cache
                 scratch = torch.empty(room, dtype=torch.float32, device=own[0].device)
             work = _views(scratch, own)
             torch._foreach_copy_(work, own)
             scale = divisor
-        update(piece, work, grad_scale=scale, found_inf=found_inf)
-        if copies[piece[0]].numel():
-            torch._foreach_copy_([copies[i] for i in piece], [masters[i] for i in piece])  # round: fp32 -> copy
+        fused.update(
+            segment, of(masters), work, [of(state) for state in states if state], grad_scale=scale, found_inf=found_inf
+        )
+        if copies[segment[0]].numel():
+            torch._foreach_copy_(of(copies), of(masters))  # round: fp32 -> copy
 
 
 def _room(tensor: torch.Tensor) -> int:
@@ -105,18 +108,18 @@ def _views(flat: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
     return [flat.as_strided(t.shape, t.stride(), begin) for t, begin in zip(like, begins, strict=False)]
 
 
-def _pieces(masters, grads, copies, indices: list[int], apart: list | None) -> Iterator[list[int]]:
-    """Indices in runs of one dtype of gradients and of copies, of no more elements than a piece has or of one tensor."""
+def _segments(masters, grads, copies, indices: list[int], apart: list | None) -> Iterator[list[int]]:
+    """Indices of tensors with one dtype of gradients and of copies, of no more elements than a segment has or of one tensor."""
     alike = defaultdict(list)
     for i in indices:
         if masters[i].numel():
             alike[grads[i].dtype, copies[i].dtype if copies[i].numel() else None, apart and apart[i]].append(i)
     for same in alike.values():
-        piece, room = [], _MOST[masters[0].device.type]
+        segment, room = [], _MOST[masters[0].device.type]
         for i in same:
             room -= masters[i].numel()
-            if piece and room < 0:
-                yield piece
-                piece, room = [], _MOST[masters[0].device.type] - masters[i].numel()
-            piece.append(i)
-        yield piece
+            if segment and room < 0:
+                yield segment
+                segment, room = [], _MOST[masters[0].device.type] - masters[i].numel()
+            segment.append(i)
+        yield segment

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The update of every rule in Triton, all tensors of like dtypes at once.
+
+Everything that decides lies on the device and is read there: no wait for it. Under TRITON_INTERPRET=1 it runs on the CPU.
+"""
+
+import torch
+
+from mpkernels.ops.common import triton_table as table
+from mpkernels.runtime.resolve import Key, triton_why_not
+
+try:
+    from mpkernels.ops.common.triton_kernels import TYPES, advance
+    from mpkernels.ops.optimizer_update import triton_kernel as kernels
+except ImportError:  # without Triton there is still `why_not`, which says so
+    kernels = None
+
+_PARAMETERS = 7  # that the kernel takes: p0 to p6
+
+
+def why_not(key: Key) -> str | None:
+    return triton_why_not(key.device)
+
+
+def update(call) -> None:
+    name, device = call.rule.name, call.masters[0].device
+    lists = [call.masters, call.grads, call.copies, *filter(None, call.states)]
+    lists, back = table.dense(lists, [tensors is not call.grads for tensors in lists])
+    counts = table.numbers(map(torch.Tensor.data_ptr, call.steps), device)
+    arguments = table.lr_arguments(name, call.lr, device) | rule_arguments(call) | dict(
+        steps_ptr=counts, max_norm=0.0 if call.max_norm is None else call.max_norm, grad_scale_ptr=call.grad_scale,
+        found_inf_ptr=call.found_inf, grad_norm_ptr=call.grad_norm, MAXIMIZE=call.maximize,
+    )  # fmt: skip
+    with torch.cuda.device_of(call.masters[0]):
+        for launch in table.launches(lists):
+            master, grad, copy, *states = (TYPES[dtype] for dtype in launch.dtypes)
+            types = dict(master_type=master, grad_type=grad, copy_type=copy, state_type=states[0] if states else None)
+            kernels.update_kernel[launch.grid](**launch.arguments, **arguments, **types)
+        advance(counts, call.found_inf, call.grad_scale)
+    table.copy_back(back)
+
+
+def rule_arguments(call) -> dict:
+    """What the rule gives the kernel: its functions, its numbers and flags, and how many lists of states there are."""
+    name, (parameters, flags) = call.rule.name.removesuffix("_"), call.rule.triton(call)
+    parameters += (0.0,) * (_PARAMETERS - len(parameters))
+    return {f"p{k}": parameter for k, parameter in enumerate(parameters)} | dict(
+        scalars=getattr(kernels, f"{name}_scalars"), formula=getattr(kernels, f"{name}_formula"), FLAGS=flags,
+        STATES=len(list(filter(None, call.states))),
+    )  # fmt: skip
