@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpkernels as mpk
 from mpkernels.functional import linear_act
@@ -35,6 +36,28 @@ def test_without_a_policy_dtypes_are_those_of_torch(autocast):
         if expected not in DTYPES:  # CPU torch multiplies integers, bool and complex; the op refuses them
             expected = RuntimeError
         assert got == expected, (x_dtype, weight_dtype, bias_dtype)
+
+
+class Arguments(TorchDispatchMode):
+    """By name, of each call of the op."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.mpkernels.linear_act.default:
+            names = [argument.name for argument in func._schema.arguments]
+            self.calls.append(dict(zip(names, args, strict=False)))  # what is the default is left out
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policy", [None, "mixed_float16", "mixed_float16,batch_invariant"])
+def test_batch_invariant_is_the_policys(policy):
+    """Without one a layer is an nn.Linear, which is not."""
+    with torch.no_grad(), Arguments() as seen:
+        linear_act(torch.ones(3, 5), torch.ones(4, 5), policy=policy)
+    assert [call.get("batch_invariant", False) for call in seen.calls] == [policy is not None and "invariant" in policy]
 
 
 @pytest.mark.parametrize("inner", AUTOCAST, ids=str)

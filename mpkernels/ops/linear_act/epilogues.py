@@ -8,7 +8,6 @@ kernels_triton.py and csrc/linear_act have the same formulas as branches, refere
 """
 
 import enum
-import functools
 import math
 import typing
 from collections.abc import Callable
@@ -55,23 +54,41 @@ def acc_dtype(compute_dtype: torch.dtype) -> torch.dtype:
 
 # ----- formulas ---------------------------------------------------------------
 
-# torch's fused GELU and SiLU have other bits in the vectors of a tensor than in what is left over behind them. So they are
-# given whole vectors, a piece at a time, which stays in the cache; what is left over is padded.
+# torch's fused GELU, SiLU and sigmoid have other bits in the vectors of a tensor than in what is left over behind them, and its
+# vectors make inf of the GELU of a finite 3e38; its exp, tanh and erf do neither, nor does arithmetic. So activations are made
+# of those, a piece at a time, which stays in the cache.
 
 _PIECE = 1 << 15  # elements of a thread
-_ALONE = 1 << 14  # elements that torch does not share among threads
-_VECTORS = 64  # elements: a multiple of what any CPU takes at once
 STEEP = 1000.0  # from here on slopes of gelu and silu are 0 or 1 in fp64 too, and at infinity their formulas are NaN
-
-_gelu_tanh = functools.partial(F.gelu, approximate="tanh")
-_gelu_tanh_ = functools.partial(torch.ops.aten.gelu_, approximate="tanh")
-_gelu_backward, _silu_backward = torch.ops.aten.gelu_backward, torch.ops.aten.silu_backward
-_gelu_tanh_backward = functools.partial(_gelu_backward, approximate="tanh")
+TANH, CUBE = math.sqrt(2 / math.pi), 0.044715
 
 
-def _not_steep(backward):
-    """In place of the gradient."""
-    return lambda grad, z: backward(grad, z.clamp(-STEEP, STEEP), grad_input=grad)
+def _normal_cdf(z):
+    return (z * math.sqrt(0.5)).erf_().add_(1).mul_(0.5)
+
+
+def _tanh_term(z):
+    return (z * z).mul_(TANH * CUBE).add_(TANH).mul_(z).tanh_()
+
+
+def _gelu_slope(z):
+    return (z * z).mul_(-0.5).exp_().mul_(z).mul_(1 / math.sqrt(2 * math.pi)).add_(_normal_cdf(z))
+
+
+def _gelu_tanh_slope(z):
+    t = _tanh_term(z)
+    inner = (z * z).mul_(3 * TANH * CUBE).add_(TANH).mul_(z)
+    return inner.mul_(1 - t).add_(1).mul_(t.add_(1)).mul_(0.5)
+
+
+def _silu_slope(z):
+    s = torch.neg(z).exp_().add_(1).reciprocal_()
+    return (1 - s).mul_(z).add_(1).mul_(s)
+
+
+def _times(slope):
+    """grad * slope(z), in place of the gradient."""
+    return lambda grad, z: grad.mul_(slope(z.clamp(-STEEP, STEEP)))
 
 
 class Epilogue(NamedTuple):
@@ -101,9 +118,27 @@ EPILOGUES = {
         "preactivation",
         _NOT_SM90,
     ),
-    Activation.GELU: Epilogue(torch.ops.aten.gelu_, F.gelu, _not_steep(_gelu_backward), "preactivation", _NOT_SM90),
-    Activation.GELU_TANH: Epilogue(_gelu_tanh_, _gelu_tanh, _not_steep(_gelu_tanh_backward), "preactivation", _NOT_SM90),
-    Activation.SILU: Epilogue(torch.ops.aten.silu_, F.silu, _not_steep(_silu_backward), "preactivation", _NOT_SM90),
+    Activation.GELU: Epilogue(
+        lambda z: z.mul_(_normal_cdf(z)),
+        lambda z: z * (0.5 * (1 + torch.erf(z * math.sqrt(0.5)))),
+        _times(_gelu_slope),
+        "preactivation",
+        _NOT_SM90,
+    ),
+    Activation.GELU_TANH: Epilogue(
+        lambda z: z.mul_(_tanh_term(z).add_(1).mul_(0.5)),
+        lambda z: z * (0.5 * (1 + torch.tanh(z * (z * z * (TANH * CUBE) + TANH)))),
+        _times(_gelu_tanh_slope),
+        "preactivation",
+        _NOT_SM90,
+    ),
+    Activation.SILU: Epilogue(
+        lambda z: z.div_(torch.neg(z).exp_().add_(1)),
+        lambda z: z / (1 + torch.exp(-z)),
+        _times(_silu_slope),
+        "preactivation",
+        _NOT_SM90,
+    ),
 }
 
 
@@ -124,7 +159,8 @@ def finish(z, activation, preactivation, out_dtype):
     if activation == Activation.RELU:
         z.relu_()
     elif activation != Activation.NONE:
-        _by_vectors(EPILOGUES[activation].forward_, z)
+        for piece in _pieces(z):
+            EPILOGUES[activation].forward_(piece)
     return cast(z, out_dtype)
 
 
@@ -135,24 +171,14 @@ def activation_backward(activation, saved, grad, compute_dtype):
         return _select(saved, grad)
     acc = acc_dtype(compute_dtype)
     out = torch.empty(grad.shape, dtype=acc, device=grad.device).copy_(grad)
-    _by_vectors(lambda grad, z: backward_(grad, z.to(acc)), out, saved.contiguous())
+    for piece, z in zip(_pieces(out), _pieces(saved.contiguous()), strict=True):
+        backward_(piece, z.to(acc))
     return out
 
 
-def _by_vectors(function_, written, *others):
-    """function_(written, *others) of contiguous tensors, elements of one place together, in pieces of whole vectors."""
-    if not written.is_cpu:
-        function_(written, *others)
-        return
-    flat, begin, n = [tensor.view(-1) for tensor in (written, *others)], 0, written.numel()
-    for size in (_PIECE * torch.get_num_threads(), _ALONE, n % _ALONE // _VECTORS * _VECTORS):
-        while size and begin + size <= n:
-            function_(*(tensor.narrow(0, begin, size) for tensor in flat))
-            begin += size
-    if begin < n:
-        padded = [F.pad(tensor.narrow(0, begin, n - begin), (0, _VECTORS - n + begin)) for tensor in flat]
-        function_(*padded)
-        flat[0].narrow(0, begin, n - begin).copy_(padded[0].narrow(0, 0, n - begin))
+def _pieces(tensor):
+    """Views of a contiguous tensor that hold all of it."""
+    return tensor.view(-1).split(_PIECE * torch.get_num_threads()) if tensor.is_cpu else (tensor,)
 
 
 def _select(saved, grad_z):
