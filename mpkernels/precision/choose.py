@@ -4,8 +4,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-
 
 class Option(NamedTuple):
     cost: float
@@ -40,8 +38,7 @@ def _within(items, chosen, noise: float, memory: float) -> bool:
 def _milp(optimize, items, noise: float, memory: float) -> list[int] | None:
     """One variable, 0 or 1, for each option of each item."""
     options = [(item, option) for item, row in enumerate(items) for option in row]
-    owner = torch.tensor([item for item, _ in options])
-    one_each = (owner == torch.arange(len(items))[:, None]).double().numpy()
+    one_each = [[float(owner == item) for owner, _ in options] for item in range(len(items))]
     values = {name: [getattr(option, name) for _, option in options] for name in Option._fields}
     scale = {name: max(map(abs, found)) or 1.0 for name, found in values.items()}
     limits = {"noise": noise, "bytes": memory}

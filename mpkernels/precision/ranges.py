@@ -38,7 +38,7 @@ class RangeCounter:
 
     def __init__(self, formats: list[torch.dtype], scale: float = 1.0):
         self.scale, self.elements, self.amax, self.least, self.norm = scale, 0, 0.0, math.inf, 0.0
-        self.counts = {dtype: torch.zeros(4, dtype=torch.float64) for dtype in dict.fromkeys(formats)}
+        self.counts = {dtype: torch.zeros(4, dtype=torch.float64, device="cpu") for dtype in dict.fromkeys(formats)}
 
     def add(self, values: torch.Tensor) -> None:
         """values: a block in fp64, before the scale."""
@@ -47,8 +47,7 @@ class RangeCounter:
         magnitudes = values.abs() * self.scale
         self.elements += values.numel()
         amax = float(magnitudes.max())  # NaN comes through
-        self.amax = amax if math.isnan(amax) or math.isnan(self.amax) else max(self.amax, amax)
-        self.amax = math.nan if math.isnan(amax) else self.amax
+        self.amax = math.nan if math.isnan(amax) or math.isnan(self.amax) else max(self.amax, amax)
         least = float(torch.where(magnitudes > 0, magnitudes, math.inf).min())
         self.least = min(self.least, least) if not math.isnan(least) else self.least
         self.norm += float(magnitudes.square().nansum())

@@ -19,6 +19,7 @@ from mpkernels.precision import choose
 from mpkernels.precision.capture import Call
 from mpkernels.precision.choose import Option
 from mpkernels.precision.layer import Layer
+from mpkernels.precision.ranges import RangeCounter
 from tests import models
 
 FORMATS = ("float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16")
@@ -303,3 +304,11 @@ def test_advise_of_bad_input(change, error, message):
     arguments = {"model": nn.Linear(16, 6), "step": step, **change}
     with pytest.raises(error, match=message):
         mpk.advise(arguments.pop("model"), arguments.pop("step"), **arguments)
+
+
+def test_range_keeps_a_nan():
+    """Whatever blocks come after it."""
+    counter = RangeCounter([torch.float16])
+    for block in ([1.0, 2.0], [torch.nan], [3.0]):
+        counter.add(torch.tensor(block, dtype=torch.float64))
+    assert math.isnan(counter.range(torch.float16).amax)
