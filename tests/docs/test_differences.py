@@ -383,6 +383,20 @@ def test_differs_encoders_in_evaluation(monkeypatch):
     assert calls == [MPLinear] * 2
 
 
+def test_differs_layers_by_hand_in_encoders(monkeypatch):
+    calls, x = [], torch.ones(2, 5, 8)
+    model = encoder_of()
+    for name in ("linear1", "linear2"):
+        setattr(model.layers[0], name, MPLinear.from_linear(getattr(model.layers[0], name), policy="mixed_bfloat16"))
+    call = MPLinear.forward
+    monkeypatch.setattr(MPLinear, "forward", lambda self, x: (calls.append(self), call(self, x))[1])
+    with torch.no_grad():
+        model(x)
+        assert not calls
+        mpk.convert(model, "mixed_bfloat16")(x)
+    assert calls == [model.layers[0].linear1, model.layers[0].linear2]
+
+
 # ----- exact types ---------------------------------------------------------------
 
 
