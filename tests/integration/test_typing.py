@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from mpkernels import policy
-from mpkernels.ops import linear_act
+from mpkernels.ops.linear_act import epilogues
 from mpkernels.runtime.tuned_table import BACKENDS, BackendName
 from tests.paths import ROOT
 
@@ -37,5 +37,5 @@ def test_typing_names_are_those_that_run():
     names = get_args(policy.PolicyName)
     assert [name for name in names if "," not in name] == list(policy._NAMED)
     assert len(set(map(policy.Policy.parse, names))) == len(names)
-    assert [None, *get_args(linear_act.ActivationName)] == list(linear_act._NAMES)
+    assert [None, *get_args(epilogues.ActivationName)] == list(epilogues._NAMES)
     assert get_args(BackendName) == BACKENDS
