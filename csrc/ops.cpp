@@ -8,6 +8,7 @@
 // clang-format off
 STABLE_TORCH_LIBRARY(mpkernels_C, m) {
   m.def("cuda_versions() -> (int, int)");
+  m.def("load_kernels(int device) -> int");
   m.def("grad_stats_(Tensor grads, Tensor? grad_scale, Tensor(a!) found_inf, Tensor(b!) amax, Tensor(c!) nonfinite, Tensor(d!)? grad_norm) -> ()");
   m.def("adamw_(Tensor masters, Tensor grads, Tensor exp_avgs, Tensor exp_avg_sqs, Tensor max_exp_avg_sqs, Tensor copies, Tensor steps, Tensor on, Tensor lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? grad_norm, float? max_norm) -> bool");
   m.def("sgd_(Tensor masters, Tensor grads, Tensor momentum_buffers, Tensor copies, Tensor steps, Tensor on, Tensor lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? grad_norm, float? max_norm) -> bool");

@@ -25,4 +25,11 @@ void launch_clusters(void (*kernel)(Parameters...), unsigned grid, unsigned clus
   check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
+template <auto kKernel, class... Arguments>
+void launch_clusters(unsigned grid, unsigned cluster, unsigned block, size_t shared_bytes, cudaStream_t stream,
+                     const Arguments&... arguments) {
+  static_cast<void>(&known_kernel<kKernel>);
+  launch_clusters(kKernel, grid, cluster, block, shared_bytes, stream, arguments...);
+}
+
 }  // namespace mpk

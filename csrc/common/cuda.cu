@@ -32,6 +32,13 @@ std::tuple<int64_t, int64_t> cuda_versions() {
   return {runtime, driver};
 }
 
+// Before a capture, in which the runtime may not load what is loaded lazily; returns how many kernels there are.
+int64_t load_kernels(int64_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
+  check_cuda(cudaSetDevice(static_cast<int>(device)));
+  return KnownKernel::load_all();
+}
+
 }  // namespace
 
 OnDevice::OnDevice(const torch::stable::Tensor& tensor) {
@@ -49,4 +56,5 @@ bool is_on_device(const torch::stable::Tensor& tensor) { return tensor.is_cuda()
 
 STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, CompositeExplicitAutograd, m) {
   m.impl("cuda_versions", TORCH_BOX(&mpk::cuda_versions));
+  m.impl("load_kernels", TORCH_BOX(&mpk::load_kernels));
 }

@@ -272,10 +272,13 @@ Tensor scratch(const Tensor& like, int64_t count) {
 void launch_table(StatsArguments& a, const Tensor& like, const Verdict& verdict, Stats* rows, cudaStream_t stream) {
   const Tensor chunks = scratch<Stats>(like, std::max(a.tensors.chunks, 1));
   a.chunks = static_cast<Stats*>(chunks.mutable_data_ptr());
-  const auto kernel = verdict.grad_norm != nullptr ? chunk_kernel<true> : chunk_kernel<false>;
-  if (a.tensors.chunks > 0) launch(kernel, a.tensors.chunks, kThreads, 0, stream, a);
+  if (a.tensors.chunks > 0 && verdict.grad_norm != nullptr) {
+    launch<chunk_kernel<true>>(a.tensors.chunks, kThreads, 0, stream, a);
+  } else if (a.tensors.chunks > 0) {
+    launch<chunk_kernel<false>>(a.tensors.chunks, kThreads, 0, stream, a);
+  }
   constexpr int kTensorsPerBlock = kThreads / kLanes;
-  launch(tensor_kernel, (a.tensors.count + kTensorsPerBlock - 1) / kTensorsPerBlock, kThreads, 0, stream, a, verdict, rows);
+  launch<tensor_kernel>((a.tensors.count + kTensorsPerBlock - 1) / kTensorsPerBlock, kThreads, 0, stream, a, verdict, rows);
 }
 
 void grad_stats_(Tensor grads_, std::optional<Tensor> grad_scale, Tensor found_inf, Tensor amax, Tensor nonfinite,
@@ -303,7 +306,7 @@ void grad_stats_(Tensor grads_, std::optional<Tensor> grad_scale, Tensor found_i
     a.tensors.clear(length);
   }
   if (a.tensors.count > 0) launch_table(a, found_inf, verdict, rows, device.stream());
-  launch(verdict_kernel, 1, kThreads, 0, device.stream(), verdict, static_cast<const Stats*>(rows), grads.size());
+  launch<verdict_kernel>(1, kThreads, 0, device.stream(), verdict, static_cast<const Stats*>(rows), grads.size());
 }
 
 }  // namespace

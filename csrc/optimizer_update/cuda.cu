@@ -98,7 +98,7 @@ void advance_steps(const TensorList& steps, const StepInputs& in, cudaStream_t s
   for (int64_t begin = 0; begin < steps.size(); begin += a.count) {
     a.count = std::min<int64_t>(steps.size() - begin, a.kCapacity);
     for (int64_t i = 0; i < a.count; ++i) a.steps[i] = reinterpret_cast<float*>(steps.data(begin + i));
-    launch(advance_kernel, 1, kThreads, 0, stream, a);
+    launch<advance_kernel>(1, kThreads, 0, stream, a);
   }
 }
 
@@ -160,8 +160,8 @@ struct CudaUpdate {
     a.options = call.options;
     for_each_dtypes(call.lists, [&](auto t, auto s, const std::vector<int64_t>& rows) {
       using S = std::conditional_t<Variant::kStates == 0, decltype(t), decltype(s)>;
-      const auto kernel = update_kernel<Rule, Variant, decltype(t), S>;
-      for_each_table(a.tensors, rows, call.lists, [&] { launch(kernel, a.tensors.chunks, kThreads, 0, stream, a); });
+      constexpr auto kKernel = update_kernel<Rule, Variant, decltype(t), S>;
+      for_each_table(a.tensors, rows, call.lists, [&] { launch<kKernel>(a.tensors.chunks, kThreads, 0, stream, a); });
     });
   }
 };

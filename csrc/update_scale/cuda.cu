@@ -23,7 +23,7 @@ void update_scale_(Tensor grad_scale, Tensor growth_tracker, Tensor hysteresis_t
   const ScaleState state{grad_scale.mutable_data_ptr<float>(), growth_tracker.mutable_data_ptr<int32_t>(),
                          hysteresis_tracker.mutable_data_ptr<int32_t>(), counts, counts + skipped.stride(0)};
   const ScaleOptions options{growth_factor, backoff_factor, growth_interval, hysteresis, min_scale, max_scale};
-  launch(update_scale_kernel, 1, 1, 0, device.stream(), state, options, found_inf.const_data_ptr<float>());
+  launch<update_scale_kernel>(1, 1, 0, device.stream(), state, options, found_inf.const_data_ptr<float>());
 }
 
 }  // namespace

@@ -23,7 +23,7 @@ def why_not() -> str | None:
 
 @functools.cache
 def cuda_why_not(device: torch.device) -> str | None:
-    """None where the library's CUDA kernels run on `device`, else one sentence."""
+    """None where the library's CUDA kernels run on `device`, else one sentence. Where they do, they are loaded."""
     reason = why_not()
     if reason is not None:
         return reason
@@ -35,7 +35,17 @@ def cuda_why_not(device: torch.device) -> str | None:
         runtime, driver = torch.ops.mpkernels_C.cuda_versions()
     except NotImplementedError:
         return f"{LIBRARY.name} was built without nvcc"
-    return _too_old(runtime, driver, torch.cuda.get_device_capability(device))
+    reason = _too_old(runtime, driver, torch.cuda.get_device_capability(device))
+    return _load_kernels(device) if reason is None else reason
+
+
+def _load_kernels(device: torch.device) -> str | None:
+    """Load every kernel of the library on `device`, since a first launch may be inside a capture, which cannot load one."""
+    try:
+        torch.ops.mpkernels_C.load_kernels(torch.cuda.current_device() if device.index is None else device.index)
+    except RuntimeError as error:
+        return f"its kernels do not load: {error}"
+    return None
 
 
 def _too_old(runtime: int, driver: int, capability: tuple[int, int]) -> str | None:

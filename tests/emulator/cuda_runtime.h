@@ -152,6 +152,9 @@ cudaError_t set_max_shared(const void* kernel, int bytes);
 
 }  // namespace host
 
+struct cudaFuncAttributes {};
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
+
 template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int value) {
   return host::set_max_shared(reinterpret_cast<const void*>(kernel), value);

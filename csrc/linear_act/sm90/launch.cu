@@ -53,8 +53,8 @@ void launch_gemm(const GemmArguments& g, const TileConfig& config, cudaStream_t 
   const int64_t tiles = ceil_div(g.M, kBlockM * g.cluster) * ceil_div(g.N, BLOCK_N) * g.splits;
   STD_TORCH_CHECK(tiles <= kMaxSize, "too many tiles");
   const unsigned grid = static_cast<unsigned>(std::min(tiles, std::max<int64_t>(config.num_sms / g.cluster, 1)) * g.cluster);
-  launch_clusters(gemm_kernel<kRole, T, Out, BLOCK_N>, grid, g.cluster, kGemmThreads, sizeof(SharedStorage<BLOCK_N>), stream,
-                  g);
+  launch_clusters<gemm_kernel<kRole, T, Out, BLOCK_N>>(grid, g.cluster, kGemmThreads, sizeof(SharedStorage<BLOCK_N>), stream,
+                                                       g);
 }
 
 template <Role kRole, class T>
@@ -196,7 +196,7 @@ void launch_select(const Tensor& grad_out, const std::optional<Tensor>& mask, co
   }
   const int64_t grid = ceil_div(a.rows, kSelectRows) * ceil_div(a.columns, kSelectColumns);
   STD_TORCH_CHECK(grid > 0 && grid <= kMaxSize, "grad_out is empty or too large");
-  launch(select_kernel<G, T>, static_cast<unsigned>(grid), kSelectThreads, 0, stream, a);
+  launch<select_kernel<G, T>>(static_cast<unsigned>(grid), kSelectThreads, 0, stream, a);
 }
 
 template <class T>
@@ -243,8 +243,12 @@ void launch_sum(const Tensor& parts, const Tensor& out, cudaStream_t stream) {
   constexpr int kSlices = 8;
   const int64_t grid = a.rows * ceil_div(a.columns, one_row ? kSelectThreads / kSlices : kSelectThreads);
   STD_TORCH_CHECK(grid > 0 && grid <= kMaxSize, "out is empty or too large");
-  const auto kernel = one_row ? sum_kernel<Out, kSlices> : sum_kernel<Out, 1>;
-  launch(kernel, static_cast<unsigned>(grid), kSelectThreads, 0, stream, a);
+  const unsigned blocks = static_cast<unsigned>(grid);
+  if (one_row) {
+    launch<sum_kernel<Out, kSlices>>(blocks, kSelectThreads, 0, stream, a);
+  } else {
+    launch<sum_kernel<Out, 1>>(blocks, kSelectThreads, 0, stream, a);
+  }
 }
 
 // out = round(parts.sum(0)): parts (P, N) of an out (N,), or (P, R, C) of an out (R, C).
