@@ -104,6 +104,7 @@ def test_overflow_at_every_edge_leaves_state_bitwise(backend, name, options):
 
 
 @pytest.mark.sweep
+@pytest.mark.timeout(900)  # 100,000 steps
 @pytest.mark.parametrize("bad", BAD_VALUES)
 @pytest.mark.parametrize("name", OURS)
 def test_overflow_at_every_position_leaves_state_bitwise(monkeypatch, name, bad):
