@@ -25,6 +25,7 @@ def check_batch_invariant(model: nn.Module, x: Any, *, sizes: Sequence[int] = SI
     is on, which no two runs agree under, and where no result has rows.
     """
     check_is_module("check_batch_invariant", model)
+    x = dict(x) if isinstance(x, Mapping) else x  # a tokenizer's is of another class
     n = _rows(x)
     if not all(isinstance(m, int) and not isinstance(m, bool) and m > 0 for m in sizes):
         raise ValueError(f"check_batch_invariant: sizes must be natural numbers, got {sizes!r}")
@@ -37,17 +38,18 @@ def check_batch_invariant(model: nn.Module, x: Any, *, sizes: Sequence[int] = SI
     most = chosen[-1]
     with untouched(model), torch.no_grad():
         whole = _first_rows(_run(model, x), n, most)
-        if not any(rows is not None for _, rows in whole):
-            raise RuntimeError("check_batch_invariant: no tensor that the model returns has a dimension of rows")
         inside = _run_hooked(model, x, n, most)
         for m in chosen:
             part = _cut(x, n, m)
             seen = _run_hooked(model, part, m, m)
             for (name, expected), (_, found) in zip(inside, seen, strict=False):
-                if not all(map(_same_rows, expected, found)):
+                if False in map(_same_rows, expected, found):
                     return _differs(model, name, m, n)
-            if not all(map(_same_rows, whole, _first_rows(_run(model, part), m, m))):
+            compared = list(map(_same_rows, whole, _first_rows(_run(model, part), m, m)))
+            if False in compared:
                 return _differs(model, "", m, n)
+            if True not in compared:
+                raise RuntimeError("check_batch_invariant: no tensor that the model returns has a dimension of rows")
     listed = ", ".join(map(str, chosen))
     return Report(True, f"batch invariant: the first {listed} of {n} rows alone have the bits that they have among all")
 
@@ -103,17 +105,17 @@ def _first_rows(out: Any, n: int, most: int) -> list[tuple[tuple[int, ...], list
     return found
 
 
-def _same_rows(expected: tuple, found: tuple) -> bool:
-    """Whether the rows of a result for fewer rows have the bits that they have among all; True where there are none."""
+def _same_rows(expected: tuple, found: tuple) -> bool | None:
+    """Whether the rows of a result for fewer rows have the bits that they have among all; None where there are none."""
     (n, *shape), (m, *part) = expected[0], found[0]
     if len(shape) != len(part):
-        return True
+        return None
     grown = [d for d in range(len(shape)) if shape[d] * m == part[d] * n and shape[d] != part[d]]
     if len(grown) != 1 or any(shape[d] != part[d] for d in range(len(shape)) if d not in grown):
-        return True
+        return None
     d, ours, theirs = grown[0], dict(expected[1] or ()), dict(found[1] or ())
     if d not in ours or d not in theirs:
-        return True
+        return None
     a, b = ours[d].narrow(d, 0, part[d]), theirs[d]
     return a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """check_batch_invariant: finds the module and the number of rows, passes what is invariant, leaves the model alone."""
 
+from collections import OrderedDict, UserDict
+from types import MappingProxyType
+
 import pytest
 import torch
 from torch import nn
@@ -93,6 +96,28 @@ def test_batch_invariant_rows_anywhere(x):
     inputs = {"tokens": x, "mask": torch.ones(5)}
     assert mpk.check_batch_invariant(Turned(), inputs)
     assert mpk.check_batch_invariant(Turned(), (x, torch.ones(5)))
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, UserDict, MappingProxyType])
+def test_batch_invariant_cuts_every_mapping(x, kind):
+    """A tokenizer gives a UserDict: what is not cut would agree with itself."""
+
+    class Named(nn.Module):
+        def forward(self, tokens):
+            return tokens + tokens.mean(0)
+
+    assert mpk.check_batch_invariant(Named(), kind({"tokens": x})).rows == 1
+
+
+def test_batch_invariant_wants_something_to_compare(x):
+    """A result of as many rows as ever, though x has fewer."""
+
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x.new_zeros(40, 8)
+
+    with pytest.raises(RuntimeError, match="no tensor that the model returns has a dimension of rows"):
+        mpk.check_batch_invariant(Fixed(), x)
 
 
 def test_batch_invariant_compares_bits(x):
