@@ -21,8 +21,8 @@ from mpkernels.ops.linear_act import backward_op, forward_op, op_of, tile_config
 from mpkernels.ops.linear_act.epilogues import Activation
 from mpkernels.runtime import cache, tuned_table
 from mpkernels.runtime.op import Op
-from mpkernels.runtime.rng import fork_rng
 from mpkernels.runtime.tuned_table import Entry, GemmKey
+from mpkernels.runtime.untouched import fork_rng
 from mpkernels.testing.timing import interleave
 
 SHAPES = {  # M, K, N

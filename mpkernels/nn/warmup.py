@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from mpkernels.runtime import resolve
-from mpkernels.runtime.rng import fork_rng
+from mpkernels.runtime.untouched import untouched
 
 
 @torch._disable_dynamo
@@ -30,7 +30,7 @@ def warmup(model: nn.Module, example_inputs: object) -> None:
         raise RuntimeError(f"warmup: {wrapped[0]} is distributed already: call it before DDP and fully_shard")
     args, kwargs = _arguments(example_inputs)
     params = [p for p in model.parameters() if p.requires_grad]
-    with _untouched(model), torch.inference_mode(False), torch.enable_grad(), _uncompiled():
+    with untouched(model), torch.inference_mode(False), torch.enable_grad(), _uncompiled():
         outputs = [t for t in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(t, torch.Tensor) and t.requires_grad]
         if outputs and params:  # not backward(): that adds to .grad, and steps optimizers that live in hooks
             torch.autograd.grad(outputs, params, [torch.zeros_like(t) for t in outputs], allow_unused=True)
@@ -52,21 +52,6 @@ def _is_wrapped(module: nn.Module) -> bool:
         return True
     tensor = sys.modules.get("torch.distributed.tensor")  # imported by what has sharded something
     return tensor is not None and any(isinstance(p, tensor.DTensor) for p in module.parameters(recurse=False))
-
-
-@contextlib.contextmanager
-def _untouched(model: nn.Module):
-    """Restore buffers, values and objects, and the states of the random number generators."""
-    buffers = [(m, name, b, None if b is None else b.clone()) for m in model.modules() for name, b in m._buffers.items()]
-    try:
-        with fork_rng(model):
-            yield
-    finally:
-        with torch.no_grad():
-            for module, name, buffer, values in buffers:
-                module._buffers[name] = buffer
-                if buffer is not None:
-                    buffer.copy_(values)
 
 
 def _uncompiled():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpkernels.runtime.rng import fork_rng
+from mpkernels.runtime.untouched import untouched as buffers_untouched
 
 
 def check_is_module(name: str, model: object) -> None:
@@ -49,21 +49,15 @@ def mapped(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Inside, the model may run forward and backward; after it gradients, buffers and random numbers are what they were."""
-    buffers = [(m, name, b, None if b is None else b.clone()) for m in model.modules() for name, b in m._buffers.items()]
     grads = [(p, p.grad) for p in model.parameters()]
     for p, _ in grads:
         p.grad = None
     try:
-        with fork_rng(model):
+        with buffers_untouched(model):
             yield
     finally:
         for p, grad in grads:
             p.grad = grad
-        with torch.no_grad():
-            for module, name, buffer, values in buffers:
-                module._buffers[name] = buffer
-                if buffer is not None:
-                    buffer.copy_(values)
 
 
 @contextlib.contextmanager
