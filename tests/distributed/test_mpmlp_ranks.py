@@ -62,7 +62,7 @@ def join(found: list[int]) -> None:
 
 def is_one_process(rank, wrapped, joined):
     """Gradients and weights of two steps of SGD; gradients are halves, so steps by twice them stay among whole numbers."""
-    moved, seams = [], [6, 8] if joined else []
+    moved, links = [], [6, 8] if joined else []
     if joined:
         join(moved)
     for policy, activation in CASES:
@@ -77,7 +77,7 @@ def is_one_process(rank, wrapped, joined):
                 (nn.Sequential.forward(alone, x) * weights).sum().div(WORLD).backward()
                 assert moved == [], case
                 (model(x[mine]) * weights[mine]).sum().backward()
-                assert moved == seams, case
+                assert moved == links, case
                 check_same([p.grad for p in model.parameters()], [p.grad for p in alone.parameters()], case)
                 for optimizer in optimizers:
                     optimizer.step()

@@ -64,7 +64,7 @@ def _format(tensor: torch.Tensor | None) -> tuple:
 class Tensors(list):
     """A list of tensors with what the native ops read of it: `table`, int64 (3, n), elements, dtype and address of each.
 
-    contiguous: whether a raw-pointer loop sees the values of all of them: no gaps, and no minus that torch has put off.
+    contiguous: whether a raw-pointer loop sees the values of all of them: no gaps, and not lazily negated.
     placed: whether all have memory; one without elements has none.
 
     Whoever keeps one from call to call, as an optimizer does, calls `describe` when a tensor is not what it was, or `clear`,

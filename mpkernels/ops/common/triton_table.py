@@ -123,7 +123,7 @@ def _to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def dense(lists: Sequence[Sequence[torch.Tensor]], written: Sequence[bool]):
     """`(lists, back)`: the same lists, in which the tensors of one place have the same strides, without gaps or overlap, and
-    the values that lie in memory (`z.conj().imag` has a minus that torch has put off).
+    the values that lie in memory (`z.conj().imag` is lazily negated).
 
     A copy stands in for a tensor that has not; `back` are the pairs (tensor, copy) of the written ones.
     """

@@ -54,9 +54,8 @@ def acc_dtype(compute_dtype: torch.dtype) -> torch.dtype:
 
 # ----- formulas ---------------------------------------------------------------
 
-# torch's fused GELU, SiLU and sigmoid have other bits in the vectors of a tensor than in what is left over behind them, and its
-# vectors make inf of the GELU of a finite 3e38; its exp, tanh and erf do neither, nor does arithmetic. So activations are made
-# of those, a piece at a time, which stays in the cache.
+# torch's fused GELU, SiLU and sigmoid have other bits in the vectors of a tensor than in what is left over behind them; its
+# exp, tanh and erf do not, nor does arithmetic. So activations are made of those, a piece at a time, which stays in the cache.
 
 _PIECE = 1 << 15  # elements of a thread
 STEEP = 1000.0  # from here on slopes of gelu and silu are 0 or 1 in fp64 too, and at infinity their formulas are NaN
