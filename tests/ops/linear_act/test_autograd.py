@@ -274,17 +274,19 @@ def test_linear_act_backward_opcheck(name, output_mask, generator, device):
         torch.library.opcheck(torch.ops.mpkernels.linear_act_backward.default, (*args, output_mask))
 
 
-@pytest.mark.parametrize("name", DTYPES)
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_linear_act_compiles(name, dynamic, generator, device):
+@pytest.mark.parametrize(
+    "name, dynamic, activation",
+    [*((name, dynamic, RELU) for name in DTYPES for dynamic in (False, True)), ("mixed_float16", False, Activation.GELU)],
+)
+def test_linear_act_compiles(name, dynamic, activation, generator, device):
     """One graph, forward and backward, with the bits of eager."""
     dtypes = DTYPES[name]
-    compiled = torch.compile(lambda *args: call(*args, dtypes), backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(lambda *args: call(*args, dtypes, activation), backend="aot_eager", fullgraph=True, dynamic=dynamic)
     torch.compiler.reset()
     for M in (4, 7):
         x, weight, bias, grad_out = leaves(Case(M, 5, 6, dtypes), generator, device)
         out = compiled(x, weight, bias)
-        expected = call(x, weight, bias, dtypes)
+        expected = call(x, weight, bias, dtypes, activation)
         assert same_bits(out.detach(), expected.detach())
         grads = torch.autograd.grad(out, (x, weight, bias), grad_out)
         for grad, eager in zip(grads, torch.autograd.grad(expected, (x, weight, bias), grad_out), strict=True):

@@ -67,11 +67,11 @@ def zero_d(dtype=f32):
     return torch.empty((), dtype=dtype, device="cuda")
 
 
-def step(n, lists, grad_dtype=f16, clip=False, by_sgd=False):
+def step(n, lists, grad_dtype=f16, clip=False, by_sgd=False, lr_device="cpu"):
     """The verdict, the update with its copies, and the scale's."""
     masters, grads, copies = lists(f32), lists(grad_dtype), lists(f16)
     norm, max_norm = (zero_d(f64), 1.0) if clip else (None, None)
-    scale, found_inf, lr = zero_d(), zero_d(), torch.tensor(1e-3, dtype=f64, device="cpu")
+    scale, found_inf, lr = zero_d(), zero_d(), torch.tensor(1e-3, dtype=f64, device=lr_device)
     rows = (torch.empty(n, dtype=dtype, device="cuda") for dtype in (f64, torch.int64))
     grad_stats.grad_stats_(grads, scale, found_inf, *rows, norm)
     counted, rest = [zero_d() for _ in range(n)], (scale, found_inf, norm, max_norm)
@@ -118,6 +118,12 @@ def test_fallback_step_is_a_few_passes(name):
     assert launches == of_many
     assert max(moved, moved_of_many) < 50.5  # the half: rows that are as long as one of 64 tensors
     assert moved <= 50
+
+
+@pytest.mark.parametrize("by_sgd", [False, True])
+def test_fallback_step_does_not_wait_for_an_lr_on_the_gpu(by_sgd):
+    """A tensor of FakeTensorMode has no value: reading one raises."""
+    assert counts(lambda *args: step(*args, by_sgd=by_sgd, lr_device="cuda"))[1] <= 50
 
 
 def test_fallback_step_table_is_what_is_counted():

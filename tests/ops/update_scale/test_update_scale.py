@@ -45,6 +45,16 @@ def overflows(n: int, share: float, seed: int) -> list[float]:
     return (torch.rand(n, generator=generator) < share).float().tolist()
 
 
+def test_update_scale_counts_in_a_strided_view(device):
+    ours = Scaler(device)
+    every_other = counts(4, device)
+    every_other[1::2] = 7
+    ours.skipped = every_other[::2]
+    for found in (1.0, 1.0, 0.0):
+        ours.update(found)
+    assert every_other.tolist() == [2, 7, 0, 7]
+
+
 @pytest.mark.parametrize("interval, share, n", [(2000, 0.0003, 5000), (3, 0.2, 200), (1, 0.4, 100), (7, 0.05, 500)])
 @pytest.mark.parametrize("factors", [(2.0, 0.5), (1.1, 0.7), (3.0, 0.1)])
 def test_update_scale_matches_torch(device, interval, share, n, factors):
@@ -196,6 +206,8 @@ def test_update_scale_opcheck(device, found_inf):
         (dict(skipped=torch.zeros(2)), "skipped must be"),
         (dict(found_inf=torch.zeros(1)), "found_inf must be"),
         (dict(found_inf=scalar(0, dtype=torch.int32)), "found_inf must be"),
+        (dict(hysteresis=2**31), "hysteresis must fit"),
+        (dict(hysteresis=-(2**31)), "hysteresis must fit"),
     ],
 )
 def test_update_scale_raises(device, change, message):
