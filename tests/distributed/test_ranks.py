@@ -928,3 +928,17 @@ def state_dicts_between_layouts(rank):
 
 def test_state_dict_goes_between_layouts():
     run_ranks(4, state_dicts_between_layouts)
+
+
+def test_the_only_replica_counts_in_the_norm():
+    """A mesh dimension of one rank, as HSDP has it on one node."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        place = lambda value: distribute_tensor(torch.full((4,), value), init_device_mesh("cpu", (1,)), [Replicate()])
+        parameter = nn.Parameter(place(1.0))
+        parameter.grad = place(3.0)
+        scaler = mpk.GradScaler(init_scale=1.0)
+        scaler.scale(torch.ones(()))
+        assert scaler.clip_grad_norm_(mpk.optim.SGD([parameter], lr=0.1), 1.0) == 6
+    finally:
+        distributed.destroy_process_group()

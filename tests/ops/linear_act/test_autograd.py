@@ -281,7 +281,8 @@ def test_linear_act_backward_opcheck(name, output_mask, generator, device):
 def test_linear_act_compiles(name, dynamic, activation, generator, device):
     """One graph, forward and backward, with the bits of eager."""
     dtypes = DTYPES[name]
-    compiled = torch.compile(lambda *args: call(*args, dtypes, activation), backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    function = lambda *args: call(*args, dtypes, activation)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     torch.compiler.reset()
     for M in (4, 7):
         x, weight, bias, grad_out = leaves(Case(M, 5, 6, dtypes), generator, device)

@@ -186,6 +186,16 @@ def test_update_large_tensor(rule, device):
 # ----- of one rule --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rule, options", [(SGD, dict(momentum=0.5)), (ADAMW, dict(decoupled=False))], ids=["sgd", "adam"])
+def test_no_weight_decay_reads_no_weight(device, rule, options):
+    """0 * inf is NaN: a weight of inf leaves the moments alone, as torch's `if weight_decay != 0` does."""
+    args = rule.arguments([torch.full((70,), math.inf, device=device)], [torch.ones(70, device=device)], **options)
+    args["weight_decay"] = 0.0
+    rule.call(**args)
+    assert (args["masters"][0] == math.inf).all()
+    assert all(t.isfinite().all() for name in rule.states for t in args[name])
+
+
 def test_sgd_first_step_ignores_the_buffer(device):
     """A buffer of NaN at step 0 is not read; dampening does not hold there; each tensor has its own first step."""
     args = SGD.arguments(
