@@ -42,12 +42,13 @@ OPTIMIZERS = {
 LAYOUTS = {
     "fsdp": (None, ((Shard(0),),)),
     "hsdp": ((2, 2), ((Replicate(), Shard(0)),)),
+    "hsdp on one node": ((1, 2), ((Replicate(), Shard(0)),)),
     "mixed": ((2, 2), ((Shard(0), Shard(0)), (Shard(0), Replicate()), (Replicate(), Shard(0)), (Replicate(), Replicate()))),
     "replicated": (None, ((Replicate(),),)),
 }
 everywhere = pytest.mark.parametrize(
     "world, layout",
-    [(2, "fsdp"), (3, "fsdp"), (4, "fsdp"), (4, "hsdp"), (4, "mixed"), (2, "replicated"), (3, "by hand")],
+    [(2, "hsdp on one node"), (3, "fsdp"), (4, "fsdp"), (4, "hsdp"), (4, "mixed"), (2, "replicated"), (3, "by hand")],
 )
 
 
@@ -254,6 +255,11 @@ def a_rank_without_gradients(rank, layout):
             assert (raw(map(local, sharded.params)) == before) == (value != 0 or rank == world - 1)
             if value == 0:
                 assert_agree(scaler.get_scale(), *([] if norm is None else [norm]))
+    of_one = mpk.optim.AdamW(sharded.params[:1], max_norm=1.0, **sharded.options)
+    sharded.give_grads(0, scaler.get_scale())
+    if rank == world - 1:
+        of_one.zero_grad()
+    step_by("step", scaler, of_one)
 
 
 @pytest.mark.parametrize("world, layout", [(2, "fsdp"), (3, "by hand")])
@@ -928,17 +934,3 @@ def state_dicts_between_layouts(rank):
 
 def test_state_dict_goes_between_layouts():
     run_ranks(4, state_dicts_between_layouts)
-
-
-def test_the_only_replica_counts_in_the_norm():
-    """A mesh dimension of one rank, as HSDP has it on one node."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        place = lambda value: distribute_tensor(torch.full((4,), value), init_device_mesh("cpu", (1,)), [Replicate()])
-        parameter = nn.Parameter(place(1.0))
-        parameter.grad = place(3.0)
-        scaler = mpk.GradScaler(init_scale=1.0)
-        scaler.scale(torch.ones(()))
-        assert scaler.clip_grad_norm_(mpk.optim.SGD([parameter], lr=0.1), 1.0) == 6
-    finally:
-        distributed.destroy_process_group()
