@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report of which gradients of a skipped step were not finite."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -18,8 +18,8 @@ HOW_TO_SEARCH = (
 )
 
 
-def report(optimizer: torch.optim.Optimizer) -> str:
-    """See `GradScaler.overflow_report`."""
+def report(optimizer: torch.optim.Optimizer, first_layer: Callable[[], str] | None = None) -> str:
+    """See `GradScaler.overflow_report`. first_layer: what a watch says of the step."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"overflow_report needs an optimizer of mpkernels.optim, which counts what it reads, got {_full_name(optimizer)}: "
@@ -31,7 +31,8 @@ def report(optimizer: torch.optim.Optimizer) -> str:
     grad_scale = read.stats[0].grad_scale
     scale = "none" if grad_scale is None else f"{grad_scale.item():.9g}"
     head = f"step {read.steps_called} skipped at scale {scale}: "
-    return "\n".join(head + line for line in _lines(read))
+    lines = _lines(read) if first_layer is None else [first_layer(), *_lines(read)]
+    return "\n".join(head + line for line in lines)
 
 
 def _full_name(optimizer) -> str:

@@ -37,6 +37,7 @@ class ScaleState(torch.amp.GradScaler):
         self._skipped: torch.Tensor | None = None
         self._loaded = {"hysteresis_tracker": self._hysteresis, "skipped": [0, 0]}  # what the two start from
         self._watch = SkipWatch()
+        self._layer_watch: Any = None  # of mpk.watch, which is told where a step ends
 
     def set_growth_factor(self, new_factor: float) -> None:
         """Set what the scale grows by."""
@@ -105,5 +106,5 @@ class ScaleState(torch.amp.GradScaler):
             self._skipped.copy_(torch.tensor(self._loaded["skipped"], dtype=torch.int64, device="cpu"))
 
     def __getstate__(self) -> dict:
-        fresh = {"_hysteresis_tracker": None, "_skipped": None, "_watch": SkipWatch()}
+        fresh = {"_hysteresis_tracker": None, "_skipped": None, "_watch": SkipWatch(), "_layer_watch": None}
         return {**super().__getstate__(), "_loaded": self._counts(), **fresh}

@@ -212,6 +212,8 @@ class GradScaler(ScaleState):
             raise AssertionError(
                 "No inf checks were recorded prior to update: call step() of an optimizer first, and update() once after it"
             )
+        if self._layer_watch is not None:
+            self._layer_watch._end_step(scale)
         found = [found for state in states for found in state["found_inf_per_device"].values()]
         if found:
             updated.append(self._skipped)
@@ -230,10 +232,14 @@ class GradScaler(ScaleState):
 
         A line each, in order of backward, with the largest of the (scaled) elements that are finite:
         `step 1204 skipped at scale 65536: blocks.7.fc2.weight has 3 non-finite of 4194304, amax 65472 of the finite ones`
-        Where all of them are, or nearly all, it began before backward: one line says so. Of DTensors and other shards each
-        rank names and counts its own. Raises TypeError for an optimizer that is not of mpkernels.optim.
+        Where all of them are, or nearly all, it began before backward: one line says so. With a watch (`mpk.watch`) the first
+        line says which layer it began in:
+        `step 1204 skipped at scale 65536: first in backward: blocks.7.fc2 (grad_x reaches inf); its output was fine (amax 35)`
+        Of DTensors and other shards each rank names and counts its own.
+        Raises TypeError for an optimizer that is not of mpkernels.optim.
         """
-        return overflow_report.report(optimizer)
+        watch, has_ended = self._layer_watch, self._stage(optimizer) is not OptState.STEPPED
+        return overflow_report.report(optimizer, None if watch is None else lambda: watch._sentence(has_ended))
 
 
 def _any(found: list[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -9,8 +9,9 @@ from mpkernels.precision.nonfinite import find_nonfinite
 from mpkernels.precision.plan import Plan, PlanRow, plan
 from mpkernels.precision.ranges import Range
 from mpkernels.precision.report import Report
+from mpkernels.precision.watch import LayerAmax, Watch, WatchReport, watch
 
 __all__ = [
-    "Advice", "AdviceRow", "Plan", "PlanRow", "PolicyRow", "Range", "Report",
-    "advise", "check_batch_invariant", "find_nonfinite", "plan",
+    "Advice", "AdviceRow", "LayerAmax", "Plan", "PlanRow", "PolicyRow", "Range", "Report", "Watch", "WatchReport",
+    "advise", "check_batch_invariant", "find_nonfinite", "plan", "watch",
 ]  # fmt: skip

@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: Apache-2.0
+"""watch: magnitudes of every linear without a host sync, the first layer of an overflow by name, and nothing left behind."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import mpkernels as mpk
+from tests.precision.test_find_nonfinite import Scale
+
+X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+
+
+def model_with(middle=None, policy="mixed_float16"):
+    """Linears 0, 3 and 5."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), middle or Scale(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    return model if policy is None else mpk.convert(model, policy)
+
+
+def parts(model, **options):
+    return mpk.optim.SGD(model.named_parameters(), lr=0.01, **options), mpk.GradScaler(init_scale=1024.0)
+
+
+def train(model, optimizer, scaler, x=X):
+    scaler.scale(model(x).float().square().mean()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
+def by_hand(model, x=X, scale=1024.0, fused=False):
+    """out and grad_x of each linear, from hooks of its own on a copy of the model. fused: out is that of the ReLU."""
+    model, found = copy.deepcopy(model), {}
+
+    def enter(name):
+        def hook(module, args):
+            view = args[0].view_as(args[0])
+            if view.requires_grad:
+                view.register_hook(lambda grad: found[name].__setitem__(1, amax(grad)))
+            return view
+
+        return hook
+
+    def leave(name, activation):
+        return lambda module, args, out: found.__setitem__(name, [amax(activation(out)), None])
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(enter(name))
+            act = torch.relu if fused and name != "5" else torch.abs
+            module.register_forward_hook(
+                lambda _, args, out, name=name, act=act: found.__setitem__(name, [amax(act(out)), None])
+            )
+    (model(x).float().square().mean() * scale).backward()
+    return found
+
+
+def amax(values):
+    return values.detach().abs().max().item()
+
+
+def seen(watch):
+    return {layer.name: [layer.out, layer.grad_x] for layer in watch.report().layers}
+
+
+def assert_close(found, expected, rel):
+    assert list(found) == list(expected)
+    for name, values in expected.items():
+        assert [v is None for v in found[name]] == [v is None for v in values]
+        assert [v for v in found[name] if v] == pytest.approx([v for v in values if v], rel=rel)
+
+
+def hooks_of(model):
+    return [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+
+
+# ----- magnitudes ---------------------------------------------------------------
+
+
+def test_watch_of_nn_linear_matches_hooks():
+    model = model_with(policy=None)
+    expected = by_hand(model)
+    optimizer, scaler = parts(model)
+    with mpk.watch(model, optimizer, scaler) as watch:
+        train(model, optimizer, scaler)
+        assert_close(seen(watch), expected, 1e-6)
+        assert expected["0"][1] is None
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float32"])
+def test_watch_changes_no_bit_of_a_converted_model(policy):
+    """The sequence still runs its layers fused, and grad_x is what the fused backward hands on."""
+    plain, watched = model_with(policy=policy), model_with(policy=policy)
+    expected = by_hand(watched, fused=True)
+    watch = mpk.watch(watched)
+    for model in (plain, watched):
+        model(X).float().square().mean().mul(1024).backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
+    assert_close(seen(watch), expected, 0.03)
+    watch.close()
+
+
+class Forbidden(TorchDispatchMode):
+    """Raises where a value of a tensor is asked for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "_local_scalar_dense" not in str(func)
+        assert "is_nonzero" not in str(func)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("policy", [None, "mixed_float16"])
+def test_watch_does_not_wait(policy, monkeypatch):
+    model = model_with(policy=policy)
+    optimizer, scaler = parts(model)
+    with mpk.watch(model, optimizer, scaler) as watch:
+        scale = scaler.scale(torch.ones(()))
+        with Forbidden():
+            model(X).float().square().mean().backward()
+            watch._end_step(scale)
+        for name in ("item", "tolist", "__bool__", "__float__", "cpu", "numpy"):
+            monkeypatch.setattr(torch.Tensor, name, None)
+        model(X).float().square().mean().backward()
+        watch._end_step(scale)
+        monkeypatch.undo()
+        assert watch.report().step == 2
+        assert all(layer.out > 0 for layer in watch.report().layers)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("policy", [None, "mixed_float16"])
+def test_watch_lets_inf_and_nan_through(value, policy):
+    model = model_with(Scale(value), policy)
+    with mpk.watch(model) as watch:
+        model(X).float().sum().backward()
+        out = {layer.name: layer.out for layer in watch.report().layers}
+    assert math.isfinite(out["0"])
+    assert not math.isfinite(out["3"])
+    assert not math.isfinite(out["5"])
+
+
+def test_watch_counts_accumulation_repeated_calls_and_tied_weights():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.never = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(self.a(x)))
+
+    model = mpk.convert(Twice(), "mixed_float16")
+    optimizer, scaler = parts(model)
+    outs = []
+    model.a.register_forward_hook(lambda module, args, out: outs.append(amax(out)))
+    with mpk.watch(model, optimizer, scaler) as watch:
+        scaler.scale(model(X * 3).square().mean()).backward()
+        train(model, optimizer, scaler)
+        layers = {layer.name: layer for layer in watch.report().layers}
+    assert len(outs) == 4
+    assert layers["a"].out == max(outs)
+    assert layers["b"].grad_x > 0
+    assert (layers["never"].out, layers["never"].grad_x, layers["never"].room) == (None, None, None)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("policy", [None, "mixed_float16"])
+def test_watch_of_checkpointed_layers(use_reentrant, policy):
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(2))
+    if policy is not None:
+        mpk.convert(blocks, policy)
+    x = X.clone().requires_grad_()
+
+    def run(apply):
+        with mpk.watch(blocks) as watch:
+            y = x
+            for block in blocks:
+                y = apply(block, y)
+            y.float().square().mean().backward()
+            return seen(watch), watch._current_order()
+
+    again = lambda block, y: checkpoint(block, y, use_reentrant=use_reentrant)
+    assert run(again) == run(lambda block, y: block(y))
+
+
+@pytest.mark.parametrize("policy", [None, "mixed_bfloat16"])
+def test_watch_in_autocast(policy):
+    model = model_with(policy=policy)
+    with mpk.watch(model) as watch, torch.autocast("cpu", torch.bfloat16):
+        model(X).float().square().mean().backward()
+        layers = watch.report().layers
+    assert all(layer.out > 0 for layer in layers)
+    assert [layer.grad_x is None for layer in layers] == [True, False, False]
+
+
+def test_watch_of_multihead_attention():
+    model = mpk.convert(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), "mixed_float16")
+    with mpk.watch(model) as watch:
+        model(X.view(2, 3, 8).requires_grad_()).square().mean().backward()
+        layers = {layer.name: layer for layer in watch.report().layers}
+    assert list(layers) == ["self_attn", "linear1", "linear2"]
+    assert "without calling it" in layers["self_attn"].note
+    assert all(layer.out > 0 and layer.grad_x > 0 for layer in layers.values())
+
+
+def test_watch_leaves_out_evaluation_and_transforms():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    with mpk.watch(model) as watch:
+        model.eval()
+        with torch.no_grad():
+            model(X)
+        torch.func.vmap(model)(X)
+        torch.func.grad(lambda x: model(x).sum())(X)
+        assert all(layer.out is None for layer in watch.report().layers)
+
+
+@pytest.mark.parametrize("policy", [None, "mixed_float16"])
+def test_watch_compiles(policy):
+    model = model_with(policy=policy)
+    if policy is not None:
+        mpk.convert(model, policy, min_size=0)
+    with mpk.watch(model) as watch:
+        model(X).float().square().mean().backward()
+        eager, order = seen(watch), watch._current_order()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with mpk.watch(compiled, optimizer) as watch:
+        for _ in range(2):
+            compiled(X).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert_close(seen(watch), eager, 0.05)
+            assert watch._order == order
+
+
+# ----- the first layer by name ---------------------------------------------------------------
+
+
+def test_watch_names_the_first_in_forward():
+    model = model_with(Scale(2e5))
+    optimizer, scaler = parts(model)
+    with mpk.watch(model, optimizer, scaler) as watch:
+        train(model, optimizer, scaler)
+        report = watch.report()
+        assert (report.ok, report.module, report.direction) == (False, "3", "forward")
+        lines = scaler.overflow_report(optimizer).splitlines()
+        assert lines[0] == "step 1 skipped at scale 1024: first in forward: 3 (out has NaN)"
+        assert "5.bias" in lines[1]
+    assert "first in" not in scaler.overflow_report(optimizer)
+
+
+def test_watch_names_the_first_in_backward():
+    """Backward reaches 3 before 0: what Scale hands back is too large for the linear before it, whose input has a gradient."""
+    torch.manual_seed(0)
+    model = mpk.convert(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), Scale(backward=1e9), nn.Linear(8, 4)))
+    optimizer, scaler = parts(model)
+    with mpk.watch(model, optimizer, scaler) as watch:
+        scaler.scale(model(X).float().square().mean()).backward()
+        scaler.step(optimizer)
+        before = scaler.overflow_report(optimizer)
+        scaler.update()
+        assert scaler.overflow_report(optimizer) == before
+        report = watch.report()
+    assert (report.module, report.direction) == ("2", "backward")
+    first = before.splitlines()[0]
+    assert first.startswith("step 1 skipped at scale 1024: first in backward: 2 (grad_x ")
+    assert first.endswith(f"; its output was fine (amax {report.amax:.3g})")
+    assert report.amax == {layer.name: layer.out for layer in report.layers}["2"]
+
+
+def test_watch_names_the_data():
+    model = model_with()
+    optimizer, scaler = parts(model)
+    x = X.clone()
+    x[0, 0] = math.nan
+    with mpk.watch(model, optimizer, scaler) as watch:
+        train(model, optimizer, scaler, x)
+        assert "first" not in scaler.overflow_report(optimizer).splitlines()[0]
+        assert "in the data: what the model was given has NaN" in scaler.overflow_report(optimizer)
+        assert watch.report().direction == "data"
+        train(model, optimizer, scaler)
+        assert watch.report()
+        assert scaler.overflow_report(optimizer) == ""
+
+
+def test_watch_says_where_every_linear_is_finite():
+    """Of a gradient that only a weight has."""
+    model = mpk.convert(nn.Sequential(nn.Linear(8, 4)), "mixed_float16,grad=float16")
+    optimizer, scaler = parts(model)
+    with mpk.watch(model, optimizer, scaler):
+        scaler.scale(model(X * 1000).float().square().sum()).backward()
+        scaler.step(optimizer)
+        assert "out and grad_x of every linear are finite" in scaler.overflow_report(optimizer)
+
+
+# ----- steps, state and the end ---------------------------------------------------------------
+
+
+def test_watch_steps_by_the_optimizer_without_a_scaler():
+    model = model_with(policy="mixed_bfloat16")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for scaler in (None, mpk.GradScaler(enabled=False)):
+        with mpk.watch(model, optimizer, scaler) as watch:
+            for step in range(2):
+                assert watch.report().step == step
+                model(X).float().square().mean().backward()
+                optimizer.step()
+        optimizer.step()
+
+
+def test_watch_report_is_a_table():
+    model = model_with()
+    optimizer, scaler = parts(model)
+    with mpk.watch(model, optimizer, scaler) as watch:
+        assert "so far: every out and grad_x is finite" in str(watch.report())
+        train(model, optimizer, scaler)
+        lines = str(watch.report()).splitlines()
+    assert lines[0] == "step 1 at loss scale 1024: every out and grad_x is finite"
+    assert lines[1].split() == ["layer", "policy", "out", "grad_x", "room"]
+    assert [line.split()[:2] for line in lines[2:]] == [[name, "mixed_float16"] for name in "035"]
+    assert lines[2].split()[3] == "-"
+
+
+def test_watch_room_is_that_of_the_format():
+    model = mpk.convert(nn.Sequential(nn.Linear(2, 2, bias=False)), "mixed_float16")
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+    with mpk.watch(model) as watch:
+        model(torch.full((1, 2), 65504.0 / 8))
+        (layer,) = watch.report().layers
+    assert layer.room == pytest.approx(3.0)
+
+
+def test_watch_close_leaves_nothing():
+    model = model_with()
+    optimizer, scaler = parts(model)
+    mine = model[3].register_forward_hook(lambda *_: None)
+    before = hooks_of(model)
+    watch = mpk.watch(model, optimizer, scaler)
+    train(model, optimizer, scaler)
+    watch.close()
+    watch.close()
+    assert hooks_of(model) == before
+    assert not optimizer._optimizer_step_post_hooks
+    assert scaler._layer_watch is None
+    train(model, optimizer, scaler)
+    mine.remove()
+    for use in (watch.report, watch.state_dict, lambda: watch.load_state_dict({}), watch.__enter__):
+        with pytest.raises(RuntimeError, match="it is closed: make a new one"):
+            use()
+    mpk.watch(model, optimizer, scaler).close()
+
+
+def test_watch_does_not_follow_copies():
+    model = model_with()
+    optimizer, scaler = parts(model)
+    with mpk.watch(model, optimizer, scaler) as watch:
+        copied = copy.deepcopy(model)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        other = copy.deepcopy(scaler)
+        for each in (copied, loaded):
+            each(X).float().sum().backward()
+        assert other._layer_watch is None
+        assert all(layer.out is None for layer in watch.report().layers)
+        mpk.watch(copied).close()
+
+
+def test_watch_state_dict_round_trip():
+    model = model_with()
+    optimizer, scaler = parts(model)
+    file = io.BytesIO()
+    with mpk.watch(model, optimizer, scaler) as watch:
+        train(model, optimizer, scaler)
+        model(X)
+        torch.save(watch.state_dict(), file)
+        expected, table = watch.report(), watch._table.clone()
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    with mpk.watch(model, optimizer, scaler) as watch:
+        watch.load_state_dict(state)
+        assert watch.report() == expected
+        assert torch.equal(watch._table, table)
+        for bad, error, message in (
+            (3, TypeError, "must be what a watch's"),
+            ({}, ValueError, "lacks layers, steps"),
+            (dict(state, layers=["0", "3", "9"]), ValueError, "of other layers than the model has: 5, 9"),
+            (dict(state, last=torch.zeros(2)), ValueError, "last of the state_dict must be a tensor"),
+        ):
+            with pytest.raises(error, match=message):
+                watch.load_state_dict(bad)
+        assert watch.report() == expected
+
+
+def test_watch_refuses():
+    model = model_with()
+    optimizer, scaler = parts(model)
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
+        mpk.watch(3)
+    with pytest.raises(ValueError, match="the model has no linear"):
+        mpk.watch(nn.Sequential(nn.Conv1d(2, 2, 1)))
+    with pytest.raises(RuntimeError, match="on meta and has no values"):
+        mpk.watch(nn.Linear(2, 2, device="meta"))
+    with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer, got GradScaler"):
+        mpk.watch(model, scaler)
+    with pytest.raises(TypeError, match=r"must be an mpkernels.GradScaler, got torch.amp.grad_scaler.GradScaler"):
+        mpk.watch(model, optimizer, torch.amp.GradScaler("cpu"))
+    with pytest.raises(TypeError, match="process_group must be a ProcessGroup"):
+        mpk.watch(model, process_group=3)
+    assert not hooks_of(model)
+    with mpk.watch(model, optimizer, scaler):
+        with pytest.raises(RuntimeError, match="0 is watched already"):
+            mpk.watch(nn.Sequential(nn.Linear(2, 2), model))
+        with pytest.raises(RuntimeError, match="the scaler has a watch already"):
+            mpk.watch(nn.Linear(2, 2), optimizer, scaler)
