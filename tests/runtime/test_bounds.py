@@ -3,10 +3,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from mpkernels.ops.linear_act import Activation
+from mpkernels.testing.bounds import random_sign_excess
 from tests import bounds
 
 NONE = Activation.NONE
@@ -54,3 +56,71 @@ def test_bounds_of_products_that_underflow(out_dtype):
     check(x, 1000 * 2.0**-130)
     with pytest.raises(AssertionError, match="bound 1"):
         check(x, 0.0)
+
+
+# ----- the formulas, in their own figures ---------------------------------------------------------------
+
+
+def worst_case(K: int, v: float, r: float, dtype: torch.dtype) -> float:
+    """Bound 1 of K products of 1 and a bias of 0, before the last rounding and after it."""
+    u, n = 2.0 ** {torch.float64: -53, torch.float32: -24, torch.float16: -11}[dtype], K + 2
+    return u * r + (1 + u) * (n * v / (1 - n * v) * K)
+
+
+@pytest.mark.parametrize("K", [1, 7, 1000])
+@pytest.mark.parametrize(
+    "compute, given, v",
+    [(torch.float16, 2.0**-23, 2.0**-23), (torch.float32, 2.0**-24, 2.0**-24), (torch.float64, 2.0**-24, 2.0**-53)],
+)
+def test_bound_1_in_figures(K, compute, given, v):
+    """The accumulator of fp64 has its own roundoff whatever is given. Results of fp64 are exact enough to stand on the edge."""
+    x, weight = torch.ones(1, K, dtype=compute), torch.ones(1, K, dtype=compute)
+    allowed = worst_case(K, v, K, torch.float64)
+    for sign in (1, -1):
+        check = lambda out: bounds.check_forward(
+            torch.tensor([[out]], dtype=torch.float64), x, weight, None, NONE, compute, given
+        )
+        unit = math.ulp(K)
+        check(K + sign * math.floor(allowed / unit) * unit)
+        with pytest.raises(AssertionError, match="bound 1"):
+            check(K + sign * (math.floor(allowed / unit) + 1) * unit)
+
+
+@pytest.mark.parametrize("activation", [Activation.GELU, Activation.GELU_TANH, Activation.SILU])
+def test_bound_1_of_a_smooth_activation_in_figures(activation):
+    """The accumulator's error times the steepest slope, 1.13, and 8 roundoffs of the value; at 1000 they are identities."""
+    K, v = 1000, 2.0**-24
+    x, weight = torch.ones(1, K), torch.ones(1, K)
+    n, u = K + 2, 2.0**-53
+    allowed = u * K + (1 + u) * (1.13 * (n * v / (1 - n * v) * K) + 8 * v * K)
+    check = lambda out: bounds.check_forward(
+        torch.tensor([[out]], dtype=torch.float64), x, weight, None, activation, torch.float32
+    )
+    check(K + allowed * (1 - 1e-9))
+    with pytest.raises(AssertionError, match="bound 1"):
+        check(K + allowed * (1 + 1e-9))
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 5), (16, 3, 5)])
+def test_random_sign_excess_in_figures(shape):
+    M, K, N = shape
+    a, b = torch.ones(M, K), torch.ones(K, N)
+    exact = (a @ b).double()
+    allowed = 2.0**-24 * K + (1 + 2.0**-24) * (5 * math.sqrt(K) * 2.0**-23 * math.sqrt(K))
+    got = (exact + 2.0**-10).float()
+    excess = random_sign_excess(got, exact, a, b, 0, torch.float32, 2.0**-23)
+    assert np.isclose(excess, 2.0**-10 / allowed, rtol=1e-6)
+
+
+def test_accumulator_roundoff_by_device_and_dtype():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    assert [bounds.accumulator_roundoff(cpu, d) for d in (torch.float16, torch.float32, torch.float64)] == [
+        2.0**-24,
+        2.0**-24,
+        2.0**-53,
+    ]
+    assert [bounds.accumulator_roundoff(cuda, d) for d in (torch.bfloat16, torch.float32, torch.float64)] == [
+        2.0**-23,
+        2.0**-24,
+        2.0**-53,
+    ]

@@ -78,6 +78,15 @@ def test_cache_of_another_user_is_refused(folder, monkeypatch):
     check_refused(folder, f"{folder} belongs to another user: set XDG_CACHE_HOME to a folder of your own")
 
 
+def test_cache_that_another_user_makes_in_between_is_refused(folder, monkeypatch):
+    """Between the first look at the folder and its making."""
+    reasons = iter([None, "another user's"])
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "untrusted_reason", lambda: next(reasons))
+        assert not cache.update(folder / proof.FILE, {"place": "x"})
+    assert cache.read(folder / proof.FILE) == {"place": None}
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a link away")
 def test_cache_behind_another_users_link_is_refused(folder):
     """As where XDG_CACHE_HOME is /tmp."""

@@ -424,8 +424,9 @@ def test_prove_table_shows_what_auto_takes(monkeypatch):
         right | {"backend": "triton", "speeds": {"1e5": 1.5, "1e6": 1.25}},
         right | {"backend": "eager", "speeds": {}},
     ]
+    rows += [right | {"op": "grad_stats_", "backend": "eager", "speeds": {}}]
     lines = module.table(rows, GPU).splitlines()
-    assert [("takes" in line) for line in lines] == [False, False, True, False, False]
+    assert [("takes" in line) for line in lines] == [False, False, True, False, True, False]
     assert "1.50  1.25" in lines[2]
     assert lines[-1] == "sizes of sgd_: 1e5, 1e6"
 

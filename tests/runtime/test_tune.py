@@ -88,6 +88,17 @@ def backward_of(kernel):
 # ----- what is rejected ---------------------------------------------------------------
 
 
+def test_tune_races_each_gemm_alone(monkeypatch):
+    """Triton's tiles of dgrad by grad_x, those of wgrad by grad_weight, and then the whole call."""
+    for op in (forward_op, backward_op):
+        monkeypatch.setattr(op, "why_not", lambda *_: None)
+    seen = []
+    monkeypatch.setattr(tune, "_race", lambda *args: seen.append(args[5:]))
+    tune.tune_problem(BACKWARD, 512, CPU, 1)
+    tune.tune_problem(FPROP, 24, CPU, 1)
+    assert seen == [((True, False, False),), ((False, True, False),), (), ((True, True, True),), ()]
+
+
 def test_tune_times_what_is_right(race, monkeypatch):
     """A sound candidate wins by its time alone, and the loser's reason is its time."""
     monkeypatch.setattr(tune, "interleave", lambda runs, device, rounds: {"eager": [30.0], "contender": [20.0]})

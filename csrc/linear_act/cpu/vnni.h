@@ -37,7 +37,7 @@ constexpr int64_t padded_words(int64_t words) { return (words + kVnniStep - 1) /
 
 // ----- the guard against flushed products -----
 
-// A magnitude is the bits of a bf16 without the sign, less one: 0 wraps around to the largest.
+// A magnitude is the bits of a bf16 without the sign, less one: 0 wraps around to the largest, whose exponent is 512.
 constexpr uint16_t kAllZero = 0xffff;
 
 MPK_CLONES uint16_t min_nonzero_magnitude(const float* words, int64_t n) {
@@ -50,7 +50,6 @@ MPK_CLONES uint16_t min_nonzero_magnitude(const float* words, int64_t n) {
 
 // Whether no product of nonzero elements with these minima is below 2^-100.
 inline bool products_stay_normal(uint16_t min_a, uint16_t min_b) {
-  if (min_a == kAllZero || min_b == kAllZero) return true;
   const int a = (min_a + 1) >> 7, b = (min_b + 1) >> 7;  // biased exponents; 0 of subnormals
   return a != 0 && b != 0 && a + b >= 2 * 127 - 100;
 }

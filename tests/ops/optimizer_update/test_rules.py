@@ -248,6 +248,31 @@ def test_update_stochastic_rounding_is_by_step_and_place(rule, name, power, devi
         assert args[name][0].view(torch.int16).tolist() == expected
 
 
+def test_stochastic_rounding_of_fp64_is_by_all_of_its_bits(device):
+    """A second moment of an fp64 master: what fp32 would round away decides, one time in 65,536, which neighbour is taken."""
+    n = 2**19
+    grad = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    args = ADAMW.arguments([torch.ones(n, device=device, dtype=torch.float64)], [grad.to(device)], (None,), beta2=0.5)
+    args |= {name: [torch.zeros(n, dtype=torch.bfloat16, device=device)] for name in ("exp_avgs", "exp_avg_sqs")}
+    ADAMW.call(**args)
+    place = np.arange(n, dtype=np.uint64) ^ lowbias32(scalar(1.0).view(torch.int32).item())
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        place = ((place ^ place >> shift) * factor) & 0xFFFFFFFF
+    exact = grad.numpy() ** 2 * 0.5
+    nearest = exact.astype(np.float32)
+    toward_0 = np.where(nearest > exact, np.nextafter(nearest, np.float32(0)), nearest)
+    odd = toward_0.view(np.uint32) | (toward_0 != exact)
+    expected = (odd + ((place ^ place >> 16) >> 16).astype(np.uint32)) >> 16
+    assert np.array_equal(args["exp_avg_sqs"][0].cpu().view(torch.int16).numpy(), expected.astype(np.int16))
+
+
+def test_unscaling_of_fp64_is_fp64(device):
+    """1 / 3 in fp32 is off by 1e-8."""
+    args = SGD.arguments([torch.zeros(5, dtype=torch.float64, device=device)], [torch.ones(5, device=device).double()], lr=1.0)
+    SGD.call(**args, grad_scale=scalar(3.0, device))
+    assert np.abs(join(args["masters"]) * -3 - 1).max() < 1e-15
+
+
 def test_lion_sign_of_zero_and_nan(device):
     """0 where gradient and moment cancel or are 0 of either sign, so that weights only decay; NaN where it is NaN."""
     grads = torch.tensor([0.0, -0.0, -1.0, math.nan, math.inf, -math.inf, 1e-30], device=device)
