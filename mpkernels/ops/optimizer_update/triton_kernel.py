@@ -52,19 +52,18 @@ def update_kernel(
         # ----- scalars, in fp64
         s = scalars(load_lr(lr_ptr, lr), steps_taken(steps_ptr, place), p0, p1, p2, p3, p4, p5, p6, master_type)
         factor = grad_factor(grad_scale_ptr, grad_norm_ptr, max_norm, MAXIMIZE).to(master_type)
-        # ----- NOTE: a mask would keep the loads of whole chunks from being 16 bytes wide
-        if end - start == CHUNK:
-            for first in range(start, end, BLOCK):
-                _block(
-                    w_ptr, grad_ptr, s0_ptr, s1_ptr, s2_ptr, copy_ptr, first, end, factor, s, formula, state_type, FLAGS,
-                    False, BLOCK,
-                )  # fmt: skip
-        else:
-            for first in range(start, end, BLOCK):
-                _block(
-                    w_ptr, grad_ptr, s0_ptr, s1_ptr, s2_ptr, copy_ptr, first, end, factor, s, formula, state_type, FLAGS,
-                    True, BLOCK,
-                )  # fmt: skip
+        # ----- NOTE: a mask would keep the loads of whole blocks from being 16 bytes wide
+        masked = end - (end - start) % BLOCK
+        for first in range(start, masked, BLOCK):
+            _block(
+                w_ptr, grad_ptr, s0_ptr, s1_ptr, s2_ptr, copy_ptr, first, end, factor, s, formula, state_type, FLAGS,
+                False, BLOCK,
+            )  # fmt: skip
+        if masked < end:
+            _block(
+                w_ptr, grad_ptr, s0_ptr, s1_ptr, s2_ptr, copy_ptr, masked, end, factor, s, formula, state_type, FLAGS,
+                True, BLOCK,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -74,8 +73,9 @@ def _block(
 ):  # fmt: skip
     """BLOCK elements from `start`. Pointers to states and copies may be None."""
     # ----- load
-    index = start + tl.arange(0, BLOCK)
-    mask = index < end if MASKED else None
+    lane = tl.arange(0, BLOCK)
+    mask = lane < (end - start).to(tl.int32) if MASKED else None
+    index = start + lane
     w = tl.load(w_ptr + index, mask=mask)
     s0 = None if s0_ptr is None else tl.load(s0_ptr + index, mask=mask)
     s1 = None if s1_ptr is None else tl.load(s1_ptr + index, mask=mask)
