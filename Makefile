@@ -16,13 +16,14 @@ LIBRARY := mpkernels/_C.abi3.so
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export MAX_JOBS ?= 2
 
-.PHONY: help prove demo test sweep bench report docs lint mutants wheel build clean
+.PHONY: help prove demo test sweep release bench report docs lint mutants wheel build clean
 
 help:
 	@echo "make prove   hold every kernel against fp64 on this GPU: what is right there is used; first of demo, test and bench"
 	@echo "make demo    train digits under every policy (demo/results.json, demo/loss.png)"
-	@echo "make test    lint, build, and every test that takes less than 12 minutes together"
-	@echo "make sweep   the long tests: all tiles x architectures ahead of time, large sweeps (FULL=1 for more)"
+	@echo "make test    lint, build, and the quick tests: of every kind some, less than 8 minutes together"
+	@echo "make sweep   the long tests: tiles ahead of time, more seeds and steps; less than 15 minutes"
+	@echo "make release what changes rarely and takes hours: every tile x architecture x Triton, every position"
 	@echo "make bench   check and time every op against its peers (QUICK=1: less than ten minutes), rows in bench/out"
 	@echo "make report  tables and charts of README.md and docs, from the rows in bench/results"
 	@echo "make docs    the pages of docs and the API as a site, in site/; a link that leads nowhere fails"
@@ -38,10 +39,14 @@ demo: prove
 	$(PY) examples/digits_mlp.py
 
 test: lint prove
-	$(PY) -m pytest -n 2 --dist worksteal -m "not sweep"
+	$(PY) -m pytest -n 2 --dist worksteal -m "not sweep and not release"
 
 sweep: build $(STAMPS)/test
 	$(PY) -m pytest -n 2 --dist worksteal -m sweep
+
+# In an hour a test may take a while: none is ended early, only what hangs.
+release: build $(STAMPS)/test
+	$(PY) -m pytest -n 2 --dist worksteal -m release --timeout 1800 -o faulthandler_timeout=1860
 
 bench: prove
 	@mkdir -p $(OUT)

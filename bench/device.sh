@@ -67,7 +67,7 @@ part_race() { "$python" -m bench.race gemm --rows "$out/rows.jsonl"; }
 part_step() { MPKERNELS_BACKEND=grad_stats_=native,adamw_=native,update_scale_=native "$python" -m bench.race step --rows "$out/rows.jsonl"; }
 part_replay() { pytest_gpu 0 -m gpu -k native tests/ops/optimizer_update/test_step_gpu.py; }
 part_native() { # what is generated is in the sweep
-  pytest_gpu 8 -m "not sweep" -k "not generated and not triton and (native and gpu or cuda and (hopper or native))" \
+  pytest_gpu 8 -m "not sweep and not release" -k "not generated and not triton and (native and gpu or cuda and (hopper or native))" \
     tests/ops/{linear_act/test_{linear_act_gpu,sm90},optimizer_update/test_{rules,skips,state_dtype},grad_stats/test_grad_stats,update_scale/test_update_scale}.py
 }
 part_triton() { # each of these compiles kernels of its own; none takes the time

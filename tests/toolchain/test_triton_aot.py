@@ -20,6 +20,7 @@ from tests.toolchain.triton_aot import SHARED_LIMIT, TENSOR_CORES
 HERE = Path(__file__).parent
 # The oldest and the newest that torch 2.11 to 2.15 come with; the tests run with the one that constraints.txt pins.
 OTHER_VERSIONS = ("3.6.0", "3.9.0")
+IN_SWEEP = (("3.6.0", 80), ("3.6.0", 100), ("3.9.0", 86), ("3.9.0", 90))
 OPS = sorted(path.stem.removeprefix("triton_aot_") for path in HERE.glob("triton_aot_*.py") if "control" not in path.stem)
 
 
@@ -84,32 +85,39 @@ def test_triton_aot_tells_a_relu_that_drops_nan(sm):
     assert not keeps["maxima_that_drop_nan"]
 
 
+def architectures(hopper, others) -> list:
+    """Every architecture, with the marks of Hopper's and of the others' tests."""
+    return [pytest.param(sm, marks=hopper if sm == 90 else others) for sm in sorted(SHARED_LIMIT)]
+
+
+def other_versions(sms) -> list:
+    """(version, sm) of each of the other versions, of which the sweep takes some."""
+    pairs = [(version, sm) for version in OTHER_VERSIONS for sm in sms]
+    return [pytest.param(*pair, marks=pytest.mark.sweep if pair in IN_SWEEP else pytest.mark.release) for pair in pairs]
+
+
+@pytest.mark.parametrize("sm", architectures((), pytest.mark.sweep))
 @pytest.mark.parametrize("op", OPS)
-def test_triton_aot_few_tiles(op):
-    for row in compiled(op, 90):
+def test_triton_aot_few_tiles(op, sm):
+    for row in compiled(op, sm):
         check(row)
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("sm", sorted(SHARED_LIMIT))
+@pytest.mark.parametrize("sm", architectures(pytest.mark.sweep, pytest.mark.release))
 @pytest.mark.parametrize("op", OPS)
 def test_triton_aot_every_tile(op, sm):
     for row in compiled(op, sm, "--all"):
         check(row)
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("sm", sorted(SHARED_LIMIT))
+@pytest.mark.parametrize("version, sm", other_versions(sorted(SHARED_LIMIT)))
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("version", OTHER_VERSIONS)
-def test_triton_aot_other_versions(version, op, sm):
+def test_triton_aot_other_versions(op, version, sm):
     for row in compiled(op, sm, version=version):
         check(row)
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("sm", [90, 100])
-@pytest.mark.parametrize("version", OTHER_VERSIONS)
+@pytest.mark.parametrize("version, sm", other_versions((90, 100)))
 def test_triton_aot_other_versions_descriptors(version, sm):
     """Every tile: Triton's versions differ in what they specialize, and die of."""
     rows = compiled("linear_act", sm, "--all", "--kernel", "gemm_tma_kernel", version=version)

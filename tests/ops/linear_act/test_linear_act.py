@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_act and linear_act_backward, by eager and by auto, against fp64: rounding, exact cases, mask, non-finite values."""
 
-import os
 from itertools import product
 
 import numpy as np
@@ -54,9 +53,12 @@ def test_linear_act_odd_shapes(rows, generator, device):
         run_named(case, generator, device)
 
 
-@pytest.mark.parametrize(
-    "seed", [*range(20), *(pytest.param(s, marks=pytest.mark.sweep) for s in range(20, 400 if os.environ.get("FULL") else 40))]
-)
+def seed(n: int):
+    """Generated cases: a few in every run, more in the sweep, most before a release."""
+    return pytest.param(n, marks=() if n < 6 else pytest.mark.sweep if n < 40 else pytest.mark.release)
+
+
+@pytest.mark.parametrize("seed", [seed(n) for n in range(200)])
 def test_linear_act_generated_shapes(seed, generator, device):
     random = np.random.default_rng(seed)
     for _ in range(100):
