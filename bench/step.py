@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ import mpkernels as mpk
 from bench.cases import Step
 from bench.contender import OURS, Contender, Missing, check_peer, numerics, package, with_forced
 from bench.rows import free_bytes
+from mpkernels.ops import grad_stats
 from mpkernels.ops.optimizer_update import reference
-from mpkernels.optim import grad_reading
 from mpkernels.runtime import compute_copy
 from tests import bounds
 
@@ -125,16 +126,13 @@ def plain_read(case, device) -> Recipe:
         p.grad = grad.view_as(p)
     words, step = flat.view(torch.int32), recipe.step
 
-    def read(grads, grad_scale, found_inf, *_, **__):
+    def read(call):
         words.amax()
-        found_inf.zero_()
+        call.found_inf.zero_()
 
     def step_with_plain_read():
-        whole, grad_reading.grad_stats_ = grad_reading.grad_stats_, read
-        try:
+        with mock.patch.object(grad_stats.op, "run_checked", read):
             step()
-        finally:
-            grad_reading.grad_stats_ = whole
 
     return replace(recipe, step=step_with_plain_read)
 

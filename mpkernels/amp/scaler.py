@@ -10,7 +10,7 @@ from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 
 from mpkernels.amp import overflow_report, values
 from mpkernels.amp.scale_state import ScaleState
-from mpkernels.ops.update_scale import update_scale_
+from mpkernels.ops import update_scale
 from mpkernels.optim.grad_reading import scalar
 from mpkernels.optim.optimizer import Optimizer
 from mpkernels.runtime.op import move_versions
@@ -217,11 +217,11 @@ class GradScaler(ScaleState):
         found = [found for state in states for found in state["found_inf_per_device"].values()]
         if found:
             updated.append(self._skipped)
-            update_scale_(
+            update_scale.op.run_checked(update_scale.ScaleCall(
                 *updated, _any(found, scale.device),
                 self._growth_factor, self._backoff_factor, self._growth_interval,
-                self._hysteresis, self._min_scale, self._max_scale, checked=True,
-            )  # fmt: skip
+                self._hysteresis, self._min_scale, self._max_scale,
+            ))  # fmt: skip
             move_versions(updated)
         self._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
         if found:

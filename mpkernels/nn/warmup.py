@@ -36,7 +36,7 @@ def warmup(model: nn.Module, example_inputs: object) -> None:
             torch.autograd.grad(outputs, params, [torch.zeros_like(t) for t in outputs], allow_unused=True)
     for device, dtype in {(p.device, p.dtype) for p in params}:
         for op in resolve.ops.values():
-            if op.mutated is not None:  # the step's: those of the layers have just run, in their compute dtypes
+            if op.writes:  # the step's: those of the layers have just run, in their compute dtypes
                 op.backend(device, dtype)
 
 

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is done to gradients before a step: one read for found_inf and the norm, a clip that waits for the step, unscaling."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from mpkernels.ops import grad_stats
 from mpkernels.ops.common.layout import overlaps
 from mpkernels.ops.common.multi_tensor import inv_scale, skip_flag
-from mpkernels.ops.grad_stats import grad_stats_
 from mpkernels.optim.distributed import LOCAL, local, norm_of, squares_of
 from mpkernels.optim.step_plan import StepPlan
 from mpkernels.runtime.fake import copy_
+from mpkernels.runtime.op import Op
 
 
 @dataclass(eq=False)
@@ -134,18 +134,18 @@ class GradReader:
 
     # ----- unscaling ------------------------------------------------------------------------------
 
-    def unscale(self, plan: StepPlan, grad_scale: torch.Tensor, check: Callable) -> None:
+    def unscale(self, plan: StepPlan, grad_scale: torch.Tensor, op: Op) -> None:
         """Divide the gradients by `grad_scale`. 16-bit ones become fp32: nothing is rounded or lost."""
         clip = self.clip_in_force(plan)
         for parameter in plan.params:
             if parameter.grad.dtype.itemsize == 2:
                 parameter.grad_dtype = None  # any: float32 would stick, and DDP refuse the next backward
                 parameter.grad = parameter.grad.float()
-        plan.rebuild_grads([plan.local(p.grad) for p in plan.params], check)
+        plan.rebuild_grads([plan.local(p.grad) for p in plan.params], op)
         self.read(plan, grad_scale, norm=clip is not None)
         for stats in self.stats.values():
             stats.found_inf = skip_flag(stats.found_inf, stats.grad_scale).float()
-        unscalings = [Unscaling(call.grads, scalar(grad_scale, call.device), None) for call in plan.calls]
+        unscalings = [Unscaling(lists.grads, scalar(grad_scale, lists.device), None) for lists in plan.updates]
         for unscaling in unscalings:  # what allocates came before: an exception leaves all gradients scaled
             unscaling.write()
         if clip is not None and plan.params:
@@ -200,7 +200,7 @@ def read_list(
     )
     if params:
         given = (grads, stats.grad_scale, stats.found_inf, stats.amax, stats.nonfinite, stats.grad_norm)
-        grad_stats_(*given, checked=True)  # by the optimizer, by name
+        grad_stats.op.run_checked(grad_stats.StatsCall(*given))  # checked by the optimizer, by name
     return stats
 
 

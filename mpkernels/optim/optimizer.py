@@ -11,8 +11,8 @@ from mpkernels.optim.format_checks import check_gradient, check_not_shared, chec
 from mpkernels.optim.grad_reading import GradReader, LastRead, Unscaling, scalar
 from mpkernels.optim.stateful import StatefulOptimizer
 from mpkernels.optim.step_plan import GroupValues, Signature, StepPlan
-from mpkernels.optim.update_call import UpdateCall
-from mpkernels.runtime.op import agree_on_backends, move_versions
+from mpkernels.optim.update_lists import UpdateLists
+from mpkernels.runtime.op import Op, agree_on_backends, move_versions
 
 Loss = TypeVar("Loss")
 Params = Iterable[torch.Tensor | tuple[str, torch.Tensor] | dict[str, Any]]  # of a union of Iterables mypy infers nothing
@@ -34,8 +34,8 @@ class Optimizer(StatefulOptimizer):
     gradients.
 
     A new optimizer is a subclass with torch's arguments that declares
-        _op             the op of its update: op(masters, grads, *moments, copies, steps, lr, *options, grad_scale=,
-                        found_inf=, grad_norm=, max_norm=), see mpkernels.ops
+        _op             the op of its update, with a call of (masters, grads, *moments, copies, steps, lr, *options,
+                        grad_scale=, found_inf=, grad_norm=, max_norm=): see mpkernels.ops.optimizer_update
         _moments        the names of its moments in the state of a parameter, in the order of the op
         _optional       of these the ones that only some groups have: name -> the hyperparameter that asks for it
         _requirements   what each hyperparameter must be; groups in which these are equal are one call of the op
@@ -45,7 +45,7 @@ class Optimizer(StatefulOptimizer):
     `_clip_at_next_step` and `_last_read`, and nothing else that is not public.
     """
 
-    _op: Any = None
+    _op: Op
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then passes grad_scale and found_inf as attributes
 
     def _options(self, group: dict) -> tuple:
@@ -112,16 +112,16 @@ class Optimizer(StatefulOptimizer):
                 loss = closure()
         try:
             plan = self._current_plan()
-            options = self._read_for_step(plan, grad_scale, found_inf, are_ours=on_taken is not None)
+            calls = self._read_for_step(plan, grad_scale, found_inf, are_ours=on_taken is not None)
             unscale = self.write_grads and grad_scale is not None
-            unscalings = [Unscaling(c.grads, o["grad_scale"], o["found_inf"]) for c, o in options] if unscale else ()
+            unscalings = [Unscaling(call.grads, call.grad_scale, call.found_inf) for _, call in calls] if unscale else ()
         except BaseException:
             self._reader.forget()
             self._plans.release_grads()
             raise
-        for call, scaling in options:
-            self._op(*call.arguments, **scaling, checked=True)
-            move_versions(call.written)
+        for lists, call in calls:
+            self._op.run_checked(call)
+            move_versions(lists.written)
         plan.record_writes()
         self.steps_called += 1
         self._reader.drop_clip()
@@ -134,8 +134,8 @@ class Optimizer(StatefulOptimizer):
 
     def _read_for_step(
         self, plan: StepPlan, grad_scale: Scalar, found_inf: Scalar, *, are_ours: bool
-    ) -> list[tuple[UpdateCall, dict]]:
-        """Read the gradients if need be; each call of the op with its options of scaling and clipping.
+    ) -> list[tuple[UpdateLists, Any]]:
+        """Read the gradients if need be; the lists of each call of the op, and the call.
 
         are_ours: the scalars are our scaler's. What fails here, or allocates, has written nothing.
         """
@@ -145,14 +145,12 @@ class Optimizer(StatefulOptimizer):
         if check:
             found_inf = self._reader.found_inf()
         norm, result = None if max_norm is None else self._reader.norm, []
-        for call in plan.calls:
-            options = dict(
-                grad_scale=scalar(grad_scale, call.device), found_inf=scalar(found_inf, call.device),
-                grad_norm=scalar(norm, call.device), max_norm=max_norm,
-            )  # fmt: skip
-            if is_foreign or call.has_lr_tensor:
-                self._op.check(*call.arguments, **options)
-            result.append((call, options))
+        for lists in plan.updates:
+            scaling = [scalar(value, lists.device) for value in (grad_scale, found_inf, norm)]
+            call = self._op.call(*lists.arguments, *scaling, max_norm)
+            if is_foreign or lists.has_lr_tensor:
+                self._op.check(call)
+            result.append((lists, call))
         return result
 
     def _current_plan(self) -> StepPlan:
@@ -177,7 +175,7 @@ class Optimizer(StatefulOptimizer):
                 grads = list(map(distributed.local, grads))
             if not plan.rebind(grads):
                 self._check_formats(plan.ranks)
-                plan.rebuild_grads(grads, self._op.check)
+                plan.rebuild_grads(grads, self._op)
             elif not plan.has_memory():  # it may be only that a tensor has no elements
                 self._check_formats(plan.ranks)
         plan.sync_external_writes()
@@ -198,7 +196,7 @@ class Optimizer(StatefulOptimizer):
         plan = StepPlan(signature, self.state, self._values, ranks, self)
         self._plans.add(plan)
         plan.take_options(self._values, self.param_groups, self._options, self._moments)
-        plan.rebuild_grads(list(map(plan.local, grads)), self._op.check)
+        plan.rebuild_grads(list(map(plan.local, grads)), self._op)
         return plan
 
     def _check_formats(self, ranks: distributed.Ranks) -> None:
@@ -242,7 +240,7 @@ class Optimizer(StatefulOptimizer):
     def _unscale_grads(self, grad_scale: torch.Tensor) -> dict[torch.device, torch.Tensor]:
         """Divide the gradients by `grad_scale`; found_inf by device. 16-bit ones become fp32: nothing is rounded or lost."""
         plan = self._current_plan()
-        self._reader.unscale(plan, grad_scale, self._op.check)
+        self._reader.unscale(plan, grad_scale, self._op)
         self._plans.release_grads()
         return self._reader.found_inf_by_device()
 

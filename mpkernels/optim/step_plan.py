@@ -16,9 +16,10 @@ from mpkernels.ops.common.cast import cast
 from mpkernels.ops.common.layout import same_formats
 from mpkernels.optim import distributed, hyperparameters, master_weights
 from mpkernels.optim.state import ParameterState
-from mpkernels.optim.update_call import readings, update_calls
+from mpkernels.optim.update_lists import readings, update_lists
 from mpkernels.runtime import compute_copy
 from mpkernels.runtime.fake import addresses, any_fake
+from mpkernels.runtime.op import Op
 
 _optimizers: weakref.WeakSet = weakref.WeakSet()  # that have a plan
 _hook = None  # of torch, while there is a plan or was one
@@ -131,11 +132,11 @@ class StepPlan:
         self._always_taken_over = [i for i in self.has_master if self._may_be_written_unseen(self.params[i])]
         self._claim_copies()
         _watch_other_optimizers(optimizer)
-        self.calls = update_calls(self)
+        self.updates = update_lists(self)
         self.readings = readings(self)
-        shared = {id(call.grads) for call in self.calls}
-        self._grad_lists = [*self.calls, *(reading for reading in self.readings if id(reading.grads) not in shared)]
-        self._owners = [(itemgetter(name), call.entries) for call in self.calls for name in ("step", *call.moments)]
+        shared = {id(update.grads) for update in self.updates}
+        self._grad_lists = [*self.updates, *(reading for reading in self.readings if id(reading.grads) not in shared)]
+        self._owners = [(itemgetter(name), lists.entries) for lists in self.updates for name in ("step", *lists.moments)]
         self._owners.append((itemgetter("master"), [self.entries[i] for i in self.has_master]))
         self._state_tensors = list(self._find_state_tensors())
         self._is_fake = any_fake(self.local_params)
@@ -207,11 +208,11 @@ class StepPlan:
         return addresses(tensors) if self._is_fake else list(map(torch.Tensor.data_ptr, tensors))
 
     def take_options(self, values: GroupValues, param_groups: list[dict], options_of, all_moments: tuple[str, ...]) -> None:
-        """Put the hyperparameters into the arguments of the calls, where they are not those already."""
+        """Put the hyperparameters into the arguments of the updates, where they are not those already."""
         if self._values_generation != values.generation:
-            for call in self.calls:
-                group = param_groups[call.group]
-                call.set_options(group["lr"], options_of(group), all_moments)
+            for lists in self.updates:
+                group = param_groups[lists.group]
+                lists.set_options(group["lr"], options_of(group), all_moments)
             self._values_generation = values.generation
 
     # ----- the gradients of a step -----------------------------------------------------------
@@ -224,14 +225,14 @@ class StepPlan:
             part.grads.replace(grads if len(part.indices) == len(grads) else [grads[i] for i in part.indices])
         return True
 
-    def rebuild_grads(self, grads: list[torch.Tensor], check) -> None:
-        """Take these gradients, whatever they are; `check`, the op's, raises where it cannot work on them."""
+    def rebuild_grads(self, grads: list[torch.Tensor], op: Op) -> None:
+        """Take these gradients, whatever they are. Raises RuntimeError where `op` cannot work on them."""
         self._grads_match = None
         for part in self._grad_lists:
             part.grads[:] = [grads[i] for i in part.indices]
             part.grads.describe()
-        for call in self.calls:
-            check(*call.arguments)
+        for lists in self.updates:
+            op.check(op.call(*lists.arguments))
         self._grads_match = same_formats(grads)
 
     def grads_of_params(self) -> list[torch.Tensor]:
@@ -245,7 +246,7 @@ class StepPlan:
 
     def has_memory(self) -> bool:
         """Whether no gradient lies at address 0, as what was freed does; what has no elements does too."""
-        return all(call.grads.placed for call in self.calls)
+        return all(lists.grads.placed for lists in self.updates)
 
     # ----- what was written by others --------------------------------------------------------
 

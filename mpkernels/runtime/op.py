@@ -6,7 +6,8 @@ schema, in their order and with their defaults. A call has
 
     key           hashable: all that the choice of an implementation may depend on; `device` and `dtype` come first
     is_valid()    a fast predicate; where it says no, the op's `check` finds the words and raises
-    gemm_key      what a tuned table is asked by, or None; ops without tables have none
+    gemm_key      what a tuned table is asked by, or None
+    written       of an op that writes: the tensors whose version counters are moved (raw-pointer writes do not move them)
 
 An implementation is a module of the op's folder, named as its backend (`eager.py`, `triton.py`, `native.py`), or as
 `Implementation.module` says where a backend has several (`cpu.py` and `sm90.py` are linear_act's `native`). It is imported at
@@ -16,7 +17,6 @@ Where a result is not wanted it may return None for it; the dispatcher is given 
 mpkernels/runtime/resolve.py chooses; a call is chosen for once.
 """
 
-import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -38,13 +38,11 @@ _environment, _BACKEND = os.environ._data, os.environ.encodekey(resolve.ENVIRONM
 class Op:
     """An op with its schema and its implementations, in order of preference on a CPU.
 
-    call: the NamedTuple class of its calls; None: `check`, `fake`, `key`, `mutated` and implementations take the arguments.
-    check: raises on bad input; runs before every call and in the fake.
+    call: the NamedTuple class of its calls. key: of their keys.
+    check: raises on a bad call; runs before every call that is not `is_valid`, and in the fake.
     fake: shapes and dtypes of the result.
-    key: the class of a call's key; without a `call`, (device, dtype) of the arguments.
     fill: (call, results) -> results, with tensors of size 0 where an implementation returned None.
     covers: whether the cases of a proof are of such a key: of others a verdict says nothing, and `auto` takes eager.
-    mutated: the tensors that a call writes, whose version counters are moved (raw-pointer writes do not move them).
     dtype: what its arithmetic is asked for in where no call says so: one that every implementation has.
     function: its name in the implementations' modules; None: the op's.
     """
@@ -55,13 +53,12 @@ class Op:
         package: str,
         implementations: tuple[Implementation, ...],
         *,
-        check: Callable[..., None],
-        fake: Callable[..., object],
-        call: type | None = None,
+        call: Callable[..., Any],
+        check: Callable[[Any], None],
+        fake: Callable[[Any], Any] = lambda call: None,
+        fill: Callable[[Any, Any], Any] = lambda call, results: results,
         key: Callable[..., Any] = Key,
-        fill: Callable[[Any, Any], Any] | None = None,
         covers: Callable[[Any], bool] = lambda key: True,
-        mutated: Callable[..., list[torch.Tensor]] | None = None,
         dtype: torch.dtype = torch.float32,
         function: str | None = None,
     ):
@@ -69,10 +66,8 @@ class Op:
         self.function_name = function or self.name
         self.package, self.implementations, self.dtype = package, implementations, dtype
         self.backends: tuple[BackendName, ...] = tuple(dict.fromkeys(i.backend for i in implementations))
-        self.check_call, self.fake, self.fill, self.covers, self.mutated = check, fake, fill, covers, mutated
-        self.takes_call = call is not None
-        self.call = functools.partial(_Arguments, key) if call is None else call
-        self.key = key if self.takes_call else Key
+        self.call, self.check, self.fake, self.fill, self.key, self.covers = call, check, fake, fill, key, covers
+        self.writes = "!" in schema
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._dispatched, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mpkernels::{self.name}", self._fake, lib=_library)
@@ -80,25 +75,17 @@ class Op:
 
     # ----- a call ---------------------------------------------------------------
 
-    def __call__(self, *args, checked: bool = False, **kwargs):
+    def run(self, call):
         """The op, without the dispatcher where nothing but eager execution goes on: it costs as much as a small GEMM.
 
         The dispatcher also resolves a lazily negated view such as `z.conj().imag`, whose negative bit a kernel would not see.
-
-        checked: these tensors have passed `check` before; only their values are new. Versions are then the caller's to move.
+        What was not computed may be None.
         """
-        if self.is_tracing() or not are_plain(args):
-            return getattr(torch.ops.mpkernels, self.name)(*args, **kwargs)
-        call = self.call(*args, **kwargs)
-        return self.execute(call, self.resolve(call)) if checked else self._run(call)
-
-    def check(self, *args, **kwargs) -> None:
-        """Raise on bad arguments."""
-        self._of(self.check_call)(self.call(*args, **kwargs))
-
-    def run(self, call):
-        """The op on a call: as `__call__`, but what was not computed may be None."""
         return self._run(call) if is_direct(call) else self.dispatch(call)
+
+    def run_checked(self, call):
+        """`run` of tensors that have passed `check` before; only their values are new. Versions are the caller's to move."""
+        return self.execute(call, self.resolve(call)) if is_direct(call) else self.dispatch(call)
 
     def dispatch(self, call):
         """The op on a call, by the dispatcher."""
@@ -124,7 +111,7 @@ class Op:
     def execute(self, call, kernel: Kernel):
         """Run a kernel on a call that was checked."""
         with torch._C._DisableAutocast():  # dtypes are in the arguments: the torch ops inside are not to be cast again
-            if self.mutated is not None:
+            if self.writes:
                 return kernel.function(call)
             # A result that torch knows as a view could not be changed in place (`+=`, nn.ReLU(inplace=True)).
             with torch._C._AutoDispatchBelowADInplaceOrView():
@@ -132,25 +119,20 @@ class Op:
 
     def _run(self, call):
         if not call.is_valid():
-            self._of(self.check_call)(call)
+            self.check(call)
         result = self.execute(call, self.resolve(call))
-        if self.mutated is not None:
-            move_versions(self._of(self.mutated)(call))
+        if self.writes:
+            move_versions(call.written)
         return result
 
     def _dispatched(self, *args, **kwargs):
         call = self.call(*args, **kwargs)
-        results = self._run(call)
-        return results if self.fill is None else self.fill(call, results)
+        return self.fill(call, self._run(call))
 
     def _fake(self, *args, **kwargs):
         call = self.call(*args, **kwargs)
-        self._of(self.check_call)(call)
-        return self._of(self.fake)(call)
-
-    def _of(self, function: Callable) -> Callable:
-        """As a function of a call."""
-        return function if self.takes_call else _spread(function)
+        self.check(call)
+        return self.fake(call)
 
     # ----- its implementations ---------------------------------------------------------------
 
@@ -159,8 +141,7 @@ class Op:
 
         def run(*args, **kwargs):
             call = self.call(*args, **kwargs)
-            results = self.kernel(backend, call.key.device).function(call)
-            return results if self.fill is None else self.fill(call, results)
+            return self.fill(call, self.kernel(backend, call.key.device).function(call))
 
         return run
 
@@ -168,7 +149,7 @@ class Op:
         """The implementation on `device`, whatever `why_not` says of it; eager serves devices that no table names."""
         implementation = self.implementation(backend, device) or self.implementation(backend, torch.device("cpu"))
         function = getattr(self._module(implementation), self.function_name)
-        return Kernel(backend, self._of(function), implementation.saves_mask)
+        return Kernel(backend, function, implementation.saves_mask)
 
     def implementation(self, backend: str, device: torch.device) -> Implementation | None:
         """That of `backend` for the type of `device`, or None."""
@@ -185,8 +166,7 @@ class Op:
         implementation = self.implementation(backend, key.device)
         if implementation is None:
             return f"not implemented for {key.device.type}"
-        module = self._module(implementation)
-        return module.why_not(key) if self.takes_call else module.why_not(*key)
+        return self._module(implementation).why_not(key)
 
     def backend(self, device: torch.device, dtype: torch.dtype) -> BackendName:
         """Name of the backend of `plainest`."""
@@ -224,28 +204,6 @@ class Op:
 
 # Set under the vmap that is older than functorch's, by which is_grads_batched=True runs backward; None: torch has it no more.
 _VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")
-
-
-class _Arguments:
-    """A call of an op whose implementations take the arguments themselves."""
-
-    __slots__ = ("args", "key_of", "kwargs")
-
-    def __init__(self, key_of, *args, **kwargs):
-        self.args, self.kwargs, self.key_of = args, kwargs, key_of
-
-    @property
-    def key(self) -> Key:
-        return Key(*self.key_of(*self.args, **self.kwargs))
-
-    def is_valid(self) -> bool:
-        return False
-
-    gemm_key = None
-
-
-def _spread(function: Callable) -> Callable:
-    return lambda call: function(*call.args, **call.kwargs)
 
 
 def without_defaults(call) -> tuple:

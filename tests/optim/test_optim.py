@@ -1107,7 +1107,7 @@ def test_step_checks_the_lists_once(monkeypatch):
     params = [torch.nn.Parameter(torch.randn(8)) for _ in range(5)]
     optimizer, checks = mpk.optim.SGD(params, lr=0.1, momentum=0.9), []
     check = optimizer._op.check
-    monkeypatch.setattr(optimizer._op, "check", lambda *args, **options: checks.append(1) or check(*args, **options))
+    monkeypatch.setattr(optimizer._op, "check", lambda call: checks.append(1) or check(call))
     for t in range(6):
         for p in params:
             p.grad = torch.randn_like(p)
@@ -1116,7 +1116,7 @@ def test_step_checks_the_lists_once(monkeypatch):
         optimizer.step()
     assert len(checks) == 2
     assert torch.equal(
-        optimizer._plans.plans[0].calls[0].states["momentum_buffer"][2], optimizer.state[params[2]]["momentum_buffer"]
+        optimizer._plans.plans[0].updates[0].states["momentum_buffer"][2], optimizer.state[params[2]]["momentum_buffer"]
     )
 
 
@@ -1125,7 +1125,7 @@ def test_step_of_one_gradient_for_all_looks_at_the_lists_once(monkeypatch):
     params = [torch.nn.Parameter(torch.randn(8)) for _ in range(5)]
     optimizer, checks = mpk.optim.SGD(params, lr=0.1), []
     check = optimizer._op.check
-    monkeypatch.setattr(optimizer._op, "check", lambda *args, **options: checks.append(1) or check(*args, **options))
+    monkeypatch.setattr(optimizer._op, "check", lambda call: checks.append(1) or check(call))
     for _ in range(4):
         grad = torch.ones(8)
         for p in params:
@@ -1154,11 +1154,11 @@ def test_step_keeps_the_table_of_gradients_that_stay():
     params = parameters(torch.float16, torch.float32)
     optimizer = mpk.optim.AdamW(params)
     train(params, optimizer, 1)
-    grads = optimizer._plans.plans[0].calls[0].grads
+    grads = optimizer._plans.plans[0].updates[0].grads
     table = grads.table
     optimizer.step()
     assert grads.table is table
-    assert optimizer._plans.plans[0].calls[0].grads is grads
+    assert optimizer._plans.plans[0].updates[0].grads is grads
 
 
 @pytest.fixture(params=["torch.compile's", "in Python"])
@@ -1260,7 +1260,7 @@ def test_step_sees_state_that_somebody_has_put_in(pair, change):
         for t in range(3, 6):
             train(params, optimizer, 1, t)
             trajectories[-1].append(torch.cat([p.detach() for p in params]).double().numpy())
-        listed = optimizer._plans.plans[0].calls[0].states if make is ours else {}
+        listed = optimizer._plans.plans[0].updates[0].states if make is ours else {}
         assert all(
             t is optimizer.state[p][name] for name, tensors in listed.items() for p, t in zip(params, tensors, strict=True)
         )

@@ -238,7 +238,7 @@ def test_groups_of_equal_hyperparameters_are_one_call(monkeypatch):
         if t == 2:
             optimizer.param_groups[3]["lr"] = apart[3].param_groups[0]["lr"] = 0.5
         train(params, optimizer, t, 1)
-        assert len(optimizer._plans.plans[0].calls) == count
+        assert len(optimizer._plans.plans[0].updates) == count
         for i, (p, single) in enumerate(zip(twins, apart, strict=True)):
             p.grad = params[i].grad.clone()
             single.step()

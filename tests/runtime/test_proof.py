@@ -117,7 +117,7 @@ def found(op, path=None, **verdicts):
 
 
 def chosen(op, size: int = 3) -> str:
-    return {2: "eager", 3: "native", 4: "triton"}[int(op(torch.ones(size))[0])]
+    return {2: "eager", 3: "native", 4: "triton"}[int(op.run(Call(torch.ones(size)))[0])]
 
 
 # ----- what is chosen ---------------------------------------------------------------

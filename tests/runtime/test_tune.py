@@ -319,11 +319,11 @@ def op(monkeypatch):
 def test_table_decides_by_problem_among_what_is_in_auto(op):
     table = {tuned_table.gemm_key("fprop", 4, 1, 1, 0, f32): Entry("native", None)}
     table[tuned_table.gemm_key("fprop", 64, 1, 1, 0, f32)] = Entry("triton", None)
-    assert [op(torch.ones(n))[0].item() for n in (3, 4, 64)] == [2, 2, 2]
+    assert [op.run(Call(torch.ones(n)))[0].item() for n in (3, 4, 64)] == [2, 2, 2]
     with tuned_table.override(CPU, table):
-        assert [op(torch.ones(n))[0].item() for n in (2, 3, 4, 5)] == [2, 3, 3, 2]
-        assert op(torch.ones(64))[0].item() == 2  # never proven: no table makes it so
-    assert op(torch.ones(4))[0].item() == 2
+        assert [op.run(Call(torch.ones(n)))[0].item() for n in (2, 3, 4, 5)] == [2, 3, 3, 2]
+        assert op.run(Call(torch.ones(64)))[0].item() == 2  # never proven: no table makes it so
+    assert op.run(Call(torch.ones(4)))[0].item() == 2
 
 
 @pytest.mark.parametrize("backend", ["native", "unheard-of"])
@@ -331,13 +331,13 @@ def test_table_names_a_backend_that_no_longer_serves(backend, op, monkeypatch):
     """It broke, or is of another version: another one serves."""
     monkeypatch.setattr(op, "_module", modules(op, {"native": "no driver"}))
     with tuned_table.override(CPU, {tuned_table.gemm_key("fprop", 4, 1, 1, 0, f32): Entry(backend, None)}):
-        assert op(torch.ones(4))[0].item() == 2
+        assert op.run(Call(torch.ones(4)))[0].item() == 2
 
 
 def test_table_does_not_force(op, monkeypatch):
     monkeypatch.setenv(resolve.ENVIRONMENT_VARIABLE, f"{op.name}=triton")
     with tuned_table.override(CPU, {tuned_table.gemm_key("fprop", 4, 1, 1, 0, f32): Entry("native", None)}):
-        assert op(torch.ones(4))[0].item() == 4
+        assert op.run(Call(torch.ones(4)))[0].item() == 4
 
 
 def test_table_rounds_rows_up():

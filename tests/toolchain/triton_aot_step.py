@@ -6,10 +6,10 @@ import itertools
 import torch
 
 from mpkernels.ops.common import triton_table as table
-from mpkernels.ops.common.triton_kernels import ADVANCE_BLOCK, TYPES, advance_kernel
-from mpkernels.ops.grad_stats.impl_triton import REDUCE_BLOCK
+from mpkernels.ops.common.kernels_triton import ADVANCE_BLOCK, TYPES, advance_kernel
 from mpkernels.ops.grad_stats.kernels_triton import chunk_kernel, tensor_kernel, verdict_kernel
-from mpkernels.ops.optimizer_update import triton_kernel as kernels
+from mpkernels.ops.grad_stats.triton import REDUCE_BLOCK
+from mpkernels.ops.optimizer_update import kernels_triton as kernels
 from mpkernels.ops.update_scale.kernels_triton import update_scale_kernel
 
 DTYPES = f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

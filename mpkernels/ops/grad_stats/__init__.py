@@ -27,26 +27,54 @@ Raises
 Source: torch.amp.GradScaler (`_amp_foreach_non_finite_check_and_unscale_`), which rewrites the gradients.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from mpkernels.ops.common.memory import check_memory
 from mpkernels.ops.common.multi_tensor import check_list, check_tensor
 from mpkernels.runtime.op import Implementation, Op
+from mpkernels.runtime.resolve import Key
 
 
-def _check(grads, grad_scale, found_inf, amax, nonfinite, grad_norm=None) -> None:
-    op = "grad_stats_"
+class StatsCall(NamedTuple):
+    """A call of `grad_stats_`."""
+
+    grads: list[torch.Tensor]
+    grad_scale: torch.Tensor | None
+    found_inf: torch.Tensor
+    amax: torch.Tensor
+    nonfinite: torch.Tensor
+    grad_norm: torch.Tensor | None = None
+
+    gemm_key = None
+
+    @property
+    def key(self) -> Key:
+        return Key(self.grads[0].device, self.grads[0].dtype)
+
+    @property
+    def written(self) -> list[torch.Tensor]:
+        return [self.found_inf, self.amax, self.nonfinite, *(() if self.grad_norm is None else (self.grad_norm,))]
+
+    def is_valid(self) -> bool:
+        return False
+
+
+def check(call: StatsCall) -> None:
+    """Raise RuntimeError for what does not fit."""
+    op, grads = "grad_stats_", call.grads
     if not grads:
         raise RuntimeError(f"{op}: grads is empty")
     device = grads[0].device
     check_list(op, "grads", grads)
-    check_tensor(op, "grad_scale", grad_scale, (), torch.float32, device)
-    check_tensor(op, "found_inf", found_inf, (), torch.float32, device)
-    check_tensor(op, "amax", amax, (len(grads),), torch.float64, device)
-    check_tensor(op, "nonfinite", nonfinite, (len(grads),), torch.int64, device)
-    check_tensor(op, "grad_norm", grad_norm, (), torch.float64, device)
-    written = {"found_inf": found_inf, "amax": amax, "nonfinite": nonfinite, "grad_norm": grad_norm}
-    check_memory(op, written=written, read={"grads": grads, "grad_scale": grad_scale})
+    check_tensor(op, "grad_scale", call.grad_scale, (), torch.float32, device)
+    check_tensor(op, "found_inf", call.found_inf, (), torch.float32, device)
+    check_tensor(op, "amax", call.amax, (len(grads),), torch.float64, device)
+    check_tensor(op, "nonfinite", call.nonfinite, (len(grads),), torch.int64, device)
+    check_tensor(op, "grad_norm", call.grad_norm, (), torch.float64, device)
+    written = {name: getattr(call, name) for name in ("found_inf", "amax", "nonfinite", "grad_norm")}
+    check_memory(op, written=written, read={"grads": grads, "grad_scale": call.grad_scale})
 
 
 op = Op(
@@ -54,16 +82,10 @@ op = Op(
     "Tensor(d!)? grad_norm=None) -> ()",
     __name__,
     (
-        Implementation("native", ("cpu", "cuda"), module="impl_native"),
-        Implementation("eager", ("cpu", "cuda"), module="impl_eager"),
-        Implementation("triton", ("cuda", "cpu"), module="impl_triton"),
+        Implementation("native", ("cpu", "cuda")),
+        Implementation("eager", ("cpu", "cuda")),
+        Implementation("triton", ("cuda", "cpu")),
     ),
-    check=_check,
-    fake=lambda *_, **__: None,
-    key=lambda grads, *_, **__: (grads[0].device, grads[0].dtype),
-    mutated=lambda grads, grad_scale, found_inf, amax, nonfinite, grad_norm=None: (
-        [found_inf, amax, nonfinite] + ([] if grad_norm is None else [grad_norm])
-    ),
+    call=StatsCall,
+    check=check,
 )
-
-grad_stats_ = op

@@ -7,7 +7,7 @@ Sums and their order do not depend on scheduling: the same bits every time.
 import triton
 import triton.language as tl
 
-from mpkernels.ops.common.triton_kernels import chunk_of, double, inv_scale, pointer
+from mpkernels.ops.common.kernels_triton import chunk_of, double, inv_scale, pointer
 
 HUGE, SHRINK = tl.constexpr(2.0**480), tl.constexpr(2.0**-600)
 TINY, GROW = tl.constexpr(2.0**-480), tl.constexpr(2.0**600)

@@ -90,7 +90,7 @@ def linear_act(
     if not direct and torch.compiler.is_compiling():
         return _by_dispatcher(call, next, saves_mask(x.device, compute_dtype))
     if direct and not call.is_valid():
-        forward_op.check_call(call)
+        forward_op.check(call)
     kernel = forward_op.resolve(call)
     if torch._C._get_tracing_state() is not None:  # of torch.jit.trace
         return _by_dispatcher(call, next, kernel.saves_mask)

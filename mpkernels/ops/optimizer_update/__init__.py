@@ -49,8 +49,6 @@ def _op(rule: Rule) -> Op:
         ),
         call=rule.call,
         check=check_update,
-        fake=lambda call: None,
-        mutated=lambda call: call.written,
         function="update",
     )
 

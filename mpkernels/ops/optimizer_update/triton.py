@@ -10,8 +10,8 @@ from mpkernels.ops.common import triton_table as table
 from mpkernels.runtime.resolve import Key, triton_why_not
 
 try:
-    from mpkernels.ops.common.triton_kernels import TYPES, advance
-    from mpkernels.ops.optimizer_update import triton_kernel as kernels
+    from mpkernels.ops.common.kernels_triton import TYPES, advance
+    from mpkernels.ops.optimizer_update import kernels_triton as kernels
 except ImportError:  # without Triton there is still `why_not`, which says so
     kernels = None
 

@@ -26,30 +26,56 @@ Raises
 Source: torch.amp.GradScaler (`_amp_update_scale_`); hysteresis as in Megatron-LM's DynamicGradScaler.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from mpkernels.ops.common.memory import check_memory
 from mpkernels.ops.common.multi_tensor import check_tensor
 from mpkernels.runtime.op import Implementation, Op
+from mpkernels.runtime.resolve import Key
 
 
-def _check(
-    grad_scale, growth_tracker, hysteresis_tracker, skipped, found_inf, growth_factor, backoff_factor, growth_interval,
-    hysteresis, min_scale, max_scale,
-) -> None:  # fmt: skip
-    op, device = "update_scale_", grad_scale.device
-    check_tensor(op, "grad_scale", grad_scale, (), torch.float32, device)
-    check_tensor(op, "growth_tracker", growth_tracker, (), torch.int32, device)
-    check_tensor(op, "hysteresis_tracker", hysteresis_tracker, (), torch.int32, device)
-    check_tensor(op, "skipped", skipped, (2,), torch.int64, device)
-    check_tensor(op, "found_inf", found_inf, (), torch.float32, device)
-    if not abs(hysteresis) < 2**31:
-        raise RuntimeError(f"{op}: hysteresis must fit the tracker's int32, got {hysteresis}")
-    written = {
-        "grad_scale": grad_scale, "growth_tracker": growth_tracker, "hysteresis_tracker": hysteresis_tracker,
-        "skipped": skipped,
-    }  # fmt: skip
-    check_memory(op, written=written, read={"found_inf": found_inf})
+class ScaleCall(NamedTuple):
+    """A call of `update_scale_`."""
+
+    grad_scale: torch.Tensor
+    growth_tracker: torch.Tensor
+    hysteresis_tracker: torch.Tensor
+    skipped: torch.Tensor
+    found_inf: torch.Tensor
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: int
+    hysteresis: int
+    min_scale: float
+    max_scale: float
+
+    gemm_key = None
+
+    @property
+    def key(self) -> Key:
+        return Key(self.grad_scale.device, self.grad_scale.dtype)
+
+    @property
+    def written(self) -> tuple[torch.Tensor, ...]:
+        return self[:4]
+
+    def is_valid(self) -> bool:
+        return False
+
+
+def check(call: ScaleCall) -> None:
+    """Raise RuntimeError for what does not fit."""
+    op, device = "update_scale_", call.grad_scale.device
+    check_tensor(op, "grad_scale", call.grad_scale, (), torch.float32, device)
+    check_tensor(op, "growth_tracker", call.growth_tracker, (), torch.int32, device)
+    check_tensor(op, "hysteresis_tracker", call.hysteresis_tracker, (), torch.int32, device)
+    check_tensor(op, "skipped", call.skipped, (2,), torch.int64, device)
+    check_tensor(op, "found_inf", call.found_inf, (), torch.float32, device)
+    if not abs(call.hysteresis) < 2**31:
+        raise RuntimeError(f"{op}: hysteresis must fit the tracker's int32, got {call.hysteresis}")
+    check_memory(op, written=dict(zip(call._fields, call.written)), read={"found_inf": call.found_inf})
 
 
 op = Op(
@@ -58,16 +84,10 @@ op = Op(
     "float max_scale) -> ()",
     __name__,
     (
-        Implementation("native", ("cpu", "cuda"), module="impl_native"),
-        Implementation("eager", ("cpu", "cuda"), module="impl_eager"),
-        Implementation("triton", ("cuda", "cpu"), module="impl_triton"),
+        Implementation("native", ("cpu", "cuda")),
+        Implementation("eager", ("cpu", "cuda")),
+        Implementation("triton", ("cuda", "cpu")),
     ),
-    check=_check,
-    fake=lambda *_, **__: None,
-    key=lambda grad_scale, *_, **__: (grad_scale.device, grad_scale.dtype),
-    mutated=lambda grad_scale, growth_tracker, hysteresis_tracker, skipped, *_, **__: (
-        [grad_scale, growth_tracker, hysteresis_tracker, skipped]
-    ),
+    call=ScaleCall,
+    check=check,
 )
-
-update_scale_ = op

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from mpkernels.ops.common.triton_kernels import double
+from mpkernels.ops.common.kernels_triton import double
 
 MOST_INT32, MOST_INT64 = tl.constexpr(2**31 - 1), tl.constexpr(2**63 - 1)
 

@@ -9,12 +9,12 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import mpkernels as mpk
+from mpkernels.ops import grad_stats, update_scale
 from mpkernels.ops.common import multi_tensor
-from mpkernels.ops.grad_stats import impl_eager as grad_stats
+from mpkernels.ops.grad_stats import eager as stats_module
 from mpkernels.ops.optimizer_update import adamw_, eager, sgd_
 from mpkernels.ops.optimizer_update import fused as torchs_fused
 from mpkernels.ops.optimizer_update.rules import sgd as sgd_rule
-from mpkernels.ops.update_scale import impl_eager as update_scale
 from tests import bounds, steps
 from tests.dispatch_count import Counting
 from tests.ops.grad_stats import test_grad_stats
@@ -25,13 +25,15 @@ from tests.steps import raw, scalar
 TABLE = ROOT / "docs" / "fallback.md"
 ELEMENTS = 2**22
 f16, f32, f64 = torch.float16, torch.float32, torch.float64
-adamw_eager, sgd_eager = (op.function("eager") for op in (adamw_, sgd_))
+adamw_eager, sgd_eager, stats_eager, scale_eager = (
+    op.function("eager") for op in (adamw_, sgd_, grad_stats.op, update_scale.op)
+)
 
 
 @pytest.fixture
 def as_on_gpu(monkeypatch):
     """On the CPU, without looking at a value."""
-    for module in (multi_tensor, grad_stats, eager, sgd_rule):
+    for module in (multi_tensor, stats_module, eager, sgd_rule):
         monkeypatch.setattr(module, "values_are_here", lambda device: False)
 
 
@@ -73,7 +75,7 @@ def step(n, lists, grad_dtype=f16, clip=False, by_sgd=False, lr_device="cpu"):
     norm, max_norm = (zero_d(f64), 1.0) if clip else (None, None)
     scale, found_inf, lr = zero_d(), zero_d(), torch.tensor(1e-3, dtype=f64, device=lr_device)
     rows = (torch.empty(n, dtype=dtype, device="cuda") for dtype in (f64, torch.int64))
-    grad_stats.grad_stats_(grads, scale, found_inf, *rows, norm)
+    stats_eager(grads, scale, found_inf, *rows, norm)
     counted, rest = [zero_d() for _ in range(n)], (scale, found_inf, norm, max_norm)
     if by_sgd:
         sgd_eager(masters, grads, lists(f32), copies, counted, lr, 0.9, 0.0, 1e-4, False, False, *rest)
@@ -82,7 +84,7 @@ def step(n, lists, grad_dtype=f16, clip=False, by_sgd=False, lr_device="cpu"):
         adamw_eager(masters, grads, *moments, copies, counted, lr, 0.9, 0.999, 1e-8, 0.1, True, False, *rest)
     skipped = torch.empty(2, dtype=torch.int64, device="cuda")
     trackers = zero_d(torch.int32), zero_d(torch.int32)
-    update_scale.update_scale_(scale, *trackers, skipped, found_inf, 2.0, 0.5, 2000, 1, 2.0**-126, 2.0**127)
+    scale_eager(scale, *trackers, skipped, found_inf, 2.0, 0.5, 2000, 1, 2.0**-126, 2.0**127)
 
 
 def torchs_step(n, lists):
@@ -262,7 +264,7 @@ def test_fallback_grad_stats(as_on_gpu, bad, grad_scale):
     if bad is not None:
         grads[4][3] = grads[5][0] = bad
     out = test_grad_stats.outputs(len(grads), "cpu")
-    grad_stats.grad_stats_(grads, None if grad_scale is None else scalar(grad_scale), *out.values())
+    stats_eager(grads, None if grad_scale is None else scalar(grad_scale), *out.values())
     assert (out["nonfinite"] == -1).nonzero().flatten().tolist() == ([] if bad is None else [4, 5])
     test_grad_stats.count_what_was_not(grads, out)
     found, amax, nonfinite, norm = test_grad_stats.reference.grad_stats(grads, 1.0 if grad_scale is None else grad_scale)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mpkernels as mpk
-from mpkernels.ops.optimizer_update import adamw_, reference
+from mpkernels.ops.optimizer_update import reference
 from tests import bounds, steps
 from tests.ops.optimizer_update.rules import ADAMW, LION
 from tests.steps import SIZES, check_raises_unchanged, raw, scalar, split, step_counts
@@ -87,7 +87,7 @@ def test_state_dtype_skip_leaves_state_bitwise(rule, device):
     args = rule.mixed(device, **rule.busy) | dict(found_inf=scalar(1.0, device))
     args |= {name: [t.bfloat16() for t in args[name]] for name in rule.states}
     before = raw(steps.leaves(args))
-    rule.op(**args)
+    rule.call(**args)
     assert raw(steps.leaves(args)) == before
 
 
@@ -109,7 +109,7 @@ def test_state_dtype_keeps_what_is_not_finite(value, device):
     args = problem(torch.float32, device, ("exp_avgs", "exp_avg_sqs")) | dict(max_exp_avg_sqs=[])
     for grad in args["grads"]:
         grad.fill_(value)
-    adamw_(**args, **ADAMW.defaults)
+    ADAMW.call(**args, **ADAMW.defaults)
     v = torch.cat(args["exp_avg_sqs"])
     assert (v.isnan() if value != value else v == value).all()
 
@@ -154,7 +154,7 @@ def test_state_dtype_follows_fp64(device):
     args |= dict(steps=step_counts(1, device), lr=scalar(LR, dtype=torch.float64))
     weights, squares = [], []
     for grad in gradients().to(device):
-        adamw_(**args, grads=[grad], **ADAMW.defaults)
+        ADAMW.call(**args, grads=[grad], **ADAMW.defaults)
         weights.append(wide(args["masters"]))
         squares.append(wide(args["exp_avg_sqs"]))
     w, m, v = exact_run()

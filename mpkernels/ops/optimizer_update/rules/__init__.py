@@ -27,7 +27,7 @@ class Fused:
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """An optimizer's update. Its C++ is csrc/optimizer_update/<rule>.h, its formula in Triton is in triton_kernel.py.
+    """An optimizer's update. Its C++ is csrc/optimizer_update/<rule>.h, its formula in Triton is in kernels_triton.py.
 
     name: of the op. states: its lists of them; from `required_states` on they may be empty.
     parameters: the numbers of a call between lr and maximize.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one call of an op is given: the update of the parameters that go together, and the read of a device's gradients."""
+"""The lists that one call of an op is given: to update the parameters that go together, to read a device's gradients."""
 
 from itertools import chain
 
@@ -9,8 +9,8 @@ from mpkernels.ops.common.layout import NO_TENSORS, Tensors
 from mpkernels.optim import distributed
 
 
-class UpdateCall:
-    """One call of the update op: the parameters of one device whose groups have the same hyperparameters.
+class UpdateLists:
+    """Those of one call of the update op: the parameters of one device whose groups have the same hyperparameters.
 
     indices: their places among the plan's parameters. group: the index of the first of their groups.
     arguments: the op's, up to the options of scaling and clipping. has_lr_tensor: its format may change unseen.
@@ -52,16 +52,16 @@ class Reading:
 
     def __init__(self, plan, device: torch.device, indices: list[int]):
         self.device, self.indices, self.params = device, indices, [plan.params[i] for i in indices]
-        same = (call.grads for call in plan.calls if call.indices == indices)
-        self.grads = next(same, Tensors([]))  # usually those of its only call
+        same = (lists.grads for lists in plan.updates if lists.indices == indices)
+        self.grads = next(same, Tensors([]))  # usually those of the only update
 
 
-def update_calls(plan) -> list[UpdateCall]:
+def update_lists(plan) -> list[UpdateLists]:
     """By hyperparameters and device."""
     indices: dict[tuple[int, torch.device], list[int]] = {}
     for i, (parameter, group) in enumerate(zip(plan.params, plan.signature.groups_with_gradient(), strict=True)):
         indices.setdefault((plan.signature.partition[group], parameter.device), []).append(i)
-    return [UpdateCall(plan, group, members, plan.moments[group]) for (group, _), members in indices.items()]
+    return [UpdateLists(plan, group, members, plan.moments[group]) for (group, _), members in indices.items()]
 
 
 def readings(plan) -> list[Reading]:

@@ -4,14 +4,16 @@
 import torch
 
 from mpkernels.ops.common.layout import Tensors, described, is_dense, why_not_native
+from mpkernels.ops.grad_stats import StatsCall
+from mpkernels.runtime.resolve import Key
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    return why_not_native(device)
+def why_not(key: Key) -> str | None:
+    return why_not_native(key.device)
 
 
-def grad_stats_(grads, grad_scale, found_inf, amax, nonfinite, grad_norm=None):
-    grads = described(grads)
+def grad_stats_(call: StatsCall) -> None:
+    grads = described(call.grads)
     if not grads.contiguous:
         grads = Tensors(grad if is_dense(grad) else grad.contiguous() for grad in grads)
-    torch.ops.mpkernels_C.grad_stats_(grads.table, grad_scale, found_inf, amax, nonfinite, grad_norm)
+    torch.ops.mpkernels_C.grad_stats_(grads.table, *call[1:])

@@ -13,7 +13,7 @@ s0, s1, s2: the states as they are stored, in S, None where there is none: then 
 import triton
 import triton.language as tl
 
-from mpkernels.ops.common.triton_kernels import (
+from mpkernels.ops.common.kernels_triton import (
     chunk_of,
     divide,
     double,

@@ -7,10 +7,11 @@ Under TRITON_INTERPRET=1 it runs on the CPU.
 import torch
 
 from mpkernels.ops.common import triton_table as table
-from mpkernels.runtime.resolve import triton_why_not
+from mpkernels.ops.grad_stats import StatsCall
+from mpkernels.runtime.resolve import Key, triton_why_not
 
 try:
-    from mpkernels.ops.common.triton_kernels import TYPES
+    from mpkernels.ops.common.kernels_triton import TYPES
     from mpkernels.ops.grad_stats.kernels_triton import chunk_kernel, tensor_kernel, verdict_kernel
 except ImportError:  # without Triton there is still `why_not`, which says so
     chunk_kernel = None
@@ -18,11 +19,12 @@ except ImportError:  # without Triton there is still `why_not`, which says so
 REDUCE_BLOCK = 256
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    return triton_why_not(device)
+def why_not(key: Key) -> str | None:
+    return triton_why_not(key.device)
 
 
-def grad_stats_(grads, grad_scale, found_inf, amax, nonfinite, grad_norm=None):
+def grad_stats_(call: StatsCall) -> None:
+    grads, grad_scale, found_inf, amax, nonfinite, grad_norm = call
     (grads,), _ = table.dense([grads], [False])
     norm, n = grad_norm is not None, len(grads)
     starts = table.chunk_starts((g.numel() for g in grads), amax.device)

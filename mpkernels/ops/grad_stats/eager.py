@@ -11,17 +11,19 @@ from collections import defaultdict
 import torch
 
 from mpkernels.ops.common.multi_tensor import count_nonfinite, inv_scale, skip_flag, values_are_here
+from mpkernels.ops.grad_stats import StatsCall
 from mpkernels.runtime.fake import copy_
+from mpkernels.runtime.resolve import Key
 
 PIECE = 1 << 18  # elements
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not(key: Key) -> str | None:
     return None
 
 
-def grad_stats_(grads, grad_scale, found_inf, amax, nonfinite, grad_norm=None):
-    device = grads[0].device
+def grad_stats_(call: StatsCall) -> None:
+    grads, grad_scale, grad_norm, device = call.grads, call.grad_scale, call.grad_norm, call.grads[0].device
     inv = inv_scale(grad_scale, device)
     bad = torch.zeros((), dtype=torch.bool, device=device) if grad_scale is None else skip_flag(None, grad_scale)
     alike = defaultdict(list)
@@ -33,16 +35,16 @@ def grad_stats_(grads, grad_scale, found_inf, amax, nonfinite, grad_norm=None):
     largest, norm = read(by_dtype, grad_norm is not None, device)
     for values in largest:
         bad = bad | (values * inv.to(values.dtype)).isfinite().all().logical_not()
-    copy_(found_inf, bad)
+    copy_(call.found_inf, bad)
     if grad_norm is not None:
         copy_(grad_norm, norm * inv)
     values = _in_order(largest, list(alike.values()), len(grads), device)
     finite = values.isfinite()
-    copy_(amax, torch.where(finite, values, math.nan))
-    copy_(nonfinite, torch.where(finite, 0, -1))
+    copy_(call.amax, torch.where(finite, values, math.nan))
+    copy_(call.nonfinite, torch.where(finite, 0, -1))
     if values_are_here(device) and not finite.all():  # elsewhere a count would be a second pass in every step
         for i in (~finite).nonzero().flatten().tolist():
-            nonfinite[i], amax[i] = count_nonfinite(grads[i])
+            call.nonfinite[i], call.amax[i] = count_nonfinite(grads[i])
 
 
 def _in_order(largest: list[torch.Tensor], indices: list[list[int]], n: int, device) -> torch.Tensor:
