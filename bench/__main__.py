@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from bench import limits, rows, timing
 from bench.cases import CASES, Case, select
-from bench.contender import OURS, Contender, Missing, served_by
+from bench.implementation import OURS, Implementation, Missing, served_by
 
 SECONDS = {True: 1.0, False: 6.0}  # of timing per case, quick or not
 TIMES_LONGER = {"step": 2}  # or the rounds of the large ones would be few
@@ -94,8 +94,8 @@ def weight(case: Case) -> int:
 
 
 def measure(case: Case, device: torch.device, clock: timing.Clock, limit: dict, seconds: float) -> tuple[list[dict], dict]:
-    """(a row per contender, {contender: what is wrong with its result}); nothing is timed where the first one is wrong."""
-    make = importlib.import_module(f"bench.{case.op}").contenders
+    """(a row per implementation, {name: what is wrong with its result}); nothing is timed where the first one is wrong."""
+    make = importlib.import_module(f"bench.{case.op}").implementations
     if getattr(case, "compiled", None):
         torch.compiler.reset()  # what it remembers of other cases' shapes would be looked at in every call
     torch.manual_seed(0)
@@ -106,7 +106,7 @@ def measure(case: Case, device: torch.device, clock: timing.Clock, limit: dict, 
         return [], wrong
     copies = 1
     if case.op == "linear_act":
-        traffic = sum(contender.bytes for contender in instance.values())
+        traffic = sum(implementation.bytes for implementation in instance.values())
         copies = min(INSTANCES, 1 + 2 * LAST_LEVEL_CACHE[device.type] // traffic)
     instances = [instance] + [
         {name: c for name, c in make(case, device).items() if name in instance} for _ in range(copies - 1)
@@ -114,14 +114,14 @@ def measure(case: Case, device: torch.device, clock: timing.Clock, limit: dict, 
     times = timing.interleave(instances, clock, seconds)
     result = [row(case, name, instance, times, numerics, limit, subject) for name in instance]
     for found in result:
-        if found["contender"].startswith(OURS):
+        if found["implementation"].startswith(OURS):
             found.setdefault("backends", served_by(device))
     result[0]["left_out"] = absent
     return result, wrong
 
 
-def check(instance: dict[str, Contender]) -> tuple[dict[str, dict], dict[str, str], dict[str, str]]:
-    """({contender: its numerics}, {one that is not here: why}, {one that is wrong: how}); the latter two leave the instance.
+def check(instance: dict[str, Implementation]) -> tuple[dict[str, dict], dict[str, str], dict[str, str]]:
+    """({name: its numerics}, {one that is not here: why}, {one that is wrong: how}); the latter two leave the instance.
 
     Whatever else a peer raises is a reason to go on without it; for ours it is an error.
     """
@@ -138,13 +138,13 @@ def check(instance: dict[str, Contender]) -> tuple[dict[str, dict], dict[str, st
 
 
 def row(case, name, instance, times, numerics, limit, subject) -> dict:
-    contender, measured = instance[name], times[name].summary()
+    implementation, measured = instance[name], times[name].summary()
     us, roof = measured["us_p50"], limits.roof_us(instance[name], limit)
     return {
-        "case": case.name, "op": case.op, "contender": name, **measured,
-        "subject": subject, "bytes": contender.bytes, "flops": contender.flops,
-        "gb_s": contender.bytes / us / 1e3, "tflop_s": contender.flops / us / 1e6,
-        "share_of_limit": roof / us if roof else None, **numerics[name], **contender.after(),
+        "case": case.name, "op": case.op, "implementation": name, **measured,
+        "subject": subject, "bytes": implementation.bytes, "flops": implementation.flops,
+        "gb_s": implementation.bytes / us / 1e3, "tflop_s": implementation.flops / us / 1e6,
+        "share_of_roofline": roof / us if roof else None, **numerics[name], **implementation.after(),
     }  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def heading(stamp: dict) -> str:
     return (
         f"{stamp['device']}, {stamp['clock']}, torch {stamp['torch']}, load {os.getloadavg()[0]:.1f}\n"
         f"limits: {stamp['limits']['gb_s']:.3g} GB/s, {rates}\n"
-        "ratio: the first contender's time / this one's, median within a round; below 1 the first is faster"
+        "ratio: the first implementation's time / this one's, median within a round; below 1 the first is faster"
     )
 
 
@@ -170,19 +170,19 @@ def table(found: list[dict]) -> str:
             last = r["case"]
         spread = f"{r['us_p20']:.0f}..{r['us_p80']:.0f}"
         cells = [number(r.get(key), form) for key, form in COLUMNS.items()]
-        lines.append(f"  {r['contender']:56} {r['us_p50']:10.1f} {spread:>19} {r['ratio']:6.3f} {' '.join(cells)}")
+        lines.append(f"  {r['implementation']:56} {r['us_p50']:10.1f} {spread:>19} {r['ratio']:6.3f} {' '.join(cells)}")
     return "\n".join(lines)
 
 
 def left_out(found: list[dict]) -> list[str]:
-    """A line for each contender that was not there, with the first of its reasons."""
+    """A line for each implementation that was not there, with the first of its reasons."""
     reasons: dict[str, str] = {}
     for r in found:
         reasons = r.get("left_out", {}) | reasons
     return [f"left out: {name}: {reason}" for name, reason in reasons.items()]
 
 
-COLUMNS = {"share_of_limit": "6.0%", "error_to_best": "8.4g", "correctly_rounded": "8.2%"}
+COLUMNS = {"share_of_roofline": "6.0%", "error_to_best": "8.4g", "correctly_rounded": "8.2%"}
 
 
 def number(value: float | None, form: str) -> str:

@@ -188,7 +188,7 @@ _EVERYTHING = (
             "step of 100",
             "step of 1000",
             "step of 400 groups",
-            "step of 400 that take turns",
+            "step of 400, alternating",
             "first_step",
         )
     ),

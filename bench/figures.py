@@ -4,10 +4,10 @@
 import math
 from dataclasses import dataclass
 
-from bench.contender import OURS
+from bench.implementation import OURS
 from bench.targets import doubtful
 
-Cases = dict[str, dict[str, dict]]  # the rows of a machine by case and contender
+Cases = dict[str, dict[str, dict]]  # the rows of a machine by case and implementation
 
 _BF16 = f"{OURS} mixed_bfloat16"
 _MLP = "MLP training step"
@@ -41,7 +41,7 @@ def times(row: dict) -> str:
 
 
 def between(subject: dict, baseline: dict) -> dict:
-    """The subject's time over the baseline's, both of which were taken in rounds with the case's first contender."""
+    """The subject's time over the baseline's, both of which were taken in rounds with the case's first implementation."""
     uncertainty = math.hypot(subject["uncertainty"], baseline["uncertainty"])
     return {"ratio": baseline["ratio"] / subject["ratio"], "uncertainty": uncertainty}
 

@@ -7,7 +7,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from bench.contender import Contender
+from bench.implementation import Implementation
 from bench.timing import Clock, interleave
 
 CPU_STREAM, CPU_GEMM, GPU_STREAM, GPU_GEMM = 1 << 25, (1024,), 1 << 29, (4096, 8192)  # elements; widths
@@ -24,7 +24,7 @@ def measure(device: torch.device, clock: Clock) -> dict:
     on_gpu = device.type == "cuda"
     count = GPU_STREAM if on_gpu else CPU_STREAM
     a, b = torch.ones(count, device=device), torch.ones(count, device=device)
-    streams = {"copy": Contender(lambda: b.copy_(a)), "in place": Contender(lambda: torch._foreach_mul_([a, b], 1.0))}
+    streams = {"copy": Implementation(lambda: b.copy_(a)), "in place": Implementation(lambda: torch._foreach_mul_([a, b], 1.0))}
     times = interleave([streams], clock, 1.0)
     rates = {"copy": 8 * count / times["copy"].median, "in place": 16 * count / times["in place"].median}
     tflop_s = {
@@ -39,21 +39,21 @@ def measure(device: torch.device, clock: Clock) -> dict:
 
 def _gemm(width: int, dtype: torch.dtype, device: torch.device, clock: Clock) -> float:
     a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
-    contenders = {"torch": Contender(lambda: F.linear(a, b))}
+    implementations = {"torch": Implementation(lambda: F.linear(a, b))}
     onednn = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     if device.type == "cpu":
         try:
             onednn()
-            contenders["oneDNN"] = Contender(onednn)
+            implementations["oneDNN"] = Implementation(onednn)
         except RuntimeError:  # it has no bf16 for a CPU without instructions for it
             pass
-    times = interleave([contenders], clock, 1.0)
+    times = interleave([implementations], clock, 1.0)
     return max(2 * width**3 / each.median for each in times.values()) / 1e6
 
 
-def roof_us(contender: Contender, limits: dict) -> float:
-    """The least time that the machine could take for what the contender moves and computes; 0 where nothing is counted."""
-    return max(contender.bytes / limits["gb_s"] / 1e3, contender.flops / limits["tflop_s"][contender.gemm] / 1e6)
+def roof_us(implementation: Implementation, limits: dict) -> float:
+    """The least time that the machine could take for what the implementation moves and computes; 0 where nothing is counted."""
+    return max(implementation.bytes / limits["gb_s"] / 1e3, implementation.flops / limits["tflop_s"][implementation.gemm] / 1e6)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_act with ReLU against what torch makes of the same 16-bit tensors, forward, backward and both.
 
-Everyone gets the same random x, weight, bias and grad_out, in tensors of their own. Backward runs on a graph that is kept,
+All get the same random x, weight, bias and grad_out, in tensors of their own. Backward runs on a graph that is kept,
 so that a peer who casts has its casts from forward.
 """
 
@@ -14,7 +14,7 @@ from torch._functorch import config as functorch_config
 
 from bench import limits
 from bench.cases import LinearAct
-from bench.contender import OURS, Contender, Missing, check_peer, numerics, package, sample, with_forced
+from bench.implementation import OURS, Implementation, Missing, check_peer, numerics, package, sample, with_forced
 from mpkernels.ops.linear_act import Activation, linear_act, reference
 from tests import bounds
 
@@ -134,7 +134,7 @@ def functions(case: LinearAct, device: torch.device) -> dict[str, tuple]:
     return found
 
 
-# ----- contenders ---------------------------------------------------------------
+# ----- implementations ---------------------------------------------------------------
 
 
 def tensors(case: LinearAct, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -143,14 +143,14 @@ def tensors(case: LinearAct, device: torch.device) -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(shape, device=device).to(getattr(torch, case.dtype)) for shape in shapes)
 
 
-def contenders(case: LinearAct, device: torch.device) -> dict[str, Contender]:
+def implementations(case: LinearAct, device: torch.device) -> dict[str, Implementation]:
     given = tensors(case, device)
-    found = {name: contender(case, given, *how, ours=name == OURS) for name, how in functions(case, device).items()}
-    once_more = lambda: contender(case, given, *functions(case, device)[OURS], ours=True)
+    found = {name: implementation(case, given, *how, ours=name == OURS) for name, how in functions(case, device).items()}
+    once_more = lambda: implementation(case, given, *functions(case, device)[OURS], ours=True)
     return with_forced(found, once_more, "linear_act", device)
 
 
-def contender(case, given, function, x_dtype, weight_dtype, multiplied, ours) -> Contender:
+def implementation(case, given, function, x_dtype, weight_dtype, multiplied, ours) -> Implementation:
     x, weight, bias = (t.to(d, copy=True) for t, d in zip(given, (x_dtype, weight_dtype, weight_dtype), strict=False))
     needs_grad = case.direction != "forward"
     products = {"forward": 1, "backward": 2, "both": 3}[case.direction]
@@ -175,11 +175,11 @@ def contender(case, given, function, x_dtype, weight_dtype, multiplied, ours) ->
         return _check(given, out, run() if needs_grad else None, ours)
 
     gemm = "bfloat16" if x_dtype == torch.bfloat16 else "float32" if x_dtype == torch.float32 else case.dtype
-    return Contender(run, check, _bytes(case), flops, gemm)
+    return Implementation(run, check, _bytes(case), flops, gemm)
 
 
 def _bytes(case: LinearAct) -> int:
-    """Inputs once and outputs once, 16 bits each: the least for everyone."""
+    """Inputs once and outputs once, 16 bits each: the least for all."""
     x, weight, out = case.M * case.K, case.N * case.K, case.M * case.N
     forward, backward = x + weight + out, 2 * out + 2 * x + 2 * weight
     return 2 * {"forward": forward, "backward": backward, "both": forward + backward}[case.direction]

@@ -10,7 +10,7 @@ from torch import nn
 import mpkernels as mpk
 from bench import limits
 from bench.cases import Mlp
-from bench.contender import OURS, Contender, Missing, check_peer, with_forced
+from bench.implementation import OURS, Implementation, Missing, check_peer, with_forced
 from bench.linear_act import onednn_fp32
 from tests import bounds
 
@@ -23,7 +23,7 @@ def network(case: Mlp) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def contenders(case: Mlp, device: torch.device) -> dict[str, Contender]:
+def implementations(case: Mlp, device: torch.device) -> dict[str, Implementation]:
     dtype = getattr(torch, case.dtype)
     policy = f"mixed_{case.dtype}"
     x, grad_out = (torch.randn(case.M, case.width, device=device).to(dtype).float() for _ in range(2))
@@ -37,7 +37,9 @@ def contenders(case: Mlp, device: torch.device) -> dict[str, Contender]:
             layer.adopt(layer._activation, mpk.Policy.parse(f"{policy},output={case.dtype}"))
         return layers
 
-    def contender(name: str, model: nn.Module, narrow: torch.dtype | None = None, switch=contextlib.nullcontext) -> Contender:
+    def implementation(
+        name: str, model: nn.Module, narrow: torch.dtype | None = None, switch=contextlib.nullcontext
+    ) -> Implementation:
         """narrow: what autocast computes in."""
         autocast = contextlib.nullcontext if narrow is None else functools.partial(torch.autocast, device.type, narrow)
         run = _run(model.to(device), x, grad_out, autocast, switch)
@@ -54,20 +56,20 @@ def contenders(case: Mlp, device: torch.device) -> dict[str, Contender]:
             return {"relative_error": error}
 
         gemm = "bfloat16" if "bf16" in name else "float32" if "fp32" in name else case.dtype
-        return Contender(run, check, flops=flops, gemm=gemm)
+        return Implementation(run, check, flops=flops, gemm=gemm)
 
     f16, bf16 = torch.float16, torch.bfloat16
     fused = lambda: mpk.MPMLP.from_sequential(network(case), policy)
-    found = {OURS: contender(OURS, fused()), LAYERS: contender(LAYERS, one_by_one())}
-    found["torch fp32"] = contender("torch fp32", network(case))
+    found = {OURS: implementation(OURS, fused()), LAYERS: implementation(LAYERS, one_by_one())}
+    found["torch fp32"] = implementation("torch fp32", network(case))
     if device.type == "cpu":
-        found["torch fp32, oneDNN"] = contender("torch fp32, oneDNN", network(case), switch=onednn_fp32)
+        found["torch fp32, oneDNN"] = implementation("torch fp32, oneDNN", network(case), switch=onednn_fp32)
     for label, narrow in (("fp16", f16), ("bf16", bf16)):
         name = f"torch autocast {label}"
-        found[name] = contender(name, network(case), narrow)
+        found[name] = implementation(name, network(case), narrow)
         if case.compiled:
-            found[f"{name}, compiled"] = contender(f"{name}, compiled", torch.compile(network(case)), narrow)
-    return with_forced(found, lambda: contender(OURS, fused()), "linear_act", device)
+            found[f"{name}, compiled"] = implementation(f"{name}, compiled", torch.compile(network(case)), narrow)
+    return with_forced(found, lambda: implementation(OURS, fused()), "linear_act", device)
 
 
 def _run(model, x, grad_out, autocast, switch):

@@ -9,13 +9,13 @@ import torch
 import mpkernels as mpk
 from bench import linear_act, step
 from bench.cases import LinearAct, Overhead, Step
-from bench.contender import OURS, Contender
+from bench.implementation import OURS, Implementation
 from bench.rows import RESULTS
 
 SMALL = (1, 8, 8)  # M, K, N
 CALLS = 200
 TENSORS = 400  # of the steps that follow
-GROUPED = ("step of 400 groups", "step of 400 that take turns")
+GROUPED = ("step of 400 groups", "step of 400, alternating")
 ELEMENTS = 16  # of each tensor of a step
 
 FIRST_STEP = """
@@ -47,26 +47,26 @@ context = lambda: torch.autocast({{device!r}}, torch.float16)
 }
 
 
-def contenders(case: Overhead, device: torch.device) -> dict[str, Contender]:
+def implementations(case: Overhead, device: torch.device) -> dict[str, Implementation]:
     if case.what == "first_step":
         return {name: first_step(script, device) for name, script in SCRIPTS.items()}
     if case.what in GROUPED:
         return grouped_steps(case, device)
     if case.what.startswith("step"):
         tensors = int(case.what.removeprefix("step of "))
-        found = step.contenders(Step(ELEMENTS * tensors, tensors), device)
+        found = step.implementations(Step(ELEMENTS * tensors, tensors), device)
         return many(found, ("classical fp16 recipe", "fp32 parameters"), 10)
     direction = "forward" if case.what == "forward" else "both"
-    found = many(linear_act.contenders(LinearAct(direction, *SMALL), device), ("torch float16", "torch autocast"), CALLS)
+    found = many(linear_act.implementations(LinearAct(direction, *SMALL), device), ("torch float16", "torch autocast"), CALLS)
     if not case.what.endswith("2 threads"):
         return found
-    return {name: Contender(by_two_threads(c.run), c.check, calls=c.calls, timed=c.timed) for name, c in found.items()}
+    return {name: Implementation(by_two_threads(c.run), c.check, calls=c.calls, timed=c.timed) for name, c in found.items()}
 
 
-def grouped_steps(case: Overhead, device: torch.device) -> dict[str, Contender]:
+def grouped_steps(case: Overhead, device: torch.device) -> dict[str, Implementation]:
     """A step of as many groups as tensors, or of one half of the tensors, then of the other, as experts alternate."""
 
-    def contender(make) -> Contender:
+    def implementation(make) -> Implementation:
         params = [torch.nn.Parameter(torch.randn(ELEMENTS, device=device)) for _ in range(TENSORS)]
         grads, alternate = [torch.randn_like(p) for p in params], case.what == GROUPED[1]
         optimizer = make([params] if alternate else [[p] for p in params])
@@ -76,19 +76,19 @@ def grouped_steps(case: Overhead, device: torch.device) -> dict[str, Contender]:
                 parameter.grad = grad if not alternate or i % 2 == of else None
             optimizer.step()
 
-        return Contender(lambda: (step(0), step(1)), calls=2, timed="host")
+        return Implementation(lambda: (step(0), step(1)), calls=2, timed="host")
 
     groups = lambda members: [{"params": group} for group in members]
     return {
-        OURS: contender(lambda members: mpk.optim.AdamW(groups(members))),
-        "torch fused": contender(lambda members: torch.optim.AdamW(groups(members), fused=True)),
+        OURS: implementation(lambda members: mpk.optim.AdamW(groups(members))),
+        "torch fused": implementation(lambda members: torch.optim.AdamW(groups(members), fused=True)),
     }
 
 
-def many(found: dict[str, Contender], peers: tuple[str, ...], calls: int) -> dict[str, Contender]:
+def many(found: dict[str, Implementation], peers: tuple[str, ...], calls: int) -> dict[str, Implementation]:
     """Ours and some peers, `calls` at a time, with nothing counted: here the host is what is measured."""
-    chosen = {name: contender for name, contender in found.items() if name.startswith(OURS) or name in peers}
-    return {name: Contender(repeat(c.run, calls), c.check, calls=calls, timed="host") for name, c in chosen.items()}
+    chosen = {name: implementation for name, implementation in found.items() if name.startswith(OURS) or name in peers}
+    return {name: Implementation(repeat(c.run, calls), c.check, calls=calls, timed="host") for name, c in chosen.items()}
 
 
 def repeat(run, calls: int):
@@ -113,7 +113,7 @@ def by_two_threads(run):
     return runs
 
 
-def first_step(script: str, device: torch.device) -> Contender:
+def first_step(script: str, device: torch.device) -> Implementation:
     """In a process of its own, from after `import torch` to the end of the first step."""
     code = FIRST_STEP.format(script=script.format(device=device.type), device=device.type, threads=torch.get_num_threads())
 
@@ -124,4 +124,4 @@ def first_step(script: str, device: torch.device) -> Contender:
         assert done.returncode == 0, done.stderr
         return float(done.stdout)
 
-    return Contender(seconds, timed="by itself")
+    return Implementation(seconds, timed="by itself")

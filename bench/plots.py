@@ -7,15 +7,15 @@ import io
 import json
 from collections.abc import Callable, Iterable
 
-from bench.contender import OURS
 from bench.figures import IN_CHART, Cases, times
+from bench.implementation import OURS
 from bench.tables import by_case
 
 PEERS_OVER_K = ("oneDNN on fp32 copies", "MKL on fp32 copies", "torch float16", "torch bfloat16", "torch.compile default")
 OVER_K = {"cpu": (256, 1024), "cuda": (4096, 4096)}  # M, N
 SIZE = {"cpu": "1e7", "cuda": "1e8"}  # parameters
 SHOWN_STEPS = (OURS, "classical fp16 recipe", "fp32 parameters", "Apex's passes", "torch.compile")
-KEYS = ("case", "contender", "us_p50", "ratio", "bytes_per_parameter", "tflop_s", "gb_s", "bytes", "flops", "limits")
+KEYS = ("case", "implementation", "us_p50", "ratio", "bytes_per_parameter", "tflop_s", "gb_s", "bytes", "flops", "limits")
 
 
 def draw(rows: dict[str, list[dict]], names: dict[str, str]) -> Iterable[tuple[str, str]]:
@@ -84,7 +84,7 @@ def roofline(axes, rows):
 def ratio_over_k(axes, rows):
     M, _, N = _dimensions(rows[0])
     for peer in PEERS_OVER_K:
-        of = sorted((_dimensions(row)[1], row["ratio"]) for row in rows if row["contender"] == peer)
+        of = sorted((_dimensions(row)[1], row["ratio"]) for row in rows if row["implementation"] == peer)
         if of:
             axes.plot([k for k, _ in of], [ratio for _, ratio in of], "o-", label=peer)
     axes.axhline(1, color="black", linewidth=0.5)
@@ -94,7 +94,7 @@ def ratio_over_k(axes, rows):
 
 def bytes_per_parameter(axes, rows):
     count = parameters(rows[0])
-    names = [row["contender"] for row in rows]
+    names = [row["implementation"] for row in rows]
     worth = [row["us_p50"] * row["limits"]["gb_s"] * 1e3 / count for row in rows]
     axes.barh(names, worth, color="lightgray", label="time, in bytes of a plain stream")
     axes.barh(names, [row["bytes_per_parameter"] for row in rows], height=0.4, label="counted (0: not counted)")
@@ -113,7 +113,7 @@ def step_over_tensors(axes, rows):
 
 def _lines(axes, rows, of: Callable[[dict], int], label: str):
     for name in SHOWN_STEPS:
-        points = sorted((of(row), row["us_p50"] / parameters(row) * 1e3) for row in rows if row["contender"] == name)
+        points = sorted((of(row), row["us_p50"] / parameters(row) * 1e3) for row in rows if row["implementation"] == name)
         if points:
             axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel="ns per parameter", title="AdamW step, fp16 gradients")
@@ -144,7 +144,7 @@ def _step_of(row: dict) -> bool:
 
 
 PLOTS: dict[str, tuple[Callable[[dict, str], bool], Callable]] = {
-    "roofline": (lambda r, _: r["op"] == "linear_act" and "/float16/" in r["case"] and r["contender"] == OURS, roofline),
+    "roofline": (lambda r, _: r["op"] == "linear_act" and "/float16/" in r["case"] and r["implementation"] == OURS, roofline),
     "ratio_over_k": (_of_k, ratio_over_k),
     "bytes_per_parameter": (lambda r, device: r["case"] == f"step/float16/plain/{SIZE[device]}in300", bytes_per_parameter),
     "step_over_parameters": (lambda r, _: _step_of(r) and tensors(r) == 300, step_over_parameters),
@@ -207,5 +207,5 @@ _IN_CHART = {(c.case, name) for c in IN_CHART for name in (c.subject, c.baseline
 
 README_PLOTS: dict[str, tuple[Callable[[dict], bool], Callable]] = {
     "bytes": (lambda row: row["case"] in STEP_CASES, bytes_moved),
-    "speed": (lambda row: (row["case"], row["contender"]) in _IN_CHART, speed),
+    "speed": (lambda row: (row["case"], row["implementation"]) in _IN_CHART, speed),
 }

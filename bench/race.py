@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from bench import rows, step
 from bench.cases import Step
-from bench.contender import OURS
+from bench.implementation import OURS
 from bench.timing import Clock
 from mpkernels.ops.linear_act import Activation, backward_op, forward_op
 
@@ -38,7 +38,7 @@ ROUNDS = 11
 TORCH_STEP = "GradScaler, fused AdamW"
 COPY = "a copy"
 
-Runs = dict[str, Callable[[], object]]
+Functions = dict[str, Callable[[], object]]
 
 
 def copy_of(bytes_moved: int, device: torch.device) -> Callable[[], object]:
@@ -46,7 +46,7 @@ def copy_of(bytes_moved: int, device: torch.device) -> Callable[[], object]:
     return lambda: to.copy_(given)
 
 
-def gemm(role: str, M: int, K: int, N: int, device: torch.device, backend: str) -> Runs:
+def gemm(role: str, M: int, K: int, N: int, device: torch.device, backend: str) -> Functions:
     """fprop with bias, ReLU and its mask; dgrad with the mask and the column sums of the layer below; wgrad to fp32."""
     f16, f32, relu, none = torch.float16, torch.float32, Activation.RELU, Activation.NONE
     forward, backward = forward_op.function(backend), backward_op.function(backend)
@@ -84,15 +84,15 @@ def gemm(role: str, M: int, K: int, N: int, device: torch.device, backend: str) 
     return runs | {COPY: copied}
 
 
-def steps(parameters: int, tensors: int, device: torch.device) -> Runs:
+def steps(parameters: int, tensors: int, device: torch.device) -> Functions:
     """scaler.step and scaler.update of 16-bit parameters with fp32 masters, and torch's of fp32 parameters."""
     recipes = step.recipes(Step(parameters, tensors), device)
     ours, theirs = (recipes[name][0](Step(parameters, tensors), device) for name in (OURS, "fp32 parameters"))
     return {OURS: ours.step, TORCH_STEP: theirs.step, COPY: copy_of(STEP_BYTES * parameters, device)}
 
 
-def race(runs: Runs, device: torch.device, rounds: int) -> dict[str, float]:
-    """Median us of each, which all take turns; the first two rounds do not count."""
+def race(runs: Functions, device: torch.device, rounds: int) -> dict[str, float]:
+    """Median us of each, interleaved; the first two rounds do not count."""
     clock, times = Clock(device, torch.get_num_threads()), {name: [] for name in runs}
     for i in range(rounds + 2):
         for name, run in runs.items():
@@ -102,8 +102,8 @@ def race(runs: Runs, device: torch.device, rounds: int) -> dict[str, float]:
     return {name: statistics.median(us) for name, us in times.items()}
 
 
-def cases(what: str, device: torch.device, backend: str) -> Iterator[tuple[str, Callable[[], Runs], float]]:
-    """Name, what makes the contenders, and the operations of the case, 0 where bytes count."""
+def cases(what: str, device: torch.device, backend: str) -> Iterator[tuple[str, Callable[[], Functions], float]]:
+    """Name, what makes the implementations, and the operations of the case, 0 where bytes count."""
     if what == "step":
         for n, tensors in dict.fromkeys(STEPS):
             yield f"step of {n:.0e} in {tensors}", lambda n=n, tensors=tensors: steps(n, tensors, device), 0
@@ -115,7 +115,7 @@ def cases(what: str, device: torch.device, backend: str) -> Iterator[tuple[str, 
 
 
 def run(what: str, device: torch.device, backend: str, file: Path | None, rounds: int = ROUNDS) -> list[str]:
-    """A sentence per case: times the speed of each contender, and TFLOP/s."""
+    """A sentence per case: times the speed of each implementation, and TFLOP/s."""
     facts = rows.environment(device)
     said = []
     for name, make, operations in cases(what, device, backend):
@@ -134,7 +134,7 @@ def run(what: str, device: torch.device, backend: str, file: Path | None, rounds
         if file is not None:
             with file.open("a") as out:
                 for who, median in us.items():
-                    row = {"part": what, "case": name, "contender": who, "us_p50": round(median, 2), "rounds": rounds}
+                    row = {"part": what, "case": name, "implementation": who, "us_p50": round(median, 2), "rounds": rounds}
                     tflops = {"tflop_s": round(operations / median / 1e6, 1)} if operations and who != COPY else {}
                     out.write(json.dumps(row | tflops | facts) + "\n")
     return said

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import plots, tables
-from bench.contender import OURS
 from bench.figures import AGAINST_AMP, KEY_FIGURES, Comparison
+from bench.implementation import OURS
 from bench.rows import RESULTS, read
 from bench.tables import EVERY_OP, by_case, markdown, taken
 from mpkernels.runtime.resolve import Implementation, ops
@@ -122,14 +122,16 @@ def memory(rows: dict[str, list[dict]]) -> str:
 
 def gpt_peak(rows: dict[str, list[dict]]) -> str:
     """A sentence on the same, of the CPU that has most of it: what autocast around a converted model is for."""
-    peaks = ({r["contender"]: r["peak_bytes"] / 2**20 for r in of if r["case"] == "training/gpt2_tiny"} for of in rows.values())
+    peaks = (
+        {r["implementation"]: r["peak_bytes"] / 2**20 for r in of if r["case"] == "training/gpt2_tiny"} for of in rows.values()
+    )
     most = max(peaks, key=lambda of: len(of.keys() & GPT_RECIPES.keys()))
     said = [f"{words} {most[name]:.1f}" if name in most else f"{words} not measured yet" for name, words in GPT_RECIPES.items()]
     return "Peak MiB of a small GPT's training step: {}; {};\n{}; {}.".format(*said)
 
 
 _BF16 = f"{OURS} mixed_bfloat16"
-GPT_RECIPES = {  # contender: in words
+GPT_RECIPES = {  # implementation: in words
     "torch fp32": "fp32",
     "torch autocast bf16": "torch.autocast",
     _BF16: "converted, outside of it",

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Result rows: one JSON line per case and contender, with the machine, the versions, the commit and the date."""
+"""Result rows: one JSON line per case and implementation, with the machine, the versions, the commit and the date.
+
+docs/methodology.md says what the keys are.
+"""
 
 import datetime
 import json

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every op of a backend at a few small sizes, for compute-sanitizer: `python -m bench.sanitize triton [cpu]`.
 
-linear_act and its backward at ragged tiles, the layer below's pass in the epilogue included, then each op's cases.
+linear_act and its backward at partial tiles, the previous layer's pass in the epilogue included, then each op's cases.
 """
 
 import sys
@@ -13,7 +13,7 @@ from mpkernels.ops.linear_act.epilogues import empty_mask
 from mpkernels.runtime import resolve
 from mpkernels.testing import checks
 
-SHAPES = ((136, 264, 72), (40, 520, 200))  # M, N, K: ragged tiles, several of them
+SHAPES = ((136, 264, 72), (40, 520, 200))  # M, N, K: partial tiles, several of them
 
 
 def main(backend: str, device: str = "cuda") -> None:

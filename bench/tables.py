@@ -4,7 +4,7 @@
 from collections.abc import Iterable
 
 from bench import targets
-from bench.contender import OURS
+from bench.implementation import OURS
 
 EVERY_OP = ("linear_act", "mlp", "step", "training", "overhead")
 
@@ -15,15 +15,15 @@ def markdown(header: list[str], lines: Iterable[list[str]]) -> str:
 
 
 def by_case(rows: list[dict], *ops: str, prefix: str = "") -> dict[str, dict[str, dict]]:
-    """{case: {contender: row}}, of every op where none is named."""
+    """{case: {implementation: row}}, of every op where none is named."""
     found: dict[str, dict[str, dict]] = {}
     for row in rows:
         if (not ops or row["op"] in ops) and row["case"].startswith(prefix):
-            found.setdefault(row["case"], {})[row["contender"]] = row
+            found.setdefault(row["case"], {})[row["implementation"]] = row
     return found
 
 
-def contenders_of(cases: dict[str, dict[str, dict]]) -> list[str]:
+def implementations_of(cases: dict[str, dict[str, dict]]) -> list[str]:
     return list(dict.fromkeys(name for case in cases.values() for name in case))
 
 
@@ -46,22 +46,22 @@ def with_doubt(text: str, row: dict) -> str:
 def ratios(rows: list[dict], *ops: str, prefix: str = "") -> str:
     """A line per case: our time, its share of the roofline, and our time over each baseline's."""
     cases = by_case(rows, *ops, prefix=prefix)
-    others = [name for name in contenders_of(cases) if name != OURS]
+    others = [name for name in implementations_of(cases) if name != OURS]
     lines = []
     for case, found in cases.items():
         subject = found[OURS]
-        share = subject["share_of_limit"]
+        share = subject["share_of_roofline"]
         cells = [ratio_of(found[name]) if name in found else "" for name in others]
         lines.append([case.removeprefix(prefix), time_of(subject["us_p50"]), f"{share:.0%}" if share else "", *cells])
     return markdown(["case", "ours", "% of roofline", *others], lines)
 
 
 def numerics(rows: list[dict]) -> str:
-    """The worst of every contender over all cases of an op and dtype."""
+    """The worst of every implementation over all cases of an op and dtype."""
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         if row["op"] in ("linear_act", "step") and row.get("error_to_best") is not None:
-            groups.setdefault(("/".join(row["case"].split("/")[:3]), row["contender"]), []).append(row)
+            groups.setdefault(("/".join(row["case"].split("/")[:3]), row["implementation"]), []).append(row)
     lines = [
         [
             group, name, f"{max(r['error_to_best'] for r in found):.4g}",

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench.cases import select
-from bench.contender import FORCED, OURS
+from bench.implementation import FORCED, OURS
 from bench.step import PLAIN_READ, PLAIN_STEP
 
 BY_BACKEND = (OURS, *(f"{OURS} {backend}" for backend in FORCED))  # the same call; the fastest of them counts
 DOUBTFUL = 0.1  # uncertainty above which a ratio decides nothing
-Found = dict[str, dict]  # the rows of a case by contender
+Found = dict[str, dict]  # the rows of a case by implementation
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _ratio(row: dict) -> float:
 
 
 def time_over(peer: str) -> Callable[[Found], float | None]:
-    """Our time over the peer's, both taken in rounds with the same contender."""
+    """Our time over the peer's, both taken in rounds with the same implementation."""
     return lambda found: _ratio(found[peer]) / _ratio(_fastest(found)) if peer in found else None
 
 

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time contenders against each other: interleaved rounds in one process, medians, ratios taken within a round.
+"""Time implementations against each other: interleaved rounds in one process, medians, ratios taken within a round.
 
-Every contender has tensors of its own, and calls rotate over copies of all of them, so that nobody finds its operands in a
+Every implementation has tensors of its own, and calls rotate over copies of all of them, so that none finds its operands in a
 cache. On a CPU with one thread it is process time, which a busy machine disturbs least; with more, wall time. On a GPU it
 is the time between two events, the L2 swept before.
 
 Memory that malloc gave out stays with the process (`keep_memory`): else a temporary of some megabytes costs page faults or
-not, ten times its own time or nothing, by the luck of the heap. It is in favour of peers, who allocate more than ours.
+not, ten times its own time or nothing, by allocator noise. It is in favour of peers, who allocate more than ours.
 
-So that two runs agree: every peer is timed between two samples of the contender it is compared with, so that what drifts,
-clocks and other people's load, drops out; a sample is long beside a clock's tick and an interrupt; everyone has the same
-share of the case's time, so that whoever takes seconds leaves the others their rounds; and a ratio in doubt gets more.
+So that two runs agree: every peer is timed between two samples of the implementation it is compared with, so that what drifts,
+clocks and the load of other processes, drops out; a sample is long beside a clock's tick and an interrupt; all have the same
+share of the case's time, so that one that takes seconds leaves the others their rounds; and a ratio in doubt gets more.
 """
 
 import ctypes
@@ -25,11 +25,11 @@ import torch
 
 SAMPLE_US = 3000.0  # a sample on a CPU is of as many calls as take this long
 MOST_CALLS = 64
-ROUNDS = (5, 400)  # of every contender, at least and at most
+ROUNDS = (5, 400)  # of every implementation, at least and at most
 LONG_US, LONG_ROUNDS = 1e6, 3  # at least so many of one whose every sample is that long: it averages by itself
 DOUBT, PATIENCE = 0.015, 3  # a ratio known less well than this is given up to so many times its share of the time
-WARM_CALLS = 3  # of everyone before the first round on a CPU, in which the heap becomes as large as all of them need it
-WARM_SECONDS = 0.1  # of work of everyone before the first round on a GPU, so that clocks are up
+WARM_CALLS = 3  # of each before the first round on a CPU, in which the heap becomes as large as all of them need it
+WARM_SECONDS = 0.1  # of work of each before the first round on a GPU, so that clocks are up
 HIDING_CYCLES = 2_000_000  # about 1 ms of a GPU's time in which the host runs ahead
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 SWEPT = 1 << 28  # bytes written to sweep a GPU's L2
@@ -71,7 +71,7 @@ class Clock:
         return time.process_time() if self.device.type == "cpu" and self.threads == 1 else time.perf_counter()
 
     def __call__(self, run, timed: str) -> float:
-        """timed: what a contender says of itself."""
+        """timed: what a implementation says of itself."""
         if timed == "by itself":
             return run() * 1e6
         if self.device.type == "cuda" and timed != "host":
@@ -97,7 +97,7 @@ class Clock:
 
 @dataclass
 class Times:
-    """Of one contender: us per call in every round, and in the same round the subject's time over its own."""
+    """Of one implementation: us per call in every round, and in the same round the subject's time over its own."""
 
     us: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
@@ -122,10 +122,10 @@ class Times:
 
 
 def interleave(instances: list[dict], clock: Clock, seconds: float) -> dict[str, Times]:
-    """The times of every contender, measured in `seconds` or longer: everyone has at least a few rounds.
+    """The times of every implementation, measured in `seconds` or longer: each has at least a few rounds.
 
-    instances: the same contenders with other tensors, used in turn. Each is run once before, which is not counted. The
-    first contender is the subject, with which the others are compared; alone, it is compared with itself.
+    instances: the same implementations with other tensors, used in turn. Each is run once before, which is not counted. The
+    first implementation is the subject, with which the others are compared; alone, it is compared with itself.
     """
     samplers = {name: _Sampler([instance[name] for instance in instances], clock) for name in instances[0]}
     subject, *peers = samplers
@@ -162,24 +162,24 @@ def interleave(instances: list[dict], clock: Clock, seconds: float) -> dict[str,
 
 
 class _Sampler:
-    """Samples of one contender: the mean over as many calls as make a sample, on its instances in turn."""
+    """Samples of one implementation: the mean over as many calls as make a sample, on its instances in turn."""
 
-    def __init__(self, contenders: list, clock: Clock):
-        self.clock, self.timed = clock, contenders[0].timed
-        self.runs = itertools.cycle([contender.run for contender in contenders])
+    def __init__(self, implementations: list, clock: Clock):
+        self.clock, self.timed = clock, implementations[0].timed
+        self.runs = itertools.cycle([implementation.run for implementation in implementations])
         begin = time.perf_counter()
-        for contender in contenders:
-            contender.run()
+        for implementation in implementations:
+            implementation.run()
         while clock.device.type == "cuda" and time.perf_counter() - begin < WARM_SECONDS:
             next(self.runs)()
             torch.cuda.synchronize()
-        once = (time.perf_counter() - begin) / len(contenders) * 1e6
+        once = (time.perf_counter() - begin) / len(implementations) * 1e6
         several = clock.device.type == "cpu" and self.timed != "by itself"
         for _ in range(WARM_CALLS if several else 0):  # the first was not typical
             once = clock(next(self.runs), self.timed)
             if once > LONG_US:
                 break
-        self.bundled = contenders[0].calls
+        self.bundled = implementations[0].calls
         self.calls = (min(MOST_CALLS, math.ceil(SAMPLE_US / once)) if several else 1) * self.bundled
 
     def us(self) -> float:

@@ -18,12 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import mpkernels as mpk
 from bench import limits, models
 from bench.cases import Training
-from bench.contender import OURS, Contender, Missing, package, with_forced
+from bench.implementation import OURS, Implementation, Missing, package, with_forced
 from bench.linear_act import onednn_fp32
 from tests import bounds
 
 LR = 1e-4
-LOSSES = 6  # that every contender gets to: two steps for its memory, one to warm up, three rounds at least
+LOSSES = 6  # that every implementation gets to: two steps for its memory, one to warm up, three rounds at least
 Step = Callable[[], torch.Tensor]
 
 
@@ -129,20 +129,20 @@ def recipes(case: Training, device: torch.device) -> dict[str, tuple]:
     return found
 
 
-def contenders(case: Training, device: torch.device) -> dict[str, Contender]:
+def implementations(case: Training, device: torch.device) -> dict[str, Implementation]:
     with FlopCounterMode(display=False) as counter:
         fp32_loss = by_torch(case.model, device, None)().item()
     flops = counter.get_total_flops()
 
-    def of(name, how, arguments, options, multiplied) -> Contender:
+    def of(name, how, arguments, options, multiplied) -> Implementation:
         make = functools.partial(how, case.model, device, *arguments, **options)
-        return contender(device, name, make, fp32_loss, flops, multiplied)
+        return implementation(device, name, make, fp32_loss, flops, multiplied)
 
     found = {name: of(name, *recipe) for name, recipe in recipes(case, device).items()}
     return with_forced(found, lambda: of(OURS, *recipes(case, device)[OURS]), "linear_act", device)
 
 
-def contender(device, name: str, make: Callable[[], Step], fp32_loss: float, flops: int, multiplied) -> Contender:
+def implementation(device, name: str, make: Callable[[], Step], fp32_loss: float, flops: int, multiplied) -> Implementation:
     step, losses = None, []
 
     def run():
@@ -165,7 +165,7 @@ def contender(device, name: str, make: Callable[[], Step], fp32_loss: float, flo
         return {"steps": LOSSES, "first_loss": losses[0].item(), "last_loss": losses[LOSSES - 1].item()}
 
     gemm = "bfloat16" if "bf" in name else "float32" if "fp32" in name.split(",")[0] else "float16"
-    return Contender(run, check, flops=flops, gemm=gemm, timed="all", after=after)
+    return Implementation(run, check, flops=flops, gemm=gemm, timed="all", after=after)
 
 
 def peak_bytes(work: Callable[[], None], device: torch.device) -> int:

@@ -114,7 +114,7 @@ def digits(device: torch.device) -> tuple[tuple[torch.Tensor, torch.Tensor], tup
 
 
 def train(names: list[str], seeds: int, epochs: int, device: torch.device) -> dict[str, list[Run]]:
-    """A run per recipe and seed. The recipes take turns, an epoch each, so that a slow moment of the machine hits all."""
+    """A run per recipe and seed. The recipes are interleaved, an epoch each, so that a slow moment of the machine hits all."""
     data, test_data = digits(device)
     runs: dict[str, list[Run]] = {name: [] for name in names}
     steps = len(data[0]) // BATCH
@@ -137,9 +137,11 @@ def train(names: list[str], seeds: int, epochs: int, device: torch.device) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    everyone = [*POLICIES, *TORCH_RECIPES]
+    all_recipes = [*POLICIES, *TORCH_RECIPES]
     parser.add_argument("--quick", action="store_true", help="3 epochs of one seed: to see that it runs")
-    parser.add_argument("--policies", nargs="+", choices=everyone, default=everyone, metavar="NAME", help=", ".join(everyone))
+    parser.add_argument(
+        "--policies", nargs="+", choices=all_recipes, default=all_recipes, metavar="NAME", help=", ".join(all_recipes)
+    )
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for results.json and loss.png")
     arguments = parser.parse_args()
     names = list(dict.fromkeys(arguments.policies))

@@ -5,7 +5,6 @@ Bytes are counted, not estimated: gradients and optimizer state from their tenso
 `torch.autograd.graph.saved_tensors_hooks`, the peak by the allocator (torch.profiler on a CPU).
 """
 
-import contextlib
 import gc
 import itertools
 import json
@@ -14,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -189,22 +189,11 @@ def implementations(device: torch.device) -> list[dict]:
             why_not = next(filter(None, (op.why_not(backend, device, torch.float16) for op in ops)), None)
             found = {"us": None, "error": None, "note": why_not}
             if why_not is None:
-                with _forced(",".join(f"{op.name}={backend}" for op in ops)):
+                forced = ",".join(f"{op.name}={backend}" for op in ops)
+                with mock.patch.dict(os.environ, MPKERNELS_BACKEND=forced):
                     found = run(device)
             rows.append({"case": case, "implementation": backend, **found})
     return rows
-
-
-@contextlib.contextmanager
-def _forced(setting: str):
-    before = os.environ.get("MPKERNELS_BACKEND")
-    os.environ["MPKERNELS_BACKEND"] = setting
-    try:
-        yield
-    finally:
-        del os.environ["MPKERNELS_BACKEND"]
-        if before is not None:
-            os.environ["MPKERNELS_BACKEND"] = before
 
 
 def _run_layer(device: torch.device) -> dict:
@@ -310,7 +299,7 @@ def _legend(letters: dict[str, str], clock: str) -> list[str]:
         "copy          weights cast for the matrix product: kept by our optimizer, made in every step by autocast",
         "saved/sample  bytes that one sample keeps from forward to backward, each storage counted once",
         "peak          the most that the allocator had given out at once, temporaries included",
-        f"ms/step       median {clock} of whole steps, the first epoch left out; the recipes took turns by epoch",
+        f"ms/step       median {clock} of whole steps, the first epoch left out; the recipes are interleaved by epoch",
     ]
 
 

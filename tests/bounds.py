@@ -164,7 +164,7 @@ def check_not_worse_than(out, torch_out, x, weight, bias, activation, compute_dt
 
 
 def check_no_farther(error: float, other: float) -> None:
-    """Two ways through the same kernels: error norms against fp64 that differ by luck alone."""
+    """Two ways through the same kernels: error norms against fp64 that differ at random alone."""
     assert error <= 1.05 * other, f"error norm {error:.4g}, of the other way {other:.4g}"
 
 

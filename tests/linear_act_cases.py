@@ -177,19 +177,19 @@ def run(case: Case, generator, device="cpu"):
     if case.copy:
         wide = bounds.rounded(weight.double().cpu().numpy(), compute)
         copy = torch.from_numpy(wide).to(device, compute)
-    smooth = case.activation not in (Activation.NONE, Activation.RELU)
-    save = 1 if smooth else case.save
+    non_relu = case.activation not in (Activation.NONE, Activation.RELU)
+    save = 1 if non_relu else case.save
     out, saved, x_compute = forward(x, weight, bias, dtypes, case.activation, save, copy)
     assert out.shape == (*x.shape[:-1], case.N)
     assert out.dtype == dtypes.out
     bounds.check_forward(out, x, weight, bias, case.activation, compute, v, case.random_sign)
 
     operand = x if x.dtype == compute else x_compute
-    if smooth:
+    if non_relu:
         assert (saved.dtype, saved.shape) == (compute, (case.M, case.N))
         bounds.check_forward(saved, x, weight, bias, Activation.NONE, compute, v, case.random_sign)
         grads = backward(grad_out, operand, weight, saved, dtypes, case.activation, copy)
-        check_smooth(grads, grad_out, operand, weight, saved, case, v)
+        check_slopes(grads, grad_out, operand, weight, saved, case, v)
         return out, grads
     selector, positive = None, None
     if case.activation == Activation.RELU:
@@ -206,7 +206,7 @@ def run(case: Case, generator, device="cpu"):
     return out, grads
 
 
-def check_smooth(grads, grad_out, operand, weight, saved, case, v):
+def check_slopes(grads, grad_out, operand, weight, saved, case, v):
     """The gradients of an activation that multiplies: its own grad_z against fp64, and the products of that."""
     dtypes, compute = case.dtypes, case.dtypes.compute
     grad_z = grad_z_of(grad_out, saved, case.activation, dtypes)
@@ -224,7 +224,7 @@ def grad_z_of(grad_out, saved, activation, dtypes: Dtypes):
 
 
 def fixed_cases(rows: int):
-    """Every N and K of small awkward sizes for `rows`; dtypes, bias, activation, save and copy take turns."""
+    """Every N and K of small awkward sizes for `rows`; dtypes, bias, activation, save and copy alternate."""
     sizes = (0, 1, 2, 3, 7, 16, 17, 32, 33, 65)
     names = list(DTYPES)
     for i, (N, K) in enumerate((n, k) for n in sizes for k in sizes):

@@ -81,8 +81,8 @@ def taken(steps: list[torch.Tensor]) -> list[float]:
 
 
 def split(flat: torch.Tensor, sizes: Iterable[int]) -> list[torch.Tensor]:
-    """Copies of consecutive pieces."""
-    return [piece.clone() for piece in flat.split(list(sizes))]
+    """Copies of consecutive segments."""
+    return [segment.clone() for segment in flat.split(list(sizes))]
 
 
 def join(tensors: list[torch.Tensor]) -> np.ndarray:
@@ -124,7 +124,7 @@ def rounded_once(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def check_copies(copies: list[torch.Tensor], masters: list[torch.Tensor]) -> None:
-    """Bound 9: each copy is its master rounded once, bit for bit; a copy of size 0 is one that nobody wants.
+    """Bound 9: each copy is its master rounded once, bit for bit; a copy of size 0 is not wanted.
 
     NaN is one value here: torch's own casts write several.
     """

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Work on a list of tensors in one parallel region: their elements are laid end to end and cut into chunks of equal length.
+// A list of tensors in one parallel region: their elements are laid end to end and cut into chunks of equal length.
 
 #pragma once
 

@@ -18,7 +18,7 @@ constexpr size_t kArgumentBytes = 32764;  // what CUDA takes as a kernel's argum
 constexpr int kMostTensors = 640;
 constexpr int64_t kChunkUnit = 16384;  // elements; chunks are multiples of it, and so of every vector
 
-// A piece of one tensor: elements [begin, end).
+// A segment of one tensor: elements [begin, end).
 struct TensorChunk {
   int tensor;
   int64_t begin, end;

@@ -203,7 +203,7 @@ struct Verdict {
   float* found_inf;
   double* amax;
   int64_t* nonfinite;
-  double* grad_norm;  // null where nobody asks
+  double* grad_norm;  // null where it is not asked for
   int64_t amax_stride, nonfinite_stride;
 
   __device__ float scale() const { return grad_scale == nullptr ? 1 : *grad_scale; }

@@ -95,7 +95,7 @@ class GradReader:
     ) -> float | None:
         """Read what the step needs: found_inf (check), the norm of a clip to `max_norm` or to a pending one, which it returns.
 
-        What the pending clip read holds for the step, but on many ranks: only a collective tells of another rank's writes.
+        What the pending clip read holds for the step, but on many ranks: only a collective knows of another rank's writes.
         """
         clip = self.clip_in_force(plan)
         max_norm = max_norm if clip is None else clip.max_norm

@@ -87,13 +87,13 @@ def _swapped_in(parameter: torch.Tensor, master: torch.Tensor):
     NOTE: `parameter.data = master` would change its dtype, for which torch drops the node that accumulates its gradient,
     and with it, silently, the hooks by which DDP averages gradients. Here the whole parameter steps aside.
     """
-    stand_in = master.detach().requires_grad_(parameter.requires_grad)
+    view = master.detach().requires_grad_(parameter.requires_grad)
     version = master._version
-    torch._C._swap_tensor_impl(parameter, stand_in)  # what torch.utils.swap_tensors does, which refuses weak references
+    torch._C._swap_tensor_impl(parameter, view)  # what torch.utils.swap_tensors does, which refuses weak references
     try:
         yield
     finally:
-        torch._C._swap_tensor_impl(parameter, stand_in)
+        torch._C._swap_tensor_impl(parameter, view)
         if master._version != version:
             with torch.no_grad():
                 parameter.copy_(cast(master, parameter.dtype))

@@ -85,7 +85,7 @@ class Optimizer(StatefulOptimizer):
     def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
     # NOTE: under torch.compile the step is a graph break: it is one or two kernels already, and dynamo would trace our
-    # bookkeeping in nine pieces. torch.compiler.disable does the same, but imports dynamo when this file is imported.
+    # bookkeeping in nine graphs. torch.compiler.disable does the same, but imports dynamo when this file is imported.
     @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure=None):
@@ -253,7 +253,7 @@ class Optimizer(StatefulOptimizer):
         return self.grad_norm if self._reader.stats else None
 
     def _last_read(self) -> LastRead:
-        """What `overflow_report` tells of."""
+        """What `overflow_report` reads."""
         many_ranks = any(plan.ranks.many for plan in self._plans.plans[:1])
         return LastRead(list(self._reader.stats.values()), self.steps_called, names_of(self.param_groups), many_ranks)
 

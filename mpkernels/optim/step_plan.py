@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """StepPlan: the parameters of a step and all that belongs to them, looked at once and kept while nothing but values is new.
 
-What a step asks of a tensor is asked of a whole list at once: Python's time per tensor is most of what a step costs the host.
+What a step asks of a tensor is asked of a whole list at once: Python's time per tensor is most of a step's CPU launch overhead.
 A plan is made for one `Signature`: it matches that of a step or not, it `is_current` or is rebuilt, as a whole.
 """
 

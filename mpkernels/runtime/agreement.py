@@ -45,7 +45,7 @@ def agree(device: torch.device, decision: dict[str, dict[str, bool]], keys: list
     else:
         reason = _awaited(store, [f"{_PREFIX}/outcome"])
         outcome = {"decision": {}, "reason": reason}
-    # The first to write decides: a rank that has waited in vain takes everybody with it to eager.
+    # The first to write decides: a rank that has waited in vain takes all to eager.
     text = store.compare_set(f"{_PREFIX}/outcome", "", json.dumps(outcome))
     outcome = json.loads(text)
     proof.agree(device, outcome["decision"])

@@ -11,7 +11,7 @@ schema, in their order and with their defaults. A call has
 
 An implementation is a module of the op's folder, named as its backend (`eager.py`, `triton.py`, `native.py`), or as
 `Implementation.module` says where a backend has several (`cpu.py` and `sm90.py` are linear_act's `native`). It is imported at
-its first use, and has a function named as the op, which takes the call, and `why_not(key) -> str | None`: the only refusal.
+its first use, and has a function named as the op, which takes the call, and `why_not(key) -> str | None`.
 Where a result is not wanted it may return None for it; the dispatcher is given what the op's `fill` makes of that.
 
 mpkernels/runtime/resolve.py chooses; a call is chosen for once.

@@ -30,7 +30,7 @@ _FORMATS = {  # dtype: (bits of the significand with the hidden one, exponent of
     torch.float32: (24, -149, 127),
     torch.float64: (53, -1074, 1023),
 }
-_ENOUGH_FOR_NORMS = 1024  # outputs below which one lucky rounding decides a ratio of norms or a share
+_ENOUGH_FOR_NORMS = 1024  # outputs below which a single rounding decides a ratio of norms or a share
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

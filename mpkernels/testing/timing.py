@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time several ways to do the same, in turns and with cold caches."""
+"""Time several ways to do the same, interleaved and with cold caches."""
 
 import time
 from collections.abc import Callable
@@ -10,7 +10,7 @@ FLUSH = 1 << 28  # bytes written before a timed run on a GPU: more than an L2, a
 
 
 def interleave(runs: dict[str, Callable], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """us of every run in every round, caches cold; all take turns within a round, after one that does not count."""
+    """us of every run in every round, caches cold; a round has one run of each, and the first does not count."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     timed = _time_cuda if device.type == "cuda" else _time_cpu
     for counted in [False] + [True] * rounds:

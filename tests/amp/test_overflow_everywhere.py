@@ -59,10 +59,10 @@ def poison(training: Training, positions: np.ndarray, bad_values=BAD_VALUES) -> 
     flat = [p.grad.view(-1) for p in training.params]
     before = training.everything()
     for begin in range(0, len(positions), BETWEEN):
-        piece = positions[begin : begin + BETWEEN]
+        segment = positions[begin : begin + BETWEEN]
         for bad in bad_values:
             expected = np.float32(SCALE)
-            for position in piece.tolist():
+            for position in segment.tolist():
                 tensor = int(np.searchsorted(ends, position, side="right"))
                 grad, index = flat[tensor], position - int(ends[tensor])
                 good = grad[index].clone()
@@ -70,8 +70,8 @@ def poison(training: Training, positions: np.ndarray, bad_values=BAD_VALUES) -> 
                 training.step()
                 grad[index] = good
                 expected = np.float32(np.float64(expected) * BACKOFF)
-            assert training.scaler.get_scale() == expected, (bad, piece[0], piece[-1])
-            assert training.everything() == before, (bad, piece[0], piece[-1])
+            assert training.scaler.get_scale() == expected, (bad, segment[0], segment[-1])
+            assert training.everything() == before, (bad, segment[0], segment[-1])
             training.scaler.update(SCALE)
 
 

@@ -12,7 +12,7 @@ import torch
 from bench import compare, figures, plots, report, rows, step, tables, targets
 from bench.__main__ import check
 from bench.cases import CASES, LinearAct, Mlp, Step, select
-from bench.contender import OURS
+from bench.implementation import OURS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = (
@@ -34,7 +34,7 @@ NAMED = {target.against for some in targets.TARGETS.values() for target in some}
 
 
 def found(**ratios: float) -> dict[str, dict]:
-    """Rows by contender."""
+    """Rows by implementation."""
     common = {"uncertainty": 0, "peak_bytes": 1, "gb_s": 1, "limits": {"copy_gb_s": 1}}
     return {name.replace("_", " "): {"ratio": r, "us_p50": 100 / r, **common} for name, r in ratios.items()}
 
@@ -49,14 +49,14 @@ def test_bench_names_are_unique():
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_bench_checks_what_it_times(case):
-    """Every contender agrees with fp64, as in a run."""
+    """Every implementation agrees with fp64, as in a run."""
     module = importlib.import_module(f"bench.{case.op}")
-    contenders = {name: c for name, c in module.contenders(case, DEVICE).items() if "compile" not in name}
-    numerics, _, wrong = check(contenders)
+    implementations = {name: c for name, c in module.implementations(case, DEVICE).items() if "compile" not in name}
+    numerics, _, wrong = check(implementations)
     assert len(numerics) >= 2
     assert not wrong
-    for contender in contenders.values():
-        contender.run()
+    for implementation in implementations.values():
+        implementation.run()
 
 
 def test_bench_refuses_what_is_wrong(monkeypatch):
@@ -65,16 +65,16 @@ def test_bench_refuses_what_is_wrong(monkeypatch):
 
     right = linear_act.ours
     monkeypatch.setattr(linear_act, "ours", lambda *args: right(*args) * 1.002)
-    assert check(linear_act.contenders(LinearAct("forward", 37, 100, 29), DEVICE))[2]["mpkernels"].startswith("out")
+    assert check(linear_act.implementations(LinearAct("forward", 37, 100, 29), DEVICE))[2]["mpkernels"].startswith("out")
 
 
 def test_bench_checks_what_statistics_are_compared_with():
     """The read in place of them is there, and the step still right."""
     case, made = Step(30_000, 3), {}
     for name, make in ((OURS, step.ours), (step.PLAIN_READ, step.plain_read)):
-        contender = step.contender(case, DEVICE, make, 30, name, made)
-        assert contender.check()["error_to_best"] < 2
-        contender.run()
+        implementation = step.implementation(case, DEVICE, make, 30, name, made)
+        assert implementation.check()["error_to_best"] < 2
+        implementation.run()
     ours, plain = (recipe.optimizer.state[recipe.params[2]] for recipe in made.values())
     assert all(ours[name].data_ptr() == plain[name].data_ptr() for name in ("master", "exp_avg", "exp_avg_sq"))
     assert (ours["step"], plain["step"]) == (2, 3), "each counts on by itself"
@@ -93,7 +93,7 @@ def test_bench_has_the_cases_of_every_target():
 # ----- what is shown ---------------------------------------------------------------
 
 
-def test_bench_compares_two_contenders_by_their_ratios_to_a_third():
+def test_bench_compares_two_implementations_by_their_ratios_to_a_third():
     """Ours takes 2, the one 4, the other 1: the one takes 4 times as long as the other."""
     one, other = {"ratio": 2 / 4, "uncertainty": 0.03}, {"ratio": 2 / 1, "uncertainty": 0.04}
     assert figures.between(one, other) == {"ratio": 4.0, "uncertainty": pytest.approx(0.05)}
@@ -130,7 +130,7 @@ def test_bench_key_figures_are_times_faster():
     assert comparison.faster({"a": rows}) == "2.0x ± 20%"
     assert comparison.faster({"a": {OURS: rows[OURS]}}) == ""
     assert [figures.times({"ratio": r}) for r in (1 / 27.6, 1 / 1.25, 1.07)] == ["28x", "1.2x", "0.93x"]
-    of_page = [{"op": "step", "case": "a", "contender": name, **row} for name, row in rows.items()]
+    of_page = [{"op": "step", "case": "a", "implementation": name, **row} for name, row in rows.items()]
     other = figures.Comparison("a step", "a", OURS, "absent")
     lines = report.compared([comparison, other], {"zen3": of_page, "intel": of_page[1:]}).splitlines()
     assert lines[2:] == ["| a step | theirs | 2.0x ± 20% |  |"]
@@ -139,7 +139,7 @@ def test_bench_key_figures_are_times_faster():
 def test_bench_peak_of_a_gpt_says_what_is_not_measured():
     """Of the machine that has most recipes; the one that waits for a row says so."""
     row = {"op": "training", "case": "training/gpt2_tiny", "peak_bytes": 3 * 2**20}
-    fp32, autocast, outside, inside = ({**row, "contender": name} for name in report.GPT_RECIPES)
+    fp32, autocast, outside, inside = ({**row, "implementation": name} for name in report.GPT_RECIPES)
     said = report.gpt_peak({"zen3": [fp32, outside], "intel": [fp32, autocast, outside]})
     assert said.endswith("fp32 3.0; torch.autocast 3.0;\nconverted, outside of it 3.0; converted, inside it not measured yet.")
     assert "not measured" not in report.gpt_peak({"zen3": [fp32, autocast, outside, inside]})
@@ -168,9 +168,11 @@ def test_bench_plots_rows_of_a_gpu():
     """Rows with the names of `--quick` on a GPU are enough for every plot, and for every table."""
     rows = []
     for case in select("cuda", quick=True):
-        like = next(row for row in report.current_rows()["zen3"] if row["op"] == case.op and row["contender"] == "mpkernels")
+        like = next(
+            row for row in report.current_rows()["zen3"] if row["op"] == case.op and row["implementation"] == "mpkernels"
+        )
         for name in NAMED | {"torch float16"}:
-            rows.append(like | {"case": case.name, "contender": name, "clock": "GPU events", "peak_bytes": 1, "gb_s": 1.0})
+            rows.append(like | {"case": case.name, "implementation": name, "clock": "GPU events", "peak_bytes": 1, "gb_s": 1.0})
     drawn = [name for name, text in plots.draw({"h200": rows}, report.NAMES) if "<svg" in text]
     assert drawn == [f"h200_{name}.svg" for name in plots.PLOTS]
     text = report.benchmarks("h200", rows)
@@ -188,7 +190,7 @@ def test_bench_shows_what_device_sh_wrote(tmp_path):
     like = report.current_rows()["zen3"][0] | {"clock": "GPU events"}
 
     def write(name: str, op: str, case: str, **more) -> None:
-        rows.merge(tmp_path / name, [like | {"op": op, "case": case, "contender": "mpkernels"} | more])
+        rows.merge(tmp_path / name, [like | {"op": op, "case": case, "implementation": "mpkernels"} | more])
 
     write("cuda.jsonl", "overhead", "overhead/forward")
     found = report.current_rows(tmp_path)
@@ -250,8 +252,8 @@ def test_bench_target_leaves_out_what_is_in_doubt():
 def test_bench_tables_show_what_is_in_doubt():
     row = next(row for row in report.current_rows()["zen3"] if row["case"] == "step/float16/plain/5e7in1")
     rows = [
-        row | {"contender": "mpkernels"},
-        row | {"contender": "theirs", "ratio": 0.0637, "uncertainty": 4.58, "us_p50": 1e6},
+        row | {"implementation": "mpkernels"},
+        row | {"implementation": "theirs", "ratio": 0.0637, "uncertainty": 4.58, "us_p50": 1e6},
     ]
     assert tables.ratios(rows, "step").endswith("| 0.0637 ± 458% |")
     assert tables.bytes_per_parameter(rows).endswith(" ± 458% |")
@@ -276,7 +278,8 @@ def test_bench_compare(tmp_path, monkeypatch, capsys):
 
     def write(name: str, ratios: list[float], in_doubt: int = -1) -> str:
         lines = [
-            json.dumps({"case": "a", "contender": str(i), "ratio": ratio, "uncertainty": 0.2 if i == in_doubt else 0.02}) + "\n"
+            json.dumps({"case": "a", "implementation": str(i), "ratio": ratio, "uncertainty": 0.2 if i == in_doubt else 0.02})
+            + "\n"
             for i, ratio in enumerate(ratios)
         ]
         (tmp_path / name).write_text("".join(lines))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark's peers from other packages, and what becomes of a contender that is absent, broken or wrong."""
+"""The benchmark's peers from other packages, and what becomes of a peer that is absent, broken or wrong."""
 
 import os
 import sys
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import __main__ as main
-from bench import contender, linear_act, overhead, step, training
+from bench import implementation, linear_act, overhead, step, training
 from bench.cases import LinearAct, Overhead, Step, Training
-from bench.contender import Contender, Missing, forced, package
+from bench.implementation import Implementation, Missing, forced, package
 from mpkernels.runtime.resolve import ENVIRONMENT_VARIABLE
 
 CPU = torch.device("cpu")
@@ -84,7 +84,7 @@ def install(monkeypatch, modules: dict[str, dict]) -> None:
 
 def checked(case, *names: str):
     module = {"linear_act": linear_act, "step": step, "training": training}[case.op]
-    return main.check({name: c for name, c in module.contenders(case, CPU).items() if name in names})
+    return main.check({name: c for name, c in module.implementations(case, CPU).items() if name in names})
 
 
 @pytest.mark.parametrize("what", FAKES)
@@ -132,22 +132,22 @@ def raising(error):
     def check():
         raise error
 
-    return Contender(lambda: None, check)
+    return Implementation(lambda: None, check)
 
 
 def test_bench_tells_absent_from_wrong():
-    contenders = {
-        "mpkernels": Contender(lambda: None, lambda: {"error_to_best": 1.0}),
+    implementations = {
+        "mpkernels": Implementation(lambda: None, lambda: {"error_to_best": 1.0}),
         "mpkernels native": raising(RuntimeError("no kernel image")),
         "slow": raising(Missing("would take 9 s")),
         "broken": raising(RuntimeError("out of memory\nsecond line")),
         "wrong": raising(AssertionError("computes something else")),
     }
-    numerics, absent, wrong = main.check(contenders)
+    numerics, absent, wrong = main.check(implementations)
     assert numerics == {"mpkernels": {"error_to_best": 1.0}}
     assert absent == {"slow": "would take 9 s", "broken": "out of memory"}
     assert wrong == {"mpkernels native": "no kernel image", "wrong": "computes something else"}
-    assert list(contenders) == ["mpkernels"]
+    assert list(implementations) == ["mpkernels"]
 
 
 def test_bench_fails_after_timing_the_others(monkeypatch, capsys):
@@ -161,8 +161,8 @@ def test_bench_fails_after_timing_the_others(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "--json"])
     assert main.main() == 1
     out, err = capsys.readouterr()
-    assert '"contender": "mpkernels"' in out
-    assert '"contender": "torch float16"' not in out
+    assert '"implementation": "mpkernels"' in out
+    assert '"implementation": "torch float16"' not in out
     assert "WRONG, not timed: linear_act/forward/float16/37x100x29: torch float16: the peer's error" in err
 
 
@@ -177,8 +177,8 @@ def test_bench_guards_a_package_only():
 def test_bench_forces_a_backend_for_check_and_run(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "auto")
     seen = []
-    contender = Contender(lambda: seen.append(os.environ[ENVIRONMENT_VARIABLE]), lambda: seen.append("checked") or {})
-    by_name = forced(contender, "eager", "linear_act", CPU)
+    implementation = Implementation(lambda: seen.append(os.environ[ENVIRONMENT_VARIABLE]), lambda: seen.append("checked") or {})
+    by_name = forced(implementation, "eager", "linear_act", CPU)
     assert by_name.check()["backends"]["linear_act"] == "eager"
     by_name.run()
     by_name.run()
@@ -189,18 +189,18 @@ def test_bench_forces_a_backend_for_check_and_run(monkeypatch):
 def test_bench_forced_backend_that_cannot_serve_is_missing(monkeypatch):
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     with pytest.raises(Missing, match="on cpu cannot use triton: "):
-        forced(Contender(lambda: None), "triton", "linear_act", CPU).check()
-    monkeypatch.setattr(contender, "served_by", lambda device: {"linear_act": "eager"})
+        forced(Implementation(lambda: None), "triton", "linear_act", CPU).check()
+    monkeypatch.setattr(implementation, "served_by", lambda device: {"linear_act": "eager"})
     with pytest.raises(Missing, match="linear_act has no native implementation there"):
-        forced(Contender(lambda: None), "native", "linear_act", CPU).check()
+        forced(Implementation(lambda: None), "native", "linear_act", CPU).check()
     assert ENVIRONMENT_VARIABLE not in os.environ
 
 
 def test_bench_gpu_has_ours_by_name_before_its_peers():
-    """Where memory is short, whoever comes last is left out."""
-    names = list(step.contenders(Step(10**9, 300), torch.device("cuda")))
+    """Where memory is short, what comes last is left out."""
+    names = list(step.implementations(Step(10**9, 300), torch.device("cuda")))
     assert names[:3] == ["mpkernels", "mpkernels native", "mpkernels triton"]
-    assert "mpkernels native" not in step.contenders(Step(10**9, 300), CPU)
+    assert "mpkernels native" not in step.implementations(Step(10**9, 300), CPU)
 
 
 def test_bench_asks_torch_for_what_it_has_on_a_gpu():
@@ -220,13 +220,13 @@ def test_bench_gpu_torch_has_what_is_timed_with():
 
 def test_bench_leaves_out_what_does_not_fit(monkeypatch):
     monkeypatch.setattr(step, "free_bytes", lambda device: 10**9)
-    _, absent, _ = main.check(step.contenders(Step(10**9, 300, devices=("cuda",)), CPU))
+    _, absent, _ = main.check(step.implementations(Step(10**9, 300, devices=("cuda",)), CPU))
     assert absent["mpkernels"] == "needs 24 GB where 1 GB are free"
 
 
 def test_bench_overhead_cases_have_a_peer():
     for what in ("forward", "forward+backward", "step of 1", "step of 100", *overhead.GROUPED):
-        assert len(overhead.contenders(Overhead(what), CPU)) >= 2
+        assert len(overhead.implementations(Overhead(what), CPU)) >= 2
 
 
 def test_bench_counts_peak_memory():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the benchmark times: ratios, shares of the time, and what it asks of a GPU, on contenders that say how long they took."""
+"""How the benchmark times: ratios, shares of the time, and what it asks of a GPU; implementations say how long they took."""
 
 import itertools
 import subprocess
@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from bench import limits, timing
-from bench.contender import Contender
+from bench.implementation import Implementation
 
 CPU = timing.Clock(torch.device("cpu"), 1)
 
 
 def says(seconds):
-    """A contender that claims to have taken the next of `seconds`."""
-    return Contender(iter(seconds).__next__, timed="by itself")
+    """A implementation that claims to have taken the next of `seconds`."""
+    return Implementation(iter(seconds).__next__, timed="by itself")
 
 
-def test_bench_ratio_of_steady_contenders():
+def test_bench_ratio_of_steady_implementations():
     times = timing.interleave([{"ours": says(itertools.repeat(1e-3)), "theirs": says(itertools.repeat(4e-3))}], CPU, 0.1)
     assert times["theirs"].summary() == {
         "us_p20": 4000, "us_p50": 4000, "us_p80": 4000, "rounds": len(times["theirs"].us), "ratio": 0.25, "uncertainty": 0,
@@ -32,35 +32,35 @@ def test_bench_ratio_of_steady_contenders():
 
 
 def test_bench_ratio_ignores_drift():
-    """A machine that becomes slower all the time, for everyone: 5 % from sample to sample."""
+    """A machine that becomes slower all the time, for all: 5 % from sample to sample."""
     slower = (1e-3 * 1.05**i for i in itertools.count())
-    contenders = {"ours": Contender(lambda: next(slower), timed="by itself")}
-    contenders["theirs"] = Contender(lambda: 2 * next(slower), timed="by itself")
-    ratios = timing.interleave([contenders], CPU, 0.01)["theirs"].ratios
+    implementations = {"ours": Implementation(lambda: next(slower), timed="by itself")}
+    implementations["theirs"] = Implementation(lambda: 2 * next(slower), timed="by itself")
+    ratios = timing.interleave([implementations], CPU, 0.01)["theirs"].ratios
     assert all(abs(ratio - 0.5) < 0.001 for ratio in ratios)
 
 
 def test_bench_ratio_ignores_outliers():
     disturbed = itertools.cycle([1e-3, 1e-3, 1e-3, 1e-3, 50e-3])
-    contenders = {"ours": says(itertools.repeat(1e-3)), "theirs": says(disturbed)}
-    assert timing.interleave([contenders], CPU, 0.1)["theirs"].summary()["ratio"] == 1
+    implementations = {"ours": says(itertools.repeat(1e-3)), "theirs": says(disturbed)}
+    assert timing.interleave([implementations], CPU, 0.1)["theirs"].summary()["ratio"] == 1
 
 
-def test_bench_a_slow_contender_leaves_the_others_their_rounds():
-    contenders = {
+def test_bench_a_slow_implementation_leaves_the_others_their_rounds():
+    implementations = {
         "ours": says(itertools.repeat(1e-3)),
         "slow": says(itertools.repeat(0.5)),
         "fast": says(itertools.repeat(1e-3)),
     }
-    times = timing.interleave([contenders], CPU, 0.2)
+    times = timing.interleave([implementations], CPU, 0.2)
     assert len(times["slow"].us) == timing.ROUNDS[0]
     assert len(times["fast"].us) == 0.1 / 2e-3
 
 
 def test_bench_seconds_are_sampled_less_often():
     """Of what takes long, once is not a moment's noise."""
-    contenders = {"ours": says(itertools.repeat(1e-3)), "slow": says(itertools.repeat(2.0))}
-    assert len(timing.interleave([contenders], CPU, 0.2)["slow"].us) == timing.LONG_ROUNDS
+    implementations = {"ours": says(itertools.repeat(1e-3)), "slow": says(itertools.repeat(2.0))}
+    assert len(timing.interleave([implementations], CPU, 0.2)["slow"].us) == timing.LONG_ROUNDS
 
 
 @pytest.fixture
@@ -71,17 +71,17 @@ def first_call_of_a_second(monkeypatch):
 
 
 def test_bench_a_hiccup_is_not_a_long_call(first_call_of_a_second):
-    """What swapped at its first calls is sampled as often as everyone."""
+    """What swapped at its first calls is sampled as often as the others."""
     hiccups = itertools.chain([1.2, 1.1, 1.1], itertools.repeat(20e-3))
-    contenders = {"ours": says(itertools.repeat(10e-3)), "theirs": says(hiccups)}
-    summary = timing.interleave([contenders], CPU, 0.2)["theirs"].summary()
+    implementations = {"ours": says(itertools.repeat(10e-3)), "theirs": says(hiccups)}
+    summary = timing.interleave([implementations], CPU, 0.2)["theirs"].summary()
     assert summary["rounds"] == timing.ROUNDS[0]
     assert summary["ratio"] == 0.5
 
 
 def test_bench_a_first_call_is_not_typical(first_call_of_a_second):
     """However long it took, a sample is of as many calls as a later one needs."""
-    assert timing._Sampler([Contender(lambda: None)], CPU).calls == timing.MOST_CALLS
+    assert timing._Sampler([Implementation(lambda: None)], CPU).calls == timing.MOST_CALLS
 
 
 @pytest.mark.parametrize("seconds, calls", [(0.0, 1 + timing.WARM_CALLS), (2.0, 2)])
@@ -89,15 +89,15 @@ def test_bench_warms_up_on_a_cpu(monkeypatch, seconds, calls):
     """Beside the call that makes it ready, a few; one where a call takes long."""
     monkeypatch.setattr(timing.Clock, "__call__", lambda _, run, timed: run() or seconds * 1e6 + 1)
     called = []
-    timing._Sampler([Contender(lambda: called.append(0))], CPU)
+    timing._Sampler([Implementation(lambda: called.append(0))], CPU)
     assert len(called) == calls
 
 
 def test_bench_a_doubtful_ratio_gets_more_rounds():
     generator = torch.Generator().manual_seed(0)
     noisy = (1e-3 * (1 + torch.rand((), generator=generator).item()) for _ in itertools.count())
-    contenders = {"ours": says(itertools.repeat(1e-3)), "noisy": says(noisy), "steady": says(itertools.repeat(2e-3))}
-    times = timing.interleave([contenders], CPU, 0.2)
+    implementations = {"ours": says(itertools.repeat(1e-3)), "noisy": says(noisy), "steady": says(itertools.repeat(2e-3))}
+    times = timing.interleave([implementations], CPU, 0.2)
     assert len(times["noisy"].us) > 2 * len(times["steady"].us)
 
 
@@ -113,16 +113,16 @@ def test_bench_uncertainty_covers_the_median():
 
 def test_bench_calls_rotate_over_the_instances():
     used = []
-    instances = [{"ours": Contender(lambda i=i: used.append(i) or 1e-3, timed="by itself")} for i in range(3)]
+    instances = [{"ours": Implementation(lambda i=i: used.append(i) or 1e-3, timed="by itself")} for i in range(3)]
     timing.interleave(instances, CPU, 0.01)
     assert used[3:9] == [0, 1, 2, 0, 1, 2]
 
 
 def test_bench_short_calls_are_bundled():
     """A sample of microseconds would show the clock."""
-    sampler = timing._Sampler([Contender(lambda: None)], CPU)
+    sampler = timing._Sampler([Implementation(lambda: None)], CPU)
     assert sampler.calls == timing.MOST_CALLS
-    assert timing._Sampler([Contender(lambda: None, calls=10)], CPU).calls == 10 * timing.MOST_CALLS
+    assert timing._Sampler([Implementation(lambda: None, calls=10)], CPU).calls == 10 * timing.MOST_CALLS
 
 
 def test_bench_knows_what_a_cpu_is_slow_at(monkeypatch):

@@ -193,7 +193,7 @@ Kernel wgmma_kernel(const int64_t* p) {
 }  // namespace
 }  // namespace mpk
 
-// Runs one probe on addresses of device memory. p[0..7] are the kernel's; p[8..12] the tensor of "load", "multicast" and
+// One probe on addresses of device memory. p[0..7] are the kernel's; p[8..12] the tensor of "load", "multicast" and
 // "store" (fp32 or 16-bit, rows, columns, pitch) and the rows of its box, or the variant of "wgmma". Returns the error or an
 // empty string.
 extern "C" const char* mpk_probe(const char* name, const int64_t* p, const void* in, void* out) {

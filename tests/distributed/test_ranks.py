@@ -172,9 +172,9 @@ def replicas_agree(sharded, optimizer) -> None:
         first = sharded.mesh.get_coordinate()
         where = tuple(c for c, placement in zip(first, p.placements, strict=True) if not placement.is_replicate())
         states[len(states), where] = raw(local(t) for t in (p, *optimizer.state[p].values()))
-    everyone = [None] * distributed.get_world_size()
-    distributed.all_gather_object(everyone, states)
-    for rank in everyone:
+    everywhere = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everywhere, states)
+    for rank in everywhere:
         assert all(states.get(key, value) == value for key, value in rank.items())
 
 

@@ -2,7 +2,7 @@
 """The CUDA kernels, compiled by the C++ compiler against tests/emulator, as operators on CPU tensors.
 
 `library()` builds build/host/<name>/<name>.so where a source is newer: mpkernels_host has the step's kernels,
-mpkernels_hopper those of sm_90a and the tests' own. `HostOps` stands in for `torch.ops.mpkernels_C`: it tells the stand-in
+mpkernels_hopper those of sm_90a and the tests' own. `HostOps` replaces `torch.ops.mpkernels_C`: it tells the emulator
 which memory the call may touch, and runs the kernels that are registered for CUDA.
 """
 
@@ -24,7 +24,7 @@ from tests.steps import leaves
 
 BUILD = ROOT / "build/host"
 OPS = ("adamw_", "grad_stats_", "lion_", "sgd_", "update_scale_")
-STAND_IN = tuple(f"tests/emulator/{name}" for name in ("fibers.cpp", "sm90.cpp", "on_device.cpp"))
+EMULATOR = tuple(f"tests/emulator/{name}" for name in ("fibers.cpp", "sm90.cpp", "on_device.cpp"))
 FOLDERS = ("grad_stats", "optimizer_update", "update_scale")
 STEP = ("csrc/ops.cpp", *(f"csrc/{folder}/cuda.cu" for folder in FOLDERS), "tests/emulator/wrong_kernels.cu")
 HOPPER = (
@@ -34,7 +34,7 @@ HOPPER = (
     "tests/emulator/sm90_kernels.cu",
     "tests/device/probes.cu",
 )
-SOURCES = {"mpkernels_host": STEP + STAND_IN, "mpkernels_hopper": HOPPER + STAND_IN}
+SOURCES = {"mpkernels_host": STEP + EMULATOR, "mpkernels_hopper": HOPPER + EMULATOR}
 # -ffp-contract=off as nvcc's -fmad=false.
 FLAGS = "-std=c++17 -O2 -g0 -fPIC -fvisibility=default -ffp-contract=off -U_FORTIFY_SOURCE"
 TABLES = {
@@ -128,7 +128,7 @@ def take_counts(name: str = "mpkernels_host") -> Counts:
 
 @dataclass
 class HostOps:
-    """The operators of mpkernels_C, by a library of the stand-in. host_tensors: those of a call that are not on the device.
+    """The operators of mpkernels_C, by a library of the emulator. host_tensors: those of a call that are not on the device.
 
     Of the others a call may write those that its schema says, and read the rest.
     """

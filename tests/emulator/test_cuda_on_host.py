@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of the step, run by the stand-in of tests/emulator: the tests of the CPU kernels, and what is CUDA's own.
+"""The CUDA kernels of the step, in the host emulator (tests/emulator): the tests of the CPU kernels, and what is CUDA's own.
 
-What this cannot prove: speed, the memory model, and anything that the stand-in understands wrongly.
+What this cannot prove: speed, the memory model, and anything that the emulator understands wrongly.
 """
 
 import ctypes
@@ -81,7 +81,7 @@ def arguments(
     kind, sizes, generator, *, masters=(torch.float32,), grads=(torch.float16,), copies=COPIES, narrow=False, offset=None,
     **options,
 ):  # fmt: skip
-    """Of a call over tensors of these sizes, dtypes taking turns; moments in bf16 where `narrow`.
+    """Of a call over tensors of these sizes, of alternating dtypes; moments in bf16 where `narrow`.
 
     offset(i, list): elements that lie before tensor i.
     """
@@ -354,7 +354,7 @@ def test_cuda_bytes_per_parameter(kind, grad, narrow, expected, generator, host)
     assert check.loaded + update.loaded + update.stored == expected * n
 
 
-# ----- the stand-in ---------------------------------------------------------------------------------
+# ----- the emulator ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which, message", [
@@ -363,16 +363,16 @@ def test_cuda_bytes_per_parameter(kind, grad, narrow, expected, generator, host)
     (5, "a store outside of every tensor"),
     (6, "an access of 16 bytes at an address that is no multiple of it"),
 ])  # fmt: skip
-def test_stand_in_refuses_wrong_kernels(which, message):
+def test_emulator_refuses_wrong_kernels(which, message):
     assert message in run_kernel(which)[0]
     assert run_kernel(0)[0] == "", "a refused launch leaves nothing behind"
 
 
-def test_stand_in_refuses_a_store_to_what_is_read_only():
+def test_emulator_refuses_a_store_to_what_is_read_only():
     assert "a store to a tensor that is only read" in run_kernel(0, read_only=True)[0]
 
 
-def test_stand_in_barriers_and_shuffles():
+def test_emulator_barriers_and_shuffles():
     error, out = run_kernel(0)
     assert error == ""
     assert out.eq(7).all()
@@ -381,7 +381,7 @@ def test_stand_in_barriers_and_shuffles():
     assert out[::32].tolist() == [sum(range(32))] * 2
 
 
-def test_stand_in_shows_a_missing_barrier():
+def test_emulator_shows_a_missing_barrier():
     """The thread that writes is almost never the first in order; shared memory is poisoned before it."""
     host_kernels.library().host_seed(1)
     assert not run_kernel(2)[1].eq(7).all()

@@ -37,7 +37,7 @@ class Case(ctypes.Structure):
 
 
 def run(kernel, seed=0, **options):
-    """Runs a kernel of sm90_kernels.cu; returns the error of the launch, or ''."""
+    """Run a kernel of sm90_kernels.cu; the error of the launch, or ''."""
     case, memory = Case(kernel=kernel.encode()), []
     for name, value in options.items():
         if torch.is_tensor(value):

@@ -57,7 +57,7 @@ constexpr Kernel kKernels[] = {reads_after_barrier, adds_lanes,          reads_t
 
 }  // namespace
 
-// Runs one; returns the error of the launch, or an empty string.
+// Run one: the error of the launch, or an empty string.
 extern "C" const char* host_run_kernel(int which, unsigned* out) {
   static std::string message;
   message.clear();

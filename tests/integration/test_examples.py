@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples run, write what they promise, and learn: every 16-bit policy about as well as fp32."""
+"""The examples run, write what they say, and learn: every 16-bit policy about as well as fp32."""
 
 import importlib.util
 import json
@@ -56,7 +56,7 @@ def test_examples_digits_rows(quick):
 
 
 def test_examples_digits_bytes(quick):
-    """What the policies' table promises, in bytes per parameter; a copy is of weights alone, and parameters have biases."""
+    """What the policies' table says, in bytes per parameter; a copy is of weights alone, and parameters have biases."""
     _, _, rows = quick
     expected = {  # parameters, gradients, masters, moments
         "float64": (8, 8, 0, 16),

@@ -167,7 +167,7 @@ def test_transforms_compile_as_torchs(way, activation, layers):
         bounds.check_rearranged(g.detach(), e.detach())
 
 
-def test_transforms_that_compile_break_no_promise():
+def test_transforms_that_compile_keep_batch_invariance():
     layer = MPLinear(K, N, policy="float32,batch_invariant")
     torch.compiler.reset()
     with pytest.raises(RuntimeError, match=r"batch_invariant does not hold where torch\.compile traces"):

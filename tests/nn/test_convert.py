@@ -139,7 +139,7 @@ def test_other_modules_keep_their_dtype_under_mixed():
 
 
 class Named(nn.Linear):
-    """Of a class that somebody may ask for."""
+    """Of a class that other code may ask for."""
 
 
 class Special(nn.Linear):
@@ -470,7 +470,7 @@ def test_cast_leaves_what_is_kept():
     tied = with_norm()
     tied[0].bias = tied[2].bias
     mpk.convert(tied, "float16", keep="2")
-    assert tied[0].bias.dtype == torch.float32, "what a kept module has stays, whoever else has it"
+    assert tied[0].bias.dtype == torch.float32, "what a kept module has stays, whatever else has it"
 
 
 def test_cast_of_buffers_that_are_tied():

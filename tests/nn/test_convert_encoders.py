@@ -90,7 +90,7 @@ def test_encoders_without_a_converted_linear_are_left():
 
 
 def test_encoders_of_which_layers_were_converted_say_what_to_do():
-    """The encoder does not know, and makes a nested tensor of the padding; and nobody can be given one."""
+    """The encoder does not know, and makes a nested tensor of the padding; and no layer can be given one."""
     alone, whole = encoder(), mpk.convert(encoder(), "float32")
     mpk.convert(alone.layers[0], "float32")
     nested = torch.nested.nested_tensor([torch.ones(3, 16), torch.ones(5, 16)])

@@ -356,7 +356,7 @@ def _wrap_forward(module, losses):
 @pytest.mark.parametrize("watcher", WATCHERS)
 @pytest.mark.usefixtures("is_joined")
 def test_a_second_loss_on_an_inner_activation(watcher, moved):
-    """Whoever can see an activation has its gradients right: that pair is not joined, the others are."""
+    """What can see an activation has its gradients right: that pair is not joined, the others are."""
     index, watch, expected = WATCHERS[watcher]
     grads = []
     for joined in (True, False):

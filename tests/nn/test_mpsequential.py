@@ -300,7 +300,7 @@ def test_mpsequential_around_a_model_that_reads_inside(joined):
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "mixed_float16,output=float32"])
 def test_mpsequential_with_a_new_head(policy):
-    """It is fp32 and is given fp32, whatever is replaced by it; what it replaces had 16 bits where nobody looked."""
+    """It is fp32 and is given fp32, whatever is replaced by it; what it replaces had 16 bits where it was not seen."""
     for index in (0, 2, 4):
         model = mpk.convert(mlp(), policy)
         old = model[index]

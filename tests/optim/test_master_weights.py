@@ -35,7 +35,7 @@ def everything(params, optimizer) -> list[bytes]:
 
 
 @pytest.mark.parametrize("master_dtype", [torch.float32, torch.float64])
-def test_masters_are_lent_and_16_bits_come_back(master_dtype):
+def test_masters_are_swapped_in_and_16_bits_come_back(master_dtype):
     params, optimizer = trained(master_dtype=None if master_dtype == torch.float32 else master_dtype)
     before, versions = everything(params, optimizer), [p._version for p in params]
     grads, places = [p.grad for p in params], [p.data_ptr() for p in params]
@@ -64,36 +64,36 @@ def test_16_bits_come_back_after_an_exception():
     train(params, optimizer)
 
 
-def test_16_bits_come_back_when_a_loan_fails(monkeypatch):
-    """The second parameter cannot be lent: the first is given back."""
+def test_16_bits_come_back_when_a_swap_fails(monkeypatch):
+    """The second parameter cannot be swapped: the first is swapped back."""
     params, optimizer = trained()
     before, swap, calls = everything(params, optimizer), torch._C._swap_tensor_impl, []
 
     def fails_second(a, b):
         calls.append(1)
         if len(calls) == 2:
-            raise RuntimeError("no loan")
+            raise RuntimeError("no swap")
         swap(a, b)
 
     monkeypatch.setattr(torch._C, "_swap_tensor_impl", fails_second)
-    with pytest.raises(RuntimeError, match="no loan"), optimizer.master_weights():
+    with pytest.raises(RuntimeError, match="no swap"), optimizer.master_weights():
         raise AssertionError("must not be reached")
     assert everything(params, optimizer) == before
     train(params, optimizer)
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_training_is_that_without_a_loan(mode):
-    lending, plain = trained(0), trained(0)
+def test_training_is_that_without_a_swap(mode):
+    swapping, plain = trained(0), trained(0)
     for _ in range(4):
-        with mode(), lending[1].master_weights():
-            assert sum(p.double().sum() for p in lending[0]) > 0
-        for pair in (lending, plain):
+        with mode(), swapping[1].master_weights():
+            assert sum(p.double().sum() for p in swapping[0]) > 0
+        for pair in (swapping, plain):
             train(*pair)
-    assert everything(*lending) == everything(*plain)
+    assert everything(*swapping) == everything(*plain)
 
 
-def test_hooks_of_gradients_still_run_after_a_loan():
+def test_hooks_of_gradients_still_run_after_a_swap():
     """DDP's hooks sit on the node that accumulates the gradient: another dtype through .data would drop it."""
     (parameter, *_), optimizer = trained()
     parameter.grad, ran = None, []
@@ -125,7 +125,7 @@ def test_evaluation_ema_and_saving():
     assert {p.dtype for p in model.parameters()} == {torch.float16}
 
 
-def test_lent_are_the_weights_that_somebody_wrote_before():
+def test_masters_that_are_swapped_in_have_what_was_written_before():
     params, optimizer = trained()
     with torch.no_grad():
         params[0].fill_(3.0)
@@ -169,7 +169,7 @@ def test_compute_copies_hold():
     assert copied.is_fresh()
 
 
-def test_before_the_first_step_there_is_nothing_to_lend():
+def test_before_the_first_step_there_is_nothing_to_swap_in():
     params, optimizer = trained(0)
     with optimizer.master_weights():
         assert [p.dtype for p in params] == list(DTYPES)
@@ -214,14 +214,14 @@ def test_masters_of_dtensors_are_refused():
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("lent", [True, False])
-def test_graph_of_masters_does_not_outlive_a_step(lent):
+@pytest.mark.parametrize("swapped", [True, False])
+def test_graph_of_masters_does_not_outlive_a_step(swapped):
     """Its backward would be that of other weights: an error, as with a graph of the parameters."""
     layer = nn.Linear(3, 2, dtype=torch.float16)
     optimizer = mpk.optim.AdamW(layer.parameters(), lr=0.5)
     train(list(layer.parameters()), optimizer)
     x = torch.ones(1, 3, requires_grad=True)
-    if lent:
+    if swapped:
         with optimizer.master_weights():
             out = layer(x)
     else:
@@ -299,7 +299,7 @@ def test_readers_between_loading_the_optimizer_and_the_model_leave_masters():
     assert raw(masters) == raw(optimizer.state[p]["master"] for p in model.parameters())
 
 
-def test_readers_leave_masters_that_nobody_wrote_over():
+def test_readers_leave_masters_that_were_not_written_over():
     """And their versions: a graph of masters survives a checkpoint."""
     params, optimizer = trained()
     masters = [optimizer.state[p]["master"] for p in params if "master" in optimizer.state[p]]

@@ -1246,7 +1246,7 @@ def _reset(optimizer, params):
     lambda optimizer, params: optimizer.state.update({params[0]: {}}),
 ])  # fmt: skip
 @pytest.mark.parametrize("pair", ["adamw", "amsgrad", "momentum"])
-def test_step_sees_state_that_somebody_has_put_in(pair, change):
+def test_step_sees_state_that_was_put_in(pair, change):
     """torch looks the state up in every step: offloaded and fetched again, reset, or set by hand, it is what counts."""
     ours, torchs, options = PAIRS[pair]
     runs = [(ours, torch.float32), (torchs, torch.float64), (torchs, torch.float32)]

@@ -156,12 +156,12 @@ def test_unscale_after_any_failed_allocation(monkeypatch):
     assert k > 0, "nothing was made to fail"
 
 
-class Refusal(Exception):
+class Raised(Exception):
     """What the hooks raise."""
 
 
 def refuse(*_):
-    raise Refusal
+    raise Raised
 
 
 HOOKS = {
@@ -182,7 +182,7 @@ def test_step_hook_raises(name, hook, way):
     for t in range(STEPS):
         disturbed.begin(t)
         handle = HOOKS[hook](disturbed.optimizer)
-        with pytest.raises(Refusal):
+        with pytest.raises(Raised):
             disturbed.step()
         handle.remove()
         if hook.startswith("before"):
@@ -200,7 +200,7 @@ def test_preset_grad_scale_survives_a_step_that_was_not_taken():
         training.begin(0)
         training.optimizer.grad_scale = torch.tensor(4.0)
     handle = disturbed.optimizer.register_step_pre_hook(refuse)
-    with pytest.raises(Refusal):
+    with pytest.raises(Raised):
         disturbed.step()
     handle.remove()
     for training in (undisturbed, disturbed):
@@ -240,7 +240,7 @@ def test_gradient_hook_raises(kind, policy):
             optimizer.zero_grad()
             if disturbed and t in (0, 2):
                 handle = getattr(model[0].weight, kind)(refuse)
-                with pytest.raises(Refusal):
+                with pytest.raises(Raised):
                     scaler.scale(model(x).float().square().sum()).backward()
                 handle.remove()
                 optimizer.zero_grad()

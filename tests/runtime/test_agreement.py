@@ -57,7 +57,7 @@ def _agree(rank, by_rank, machines, how, expected, message) -> None:
     assert found == dict(zip(STEP, expected)), f"{found}, {warned}"
     assert len(warned) == (message is not None and rank == 0), warned  # said once, by rank 0
     assert not warned or message in warned[0], warned
-    prepare("SGD")  # at the second question nobody waits
+    prepare("SGD")  # at the second question none waits
     assert chosen() == found
 
 
@@ -84,7 +84,7 @@ def test_ranks_with_the_same_verdicts_take_them(how):
         ({0: BOTH}, {3: {"name": "NVIDIA A100"}}, ("eager", "eager"), "rank 3 has another GPU, driver or code than rank 0"),
         ({0: BOTH}, {1: {"driver": "550"}}, ("eager", "eager"), "rank 1 has another GPU, driver or code than rank 0"),
         ({0: BOTH, 2: BOTH | {("adamw_", "native"): WRONG}}, {}, ("eager", "eager"), "rank 2 has found adamw_, native wrong"),
-        ({0: NATIVE, 2: {("adamw_", "triton"): WRONG}}, {}, ("native", "native"), None),  # which nobody takes
+        ({0: NATIVE, 2: {("adamw_", "triton"): WRONG}}, {}, ("native", "native"), None),  # which none takes
     ],
 )
 def test_ranks_agree_by_rank_0_or_take_eager(by_rank, machines, expected, message):
@@ -121,6 +121,6 @@ def test_ranks_without_gpus_do_not_wait():
     run_ranks(2, _not_on_a_cpu)
 
 
-def test_one_process_has_nobody_to_agree_with(monkeypatch):
+def test_one_process_has_none_to_agree_with(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert not agreement.is_due()

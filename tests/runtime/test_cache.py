@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The user's cache: folder and files of the user's own, which nobody else can write to; no other decides, and no call fails."""
+"""The user's cache: folder and files of the user's own, which no other can write to; no other decides, and no call fails."""
 
 import json
 import os

@@ -158,7 +158,7 @@ def test_checks_notice_a_wrong_forward(kernel, wrong):
 
 
 def test_checks_notice_rows_that_depend_on_others(wrong):
-    """Right to a rounding, but summed in another order for one row: not what batch_invariant promises."""
+    """Right to a rounding, but summed in another order for one row: not what batch_invariant guarantees."""
 
     def change(right, arguments):
         x, weight, *others = arguments
@@ -325,7 +325,7 @@ def test_checks_replay_what_they_capture(name, monkeypatch):
 @pytest.mark.parametrize("where", [None, "stream", "graph"])
 @pytest.mark.parametrize("name", ["grad_stats_", "linear_act"])
 def test_checks_on_a_gpu_ask_streams_and_graphs(name, where, monkeypatch):
-    """On stand-ins: what has other bits in one of them is found."""
+    """On fake streams and graphs: what has other bits in one of them is found."""
     inside = []
     monkeypatch.setattr(checks, "Memory", lambda device: Memory(CPU))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)

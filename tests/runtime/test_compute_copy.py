@@ -246,7 +246,7 @@ def to_half(layer):
 @pytest.mark.parametrize("convert", [to_double, to_half])
 @pytest.mark.parametrize("after", ["forward", "backward", "step", "clip"])
 def test_no_weak_reference_keeps_a_parameter_from_being_swapped(convert, after):
-    """torch refuses to swap a tensor that somebody refers to weakly; so do parameters, their gradients too."""
+    """torch refuses to swap a tensor that has a weak reference; so do parameters, their gradients too."""
     layer = mpk.MPLinear(6, 5, policy="mixed_float16")
     optimizer, scaler = mpk.optim.AdamW(layer.parameters(), lr=0.1), mpk.GradScaler(init_scale=8.0)
     for _ in range(2 if after == "step" else 1):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proof itself: on this CPU for real, in a process of its own, and with stand-ins for that process that die or hang."""
+"""The proof itself: on this CPU for real, in a process of its own, and with fakes of that process that die or hang."""
 
 import json
 import os
@@ -22,10 +22,10 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ITEMS = [("update_scale_", "eager"), ("grad_stats_", "eager"), ("sgd_", "eager")]
 
 # Instead of mpkernels.testing.child: it says what its first lines say, and at the op SCRIPT names does what that is.
-STAND_IN = """
+FAKE_CHILD = """
 import json, os, signal, sys, time
 path, (device, todo, paths, full) = json.loads(sys.argv[1])
-print("a line of somebody else", flush=True)
+print("a line of another program", flush=True)
 for op, backend in todo:
     row = {"op": op, "backend": backend, "device": "cpu", "key": op, "kept": True, "note": "", "speeds": {}, "date": "today"}
     print(json.dumps(row | {"state": "started"}), flush=True)
@@ -50,7 +50,7 @@ def own(monkeypatch, tmp_path):
 
 
 def with_child(monkeypatch, what: str) -> list[tuple[str, str]]:
-    monkeypatch.setattr(module, "_CHILD", STAND_IN % what)
+    monkeypatch.setattr(module, "_CHILD", FAKE_CHILD % what)
     return [(row["state"], row["note"]) for row in mpk.prove("cpu")]
 
 
@@ -130,7 +130,7 @@ def test_prove_keeps_what_was_found_where_no_other_process_begins(monkeypatch, t
     once = (
         f"path = {str(tmp_path / 'begun')!r}\nimport os\nif os.path.exists(path): raise SystemExit('lost')\nopen(path, 'w')\n"
     )
-    monkeypatch.setattr(module, "_CHILD", once + STAND_IN % "os._exit(7)")
+    monkeypatch.setattr(module, "_CHILD", once + FAKE_CHILD % "os._exit(7)")
     assert [row["state"] for row in mpk.prove("cpu")] == ["right", "crashed", "not now"]
     (tmp_path / "begun").unlink()
     assert "not now: prove: the process that proves did not begin: the process ended with code 1: lost" in module.table(
@@ -157,7 +157,7 @@ def test_prove_interrupted_is_no_crash(monkeypatch):
 def test_prove_waits_longer_for_the_beginning(monkeypatch):
     """A process imports torch before it says anything."""
     monkeypatch.setattr(module, "LIMIT", 0.5)
-    monkeypatch.setattr(module, "_CHILD", "import time; time.sleep(1)" + STAND_IN % "pass")
+    monkeypatch.setattr(module, "_CHILD", "import time; time.sleep(1)" + FAKE_CHILD % "pass")
     assert [row["state"] for row in mpk.prove("cpu")] == ["right"] * 3
     monkeypatch.setattr(module, "BEGIN", 0.5)
     with pytest.raises(RuntimeError, match="did not begin: no answer for 0 s"):
@@ -165,7 +165,7 @@ def test_prove_waits_longer_for_the_beginning(monkeypatch):
 
 
 def test_prove_started_alone_is_a_crash():
-    """Of a machine that went down with it: not tried again until somebody asks for a proof."""
+    """Of a machine that went down with it: not tried again until a proof is asked for."""
     assert not Verdict("started").right
     assert str(Verdict("started")).startswith("crashed")
 
@@ -318,7 +318,7 @@ def lock_file() -> str:
     ids=["held", "held on another node", "no such process", "no longer written to", "being written"],  # a pid is no name
 )
 def test_prove_is_alone(text, age, held, monkeypatch):
-    monkeypatch.setattr(module, "_CHILD", STAND_IN % "pass")
+    monkeypatch.setattr(module, "_CHILD", FAKE_CHILD % "pass")
     with open(lock_file(), "w") as file:
         file.write(text)
     os.utime(lock_file(), (time.time() - age,) * 2)

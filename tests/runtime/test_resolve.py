@@ -31,16 +31,16 @@ class Call(NamedTuple):
 
 @pytest.fixture
 def op(monkeypatch):
-    """An op of two implementations: eager doubles, native triples; native's `refusal` is its why_not, None at first."""
+    """An op of two implementations: eager doubles, native triples; native's `reason` is its why_not, None at first."""
 
     class Module:
-        refusal = None
+        reason = None
 
         def __init__(self, factor):
             self.factor = factor
 
         def why_not(self, key):
-            return self.refusal
+            return self.reason
 
         def __getattr__(self, name):
             return lambda call: call.x * self.factor
@@ -109,7 +109,7 @@ def test_resolve_refuses_a_bad_setting(setting, monkeypatch):
 def test_resolve_auto_takes_the_first_that_can(op, monkeypatch):
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     assert run(op) == 3
-    op.modules["native"].refusal = "not built"
+    op.modules["native"].reason = "not built"
     resolve.choose.cache_clear()
     assert run(op) == 2
 
@@ -137,7 +137,7 @@ def test_resolve_reads_the_setting_at_every_call(op, monkeypatch):
 @pytest.mark.parametrize("by_op", [False, True])
 def test_resolve_forced_that_cannot_serve_raises(op, monkeypatch, by_op):
     """With its reason, and it never falls back."""
-    op.modules["native"].refusal = "needs sm90, got sm75"
+    op.modules["native"].reason = "needs sm90, got sm75"
     setting = f"{op.name}=native" if by_op else "native"
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, setting)
     with pytest.raises(RuntimeError, match=f"{setting}.*{op.name} on cpu cannot use native: needs sm90, got sm75"):
@@ -172,7 +172,7 @@ def test_resolve_why_not(op):
     assert op.why_not("triton", CPU, f32) == "not implemented"
     assert op.why_not("eager", torch.device("mps"), f32) == "not implemented for mps"
     assert op.why_not("eager", CPU, f32) is None
-    op.modules["native"].refusal = "not built"
+    op.modules["native"].reason = "not built"
     assert op.why_not("native", CPU, f32) == "not built"
 
 

@@ -50,14 +50,14 @@ def forget():
 
 @pytest.fixture
 def race(monkeypatch, request):
-    """race(problem, contender): the entry of a tuning of eager against `contender`, a function with the op's arguments."""
+    """race(problem, candidate): the entry of a tuning of eager against `candidate`, a function with the op's arguments."""
 
-    def run(problem, contender, rows=24):
+    def run(problem, candidate, rows=24):
         op = forward_op if problem[0] == "fprop" else backward_op
         right = op.function
-        candidates = [tune.Candidate("eager", "eager"), tune.Candidate("contender", "triton")]
+        candidates = [tune.Candidate("eager", "eager"), tune.Candidate("candidate", "triton")]
         monkeypatch.setattr(tune, "candidates_of", lambda *args: candidates)
-        monkeypatch.setattr(op, "function", lambda backend: contender if backend == "triton" else right(backend))
+        monkeypatch.setattr(op, "function", lambda backend: candidate if backend == "triton" else right(backend))
         return tune.tune_problem(problem, rows, CPU, rounds=1)[problem]
 
     return run
@@ -101,7 +101,7 @@ def test_tune_races_each_gemm_alone(monkeypatch):
 
 def test_tune_times_what_is_right(race, monkeypatch):
     """A sound candidate wins by its time alone, and the loser's reason is its time."""
-    monkeypatch.setattr(tune, "interleave", lambda runs, device, rounds: {"eager": [30.0], "contender": [20.0]})
+    monkeypatch.setattr(tune, "interleave", lambda runs, device, rounds: {"eager": [30.0], "candidate": [20.0]})
     entry = race(FPROP, forward_of(wrong_kernels.sound))
     assert (entry["backend"], entry["us"]) == ("triton", 20.0)
     assert entry["lost"] == {"eager": "1.50 x the time: 30.0 us"}
@@ -124,7 +124,7 @@ def test_tune_times_the_layers_call(backend, mask):
 def test_tune_rejects_a_wrong_forward(name, race):
     entry = race(FPROP, forward_of(getattr(wrong_kernels, name)))
     assert entry["backend"] == "eager"
-    assert "times as far from fp64 as the bound allows" in entry["lost"]["contender"]
+    assert "times as far from fp64 as the bound allows" in entry["lost"]["candidate"]
 
 
 def test_tune_rejects_fp32_products_of_fp64(race):
@@ -133,14 +133,14 @@ def test_tune_rejects_fp32_products_of_fp64(race):
         return out, pack_mask(out), args[0].new_empty(0)
 
     problem = tuned_table.gemm_key("fprop", 24, 40, 1024, Activation.RELU, *[torch.float64] * 3)
-    assert "times as far from fp64 as the bound allows" in race(problem, function)["lost"]["contender"]
+    assert "times as far from fp64 as the bound allows" in race(problem, function)["lost"]["candidate"]
 
 
 @pytest.mark.parametrize("name", ["gradient_through_16_bit", "bias_gradient_in_16_bit", "split_rows_16_bit"])
 def test_tune_rejects_a_wrong_backward(name, race):
     entry = race(BACKWARD, backward_of(getattr(wrong_kernels, name)), rows=512)
     assert entry["backend"] == "eager"
-    assert "times as far from fp64 as the bound allows" in entry["lost"]["contender"]
+    assert "times as far from fp64 as the bound allows" in entry["lost"]["candidate"]
 
 
 def test_tune_rejects_a_wrong_mask(race):
@@ -149,7 +149,7 @@ def test_tune_rejects_a_wrong_mask(race):
         mask[3, 0] ^= 1 << 7
         return out, mask, nothing
 
-    assert race(FPROP, function)["lost"]["contender"] == "rejected: the mask is not that of the output"
+    assert race(FPROP, function)["lost"]["candidate"] == "rejected: the mask is not that of the output"
 
 
 def test_tune_rejects_what_does_not_repeat(race):
@@ -162,14 +162,14 @@ def test_tune_rejects_what_does_not_repeat(race):
         out.view(torch.int16).flatten()[largest] += next(calls) % 2
         return out, pack_mask(out), nothing
 
-    assert race(FPROP, function)["lost"]["contender"] == "rejected: two runs differ"
+    assert race(FPROP, function)["lost"]["candidate"] == "rejected: two runs differ"
 
 
 def test_tune_survives_what_cannot_run(race):
     def function(*args):
         raise RuntimeError("out of resource: shared memory\nand more")
 
-    assert race(FPROP, function)["lost"]["contender"] == "cannot run: RuntimeError: out of resource: shared memory"
+    assert race(FPROP, function)["lost"]["candidate"] == "cannot run: RuntimeError: out of resource: shared memory"
 
 
 def test_tune_without_a_right_candidate_writes_nothing(monkeypatch, capsys):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bench/device.sh, as far as it goes without a GPU: its flow of control on a stand-in, and what its parts run on the CPU."""
+"""bench/device.sh, as far as it goes without a GPU: its flow of control on fakes, and what its parts run on the CPU."""
 
 import importlib
 import json
@@ -29,7 +29,7 @@ SECOND = ["replay", "native", "triton", "memcheck"]
 PARTS = FIRST + SECOND
 SOURCES = ("setup.py", "mpkernels/a.py", "csrc/a.cuh", "tests/a.py")
 # Instead of python3: a machine with a GPU, on which everything passes at once but what is named.
-STAND_IN = """#!/bin/bash
+FAKE_PYTHON = """#!/bin/bash
 case "$*" in
   *get_device_name*) echo "a GPU" ;;
   *xdist*) exit 1 ;;
@@ -50,12 +50,12 @@ def device_sh(*arguments: str, script: Path = SCRIPT, **more: str) -> subprocess
 
 @pytest.fixture
 def on_a_gpu(tmp_path):
-    """on_a_gpu(part, ..., slow=..., failing=...): the script's own flow of control on the stand-in; (code, lines)."""
+    """on_a_gpu(part, ..., slow=..., failing=...): the script's own flow of control on the fake machine; (code, lines)."""
     for name in ("bench", "mpkernels", "csrc", "tests"):
         (tmp_path / name).mkdir()
     for name in SOURCES:
         (tmp_path / name).write_text("before")
-    for name, text in (("python", STAND_IN), ("compute-sanitizer", '#!/bin/bash\nshift 4; "$@"\n')):
+    for name, text in (("python", FAKE_PYTHON), ("compute-sanitizer", '#!/bin/bash\nshift 4; "$@"\n')):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     script = tmp_path / "bench/device.sh"
@@ -154,7 +154,7 @@ def test_device_sh_goes_on_after_a_hang_and_an_error(on_a_gpu, tmp_path):
 
 
 def test_device_sh_builds_a_library_where_none_loads(on_a_gpu, tmp_path):
-    text = STAND_IN.replace("*cuda_why_not*) echo loads", "*cuda_why_not*) [ -f built ] && echo loads || echo none")
+    text = FAKE_PYTHON.replace("*cuda_why_not*) echo loads", "*cuda_why_not*) [ -f built ] && echo loads || echo none")
     builds = '  *setup.py*) echo "$TORCH_CUDA_ARCH_LIST: $*" | tee built ;;\n  *) echo'
     (tmp_path / "python").write_text(text.replace("\n  *) echo", "\n" + builds))
     assert outcomes(on_a_gpu("build")[1]) == ["build: passed"]
@@ -253,11 +253,11 @@ def test_race_says_who_is_faster(backend, monkeypatch, tmp_path):
     found = [json.loads(line) for line in file.read_text().splitlines()]
     assert {row["part"] for row in found} == {"gemm", "step"}
     for case in {row["case"] for row in found}:
-        assert {"mpkernels", race.COPY} < {row["contender"] for row in found if row["case"] == case}
+        assert {"mpkernels", race.COPY} < {row["implementation"] for row in found if row["case"] == case}
     assert all(row["us_p50"] > 0 for row in found)
 
 
-def test_race_contenders_compute_the_same():
+def test_race_implementations_compute_the_same():
     """Ours and the first of torch's, role by role: shapes and signs."""
     torch.manual_seed(0)
     for role in ("fprop", "dgrad", "wgrad"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The house rules that a reader relies on: imports run one way, files have their headers, importing does no work."""
+"""The house rules that a reader relies on: imports run one way, files are short and in the words of the field."""
 
 import ast
 import functools
@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,25 @@ MODULES = {
 }
 PYTHON = [p for folder in ("mpkernels", "tests", "bench", "examples", "tools") for p in (ROOT / folder).rglob("*.py")]
 NATIVE = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".cuh", ".h")]
+MOST_LINES, MOST_LINES_OF_A_CLASS = 350, 250
+
+# Home-made terms for which the field has a word. To use instead: negative bit, FusedBackwardLink, TileConfig, partial tiles,
+# producer and consumer warpgroups, WorkTile, ThreadCoord, ld.global.nc and ld.global.cs, non-temporal stores, prefetch,
+# stochastic_round, segment, dot-product, MicroKernels, swap in, is_fresh, reason, alternate or interleave, CPU launch overhead,
+# noise, user-facing, target, implementation or baseline, % of roofline, copy, emulator or fake, and the name of the thing.
+BANNED_WORDS = {
+    "seam", "seams", "scrambled", "piece", "pieces", "lend", "lends", "lent", "lending", "loan", "loans", "mastered", "refusal",
+    "refusals", "luck", "lucky", "somebody", "nobody", "anybody", "everybody", "someone", "anyone", "everyone", "whoever",
+    "whomever", "promise", "promises", "promised", "promising", "contender", "contenders",
+}  # fmt: skip
+BANNED_NAMES = {"Cut", "Ring", "Work", "Schedule", "Place", "KeepInCache", "PassCache", "Runs", "Loops", "NotNow", "NOWHERE"}
+BANNED_PHRASES = (
+    "put off", "finds fault", "ragged tile", "ragged edge", "ragged row", "loading warpgroup", "gives the rest away",
+    "cuda words", "words of the cuda", "words of sm_90a", "past the cache", "fetches ahead", "by pairs", "multiply pairs",
+    "multiplies pairs", "no right there", "take turns", "takes turns", "taking turns", "took turns", "costs the host",
+    "host's time", "for people", "of the limit", "tell of ", "tells of ", "stand-in", "stand_in", "moved_up", "fence_stores",
+    "to_either_side", "are_large", "least_of", "_let_grads_go", "_follow_foreign_writes", "ask_again",
+)  # fmt: skip
 
 # What a module may import of ours, by where it lies; the first prefix that fits decides.
 RANKS = {
@@ -196,6 +216,41 @@ def test_layout_native_headers(path):
     lines = path.read_text().splitlines()
     assert lines[0] == "// SPDX-License-Identifier: Apache-2.0"
     assert lines[1].startswith("// ")
+
+
+def texts() -> list:
+    """Sources and pages; not this file, which has the words."""
+    kinds = (".py", ".cpp", ".cu", ".cuh", ".h", ".sh", ".toml", ".md")
+    folders = ("mpkernels", "csrc", "tests", "bench", "tools", "docs", "examples", ".ci")
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in kinds]
+    return sorted({*found, *ROOT.glob("*.md"), *ROOT.glob("*.py"), ROOT / "Makefile"} - {Path(__file__).resolve()})
+
+
+def banned_in(text: str) -> set[str]:
+    """Words, names and phrases, wherever lines break; `_` parts the words of a name."""
+    lower, words = " ".join(text.lower().split()), re.findall(r"[A-Za-z0-9]+", text)
+    found = {word for word in words if word.lower() in BANNED_WORDS} | {phrase for phrase in BANNED_PHRASES if phrase in lower}
+    return found | BANNED_NAMES.intersection(re.findall(r"\w+", text))
+
+
+def test_layout_uses_the_words_of_the_field():
+    found = {str(path.relative_to(ROOT)): banned_in(path.read_text()) for path in texts()}
+    assert not {path: words for path, words in found.items() if words}
+
+
+@pytest.mark.parametrize("text", ["by the luck of", "they take\n    turns", "Whoever", "class Runs:", "a_stand_in", "Lent"])
+def test_layout_knows_home_made_words(text):
+    assert banned_in(text)
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in PYTHON if not p.is_relative_to(ROOT / "tests")], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_layout_files_and_classes_are_short(path):
+    text = path.read_text()
+    assert text.count("\n") <= MOST_LINES
+    classes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef)]
+    assert not [node.name for node in classes if node.end_lineno - node.lineno >= MOST_LINES_OF_A_CLASS]
 
 
 # ----- schemas ---------------------------------------------------------------

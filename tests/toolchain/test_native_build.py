@@ -143,7 +143,7 @@ def test_max_norm_arrives():
 
 
 def problem(sizes, generator, grad_dtypes=(torch.float16,), master_dtypes=(torch.float32,), copy_dtypes=(torch.float16,)):
-    """Arguments of an adamw_ call over tensors of these sizes, dtypes taking turns."""
+    """Arguments of an adamw_ call over tensors of these sizes, of alternating dtypes."""
     total = sum(sizes)
     w, g, m = split(torch.randn(3 * total, generator=generator, dtype=torch.float64), (total,) * 3)
     take = lambda flat, dtypes: [t.to(dtypes[i % len(dtypes)]) for i, t in enumerate(split(flat, sizes))]
@@ -168,8 +168,8 @@ def written(args) -> list[torch.Tensor]:
 def one_by_one(args) -> None:
     """The call, each element as a tensor of its own."""
     lists = [name for name, value in args.items() if isinstance(value, list) and value and name != "steps"]
-    pieces = {name: [e for t in args[name] for e in t.split(1)] for name in lists}
-    native_of(adamw_)(**args | pieces | dict(steps=step_counts(len(pieces["masters"]))))
+    cut = {name: [e for t in args[name] for e in t.split(1)] for name in lists}
+    native_of(adamw_)(**args | cut | dict(steps=step_counts(len(cut["masters"]))))
 
 
 def clone(args) -> dict:
@@ -314,7 +314,7 @@ def test_adamw_layouts_meet(generator, skip):
     assert set(steps.taken(args["steps"])) == {0 if skip else 1}
 
 
-def test_dense_permutation_needs_no_stand_in(generator, monkeypatch):
+def test_dense_permutation_needs_no_copy(generator, monkeypatch):
     """channels_last and transposed weights take the way of contiguous ones."""
     args = problem((35, 36), generator)
     for name in ("masters", "grads", "exp_avgs", "exp_avg_sqs", "copies"):
@@ -325,7 +325,7 @@ def test_dense_permutation_needs_no_stand_in(generator, monkeypatch):
 
 
 def test_parameters_that_require_grad(generator):
-    """With autograd on, and a stand-in for the parameter's state: what is written is not part of a graph."""
+    """With autograd on, and a dense copy in place of the state: what is written is not part of a graph."""
     args = problem((35,), generator)
     master = args["masters"][0] = torch.nn.Parameter(args["masters"][0])
     args["exp_avgs"] = [torch.randn(70, generator=generator)[::2]]

@@ -17,11 +17,11 @@ from mpkernels.ops.linear_act import Activation
 from tests.paths import ROOT
 from tests.toolchain.triton_aot import SHARED_LIMIT, TENSOR_CORES
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 # The oldest and the newest that torch 2.11 to 2.15 come with; the tests run with the one that constraints.txt pins.
 OTHER_VERSIONS = ("3.6.0", "3.9.0")
 IN_SWEEP = (("3.6.0", 80), ("3.6.0", 100), ("3.9.0", 86), ("3.9.0", 90))
-OPS = sorted(path.stem.removeprefix("triton_aot_") for path in HERE.glob("triton_aot_*.py") if "control" not in path.stem)
+OPS = sorted(path.stem.removeprefix("triton_aot_") for path in FOLDER.glob("triton_aot_*.py") if "control" not in path.stem)
 
 
 def compiled(op: str, sm: int, *options: str, version: str | None = None) -> list[dict]:

@@ -20,7 +20,7 @@ from mpkernels.runtime import compute_copy
 from mpkernels.runtime.op import agree_on_backends
 
 # Weights from which on a linear is worth converting in a compiled model on a CPU. By bench/results, overhead/forward+backward,
-# our op costs the host 74 us more than torch's: 4 % of the arithmetic of 512 rows with so many weights, 15 % of that of 128.
+# our op has 74 us more CPU launch overhead than torch's: 4 % of the arithmetic of 512 rows with so many weights, 15 % of 128's.
 # training/digits, 64 rows and at most 128 x 128 weights, takes twice as long compiled as fp32 does. No row says so of a GPU.
 MIN_SIZE_COMPILED = 256 * 256
 

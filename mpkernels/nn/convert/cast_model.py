@@ -13,7 +13,7 @@ _FIRST = "convert first, then wrap the model in DDP or FSDP and put hooks on par
 
 
 def check_can_cast(model: nn.Module, dtype: torch.dtype, stay: set[int]) -> None:
-    """Raise RuntimeError where a cast would drop what somebody has put on a parameter: gradients would no longer reach it.
+    """Raise RuntimeError where a cast would drop what was put on a parameter: gradients would no longer reach it.
 
     stay: the ids of the tensors that keep their dtype.
     """

@@ -15,7 +15,7 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _kind(module: nn.Module) -> str | None:
-    """What kind of linear a module is that is no nn.Linear; by name, so that nobody's package is imported."""
+    """What kind of linear a module is that is no nn.Linear; by name, so that no package is imported."""
     for cls in type(module).__mro__:
         if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
             return "Conv1D"

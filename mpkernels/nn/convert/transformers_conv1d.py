@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MPConv1D: what convert makes of transformers' Conv1D, a linear whose weight is (in, out).
 
-Imported only where a model has one. It is no nn.Linear: whoever asks for that relies on a weight of (out, in).
+Imported only where a model has one. It is no nn.Linear: code that asks for one relies on a weight of (out, in).
 """
 
 import torch

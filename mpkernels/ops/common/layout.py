@@ -67,7 +67,7 @@ class Tensors(list):
     contiguous: whether a raw-pointer loop sees the values of all of them: no gaps, and not lazily negated.
     placed: whether all have memory; one without elements has none.
 
-    Whoever keeps one from call to call, as an optimizer does, calls `describe` when a tensor is not what it was, or `clear`,
+    Code that keeps one from call to call, as an optimizer does, calls `describe` when a tensor is not what it was, or `clear`,
     which lets the tensors go, and `replace`. Handing over a table instead of a list saves unboxing every tensor in every call.
     """
 
@@ -109,14 +109,14 @@ def described(tensors: list[torch.Tensor]) -> Tensors:
 
 
 class SameLayout:
-    """The lists of an update, in which all tensors of one index lie in memory as their master does: dense stand-ins if need be.
+    """The lists of an update, in which all tensors of one index lie in memory as their master does: dense copies if need be.
 
     An empty list is absent, a tensor of size 0 is a copy that is not wanted; both stay. `tables`: what the native op takes.
     """
 
     def __init__(self, masters: list[torch.Tensor], grads: list[torch.Tensor], *written: list[torch.Tensor]):
         self.lists = [described(tensors) for tensors in (masters, grads, *written)]
-        self._stand_ins = []
+        self._copied = []
         if not all(tensors.contiguous for tensors in self.lists):
             lists = [list(tensors) for tensors in self.lists]
             with torch.no_grad():
@@ -132,11 +132,11 @@ class SameLayout:
             if tensor.numel() and (tensor.stride() != strides or tensor.is_neg()):
                 tensors[i] = torch.empty_strided(master.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
                 if tensors is not lists[1]:  # gradients are never written
-                    self._stand_ins.append((tensor, tensors[i]))
+                    self._copied.append((tensor, tensors[i]))
 
     def write_back(self) -> None:
-        """Copy the stand-ins to what they stand for."""
-        if self._stand_ins:
+        """Copy the copies back."""
+        if self._copied:
             with torch.no_grad():
-                for tensor, stand_in in self._stand_ins:
-                    tensor.copy_(stand_in)
+                for tensor, copy in self._copied:
+                    tensor.copy_(copy)

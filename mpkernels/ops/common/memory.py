@@ -102,12 +102,12 @@ def _check_cluster(op: str, cluster: list[_Span]) -> None:
 def _first_shared(spans: list[_Span]) -> tuple[_Span, _Span] | None:
     """Two of which one is written and that have a byte in common: of dense ones at once, else element by element."""
     whole = all(is_dense(span.tensor) for span in spans)
-    begins = [_here([span.begin]) if whole else span.begin + _offsets(span.tensor) for span in spans]
-    owner = torch.repeat_interleave(torch.arange(len(spans), **_HERE), _here([len(begin) for begin in begins]))
-    lengths = _here([span.end - span.begin if whole else span.tensor.itemsize for span in spans])
+    begins = [_on_host([span.begin]) if whole else span.begin + _offsets(span.tensor) for span in spans]
+    owner = torch.repeat_interleave(torch.arange(len(spans), **_ON_HOST), _on_host([len(begin) for begin in begins]))
+    lengths = _on_host([span.end - span.begin if whole else span.tensor.itemsize for span in spans])
     begin, order = torch.cat(begins).sort()
     owner = owner[order]
-    end, is_written = begin + lengths[owner], _here([span.written for span in spans])[owner]
+    end, is_written = begin + lengths[owner], _on_host([span.written for span in spans])[owner]
     reaches = end.cummax(0), torch.where(is_written == 1, end, 0).cummax(0)
     for reach, matters in zip(reaches, (is_written[1:] == 1, True), strict=True):
         found = ((begin[1:] < reach.values[:-1]) & matters).nonzero()
@@ -116,17 +116,17 @@ def _first_shared(spans: list[_Span]) -> tuple[_Span, _Span] | None:
     return None
 
 
-_HERE = {"dtype": torch.int64, "device": "cpu"}
+_ON_HOST = {"dtype": torch.int64, "device": "cpu"}
 
 
-def _here(values: list[int]) -> torch.Tensor:
-    return torch.tensor(values, **_HERE)
+def _on_host(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, **_ON_HOST)
 
 
 def _offsets(tensor: torch.Tensor) -> torch.Tensor:
     """In bytes, of each element."""
-    result = torch.zeros(tensor.shape, **_HERE)
+    result = torch.zeros(tensor.shape, **_ON_HOST)
     for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        steps = torch.arange(size, **_HERE) * (stride * tensor.itemsize)
+        steps = torch.arange(size, **_ON_HOST) * (stride * tensor.itemsize)
         result += steps.view([-1] + [1] * (tensor.dim() - dim - 1))
     return result.flatten()

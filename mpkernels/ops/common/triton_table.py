@@ -125,7 +125,7 @@ def dense(lists: Sequence[Sequence[torch.Tensor]], written: Sequence[bool]):
     """`(lists, back)`: the same lists, in which the tensors of one place have the same strides, without gaps or overlap, and
     the values that lie in memory (`z.conj().imag` is lazily negated).
 
-    A copy stands in for a tensor that has not; `back` are the pairs (tensor, copy) of the written ones.
+    A copy replaces a tensor that has not; `back` are the pairs (tensor, copy) of the written ones.
     """
     result, back = [list(tensors) for tensors in lists], []
     for i, row in enumerate(zip(*lists, strict=True)):
@@ -141,8 +141,8 @@ def dense(lists: Sequence[Sequence[torch.Tensor]], written: Sequence[bool]):
 
 
 def copy_back(back: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    for tensor, stand_in in back:
-        tensor.copy_(stand_in)
+    for tensor, copy in back:
+        tensor.copy_(copy)
 
 
 def lr_arguments(op: str, lr: torch.Tensor, device: torch.device) -> dict:

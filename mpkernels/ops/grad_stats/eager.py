@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """grad_stats_ in plain torch: amax, count of non-finite, found_inf and norm; no gradient is written.
 
-On a GPU many tensors a launch; on a CPU, where `_foreach_norm` of inf is ten times slower, a piece of a tensor at a time,
+On a GPU many tensors a launch; on a CPU, where `_foreach_norm` of inf is ten times slower, a segment of a tensor at a time,
 which is still in the cache when its norm is computed.
 """
 
@@ -15,7 +15,7 @@ from mpkernels.ops.grad_stats import StatsCall
 from mpkernels.runtime.fake import copy_
 from mpkernels.runtime.resolve import Key
 
-PIECE = 1 << 18  # elements
+SEGMENT = 1 << 18  # elements
 
 
 def why_not(key: Key) -> str | None:
@@ -90,18 +90,18 @@ def _norm(by_dtype: list[list[torch.Tensor]], largest: list[torch.Tensor], devic
 
 
 def _read_here(by_dtype: list[list[torch.Tensor]], with_norm: bool, device) -> tuple[list[torch.Tensor], float | None]:
-    """The same; the values of each piece can be looked at."""
+    """The same; the values of each segment can be looked at."""
     largest, norms = [], []
     for grads in by_dtype:
         values = []
         for grad in grads:
-            of_pieces = []
-            for piece in _pieces(grad):
-                low, high = torch.aminmax(piece)
-                of_pieces.append(max(-low.item(), high.item()))  # NaN is both
+            of_segments = []
+            for segment in _segments(grad):
+                low, high = torch.aminmax(segment)
+                of_segments.append(max(-low.item(), high.item()))  # NaN is both
                 if with_norm:
-                    norms.append(_norm_of(piece, of_pieces[-1]))
-            values.append(of_pieces[0] if len(of_pieces) == 1 else max(of_pieces, key=_nan_last))
+                    norms.append(_norm_of(segment, of_segments[-1]))
+            values.append(of_segments[0] if len(of_segments) == 1 else max(of_segments, key=_nan_last))
         largest.append(torch.tensor(values, dtype=torch.promote_types(grads[0].dtype, torch.float32), device=device))
     return largest, math.hypot(*norms) if with_norm else None
 
@@ -110,28 +110,28 @@ def _nan_last(value: float) -> tuple[bool, float]:
     return value != value, value
 
 
-def _pieces(grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _segments(grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """All of it, a few elements at a time; views where it is dense."""
-    if grad.numel() <= PIECE:
+    if grad.numel() <= SEGMENT:
         return (grad,)
     grad = grad.t() if grad.dim() == 2 and grad.stride(0) == 1 else grad
-    return grad.reshape(-1).split(PIECE)
+    return grad.reshape(-1).split(SEGMENT)
 
 
-def _norm_of(piece: torch.Tensor, largest: float) -> float:
+def _norm_of(segment: torch.Tensor, largest: float) -> float:
     """In fp64; of 16-bit elements, whose squares fp32 holds exactly, by torch's cascade in fp32: `bounds.check_norm`.
 
     Elements are scaled where their squares would over- or underflow.
     """
     if largest == 0 or not math.isfinite(largest):
         return largest
-    if piece.dtype == torch.float32:
-        return torch.linalg.vector_norm(piece, dtype=torch.float64).item()
-    narrow, exponent = piece.dtype.itemsize == 2, math.frexp(largest)[1]
+    if segment.dtype == torch.float32:
+        return torch.linalg.vector_norm(segment, dtype=torch.float64).item()
+    narrow, exponent = segment.dtype.itemsize == 2, math.frexp(largest)[1]
     safe, most = (30, 100) if narrow else (480, 1000)
     scale = 1.0 if abs(exponent) <= safe else 2.0 ** min(-exponent, most)
     if narrow:
-        piece = piece.float()
-        piece = piece if scale == 1 else piece.mul_(scale)
-        return math.sqrt(piece.square_().sum().item()) / scale
-    return torch.linalg.vector_norm(piece if scale == 1 else piece * scale).item() / scale
+        segment = segment.float()
+        segment = segment if scale == 1 else segment.mul_(scale)
+        return math.sqrt(segment.square_().sum().item()) / scale
+    return torch.linalg.vector_norm(segment if scale == 1 else segment * scale).item() / scale

@@ -24,7 +24,7 @@ INVARIANT_ROWS = 16  # of a GEMM under batch_invariant: more make M=1 dearer, fe
 GPU_ROWS = 512  # the same on a GPU: fewer leave it idle
 _AFTER_ROUNDING = (Activation.NONE, Activation.RELU)  # which may as well come after it
 AMX_K = 32  # bf16 of a row that AMX takes at once
-PIECE = 1 << 17  # elements looked at at a time: what is made of them stays in the cache
+SEGMENT = 1 << 17  # elements looked at at a time: what is made of them stays in the cache
 FEW_ROWS = 2  # up to here reading the weight costs more than multiplying with it
 
 
@@ -146,8 +146,8 @@ def _is_none_below(tensor, limit: float) -> bool:
     tensor = tensor.t() if tensor.dim() == 2 and tensor.stride(0) == 1 else tensor
     bits, most = (torch.int16, 0x7FFF) if tensor.dtype.itemsize == 2 else (torch.int32, 0x7FFFFFFF)
     least = torch.tensor(limit, dtype=tensor.dtype, device="cpu").view(bits).item()
-    for piece in tensor.reshape(-1).view(bits).split(PIECE):
-        magnitude = piece.bitwise_and(most)  # integers in the order of what they stand for
+    for segment in tensor.reshape(-1).view(bits).split(SEGMENT):
+        magnitude = segment.bitwise_and(most)  # integers in the order of what they stand for
         smallest = magnitude.amin().item()
         if smallest == 0:  # without the zeros: less one, they are the largest of all
             smallest = magnitude.sub_(1).bitwise_and_(most).amin().item() + 1

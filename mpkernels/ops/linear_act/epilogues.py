@@ -55,9 +55,9 @@ def acc_dtype(compute_dtype: torch.dtype) -> torch.dtype:
 # ----- formulas ---------------------------------------------------------------
 
 # torch's fused GELU, SiLU and sigmoid have other bits in the vectors of a tensor than in what is left over behind them; its
-# exp, tanh and erf do not, nor does arithmetic. So activations are made of those, a piece at a time, which stays in the cache.
+# exp, tanh and erf do not, nor does arithmetic. So activations are made of those, by segments that stay in the cache.
 
-_PIECE = 1 << 15  # elements of a thread
+_SEGMENT = 1 << 15  # elements of a thread
 STEEP = 1000.0  # from here on slopes of gelu and silu are 0 or 1 in fp64 too, and at infinity their formulas are NaN
 TANH, CUBE = math.sqrt(2 / math.pi), 0.044715
 
@@ -158,8 +158,8 @@ def finish(z, activation, preactivation, out_dtype):
     if activation == Activation.RELU:
         z.relu_()
     elif activation != Activation.NONE:
-        for piece in _pieces(z):
-            EPILOGUES[activation].forward_(piece)
+        for segment in _segments(z):
+            EPILOGUES[activation].forward_(segment)
     return cast(z, out_dtype)
 
 
@@ -170,14 +170,14 @@ def activation_backward(activation, saved, grad, compute_dtype):
         return _select(saved, grad)
     acc = acc_dtype(compute_dtype)
     out = torch.empty(grad.shape, dtype=acc, device=grad.device).copy_(grad)
-    for piece, z in zip(_pieces(out), _pieces(saved.contiguous()), strict=True):
-        backward_(piece, z.to(acc))
+    for segment, z in zip(_segments(out), _segments(saved.contiguous()), strict=True):
+        backward_(segment, z.to(acc))
     return out
 
 
-def _pieces(tensor):
+def _segments(tensor):
     """Views of a contiguous tensor that hold all of it."""
-    return tensor.view(-1).split(_PIECE * torch.get_num_threads()) if tensor.is_cpu else (tensor,)
+    return tensor.view(-1).split(_SEGMENT * torch.get_num_threads()) if tensor.is_cpu else (tensor,)
 
 
 def _select(saved, grad_z):

@@ -15,4 +15,4 @@ def update(call) -> None:
     layout = SameLayout(call.masters, call.grads, *call.states, call.copies)
     op = getattr(torch.ops.mpkernels_C, call.rule.name)
     if op(*layout.tables, described(call.steps).table, call.masters[0], *call.numbers):
-        layout.write_back()  # always on a GPU, which does not tell; a skipped step has left the stand-ins as they were
+        layout.write_back()  # always on a GPU, which does not tell; a skipped step has left the copies as they were

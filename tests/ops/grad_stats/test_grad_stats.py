@@ -263,9 +263,9 @@ def test_grad_stats_norm_of_any_magnitude(device, sizes):
 @pytest.mark.parametrize("device", [("eager", "cpu")], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_grad_stats_squares_in_fp32(device, dtype):
-    """Of the largest pieces, of equal elements, whose roundings do not cancel, and of a bf16 magnitude beyond fp32's root."""
+    """Of the largest segments, of equal elements, whose roundings do not cancel, and of a bf16 magnitude beyond fp32's root."""
     for value in (0.1, 1 / 3, 1e-4, *((2.0**-80, 1e30, 3e38) if dtype == torch.bfloat16 else (2.0**-24, 65504.0))):
-        for n in (eager.PIECE, 2 * eager.PIECE + 5):
+        for n in (eager.SEGMENT, 2 * eager.SEGMENT + 5):
             grad = torch.full((n,), value, dtype=dtype)
             norm, exact = stats([grad], None)["grad_norm"].item(), grad[0].item() * math.sqrt(n)
             bounds.check_norm(norm, exact, n, in_fp32=True)

@@ -298,7 +298,7 @@ SECOND = {
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
 @pytest.mark.parametrize("way", SECOND)
 def test_linear_act_second_derivatives_raise(way, activation, generator):
-    """Right or refused, never a zero that nobody asked for; in fp64, of which some expect that it works."""
+    """Right or refused, never an unexpected zero; in fp64, of which some expect that it works."""
     x, weight = (torch.randn(s, generator=generator, dtype=f64) for s in ((2, 4), (3, 4)))
     function = lambda x: functional(x, weight, None, activation).square().sum()
     function(x)

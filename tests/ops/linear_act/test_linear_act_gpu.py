@@ -70,7 +70,7 @@ def test_linear_act_gpu_generated_shapes(seed, backend, generator):
             raise AssertionError(f"{backend}: {case}") from error
 
 
-# Several tiles of every kernel, with and without ragged edges; one long sum for each role.
+# Several tiles of every kernel, with and without partial ones; one long sum for each role.
 LARGE = ((512, 1024, 768), (1000, 520, 264), (129, 4104, 72), (4096, 136, 40), (64, 64, 16384), (2056, 2056, 128))
 
 
@@ -132,7 +132,7 @@ def test_linear_act_gpu_is_captured(backend, generator):
 
 
 def test_linear_act_gpu_has_enough_shapes():
-    """Runs anywhere: 2,000 for each implementation are asked for, and those of native are what it takes."""
+    """This runs anywhere: 2,000 for each implementation are asked for, and those of native are what it takes."""
     assert len(SEEDS) * CASES >= 2000
     made = [case for seed in SEEDS[:8] for case in cases_of(seed, "native")]
     for case in made:

@@ -336,9 +336,9 @@ def _by_tma(gemms) -> list[bool]:
     return [launch.by_tma for launch in gemms]
 
 
-ALIGNED = {  # M, N, K of whole and of ragged tiles, several to a program; the smallest that a descriptor takes
+ALIGNED = {  # M, N, K of whole and of partial tiles, several to a program; the smallest that a descriptor takes
     "whole tiles": (64, 128, 64),
-    "ragged": (40, 104, 72),
+    "partial": (40, 104, 72),
     "many tiles": (72, 200, 40),
     "smallest": (8, 8, 8),
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A contender of a case: what to run, what to check first, and what it has to move and to compute."""
+"""A implementation of a case: what to run, what to check first, and what it has to move and to compute."""
 
 import contextlib
 import functools
@@ -12,7 +12,7 @@ import torch
 from mpkernels.runtime.resolve import ENVIRONMENT_VARIABLE, ops
 from tests import bounds
 
-OURS = "mpkernels"  # the name, or its beginning, of what is ours; others are compared with the first contender of a case
+OURS = "mpkernels"  # the name, or its beginning, of what is ours; others are compared with the first implementation of a case
 NARROWEST = torch.bfloat16  # what a peer computes in at worst
 
 
@@ -20,11 +20,11 @@ FORCED = ("native", "triton")  # on a GPU also by name: `auto` chooses neither b
 
 
 class Missing(Exception):
-    """A contender that this machine or this torch does not have, and why."""
+    """A implementation that this machine or this torch does not have, and why."""
 
 
 def package(function: Callable) -> Callable:
-    """Something of another package, which may be absent or broken: either way there is one contender less, with a reason."""
+    """Something of another package, which may be absent or broken: either way it is left out, with a reason."""
 
     @functools.wraps(function)
     def guarded(*args, **kwargs):
@@ -37,7 +37,7 @@ def package(function: Callable) -> Callable:
 
 
 @dataclass
-class Contender:
+class Implementation:
     """run: one call, or `calls` of them. check: its numerics against fp64; AssertionError where the result is wrong.
 
     bytes: to and from memory per call, counted: an input once, an output once. flops: 2MNK per product, in `gemm`, the
@@ -56,7 +56,7 @@ class Contender:
     after: Callable[[], dict] = dict
 
 
-def forced(contender: Contender, backend: str, op: str, device: torch.device) -> Contender:
+def forced(implementation: Implementation, backend: str, op: str, device: torch.device) -> Implementation:
     """The same with every op that has `backend` forced to it; missing where `op` has it not, or it cannot serve."""
 
     @contextlib.contextmanager
@@ -78,12 +78,12 @@ def forced(contender: Contender, backend: str, op: str, device: torch.device) ->
                 raise Missing(str(error)) from error
             if served[op] != backend:
                 raise Missing(f"{op} has no {backend} implementation there")
-            return {"backends": served, **contender.check()}
+            return {"backends": served, **implementation.check()}
 
-    return replace(contender, run=setting()(contender.run), check=check)
+    return replace(implementation, run=setting()(implementation.run), check=check)
 
 
-def with_forced(found: dict[str, Contender], ours: Callable[[], Contender], op: str, device: torch.device):
+def with_forced(found: dict[str, Implementation], ours: Callable[[], Implementation], op: str, device: torch.device):
     """`found`, on a GPU with ours once more for each backend by name, right behind the first: they go before their peers."""
     subject, *peers = found.items()
     by_name = [(f"{OURS} {backend}", forced(ours(), backend, op, device)) for backend in FORCED if device.type == "cuda"]
