@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every page: its links, anchors and paths lead somewhere, its lines are as agreed, the site has it once."""
 
+import importlib
 import re
 import shutil
 import subprocess
@@ -60,7 +61,8 @@ def test_pages_name_files_that_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_pages_name_what_the_package_has(page):
     """`mpk.convert`, `mpkernels.optim.AdamW`: every public name in a page is there."""
-    for dotted in re.findall(r"(?<![\w.])(?:mpk|mpkernels)((?:\.[A-Za-z_]\w*)+)", page.read_text()):
+    text = re.sub(r"^::: .*", "", page.read_text(), flags=re.M)  # paths: test_pages_api_has_every_public_name
+    for dotted in re.findall(r"(?<![\w.])(?:mpk|mpkernels)((?:\.[A-Za-z_]\w*)+)", text):
         found = mpkernels
         for part in dotted[1:].split("."):
             if part in ("py", "md", "pth"):
@@ -98,16 +100,21 @@ def test_pages_site_is_built_strictly():
 
 
 def test_pages_api_has_every_public_name():
-    """docs/api.md, in which the site puts the docstrings."""
-    named = re.findall(r"^::: mpkernels\.(\S+)$", (DOCS / "api.md").read_text(), re.M)
+    """docs/api.md, in which the site puts the docstrings: of what a path names, or of what its heading does."""
+    blocks = re.findall(
+        r"^::: mpkernels\.(\S+)$(?:\n    options:\n      heading: mpkernels\.(\S+)$)?", (DOCS / "api.md").read_text(), re.M
+    )
+    named = [heading or path for path, heading in blocks]
     modules = {"nn", "ops", "optim", "functional"}
     assert set(mpkernels.__all__) - modules <= set(named)
     assert {f"optim.{n}" for n in mpkernels.optim.__all__} <= set(named)
-    for dotted in named:
-        found = mpkernels
-        for part in dotted.split("."):
-            found = getattr(found, part)
-        assert (found.__doc__ or "").strip(), dotted
+    for path, heading in blocks:
+        module, _, name = f"mpkernels.{path}".rpartition(".")
+        found = getattr(importlib.import_module(module), name)
+        assert (found.__doc__ or "").strip(), path
+        assert not heading or getattr(mpkernels, heading) is found, path
+        # Where a file has the function's name, another path would be that of the file, for the site.
+        assert module == found.__module__ or not found.__module__.endswith(f".{name}"), path
 
 
 def test_pages_say_one_version():
