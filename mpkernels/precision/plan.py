@@ -13,6 +13,7 @@ from mpkernels import optim
 from mpkernels.amp import GradScaler
 from mpkernels.nn import convert
 from mpkernels.nn.convert.linears import linears
+from mpkernels.optim.optimizer import Optimizer
 from mpkernels.policy import Policy, PolicyName
 from mpkernels.precision import memory as step_memory
 from mpkernels.precision.capture import mapped, tensors_of
@@ -25,6 +26,7 @@ POLICIES = ("float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16")
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": optim.AdamW,
     "Adam": optim.Adam,
+    "Lion": optim.Lion,
     "SGD": lambda params: optim.SGD(params, momentum=0.9),
 }
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -312,4 +314,4 @@ def _loss(model: nn.Module, batch: Any) -> torch.Tensor:
 
 def _is_ours(optimizer: torch.optim.Optimizer) -> bool:
     """torch's own ask the scaler for a value, which no FakeTensor has; they need no more memory under a scale."""
-    return isinstance(optimizer, optim.AdamW | optim.Adam | optim.SGD)
+    return isinstance(optimizer, Optimizer)
