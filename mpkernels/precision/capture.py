@@ -82,6 +82,7 @@ class Call:
     x: torch.Tensor
     out: torch.Tensor | None  # not of linears, whose output is computed again
     grad_out: torch.Tensor | None  # None: backward did not come to it
+    wants_grad_x: bool = True  # False where x is data, say
 
 
 def capture(model: nn.Module, step: Callable, targets: Mapping[str, nn.Module], analyse: Callable[[Call], None]) -> float:
@@ -108,8 +109,8 @@ def capture(model: nn.Module, step: Callable, targets: Mapping[str, nn.Module], 
         if not outputs:
             return
         kept = None if is_linear(module) else outputs[0].detach()
-        x = inputs[0].detach() if inputs else outputs[0].detach()[:0]
-        call, key = Call(name, module, x, kept, None), object()
+        x = inputs[0] if inputs else outputs[0].detach()[:0]
+        call, key = Call(name, module, x.detach(), kept, None, x.requires_grad), object()
         waiting[key] = call
         if outputs[0].requires_grad:
             outputs[0].register_hook(lambda grad: arrived(key, grad.detach()))

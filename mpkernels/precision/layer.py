@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from mpkernels import functional
+from mpkernels.ops.linear_act.epilogues import activation_of
 from mpkernels.policy import Policy
 from mpkernels.precision.capture import Call
 from mpkernels.precision.ranges import Range, RangeCounter
 
 FORWARD, BACKWARD = ("x", "weight", "out"), ("grad_out", "grad_x", "grad_weight")
-BLOCK = 1 << 20  # elements of the widest tensor of a block of rows, of which some ten in fp64 live at a time
+BLOCK = 1 << 18  # elements of the widest tensor of a block of rows, of which some ten in fp64 live at a time
 _ACTIVATIONS = {
     None: lambda z: z, "relu": torch.relu, "relu2": lambda z: torch.relu(z).square(), "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "silu": F.silu,
@@ -27,13 +28,13 @@ class PolicyRow:
     """What one policy makes of one linear. Gradients are those times `loss_scale`.
 
     range: by tensor, against the format that the policy gives it; `out` against the compute dtype where the policy has no
-    output_dtype, since it is that under autocast and between linears. error: relative, in norm, of out, grad_x and
-    grad_weight, against fp64 on what was not rounded. loss_change: `<grad_out, out - exact>`, the first order of what the
-    loss changes by. noise: what it would be with random signs, `sqrt(sum((grad_out * (out - exact))**2))`. bound_ratio: the
-    largest error of an element of out, in units of the bound that follows from the roundings; None for a curved activation
-    and where something overflows. max_loss_scale: the largest power of two that no gradient overflows with. bytes:
-    parameters, their copy and what is saved for backward. traffic: bytes that the products of a step read and write.
-    seconds: None where no row of this machine says it.
+    output_dtype, since it is that under autocast and between linears. error: relative, in norm, of out, and of grad_x and
+    grad_weight where backward computes them, against fp64 on what was not rounded. loss_change: `<grad_out, out - exact>`,
+    the first order of what the loss changes by. noise: what it would be with random signs,
+    `sqrt(sum((grad_out * (out - exact))**2))`. bound_ratio: the largest error of an element of out, in units of the bound
+    that follows from the roundings; None where something overflows. max_loss_scale: the largest power of two that no
+    gradient overflows with. bytes: parameters, their copy and what is saved for backward. traffic: bytes that the products
+    of a step read and write. seconds: None where no row of this machine says it.
     """
 
     policy: Policy
@@ -96,6 +97,7 @@ class Layer:
         self.activation = getattr(module, "activation", None)
         self.rows = self.calls = 0
         self.has_gradient = False
+        self.computed: set[str] = set()  # of the gradients
 
     @property
     def weight(self) -> torch.Tensor:
@@ -112,55 +114,68 @@ class Layer:
         if not self.calls:
             self.ranges.add("weight", weight)
         self.calls, self.rows, self.has_gradient = self.calls + 1, self.rows + len(x), self.has_gradient or grad is not None
-        exact = _Exact(weight, bias, self.activation)
-        sums = [torch.zeros(N, K, dtype=_wide(p), device=weight.device) if grad is not None else None for p in self.policies]
-        for rows in range(0, len(x), size := max(BLOCK // max(N, K, 1), 1)):
-            self._add_block(exact, x[rows : rows + size], None if grad is None else grad[rows : rows + size], sums)
-        if grad is not None:
+        wanted = {"grad_x": call.wants_grad_x, "grad_weight": self.module.weight.requires_grad}
+        wanted = {name for name, is_wanted in wanted.items() if is_wanted and grad is not None}
+        self.computed |= wanted
+        exact = _Exact(weight, bias, self.activation, wanted)
+        totals: list[torch.Tensor | None] = [None] * len(self.policies)
+        size = max(BLOCK // max(N, K, 1), min(N, K) // 4, 1)  # next to the weight a quarter of it is little
+        for rows in range(0, len(x), size):
+            is_last = rows + size >= len(x)
+            self._add_block(exact, x[rows : rows + size], None if grad is None else grad[rows : rows + size], totals, is_last)
+        if "grad_weight" in wanted:
             self.ranges.add("grad_weight", exact.grad_weight)
             self.norms["grad_weight"] += _square(exact.grad_weight)
-            for found, total in zip(self.sums, sums, strict=True):
-                found.wrong["grad_weight"] += _square(total.double() - exact.grad_weight)
 
-    def _add_block(self, exact: "_Exact", x: torch.Tensor, grad: torch.Tensor | None, grad_weights: list) -> None:
+    def _add_block(self, exact: "_Exact", x, grad, totals: list[torch.Tensor | None], is_last: bool) -> None:
+        """totals: the gradients of the weight under each policy, of the blocks before this one."""
         exact.run(x, grad)
-        for name, values in (("x", x), ("out", exact.out), ("grad_out", grad), ("grad_x", exact.grad_x)):
-            self.ranges.add(name, values)
+        for name in ("x", "out", "grad_out", "grad_x"):
+            self.ranges.add(name, getattr(exact, name))
         for name in ("out", "grad_x"):
             values = getattr(exact, name)
             self.norms[name] += 0.0 if values is None else _square(values)
-        for policy, found, total in zip(self.policies, self.sums, grad_weights, strict=True):
-            out, grad_x, grad_weight = self._run(policy, exact, x, grad)
-            wrong = out.double() - exact.out
-            found.wrong["out"] += _square(wrong)
-            if self.activation in (None, "relu") and found.bound_ratio is not None:
+        scaled = None if grad is None else grad * self.loss_scale
+        for i, (policy, found) in enumerate(zip(self.policies, self.sums, strict=True)):
+            out, grads = self._run(policy, exact, x, scaled)
+            wrong = out.double().sub_(exact.out)
+            square = _square(wrong)
+            found.wrong["out"] += square
+            is_finite = math.isfinite(square)
+            if found.bound_ratio is not None:
                 ratio = exact.bound_ratio(policy, x.dtype, out.dtype, wrong)
-                found.bound_ratio = None if ratio is None else max(found.bound_ratio, ratio)
-            else:
-                found.bound_ratio = None
+                found.bound_ratio = max(found.bound_ratio, ratio) if is_finite else None
             if grad is None:
                 continue
-            found.wrong["grad_x"] += _square(grad_x.double() / self.loss_scale - exact.grad_x)
-            total += grad_weight.to(total.dtype) / self.loss_scale
-            terms = grad.double() * wrong
+            terms = wrong.mul_(exact.grad_out)
             found.loss_change += float(terms.sum())
-            found.noise += math.inf if not wrong.isfinite().all() else _square(terms)
+            found.noise += _square(terms) if is_finite else math.inf
+            if "grad_x" in grads:
+                found.wrong["grad_x"] += _distance(grads["grad_x"], self.loss_scale, exact.grad_x)
+            if "grad_weight" in grads:
+                total = grads["grad_weight"].to(_wide(policy))
+                total = total if totals[i] is None else totals[i].add_(total)
+                if is_last:
+                    found.wrong["grad_weight"] += _distance(total, self.loss_scale, exact.grad_weight)
+                totals[i] = None if is_last else total
 
-    def _run(self, policy: Policy, exact: "_Exact", x, grad) -> tuple:
-        """(out, grad_x, grad_weight) of the op under `policy`; with parameters of 16 bits, of what they are rounded to."""
+    def _run(self, policy: Policy, exact: "_Exact", x, scaled) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """out, and the gradients that are wanted, of the op under `policy`; with parameters of 16 bits, of them rounded.
+
+        scaled: the gradient of the output times the loss scale; so are those that come of it.
+        """
         narrow = policy.param_dtype.itemsize == 2
         x, weight, bias = (
             t if t is None or not narrow else t.to(policy.param_dtype) for t in (x, exact.weight, exact.bias)
         )  # fmt: skip
-        x, weight = x.detach().requires_grad_(grad is not None), weight.detach().requires_grad_(grad is not None)
-        if policy.grad_dtype is not None and weight.is_leaf:
-            weight.grad_dtype = policy.grad_dtype
+        leaves = {"grad_x": x.detach(), "grad_weight": weight.detach()}
+        if policy.grad_dtype is not None:
+            leaves["grad_weight"].grad_dtype = policy.grad_dtype
         with torch.enable_grad():
-            out = functional.linear_act(x, weight, bias, self.activation, policy)
-            if grad is None:
-                return out, None, None
-            grads = torch.autograd.grad(out, (x, weight), (grad * self.loss_scale).to(out.dtype))
-        return out.detach(), *grads
+            wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if name in exact.wanted}
+            out = functional.linear_act(*leaves.values(), bias, self.activation, policy)
+            grads = torch.autograd.grad(out, list(wanted.values()), scaled.to(out.dtype)) if wanted else ()
+        return out.detach(), dict(zip(wanted, grads))
 
     def row(self, index: int) -> PolicyRow:
         policy, sums = self.policies[index], self.sums[index]
@@ -169,9 +184,14 @@ class Layer:
         compute = policy.compute_dtype.itemsize
         ranges = self.ranges.of(policy)
         held = parameters * policy.param_dtype.itemsize + (N * K * compute if policy.mixed else 0) + self.rows * K * compute
-        read = compute * (3 * self.rows * K + 2 * N * K + 2 * self.rows * N)
-        written = self.rows * N * formats(policy)["out"].itemsize + N * K * formats(policy)["grad_weight"].itemsize
-        names = ("out", "grad_x", "grad_weight") if self.has_gradient else ("out",)
+        x, weight, out = self.rows * K, N * K, self.rows * N  # elements
+        of = formats(policy)
+        products = {
+            "out": compute * (x + weight) + out * of["out"].itemsize,
+            "grad_x": compute * (out + weight + x),
+            "grad_weight": compute * (out + x) + weight * of["grad_weight"].itemsize,
+        }
+        names = ("out", *(name for name in ("grad_x", "grad_weight") if name in self.computed))
         return PolicyRow(
             policy=policy,
             range=ranges,
@@ -181,7 +201,7 @@ class Layer:
             bound_ratio=sums.bound_ratio,
             max_loss_scale=_max_loss_scale(ranges, self.loss_scale),
             bytes=held,
-            traffic=read + written,
+            traffic=sum(products[name] for name in names),
             seconds=None,
         )
 
@@ -189,54 +209,58 @@ class Layer:
 class _Exact:
     """The layer in fp64, on a block of rows at a time."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None):
-        self.weight, self.bias, self.activation = weight, bias, activation
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None, wanted: set[str]):
+        self.weight, self.bias, self.activation, self.wanted = weight, bias, activation, wanted
         self.wide = weight.double()
-        self.grad_weight = torch.zeros_like(self.wide)
-        self.out = self.grad_x = self.x = None
+        self.wide_bias = weight.new_zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
+        self.grad_weight = torch.zeros_like(self.wide) if "grad_weight" in wanted else None
+        self.x = self.z = self.out = self.grad_out = self.grad_x = None
 
     def run(self, x: torch.Tensor, grad: torch.Tensor | None) -> None:
-        self.x = x.double()
-        z = self.x @ self.wide.t()
-        z = z if self.bias is None else z + self.bias.double()
-        if self.activation is None:
-            self.out, grad_z = z, None if grad is None else grad.double()
-        else:
+        self.x, self.grad_out = x.double(), None if grad is None else grad.double()
+        self.out = self.z = torch.addmm(self.wide_bias, self.x, self.wide.t())
+        grad_z = self.grad_out
+        if self.activation is not None:
             with torch.enable_grad():
-                z = z.requires_grad_()
+                z = self.z.detach().requires_grad_()
                 out = _ACTIVATIONS[self.activation](z)
-                grad_z = None if grad is None else torch.autograd.grad(out, z, grad.double())[0]
             self.out = out.detach()
-        self.grad_x = None if grad_z is None else grad_z @ self.wide
-        if grad_z is not None:
-            self.grad_weight += grad_z.t() @ self.x
+            if grad is not None:
+                grad_z = torch.autograd.grad(out, z, grad_z)[0]
+        self.grad_x = grad_z @ self.wide if "grad_x" in self.wanted else None
+        if "grad_weight" in self.wanted:
+            self.grad_weight.addmm_(grad_z.t(), self.x)
         self._magnitudes = None
+        self._stored_x = x
 
-    def bound_ratio(self, policy: Policy, x_dtype: torch.dtype, out_dtype: torch.dtype, wrong: torch.Tensor) -> float | None:
+    def bound_ratio(self, policy: Policy, x_dtype: torch.dtype, out_dtype: torch.dtype, wrong: torch.Tensor) -> float:
         """The largest `|out - exact| / bound`. bound: the roundings of operands, of the sum of K products, and of the store.
 
-        Each operand is off by u of it and half a least subnormal where it is narrowed, and a sum of n terms by gamma_n of
-        their magnitudes. None where an operand or the result overflows.
+        Each operand is off by u of it and half a least subnormal s where it is narrowed, and a sum of n terms by gamma_n of
+        their magnitudes; an activation passes that on and adds its own. For the preactivation, P = |x| @ |weight.T|:
+        (1 + gamma) ((1 + ux) (1 + uw) P + (1 + ux) sw |x| 1 + (1 + uw) sx |weight| 1 + K sx sw) - P, and so for the bias.
         """
-        if not wrong.isfinite().all():
-            return None
-        K = self.x.shape[1]
+        from mpkernels.testing.bounds import after_activation
+
+        K, stored = self.x.shape[1], self.weight.dtype
         if self._magnitudes is None:
-            ax, aw = self.x.abs(), self.wide.abs()
-            bias = 0.0 if self.bias is None else self.bias.double().abs()
-            self._magnitudes = ax @ aw.t(), ax.sum(1, keepdim=True), aw.sum(1), bias
+            products = (self._stored_x.abs() @ self.weight.abs().t()).double()
+            self._magnitudes = products, self.x.abs().sum(1, keepdim=True), self.wide.abs().sum(1), self.wide_bias.abs()
         products, row, column, bias = self._magnitudes
-        (ux, sx), (uw, sw) = (_rounding(d, policy.compute_dtype) for d in (x_dtype, self.weight.dtype))
-        rounded = (1 + ux) * (1 + uw) * products + (1 + ux) * sw * row + (1 + uw) * sx * column + K * sx * sw
-        ub, sb = _rounding(self.weight.dtype, policy.param_dtype)
-        operands = rounded - products + ub * bias + sb
+        (ux, sx), (uw, sw) = (_rounding(d, policy.compute_dtype) for d in (x_dtype, stored))
+        ub, sb = _rounding(stored, policy.param_dtype)
         v = 2.0**-53 if policy.compute_dtype == torch.float64 else _accumulator(self.x.device, policy.compute_dtype)
-        n = (K + 2) * v
         acc_least = 2.0**-1074 if policy.compute_dtype == torch.float64 else 2.0**-149
-        summed = n / (1 - n) * (rounded + (1 + ub) * bias + sb) + K * acc_least / 2
+        gamma = (K + 2) * v / (1 - (K + 2) * v)
+        exact = 1 / (1 - (K + 1) * _unit(stored))  # what the sums of `products` may have been rounded down by
+        off = products * ((gamma + (1 + gamma) * (ux + uw + ux * uw)) * exact)
+        off += (1 + gamma) * (1 + ux) * sw * row
+        off += (1 + gamma) * (1 + uw) * sx * column + (ub + gamma * (1 + ub)) * bias
+        off += (1 + gamma) * (K * sx * sw + sb) + K * acc_least
+        off = after_activation(off, self.z, activation_of(self.activation), v)
         uo, so = _unit(out_dtype), _least(out_dtype)
-        bound = operands + uo * (self.out.abs() + operands) + (1 + uo) * summed + so
-        return float((wrong.abs() / bound).max()) if wrong.numel() else 0.0
+        bound = off.mul_(1 + uo).add_(self.out.abs(), alpha=uo).add_(so)
+        return float(torch.div(wrong, bound, out=bound).abs_().max())
 
 
 def _accumulator(device: torch.device, compute: torch.dtype) -> float:
@@ -262,7 +286,16 @@ def _wide(policy: Policy) -> torch.dtype:
 
 
 def _square(values: torch.Tensor) -> float:
-    return float(values.double().square().sum())
+    """Of the norm of values in fp64."""
+    flat = values.reshape(-1)
+    return float(flat.dot(flat))
+
+
+def _distance(got: torch.Tensor, scale: float, exact: torch.Tensor) -> float:
+    """The square of the norm of `got / scale - exact`, a part at a time."""
+    rows = max(BLOCK // exact.shape[1], 1)
+    parts = zip(got.split(rows), exact.split(rows), strict=True)
+    return sum(_square(a.double().div_(scale).sub_(b)) for a, b in parts)
 
 
 def _relative(wrong: float, norm: float) -> float:

@@ -38,34 +38,45 @@ class RangeCounter:
 
     def __init__(self, formats: list[torch.dtype], scale: float = 1.0):
         self.scale, self.elements, self.amax, self.least, self.norm = scale, 0, 0.0, math.inf, 0.0
-        self.counts = {dtype: torch.zeros(4, dtype=torch.float64, device="cpu") for dtype in dict.fromkeys(formats)}
+        self.counts = {dtype: _Counts() for dtype in formats}
 
     def add(self, values: torch.Tensor) -> None:
         """values: a block in fp64, before the scale."""
         if not values.numel():
             return
-        magnitudes = values.abs() * self.scale
+        magnitudes = values.abs().reshape(-1).mul_(self.scale)
         self.elements += values.numel()
-        amax = float(magnitudes.max())  # NaN comes through
+        least, amax = map(float, torch.aminmax(magnitudes))  # NaN comes through
         self.amax = math.nan if math.isnan(amax) or math.isnan(self.amax) else max(self.amax, amax)
-        least = float(torch.where(magnitudes > 0, magnitudes, math.inf).min())
-        self.least = min(self.least, least) if not math.isnan(least) else self.least
-        self.norm += float(magnitudes.square().nansum())
+        nonzero = magnitudes if least > 0 else torch.where(magnitudes > 0, magnitudes, math.inf)
+        least = least if least > 0 else float(nonzero.min())
+        self.least = min(self.least, least)
+        self.norm += float(magnitudes.dot(magnitudes))
         for dtype, counts in self.counts.items():
             info = torch.finfo(dtype)
-            if amax < info.max and least >= info.tiny:
-                continue  # the usual case: nothing to count
-            zero = (magnitudes > 0) & (magnitudes <= info.smallest_normal * info.eps / 2)
-            small = (magnitudes < info.tiny) & (magnitudes > 0) & ~zero
-            large = ~(magnitudes < overflow_from(dtype))
-            lost = torch.where(zero, magnitudes, 0).square().sum()
-            counts += torch.stack([c.sum().double() for c in (zero, small, large)] + [lost]).cpu()
+            if least < info.tiny:
+                small = nonzero[nonzero < info.tiny]
+                zero = small[small <= info.smallest_normal * info.eps / 2]
+                counts.zero += len(zero)
+                counts.subnormal += len(small) - len(zero)
+                counts.lost += float(zero.dot(zero))
+            if not amax < info.max:
+                counts.large += int((~(magnitudes < overflow_from(dtype))).sum())
 
     def range(self, dtype: torch.dtype) -> Range:
-        zero, small, large, lost = self.counts[dtype].tolist()
-        n = max(self.elements, 1)
+        counts, n = self.counts[dtype], max(self.elements, 1)
         margin = math.log2(torch.finfo(dtype).max / self.amax) if 0 < self.amax < math.inf else math.inf
         margin = -math.inf if math.isnan(self.amax) or self.amax == math.inf else margin
-        norm_lost = math.sqrt(lost / self.norm) if 0 < self.norm < math.inf else 0.0
+        norm_lost = math.sqrt(counts.lost / self.norm) if 0 < self.norm < math.inf else 0.0
         least = 0.0 if self.least == math.inf else self.least
-        return Range(dtype, self.amax, least, zero / n, small / n, norm_lost, int(large), margin)
+        return Range(dtype, self.amax, least, counts.zero / n, counts.subnormal / n, norm_lost, counts.large, margin)
+
+
+@dataclass
+class _Counts:
+    """Of what becomes 0, subnormal and inf in a format. lost: the squares of what becomes 0."""
+
+    zero: int = 0
+    subnormal: int = 0
+    large: int = 0
+    lost: float = 0.0

@@ -189,7 +189,7 @@ def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _activated(z: np.ndarray, activation) -> np.ndarray:
-    """act(z); of what is not piecewise linear in fp64, whose own error `_after_activation` has."""
+    """act(z); of what is not piecewise linear in fp64, whose own error `after_activation` has."""
     if activation == Activation.NONE:
         return z
     if activation == Activation.RELU:
@@ -197,13 +197,13 @@ def _activated(z: np.ndarray, activation) -> np.ndarray:
     return reference.activate(torch.from_numpy(z.astype(np.float64)), activation).numpy().astype(z.dtype)
 
 
-def _after_activation(accumulated, z, activation, v) -> np.ndarray:
-    """What act(acc) may be off by where acc is off from z by `accumulated` and arithmetic has roundoff v."""
+def after_activation(accumulated, z, activation, v):
+    """What act(acc) may be off by where acc is off from z by `accumulated` and arithmetic has roundoff v; arrays or tensors."""
     if activation in (Activation.NONE, Activation.RELU):
         return accumulated
     if activation == Activation.RELU2:
-        return (2 * np.abs(z) + accumulated) * accumulated + 4 * v * z * z
-    return _STEEPEST * accumulated + VALUE_FACTOR * v * np.abs(z)
+        return (2 * abs(z) + accumulated) * accumulated + 4 * v * z * z
+    return _STEEPEST * accumulated + VALUE_FACTOR * v * abs(z)
 
 
 def _acc(compute_dtype: torch.dtype, acc_roundoff: float) -> tuple[torch.dtype, float]:
@@ -239,7 +239,7 @@ def _check_product(
     accumulated = _accumulated(a, b, bias, compute_dtype, acc_roundoff)
     with np.errstate(invalid="ignore", over="ignore"):
         magnitude = accumulated / gamma(length + 2, v)
-        accumulated = _after_activation(accumulated, z, activation, v)
+        accumulated = after_activation(accumulated, z, activation, v)
         _check_nonfinite(name, got, r, accumulated, magnitude, dtype, acc_dtype)
         finite = np.isfinite(got) & np.isfinite(r)
         error = np.where(finite, np.abs(got - r), 0)
@@ -248,7 +248,7 @@ def _check_product(
             return
         spread = np.sqrt(_product(a * a, b * b)) + bias
         accumulated = RANDOM_SIGN_FACTOR * math.sqrt(max(length, 1)) * v * spread + _underflow(length, acc_dtype)
-        accumulated = _after_activation(accumulated, z, activation, v)
+        accumulated = after_activation(accumulated, z, activation, v)
         _check_error(f"{name}, bound 2", error, np.where(finite, _bound(r, accumulated, dtype), 1), got, r)
     if dtype.itemsize == 2 and r.size >= _ENOUGH_FOR_NORMS and finite.all() and length <= 16384:
         norm, best = float(np.linalg.norm(got - r)), float(np.linalg.norm(rounded(r, dtype) - r))
