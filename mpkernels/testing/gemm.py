@@ -31,7 +31,7 @@ class Inputs:
         options = {"generator": generator, "dtype": torch.float32, "device": device}
         return cls(problem, *(torch.randn(shape, **options).to(dtype) for shape, dtype in zip(shapes, dtypes)))
 
-    def arguments(self, backend: str, output_mask=(True, True, True)) -> tuple:
+    def arguments(self, backend: str, output_mask: tuple[bool, bool, bool]) -> tuple:
         """Of the op, as the layer would call it: kernels for GPUs write and read a mask, the others select by the output."""
         role, _, _, _, activation, compute, _, *dtypes = self.problem
         save = int(op_of(self.problem).kernel(backend, self.x.device).saves_mask and activation != Activation.NONE)

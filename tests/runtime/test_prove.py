@@ -224,6 +224,18 @@ def test_child_writes_before_it_begins(monkeypatch, capsys):
     assert [verdict.state for verdict in seen] == ["started"]
 
 
+def test_child_is_heard_before_it_dies():
+    """Its output is a pipe, whose buffer would be lost."""
+    lines = [
+        "import os",
+        "from mpkernels.testing import checks, child",
+        "checks.wrong = lambda *_, **__: os._exit(7)",
+        "child.main('cpu', [['update_scale_', 'eager']], [], False)",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert (done.returncode, json.loads(done.stdout)["state"]) == (7, "started")
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_child_asks_for_memory_first(full, monkeypatch):
     capped = []

@@ -112,8 +112,8 @@ def test_tune_times_what_is_right(race, monkeypatch):
 @pytest.mark.parametrize("backend, mask", [("eager", False), ("native", False), ("triton", True)])
 def test_tune_times_the_layers_call(backend, mask):
     """On a CPU C++ selects by the output, as eager does."""
-    assert gemm.Inputs.random(FPROP, 24, CPU).arguments(backend)[-1] == mask
-    saved = gemm.Inputs.random(BACKWARD, 512, CPU).arguments(backend)[4]
+    assert gemm.Inputs.random(FPROP, 24, CPU).arguments(backend, (True,) * 3)[-1] == mask
+    saved = gemm.Inputs.random(BACKWARD, 512, CPU).arguments(backend, (True,) * 3)[4]
     assert saved.dtype == (torch.int32 if mask else f16)
 
 
