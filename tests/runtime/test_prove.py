@@ -232,7 +232,8 @@ def test_child_is_heard_before_it_dies():
         "checks.wrong = lambda *_, **__: os._exit(7)",
         "child.main('cpu', [['update_scale_', 'eager']], [], False)",
     ]
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False, env=buffered)
     assert (done.returncode, json.loads(done.stdout)["state"]) == (7, "started")
 
 
