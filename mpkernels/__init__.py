@@ -5,7 +5,7 @@ from mpkernels import functional, nn, ops, optim
 from mpkernels.amp import GradScaler
 from mpkernels.nn import MPMLP, MPLinear, cached_weights, convert, convert_report, revert, warmup
 from mpkernels.policy import Policy, default_policy, get_default_policy, set_default_policy
-from mpkernels.precision import advise, check_batch_invariant, find_nonfinite, plan, watch
+from mpkernels.precision import Adapt, advise, check_batch_invariant, find_nonfinite, plan, watch
 from mpkernels.prove import prove
 from mpkernels.runtime.compute_copy import refresh_
 from mpkernels.runtime.resolve import is_available, why_not
@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MPMLP",
+    "Adapt",
     "GradScaler",
     "MPLinear",
     "Policy",

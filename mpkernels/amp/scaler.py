@@ -203,17 +203,16 @@ class GradScaler(ScaleState):
             return
         scale, growth_tracker = self._check_scale_growth_tracker("update")
         states, updated = self._per_optimizer_states.values(), [scale, growth_tracker, self._hysteresis_tracker]
-        if new_scale is not None:
-            if not isinstance(new_scale, torch.Tensor):
-                new_scale = values.scale("new_scale", new_scale, self._min_scale, self._max_scale)
-            super().update(new_scale)
-            updated = [tensor.clone() for tensor in updated]  # copies of no effect: the op is to count
-        elif not any(state["stage"] is not OptState.READY for state in states):
+        if new_scale is None and not any(state["stage"] is not OptState.READY for state in states):
             raise AssertionError(
                 "No inf checks were recorded prior to update: call step() of an optimizer first, and update() once after it"
             )
-        if self._layer_watch is not None:
-            self._layer_watch._end_step(scale)
+        if new_scale is not None and not isinstance(new_scale, torch.Tensor):
+            new_scale = values.scale("new_scale", new_scale, self._min_scale, self._max_scale)
+        restored = None if self._layer_watch is None else self._layer_watch._end_step(scale)
+        if new_scale is not None:
+            super().update(new_scale)
+            updated = [tensor.clone() for tensor in updated]  # copies of no effect: the op is to count
         found = [found for state in states for found in state["found_inf_per_device"].values()]
         if found:
             updated.append(self._skipped)
@@ -226,6 +225,9 @@ class GradScaler(ScaleState):
         self._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
         if found:
             self._watch.after_update(self._skipped, scale)
+        if restored is not None and new_scale is None:
+            scale.fill_(restored)
+            growth_tracker.zero_()
 
     def overflow_report(self, optimizer: torch.optim.Optimizer) -> str:
         """Which gradients of the last step were not finite; "" if it was taken. Waits for the device.

@@ -40,7 +40,7 @@ class SkipWatch:
             return
         values = torch.stack([skipped[1].double(), scale.double()])  # fp64 holds both
         if values.is_cuda:
-            self._copy = self._updates, *_copy_to_host(values)
+            self._copy = self._updates, *copy_to_host(values)
         elif values.is_cpu and type(values) is torch.Tensor:
             self._read(self._updates, *values.tolist())
 
@@ -68,7 +68,7 @@ def _callers_level() -> int:
     return level
 
 
-def _copy_to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+def copy_to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
     """A copy in pinned memory, and the event after which it is there."""
     with torch.cuda.device(values.device):
         host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)

@@ -12,8 +12,7 @@ from torch import nn
 from mpkernels.optim.distributed import local
 from mpkernels.precision.capture import tensors_of
 
-OUT, GRAD_X, X, WEIGHT = range(4)
-COLUMNS = ("out", "grad_x", "x", "weight")
+OUT, GRAD_X, GRAD_WEIGHT, X, WEIGHT = range(5)
 DATA, SCALE = range(2)  # of row 0, which is not a layer's: what the model was given, and the loss scale of the step
 NOTHING = -1.0  # what no magnitude is as small as: nothing came
 
@@ -26,7 +25,8 @@ def counts(module: nn.Module) -> bool:
 class Tap:
     """The hooks of one layer; of a copy of the layer, or a pickled one, they do nothing.
 
-    position: that of its first call among all layers' first calls. reads_operands: x and weight are written too.
+    position: that of its first call among all layers' first calls. adapts: with adapt, grad_weight is written where there is no
+    grad_x, and x and weight where `reads_operands`. may_be_captured: whether a call inside a CUDA graph is no error.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Tap:
         self.cells = () if table is None else table[row].unbind()
         self.has_node = hasattr(module, "adopt")  # linear_act's, which can be asked for grad_x
         self.position: int | None = None
-        self.reads_operands = False
+        self.adapts, self.reads_operands, self.may_be_captured = False, False, True
 
     def __reduce__(self):
         return Tap, ()
@@ -64,13 +64,15 @@ class Tap:
         if self.table is None or not counts(module):
             return
         self.note()
+        if not self.may_be_captured and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("watch: adapt cannot change what a CUDA graph has captured: capture without adapt=")
         if not isinstance(out, torch.Tensor):
             out = next(tensors_of(out), None)
         if out is None or not out.is_floating_point():
             return
         self.write(OUT, out)
-        if self.has_node and not torch.compiler.is_compiling() and hasattr(out.grad_fn, "on_grad_x"):
-            out.grad_fn.on_grad_x = self.grad_x
+        if self.has_node and not torch.compiler.is_compiling() and hasattr(out.grad_fn, "on_grads"):
+            out.grad_fn.on_grads = self.grads
 
     def note(self) -> None:
         """That the layer is called, in which order."""
@@ -79,8 +81,11 @@ class Tap:
 
     note._dynamo_marked_constant = True  # called when a call is traced; see linear_act.saves_mask
 
-    def grad_x(self, grad: torch.Tensor) -> None:
-        self.write(GRAD_X, grad)
+    def grads(self, grad_x: torch.Tensor | None, grad_weight: torch.Tensor | None) -> None:
+        if grad_x is not None:
+            self.write(GRAD_X, grad_x)
+        elif grad_weight is not None and self.adapts:
+            self.write(GRAD_WEIGHT, grad_weight)
 
     def write(self, column: int, values: torch.Tensor) -> None:
         if torch.compiler.is_compiling():
@@ -137,19 +142,26 @@ def write_data(cell: torch.Tensor, inputs: object) -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """The first inf or NaN of a step. row: of the layer; 0 where it is the data. amax: inf or NaN."""
+    """The first inf or NaN of a step. row: of the layer; 0 where it is the data. amax: inf or NaN, that of `tensor`."""
 
     direction: Literal["data", "forward", "backward"]
     row: int
+    tensor: str
     amax: float
+
+    def __str__(self) -> str:
+        return f"{self.tensor} has NaN" if math.isnan(self.amax) else f"{self.tensor} reaches inf"
 
 
 def first_fault(rows: list[list[float]], order: list[int]) -> Fault | None:
     """rows: a table as lists. order: the rows of layers in the order of execution, of which backward is the reverse."""
     if not math.isfinite(rows[0][DATA]):
-        return Fault("data", 0, rows[0][DATA])
-    for direction, column, way in (("forward", OUT, order), ("backward", GRAD_X, reversed(order))):
-        for row in way:
+        return Fault("data", 0, "what the model was given", rows[0][DATA])
+    for row in order:
+        if not math.isfinite(rows[row][OUT]):
+            return Fault("forward", row, "out", rows[row][OUT])
+    for row in reversed(order):
+        for tensor, column in (("grad_x", GRAD_X), ("grad_weight", GRAD_WEIGHT)):
             if not math.isfinite(rows[row][column]):
-                return Fault(direction, row, rows[row][column])
+                return Fault("backward", row, tensor, rows[row][column])
     return None

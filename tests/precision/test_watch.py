@@ -320,10 +320,10 @@ def test_watch_report_is_a_table():
     model = model_with()
     optimizer, scaler = parts(model)
     with mpk.watch(model, optimizer, scaler) as watch:
-        assert "so far: every out and grad_x is finite" in str(watch.report())
+        assert "so far: every out and gradient is finite" in str(watch.report())
         train(model, optimizer, scaler)
         lines = str(watch.report()).splitlines()
-    assert lines[0] == "step 1 at loss scale 1024: every out and grad_x is finite"
+    assert lines[0] == "step 1 at loss scale 1024: every out and gradient is finite"
     assert lines[1].split() == ["layer", "policy", "out", "grad_x", "room"]
     assert [line.split()[:2] for line in lines[2:]] == [[name, "mixed_float16"] for name in "035"]
     assert lines[2].split()[3] == "-"

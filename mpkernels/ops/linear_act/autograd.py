@@ -74,7 +74,7 @@ def _keep(ctx, call: ForwardCall, wants_weight: bool, out, saved, x_compute) -> 
         call.compute_dtype, x.dtype, grad_dtype or weight.dtype, grad_dtype or (weight if bias is None else bias).dtype,
     )  # fmt: skip
     ctx.grad_prev_bias_dtype = None if prev_bias is None else grad_dtype or prev_bias.dtype
-    ctx.on_grad_x = None  # what is given grad_x when it is computed: a watch's
+    ctx.on_grads = None  # what is given the gradients of x and weight when they are computed: a watch's
 
 
 def _grads(ctx, wanted: Grads, grad_out) -> Grads:
@@ -94,8 +94,8 @@ def _grads(ctx, wanted: Grads, grad_out) -> Grads:
     else:
         grads = backward_op.run(call)
     grad_x, grad_weight, grad_bias, grad_prev_bias = grads
-    if ctx.on_grad_x is not None and wants_x:
-        ctx.on_grad_x(grad_x)
+    if ctx.on_grads is not None:
+        ctx.on_grads(grad_x if wants_x else None, grad_weight if wanted.weight else None)
     return Grads(
         grad_x if wants_x else None,
         grad_weight if wanted.weight else None,
