@@ -16,12 +16,10 @@ from mpkernels.runtime.fake import copy_
 _MOST = {"cpu": 2**18, "cuda": 2**26}  # elements of a segment: 1 MiB stays in the cache; 256 MiB of a GPU's memory
 
 
-def fused_why_not(function: str, master: torch.dtype, moments: torch.dtype, amsgrad: bool = False) -> str | None:
+def fused_why_not(function: str, master: torch.dtype, moments: torch.dtype) -> str | None:
     """Why `torch.<function>` does not serve an update of masters and moments of these dtypes, or None."""
     if not hasattr(torch, function):
         return f"this torch has no {function}"
-    if amsgrad:
-        return "its maximum of NaN and a number is not torch.maximum's"
     if master != torch.float32:
         return "copies of fp64 masters would be rounded twice"
     if moments != torch.float32:
@@ -29,10 +27,10 @@ def fused_why_not(function: str, master: torch.dtype, moments: torch.dtype, amsg
     return None
 
 
-def why_not_fused(function: str, masters: list[torch.Tensor], moments: list[torch.Tensor], amsgrad: bool = False) -> list:
+def why_not_fused(function: str, masters: list[torch.Tensor], moments: list[torch.Tensor]) -> list:
     """`fused_why_not` of each master with its moment; without moments of the master alone."""
     kinds = [(master.dtype, moment.dtype) for master, moment in zip(masters, moments or masters, strict=True)]
-    reasons = {kind: fused_why_not(function, *kind, amsgrad) for kind in set(kinds)}
+    reasons = {kind: fused_why_not(function, *kind) for kind in set(kinds)}
     return [reasons[kind] for kind in kinds]
 
 
