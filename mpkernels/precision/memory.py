@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of a training step after each op, by torch's MemTracker, which is private and known to this file alone.
+"""The memory of a training step after each op, by torch's MemTracker, which is private and known to this file alone; its FLOPs.
 
 What it does not see: memory that an op allocates and frees before it returns (a workspace of the GEMM, a cast inside an op),
 gaps between the allocator's blocks, and what torch does not allocate (a CUDA context, NCCL's buffers).
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -28,25 +28,27 @@ class Usage(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """The ops that ran, and what was allocated after each of them."""
+    """The ops that ran, what was allocated after each of them, and what they computed a step."""
 
     ops: list[str]
     usages: list[Usage]
+    flops: int
 
 
 def trace(model: nn.Module, inputs: Sequence[torch.Tensor], steps: Sequence[Callable[[], None]], device: torch.device) -> Trace:
     """Run `steps`, training steps of `model` on `inputs`, and say what lies on `device` after each op."""
     from torch.distributed._tools.mem_tracker import MemTracker
+    from torch.utils.flop_counter import flop_registry
 
     tracker = MemTracker()
     tracker._update_peak_stats = lambda state: None  # the peaks of every module after every op: more time than all the rest
     tracker.track_external(model, *inputs)
-    recorder = _Recorder(tracker, device)
+    recorder = _Recorder(tracker, device, flop_registry)
     with tracker, recorder:
         for step in steps:
             tracker.reset_mod_stats()  # it refuses a second call of the model otherwise
             step()
-    return recorder.trace
+    return Trace(recorder.ops, recorder.usages, recorder.flops // len(steps))
 
 
 _FIELDS = {
@@ -58,15 +60,21 @@ _FIELDS = {
 class _Recorder(TorchDispatchMode):
     """Entered after the tracker, so that each op comes here first and has been counted when it returns."""
 
-    def __init__(self, tracker: torch.nn.Module, device: torch.device):
+    def __init__(self, tracker: torch.nn.Module, device: torch.device, flop_formulas: Mapping[Any, Callable[..., int]]):
         super().__init__()
-        self.tracker, self.device, self.trace = tracker, device, Trace([], [])
+        self.tracker, self.device, self.flop_formulas = tracker, device, flop_formulas
+        self.ops: list[str] = []
+        self.usages: list[Usage] = []
+        self.flops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         if func.namespace != "prim":  # questions that only FakeTensors ask
-            self.trace.ops.append(str(func))
-            self.trace.usages.append(self._usage())
+            self.ops.append(str(func))
+            self.usages.append(self._usage())
+        if (formula := self.flop_formulas.get(func.overloadpacket)) is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
         return result
 
     def _usage(self) -> Usage:

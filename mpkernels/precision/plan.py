@@ -38,7 +38,8 @@ class PlanRow:
 
     parameters: with buffers. states: moments and masters. copies: weights in the compute dtype, which optimizers here keep.
     activations: what forward makes, and the batch. temporaries: what backward and the optimizer make and free again.
-    fits: whether `peak` is within `memory`; None where no `memory` was given.
+    fits: whether `peak` is within `memory`; None where no `memory` was given. flops: the operations of a step, as
+    `torch.utils.flop_counter` counts them; on a CPU it leaves out what fused attention does inside.
     """
 
     policy: str
@@ -52,6 +53,7 @@ class PlanRow:
     temporaries: int
     peak: int
     fits: bool | None
+    flops: int
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,17 @@ class Plan:
 
     def __str__(self) -> str:
         sizes = ("parameters", "gradients", "states", "copies", "activations", "temporaries", "peak")
-        head = ("policy", "optimizer", "batch", *sizes, *(["fits"] if self.memory is not None else []))
+        head = ("policy", "optimizer", "batch", *sizes, "GFLOP", *(["fits"] if self.memory is not None else []))
         lines = [
-            (r.policy, r.optimizer, str(r.batch_size), *(size_text(getattr(r, s)) for s in sizes), *_fits(r)) for r in self.rows
+            (
+                r.policy,
+                r.optimizer,
+                str(r.batch_size),
+                *(size_text(getattr(r, s)) for s in sizes),
+                f"{r.flops / 1e9:.3g}",
+                *_fits(r),
+            )
+            for r in self.rows
         ]
         text = table(head, lines, left=2)
         if self.memory is None:
@@ -141,9 +151,10 @@ def plan(
             runs = _Runs(make_model, make_batch, policy, maker, sizes)
             largest[str(policy), name] = runs.largest(budget)
             for n in sizes:
-                figures = runs.figures(n)
+                trace, copies = runs.trace(n)
+                figures = _figures(trace.usages, copies)
                 fits = None if budget is None else figures["peak"] <= budget
-                rows.append(PlanRow(str(policy), name, n, **figures, fits=fits))
+                rows.append(PlanRow(str(policy), name, n, **figures, fits=fits, flops=trace.flops))
     return Plan(tuple(rows), budget, largest)
 
 
@@ -179,18 +190,20 @@ class _Runs:
         ops = [trace.ops for trace, _ in self.traces.values()]
         self.affine = len(ops) == 2 and ops[0] == ops[1]
 
-    def figures(self, n: int) -> dict[str, int]:
-        if n not in self.traces and not self.affine:
-            self.traces[n] = self.run(n)
-        trace, copies = self.traces[n] if n in self.traces else self._between(n)
-        return _figures(trace.usages, copies)
+    def trace(self, n: int) -> tuple[Trace, int]:
+        """With the bytes of the copies."""
+        if n not in self.traces:
+            self.traces[n] = self._between(n) if self.affine else self.run(n)
+        return self.traces[n]
 
     def _between(self, n: int) -> tuple[Trace, int]:
         """Tensors grow with the batch or do not, so that between two sizes each op's memory lies on a line."""
         (low, copies), (high, _) = self.traces[self.first], self.traces[self.last]
         share = (n - self.first) / (self.last - self.first)
-        usages = [Usage(*(round(a + share * (b - a)) for a, b in zip(x, y))) for x, y in zip(low.usages, high.usages)]
-        return Trace(low.ops, usages), copies
+        at = lambda a, b: round(a + share * (b - a))
+        return Trace(
+            low.ops, [Usage(*map(at, x, y)) for x, y in zip(low.usages, high.usages)], at(low.flops, high.flops)
+        ), copies
 
     def largest(self, budget: int | None) -> int | None:
         """The largest batch whose every op stays within `budget`."""

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import mpkernels as mpk
 from mpkernels.precision import Plan, PlanRow
@@ -60,7 +61,7 @@ def test_plan_interpolates_between_two_runs():
 def test_plan_chooses_the_largest_batch_and_then_the_first_policy():
     def best(*fits):
         combinations = [("float32", 8), ("float32", 64), ("float16", 8), ("float16", 64)]
-        rows = [PlanRow(p, "AdamW", n, 1, 1, 1, 1, 1, 1, 6, f) for (p, n), f in zip(combinations, fits, strict=True)]
+        rows = [PlanRow(p, "AdamW", n, 1, 1, 1, 1, 1, 1, 6, f, 1) for (p, n), f in zip(combinations, fits, strict=True)]
         plan = Plan(tuple(rows), None if None in fits else 10, {})
         assert plan.policy == plan.best.policy
         return plan.best.policy, plan.best.batch_size
@@ -77,11 +78,22 @@ def test_plan_prints_a_table():
     lines = text.splitlines()
     assert lines[0].split() == [
         "policy", "optimizer", "batch", "parameters", "gradients", "states", "copies", "activations", "temporaries", "peak",
-        "fits",
+        "GFLOP", "fits",
     ]  # fmt: skip
     assert [line.split()[-1] for line in lines[1:3]] == ["yes", "no"]
     assert lines[3].startswith("largest batch in 3.8 MiB: ")
     assert lines[4] == "policy: float32"
+
+
+@pytest.mark.parametrize("case", ["mlp", "gpt2"])
+def test_plan_counts_the_operations(case):
+    """As torch counts those of a real step; the batch in the middle is interpolated."""
+    make_model, make_batch = STEPS[case]
+    for row in mpk.plan(make_model, make_batch, policies=["mixed_bfloat16"], batch_sizes=(2, 5, 8)).rows:
+        model, batch = mpk.convert(make_model(), "mixed_bfloat16"), make_batch(row.batch_size)
+        with FlopCounterMode(display=False) as counter:
+            (model(**batch).loss if isinstance(batch, dict) else model(batch).sum()).backward()
+        assert row.flops == counter.get_total_flops() > 0
 
 
 def test_plan_says_what_comes_nearest():
