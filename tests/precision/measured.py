@@ -175,3 +175,64 @@ def of_real_steps(make_model, make_batch, n: int, policy: str, optimizer: str) -
         "temporaries": max(u.temporaries + max(u.optimizer - states - copies, 0) for u in usages),
         "peak": max(u.total for u in usages),
     }
+
+
+# ----- training ----------------------------------------------------------------------
+
+ROWS, BATCH, SEEDS = 256, 32, 3
+
+
+def _made(name: str, seed: int) -> tuple[nn.Module, tuple, torch.Tensor]:
+    """A model and its data."""
+    torch.manual_seed(seed)
+    return models.CASES[name].make(), *models.CASES[name].data(ROWS)
+
+
+def _first_loss(inputs: tuple, labels: torch.Tensor):
+    return lambda model: models.loss(model, tuple(x[:BATCH] for x in inputs), labels[:BATCH])
+
+
+def advised(name: str, seed: int, **options) -> mpk.precision.Advice:
+    model, *data = _made(name, seed)
+    return mpk.advise(model, _first_loss(*data), **options)
+
+
+def trained(name: str, seed: int, steps: int, policy) -> float:
+    """The loss over all rows after so many steps of AdamW, whose rate rises and falls to 0. policy: as convert takes it."""
+    model, inputs, labels = _made(name, seed)
+    mpk.convert(model, policy)
+    optimizer, scaler = mpk.optim.AdamW(model.parameters(), lr=models.CASES[name].lr, max_norm=1.0), mpk.GradScaler("cpu")
+    rate = lambda t: min(1.0, (t + 1) * 10 / steps) * (1 - t / steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    for step in range(steps):
+        rows = torch.arange(step * BATCH, (step + 1) * BATCH) % ROWS
+        scaler.scale(models.loss(model, tuple(x[rows] for x in inputs), labels[rows])).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scheduler.step()
+    with torch.no_grad():
+        return models.loss(model.eval(), inputs, labels).item()
+
+
+def trainings(name: str, steps: int) -> dict[str, float]:
+    """Mean differences of the losses of the same seeds: advised to fp32's and to all-bf16's; the spread of fp32's."""
+    fp32, bf16 = ([trained(name, seed, steps, p) for seed in range(SEEDS)] for p in ("float32", "mixed_bfloat16"))
+    ours = [trained(name, seed, steps, advised(name, seed).policy) for seed in range(SEEDS)]
+    mean = lambda a, b: sum(x - y for x, y in zip(a, b, strict=True)) / SEEDS
+    return {"to_fp32": mean(ours, fp32), "to_bf16": mean(ours, bf16), "spread": max(fp32) - min(fp32)}
+
+
+def contradicted(name: str, loss_scale: float) -> tuple[list[str], list[str], float]:
+    """Of the step that advise was given, converted and with its loss scale.
+
+    (parameters whose gradient is not finite as advised, the same under fp16, the change of the loss as advised over its budget)
+    """
+    advice = advised(name, 0, loss_scale=loss_scale)
+    bad, losses = [], []
+    for policy in (advice.policy, "mixed_float16"):
+        model, *data = _made(name, 0)
+        losses.append(_first_loss(*data)(mpk.convert(model, policy)))
+        (losses[-1] * loss_scale).backward()
+        bad.append([n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()])
+    return *bad, abs(losses[0].item() - advice.loss) / advice.loss_budget
