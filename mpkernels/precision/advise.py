@@ -68,7 +68,7 @@ def advise(
     for name in modules:
         policy = chosen.get(name)
         if name in others:
-            note = reasons.get(name) or f"a {type(modules[name]).__name__} is not converted"
+            note = reasons.get(name) or f"{type(modules[name]).__name__} is not converted"
             by_policy = {str(p): _only_range(p, others[name]) for p in candidates}
         else:
             note = "" if name in found else "was not called in this step: nothing was measured"

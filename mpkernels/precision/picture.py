@@ -17,14 +17,15 @@ _STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1060px; color: #222; background: #fff }
 svg text { font: 11px system-ui, sans-serif; fill: #222 } .faint { fill: #777 } .wrong { fill: #c22 }
 table { border-collapse: collapse; font-size: 13px } td, th { padding: 2px 10px 2px 0; text-align: left; vertical-align: top }
-.key { display: inline-block; width: 10px; height: 10px; margin: 0 4px 0 14px }
+.key { display: inline-block; width: 10px; height: 10px; margin-right: 4px } .name { margin-right: 14px }
 """
 
 
 def html(advice: Any) -> str:
     """The file of an Advice."""
     rows = [row for row in advice.rows if row.policies]
-    keys = "".join(f'<span class="key" style="background:{color}"></span>{name}' for name, color in _COLORS.items())
+    key = '<span class="key" style="background:{}"></span><span class="name">{}</span>'
+    keys = "".join(key.format(color, name) for name, color in _COLORS.items())
     sentences = "".join(
         f"<tr><td>{escape(row.name or '(model)')}</td><td>{escape(row.policy or '-')}</td>"
         f"<td>{escape(advice.why(row.name).partition(': ')[2])}</td></tr>"
@@ -62,9 +63,10 @@ def _svg(rows: list) -> str:
                 y, drawn = y + BAR + 2, drawn + 1
         y += GAP + max(2 - drawn, 0) * (BAR + 2)
     bands = "".join(_band(dtype, i, x, y) for i, dtype in enumerate(formats))
-    step = max(1, round((high - low) / 12))
+    step = next(s for s in (4, 8, 16, 32, 64, 256) if (high - low) / s <= 14)
     ticks = "".join(
-        f'<text class="faint" x="{x(e):.1f}" y="{y + 12}" text-anchor="middle">2^{e}</text>' for e in range(low + 1, high, step)
+        f'<text class="faint" x="{x(e):.1f}" y="{y + 12}" text-anchor="middle">2^{e}</text>'
+        for e in range(-(-low // step) * step, high, step)
     )
     size = f'width="{LEFT + WIDTH + 20}" height="{y + 24}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {size}>{bands}{"".join(bars)}{ticks}</svg>'
@@ -72,7 +74,7 @@ def _svg(rows: list) -> str:
 
 def _bar(name: str, found: list, x, y: int) -> str:
     amax, least = found[0].amax, found[0].min_nonzero
-    wrong = any(r.overflows for r in found)
+    wrong = [str(r.format).removeprefix("torch.") for r in found if r.overflows]
     if math.isnan(amax) or amax == math.inf:
         return f'<text class="wrong" x="{LEFT}" y="{y + BAR}">{name}: {amax}</text>'
     if not amax:
@@ -81,7 +83,9 @@ def _bar(name: str, found: list, x, y: int) -> str:
     color = "#c22" if wrong else _COLORS[name]
     label = f"{name}: {least:.3g} to {amax:.3g}"
     place = f'x="{left:.1f}" y="{y}" width="{max(right - left, 2):.1f}" height="{BAR}"'
-    return f'<rect {place} fill="{color}"><title>{label}</title></rect>'
+    said = f"{name} beyond {', '.join(dict.fromkeys(wrong))}" if wrong else ""
+    text = f'<text class="wrong" x="{left - 6:.1f}" y="{y + BAR}" text-anchor="end">{said}</text>' if wrong else ""
+    return f'<rect {place} fill="{color}"><title>{label}</title></rect>{text}'
 
 
 def _band(dtype: torch.dtype, index: int, x, bottom: int) -> str:

@@ -214,7 +214,7 @@ def test_advise_of_what_is_not_converted():
     assert row.policy is None
     assert row.policies["mixed_float16"].range["out"].amax > 0
     assert advice["encoder.layers.0.linear1"].policy is not None
-    assert advice.why("embed") == "embed: a Embedding is not converted"
+    assert advice.why("embed") == "embed: Embedding is not converted"
 
 
 def test_advise_of_a_transformer():
@@ -248,6 +248,16 @@ def test_advice_prints(tmp_path):
     svg = ET.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])
     assert len([e for e in svg.iter() if e.tag.endswith("title")]) == 5 + 3 + 6  # the first has no grad_x
     assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_advice_picture_names_what_leaves_its_format(tmp_path):
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight *= 1e6
+    mpk.advise(model, step, loss_budget=1e9).to_html(tmp_path / "advice.html")
+    text = (tmp_path / "advice.html").read_text()
+    assert "weight beyond float16<" in text
+    assert "grad_out beyond" not in text
 
 
 def test_advice_says_why():
