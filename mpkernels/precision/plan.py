@@ -18,7 +18,7 @@ from mpkernels.policy import Policy, PolicyName
 from mpkernels.precision import memory as step_memory
 from mpkernels.precision.capture import mapped, tensors_of
 from mpkernels.precision.memory import Trace, Usage
-from mpkernels.precision.tables import size_text, table
+from mpkernels.precision.tables import flops_text, size_text, table
 from mpkernels.runtime import compute_copy
 from mpkernels.runtime.fake import is_fake
 
@@ -88,18 +88,9 @@ class Plan:
 
     def __str__(self) -> str:
         sizes = ("parameters", "gradients", "states", "copies", "activations", "temporaries", "peak")
-        head = ("policy", "optimizer", "batch", *sizes, "GFLOP", *(["fits"] if self.memory is not None else []))
-        lines = [
-            (
-                r.policy,
-                r.optimizer,
-                str(r.batch_size),
-                *(size_text(getattr(r, s)) for s in sizes),
-                f"{r.flops / 1e9:.3g}",
-                *_fits(r),
-            )
-            for r in self.rows
-        ]
+        head = ("policy", "optimizer", "batch", *sizes, "operations", *(["fits"] if self.memory is not None else []))
+        figures = lambda row: (*(size_text(getattr(row, size)) for size in sizes), flops_text(row.flops), *_fits(row))
+        lines = [(row.policy, row.optimizer, str(row.batch_size), *figures(row)) for row in self.rows]
         text = table(head, lines, left=2)
         if self.memory is None:
             return text

@@ -78,7 +78,7 @@ def test_plan_prints_a_table():
     lines = text.splitlines()
     assert lines[0].split() == [
         "policy", "optimizer", "batch", "parameters", "gradients", "states", "copies", "activations", "temporaries", "peak",
-        "GFLOP", "fits",
+        "operations", "fits",
     ]  # fmt: skip
     assert [line.split()[-1] for line in lines[1:3]] == ["yes", "no"]
     assert lines[3].startswith("largest batch in 3.8 MiB: ")
