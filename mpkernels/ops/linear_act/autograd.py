@@ -109,7 +109,7 @@ class _LinearActBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*args):
-        return backward_op(*args)
+        return backward_op.run(BackwardCall(*args))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
