@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The private schemas: mpkernels/ops/<op>/__init__.py defines and checks the public op of the same name. A list of tensors
 // (masters, grads, ..., steps) is a table: common/tensor_list.h; `on` is any tensor that lies where they do. The bool of an
-// update says whether the step was taken.
+// update says whether the step was taken. amax_ and end_step_ are a watch's: mpkernels/precision/taps.py.
 
 #include <torch/csrc/stable/library.h>
 
@@ -10,6 +10,8 @@ STABLE_TORCH_LIBRARY(mpkernels_C, m) {
   m.def("cuda_versions() -> (int, int)");
   m.def("load_kernels(int device) -> int");
   m.def("grad_stats_(Tensor grads, Tensor? grad_scale, Tensor(a!) found_inf, Tensor(b!) amax, Tensor(c!) nonfinite, Tensor(d!)? grad_norm) -> ()");
+  m.def("amax_(Tensor x, Tensor(a!) table, int index, bool ignores_minus_inf=False) -> ()");
+  m.def("end_step_(Tensor(a!) table, Tensor(b!) last, Tensor? scale, int index, float nothing) -> ()");
   m.def("adamw_(Tensor masters, Tensor grads, Tensor exp_avgs, Tensor exp_avg_sqs, Tensor max_exp_avg_sqs, Tensor copies, Tensor steps, Tensor on, Tensor lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? grad_norm, float? max_norm) -> bool");
   m.def("sgd_(Tensor masters, Tensor grads, Tensor momentum_buffers, Tensor copies, Tensor steps, Tensor on, Tensor lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? grad_norm, float? max_norm) -> bool");
   m.def("lion_(Tensor masters, Tensor grads, Tensor exp_avgs, Tensor copies, Tensor steps, Tensor on, Tensor lr, float beta1, float beta2, float weight_decay, bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? grad_norm, float? max_norm) -> bool");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// grad_stats_ on the CPU: one parallel region over all tensors, every gradient read once.
+// grad_stats_ on the CPU: one parallel region over all tensors, every gradient read once. And amax_, of one tensor.
 
 #include <torch/csrc/stable/library.h>
 
@@ -237,7 +237,70 @@ void grad_stats_(Tensor grads_, std::optional<Tensor> grad_scale, Tensor found_i
   if (grad_norm) *grad_norm->mutable_data_ptr<double>() = all.norm(inv);
 }
 
+// ----- a watch: mpkernels/precision/taps.py -----
+
+// The largest magnitude of n elements, NaN above inf; nothing where -inf is to be ignored and is all
+// that is infinite.
+template <class T>
+std::optional<double> amax_of(const void* data, int64_t n, bool ignores_minus_inf) {
+  using I = typename Bits<T>::type;
+  constexpr int64_t kLength = ChunkPartition::kLength;
+  const T* x = static_cast<const T*>(data);
+  std::vector<I> chunks((n + kLength - 1) / kLength + 1);
+  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()) - 1, /*grain_size=*/2, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) chunks[i] = largest_magnitude(x + i * kLength, std::min(kLength, n - i * kLength));
+  });
+  const I amax = *std::max_element(chunks.begin(), chunks.end());
+  const auto is_inf = [](T value) { return c10::bit_cast<I>(value) == Bits<T>::kInf; };
+  if (ignores_minus_inf && amax == Bits<T>::kInf && std::none_of(x, x + n, is_inf)) return std::nullopt;
+  return convert<double>(c10::bit_cast<T>(amax));
+}
+
+auto find_amax_of(ScalarType dtype) {
+  if (dtype == ScalarType::Half) return amax_of<Half>;
+  if (dtype == ScalarType::BFloat16) return amax_of<BFloat16>;
+  if (dtype == ScalarType::Float) return amax_of<float>;
+  STD_TORCH_CHECK(dtype == ScalarType::Double, "x must be floating point");
+  return amax_of<double>;
+}
+
+// f(pointer to the first number of a table, of fp32 or fp64)
+template <class F>
+void with_numbers(Tensor& table, const F& f) {
+  STD_TORCH_CHECK(table.is_contiguous(), "table must be contiguous");
+  if (table.scalar_type() == ScalarType::Double) {
+    f(table.mutable_data_ptr<double>());
+  } else {
+    f(table.mutable_data_ptr<float>());
+  }
+}
+
+// x: contiguous. The number at `index` of `table` is raised; what is below 0 there is below every magnitude.
+void amax_(Tensor x, Tensor table, int64_t index, bool ignores_minus_inf) {
+  STD_TORCH_CHECK(x.is_contiguous() && index >= 0 && index < table.numel(), "x must be contiguous, index in the table");
+  const std::optional<double> amax = find_amax_of(x.scalar_type())(x.const_data_ptr(), x.numel(), ignores_minus_inf);
+  if (!amax || x.numel() == 0) return;
+  with_numbers(table, [&](auto* numbers) {
+    auto& number = numbers[index];
+    if (number == number && !(number >= *amax)) number = *amax;
+  });
+}
+
+// `last` becomes `table`, with the scale at `index`, and the table is filled with `nothing`.
+void end_step_(Tensor table, Tensor last, std::optional<Tensor> scale, int64_t index, double nothing) {
+  STD_TORCH_CHECK(table.scalar_type() == last.scalar_type() && table.numel() == last.numel() && index < table.numel(), "last");
+  with_numbers(table, [&](auto* numbers) {
+    if (scale) numbers[index] = *value_of<float>(scale);
+    with_numbers(last, [&](auto* copied) { std::copy(numbers, numbers + table.numel(), copied); });
+    std::fill(numbers, numbers + table.numel(), nothing);
+  });
+}
+
 }  // namespace
 }  // namespace mpk
 
-STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, CPU, m) { m.impl("grad_stats_", TORCH_BOX(&mpk::grad_stats_)); }
+STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, CPU, m) {
+  m.impl("grad_stats_", TORCH_BOX(&mpk::grad_stats_));
+  m.impl("amax_", TORCH_BOX(&mpk::amax_));
+  m.impl("end_step_", TORCH_BOX(&mpk::end_step_));
+}

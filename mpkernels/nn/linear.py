@@ -4,7 +4,7 @@
 import contextlib
 from collections.abc import Iterator
 from numbers import Integral
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ class MPLinear(nn.Linear):
     # What a module that was an nn.Linear becomes without running __init__ (mpk.convert).
     _activation: Activation = Activation.NONE
     _cached: compute_copy.ComputeCopy | None = None  # inside cached_weights
+    _observer: Any = None  # of mpk.watch: no hook, which would keep a sequence from running its layers as one call
     policy: Policy | None = None
 
     def __init__(
@@ -85,7 +86,7 @@ class MPLinear(nn.Linear):
                 parameter.grad_dtype = wanted or parameter.dtype
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "_cached"}
+        return {name: value for name, value in vars(self).items() if name not in ("_cached", "_observer")}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -117,9 +118,15 @@ class MPLinear(nn.Linear):
         """The layer's output; `input` as nn.Linear calls it. The others are MPSequential's: None means the layer's own."""
         if not isinstance(input, torch.Tensor):  # torch.fx traces all arguments, of which a graph of this layer alone has one
             return functional.forward(input, self.weight, self.bias, None, self._activation, self.policy)
+        observer = self._observer
+        if observer is not None:
+            input = observer.enter(self, input)
         weight = self.weight  # once: a parametrization makes it anew at each look, and some count the looks
         copy, activation = self._weight_copy(weight), self._activation if activation is None else activation
-        return functional.forward(input, weight, self.bias, copy, activation, self.policy, prev, next, out_dtype)
+        out = functional.forward(input, weight, self.bias, copy, activation, self.policy, prev, next, out_dtype)
+        if observer is not None:
+            observer.leave(self, out)
+        return out
 
     def _weight_copy(self, weight: torch.Tensor) -> torch.Tensor | None:
         """`weight`, the layer's, in the compute dtype where one is kept. Only eager training reads the optimizer's."""

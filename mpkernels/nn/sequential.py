@@ -15,7 +15,6 @@ from mpkernels.ops.linear_act.epilogues import Activation
 
 _FORWARDS = {cls: cls.forward for cls in (MPLinear, nn.ReLU, nn.Identity)}
 _CALL = nn.Module.__call__  # may be patched later, by what wants to see every call
-_FSDP, _WATCH = "torch.distributed.fsdp.", "mpkernels.precision.taps"
 _NO_TORCH_FUNCTION = torch._C._disabled_torch_function_impl  # what Parameter, FakeTensor and DTensor have for one
 
 
@@ -23,7 +22,7 @@ class MPSequential(nn.Sequential):
     """An nn.Sequential whose forward runs an MPLinear and the nn.ReLU after it as one call; its children stay what they are.
 
     Called alone, sliced, hooked, replaced, inserted or deleted, each does what it says. The two run as one where neither
-    has hooks (but FSDP2's or a watch's), a forward of its own, another class or a compiled call, nor all modules have any.
+    has hooks (but FSDP2's), a forward of its own, another class or a compiled call, nor all modules have hooks.
     Where such an MPLinear of the same compute dtype comes next (an nn.Identity may be between), what goes to it is in that
     dtype under `mixed_*`, and where kernels run both, its backward does the streaming pass of the layer before.
     The result has the dtype that the last child's policy says: of what came in, where that follows the input.
@@ -100,8 +99,7 @@ def _share_backward(linear: MPLinear, reader: MPLinear) -> bool:
 def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether a call of `module` is the forward of `cls`, and nothing sees or changes what goes in and comes out.
 
-    FSDP2's hooks only gather, and its classes do nothing else; a watch's hooks only read. A weight that lies on a mesh for
-    another reason is seen.
+    FSDP2's hooks only gather, and its classes do nothing else. A weight that lies on a mesh for another reason is seen.
     """
     if not isinstance(module, cls) or type(module).forward is not _FORWARDS[cls]:
         return False
@@ -110,9 +108,7 @@ def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
         return False
     if has_hooks(module):
         kinds = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
-        sources = {_source(hook) for hooks in kinds for hook in hooks.values()}
-        if sources != {_WATCH}:
-            return sources <= {_FSDP, _WATCH}
+        return all(_only_gathers(hook) for hooks in kinds for hook in hooks.values())
     return cls is not MPLinear or _is_plain_tensor(module._parameters.get("weight"))  # None: it is made at each look at it
 
 
@@ -121,10 +117,8 @@ def _is_traced(call) -> bool:
     return torch.compiler.is_compiling() and call is nn.Module.__call__
 
 
-def _source(hook) -> str | None:
-    """_FSDP or _WATCH, whose hooks change nothing, or None."""
-    module = getattr(hook, "__module__", None) or ""
-    return next((source for source in (_FSDP, _WATCH) if module.startswith(source)), None)
+def _only_gathers(hook) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp.")
 
 
 def _is_plain_tensor(x) -> bool:

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Taps: the hooks of a watch, which write the largest magnitudes of a layer's tensors into its row of a table on the device."""
+"""Taps: what a watch puts on layers, to write the largest magnitudes of their tensors into a table on the device."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
+from mpkernels.nn.linear import MPLinear
 from mpkernels.optim.distributed import local
 from mpkernels.precision.capture import tensors_of
+from mpkernels.runtime import native
 
 OUT, GRAD_X, GRAD_WEIGHT, X, WEIGHT = range(5)
+COLUMNS = 5
 DATA, SCALE = range(2)  # of row 0, which is not a layer's: what the model was given, and the loss scale of the step
 NOTHING = -1.0  # what no magnitude is as small as: nothing came
 
@@ -23,7 +26,7 @@ def counts(module: nn.Module) -> bool:
 
 
 class Tap:
-    """The hooks of one layer; of a copy of the layer, or a pickled one, they do nothing.
+    """That of one layer; that of a copy of the layer, or of a pickled one, does nothing.
 
     position: that of its first call among all layers' first calls. adapts: with adapt, grad_weight is written where there is no
     grad_x, and x and weight where `reads_operands`. may_be_captured: whether a call inside a CUDA graph is no error.
@@ -34,7 +37,7 @@ class Tap:
         clock: Iterator[int] | None = None,
     ) -> None:  # fmt: skip
         self.name, self.module, self.table, self.row, self.clock = name, module, table, row, clock
-        self.cells = () if table is None else table[row].unbind()
+        self.raise_ = None if table is None else raise_of(table)
         self.has_node = hasattr(module, "adopt")  # linear_act's, which can be asked for grad_x
         self.position: int | None = None
         self.adapts, self.reads_operands, self.may_be_captured = False, False, True
@@ -43,33 +46,44 @@ class Tap:
         return Tap, ()
 
     def register(self) -> list:
-        return [self.module.register_forward_pre_hook(self.enter), self.module.register_forward_hook(self.leave)]
+        """Handles to remove it by. An MPLinear asks it without a hook."""
+        if type(self.module).forward is MPLinear.forward and "forward" not in vars(self.module):
+            self.module._observer = self
+            return [self]
+        return [self.module.register_forward_pre_hook(self.before), self.module.register_forward_hook(self.after)]
 
-    def enter(self, module: nn.Module, args: tuple) -> tuple | None:
-        """Where the layer has no node to ask, it reads a view of its own, whose gradient is the one that it alone gives."""
-        if not args or not isinstance(args[0], torch.Tensor) or self.table is None or not counts(module):
+    def remove(self) -> None:
+        vars(self.module).pop("_observer", None)
+
+    def before(self, module: nn.Module, args: tuple) -> tuple | None:
+        if not args or not isinstance(args[0], torch.Tensor):
             return None
-        x = args[0]
+        x = self.enter(module, args[0])
+        return None if x is args[0] else tuple(x if argument is args[0] else argument for argument in args)
+
+    def after(self, module: nn.Module, args: tuple, out: object) -> None:
+        out = out if isinstance(out, torch.Tensor) else next(tensors_of(out), None)
+        if out is not None and out.is_floating_point():
+            self.leave(module, out)
+
+    def enter(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """What the layer is to read: x, or where no node can be asked a view, whose gradient is the one that it alone gives."""
+        asks_node = self.has_node and type(x) is torch.Tensor and not x.is_nested and not torch.compiler.is_compiling()
+        if (asks_node and not self.reads_operands) or self.table is None or not counts(module):
+            return x
         if self.reads_operands:
             self.write(X, x)
             self.write(WEIGHT, module.weight)
-        if self.has_node and type(x) is torch.Tensor and not x.is_nested and not torch.compiler.is_compiling():
-            return None
-        if not (x.requires_grad and torch.is_grad_enabled()):
-            return None
-        view = _GradX.apply(x, self.table, self.row)
-        return tuple(view if argument is x else argument for argument in args)
+        if asks_node or not (x.requires_grad and torch.is_grad_enabled()):
+            return x
+        return _GradX.apply(x, self.table, self.row)
 
-    def leave(self, module: nn.Module, args: tuple, out: object) -> None:
+    def leave(self, module: nn.Module, out: torch.Tensor) -> None:
         if self.table is None or not counts(module):
             return
         self.note()
         if not self.may_be_captured and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("watch: adapt cannot change what a CUDA graph has captured: capture without adapt=")
-        if not isinstance(out, torch.Tensor):
-            out = next(tensors_of(out), None)
-        if out is None or not out.is_floating_point():
-            return
         self.write(OUT, out)
         if self.has_node and not torch.compiler.is_compiling() and hasattr(out.grad_fn, "on_grads"):
             out.grad_fn.on_grads = self.grads
@@ -83,15 +97,15 @@ class Tap:
 
     def grads(self, grad_x: torch.Tensor | None, grad_weight: torch.Tensor | None) -> None:
         if grad_x is not None:
-            self.write(GRAD_X, grad_x)
+            self.raise_(self.table, self.row, GRAD_X, grad_x)
         elif grad_weight is not None and self.adapts:
-            self.write(GRAD_WEIGHT, grad_weight)
+            self.raise_(self.table, self.row, GRAD_WEIGHT, grad_weight)
 
     def write(self, column: int, values: torch.Tensor) -> None:
         if torch.compiler.is_compiling():
-            _write(self.table[self.row, column], values)
+            _raise_traced(self.table, self.row, column, values)
         else:
-            write(self.cells[column], values)
+            self.raise_(self.table, self.row, column, values)
 
 
 class _GradX(torch.autograd.Function):
@@ -104,37 +118,77 @@ class _GradX(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        _write(ctx.table[ctx.row, GRAD_X], grad)
+        _raise_traced(ctx.table, ctx.row, GRAD_X, grad)
         return grad, None, None
 
 
-def write(cell: torch.Tensor, values: torch.Tensor) -> None:
-    """Raise `cell` to the largest magnitude of `values`; NaN and inf come through."""
-    if (values := _plain(values)).numel():
-        low, high = torch.aminmax(values)
-        torch.maximum(cell, torch.maximum(high, low.neg_()), out=cell)
+# ----- a cell is raised to the largest magnitude of some values, inf and NaN included -------------------------------------
 
 
-def _write(cell: torch.Tensor, values: torch.Tensor) -> None:
-    """The same in ops that a compiler takes."""
+def raise_of(table: torch.Tensor) -> Callable[..., None]:
+    """(table, row, column, values). On a CPU one op instead of torch's five, the most of what a watch costs small layers."""
+    return _raise_native if is_native(table) else _raise
+
+
+def is_native(table: torch.Tensor) -> bool:
+    return table.is_cpu and native.why_not() is None
+
+
+def _raise_native(table: torch.Tensor, row: int, column: int, values: torch.Tensor, *, ignores_minus_inf: bool = False) -> None:
+    values = values if type(values) is torch.Tensor and not values.is_nested else _plain(values)
+    values = values if values.is_contiguous() else values.contiguous()
+    torch.ops.mpkernels_C.amax_.default(values, table, row * COLUMNS + column, ignores_minus_inf)
+
+
+def _raise(table: torch.Tensor, row: int, column: int, values: torch.Tensor, *, ignores_minus_inf: bool = False) -> None:
+    if (values := _plain(values)).numel():
+        (low, high), cell = torch.aminmax(values), table[row, column]
+        amax = high if ignores_minus_inf else torch.maximum(high, low.neg_())
+        torch.maximum(cell, amax, out=cell)
+
+
+def _raise_traced(table: torch.Tensor, row: int, column: int, values: torch.Tensor, *, ignores_minus_inf: bool = False) -> None:
+    """In ops that a compiler takes."""
     if (values := _plain(values)).numel():
         low, high = torch.aminmax(values)
-        cell.copy_(torch.maximum(cell, torch.maximum(high, -low)))
+        amax = high if ignores_minus_inf else torch.maximum(high, -low)
+        table[row, column] = torch.maximum(table[row, column], amax)
 
 
 def _plain(values: torch.Tensor) -> torch.Tensor:
     """What of it lies here, dense."""
     values = values.detach()
-    if type(values) is torch.Tensor and not values.is_nested:
-        return values
     return values.values() if values.is_nested else local(values)
 
 
-def write_data(cell: torch.Tensor, inputs: object) -> None:
-    """Raise `cell` to the largest of what the model was given. -inf is left out: attention masks are made of it."""
-    for values in tensors_of(inputs):
-        if values.is_floating_point() and values.device == cell.device and values.numel():
-            torch.maximum(cell, _plain(values).max(), out=cell)
+class InputTap:
+    """The hook that looks at what a model is given, but for the -inf of attention masks; a copy of it does nothing."""
+
+    def __init__(self, table: torch.Tensor | None = None) -> None:
+        self.table, self.raise_ = table, None if table is None else raise_of(table)
+
+    def __reduce__(self):
+        return InputTap, ()
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.table is None or not counts(module):
+            return
+        raise_ = _raise_traced if torch.compiler.is_compiling() else self.raise_
+        for given in (*args, *kwargs.values()):
+            for values in (given,) if type(given) is torch.Tensor else tensors_of(given):
+                if values.is_floating_point() and values.device == self.table.device:
+                    raise_(self.table, 0, DATA, values, ignores_minus_inf=True)
+
+
+def end_step(table: torch.Tensor, last: torch.Tensor, scale: torch.Tensor | None) -> None:
+    """Move `table` to `last`, with the loss scale of the step, and begin anew."""
+    if is_native(table) and (scale is None or scale.is_cpu):
+        torch.ops.mpkernels_C.end_step_.default(table, last, scale, SCALE, NOTHING)
+        return
+    if scale is not None:
+        table[0, SCALE].copy_(scale)
+    last.copy_(table)
+    table.fill_(NOTHING)
 
 
 # ----- what a table says ---------------------------------------------------------------

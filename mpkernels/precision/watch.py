@@ -16,7 +16,7 @@ from mpkernels.nn.convert.linears import why_not
 from mpkernels.precision import watch_report
 from mpkernels.precision.adapt import LAG, Adapt, Adaptation
 from mpkernels.precision.capture import check_is_module, is_linear
-from mpkernels.precision.taps import DATA, NOTHING, SCALE, WEIGHT, Tap, counts, write_data
+from mpkernels.precision.taps import COLUMNS, NOTHING, InputTap, Tap, end_step
 from mpkernels.precision.watch_report import WatchReport, shown
 
 
@@ -64,7 +64,7 @@ class Watch:
         device, dtype = _device_and_dtype(found)
         _check_ranks([name for name, _, _ in found], process_group)
         clock, rows = itertools.count(), 1 + len(found)
-        table = torch.full((rows, WEIGHT + 1), NOTHING, dtype=dtype, device=device)
+        table = torch.full((rows, COLUMNS), NOTHING, dtype=dtype, device=device)
         self._taps = [Tap(name, module, table, row, clock) for row, (name, module, _) in enumerate(found, 1)]
         least_scale = None if scaler is None else scaler._min_scale
         self._adaptation = None if adapt is None else Adaptation(adapt, self._taps, least_scale)
@@ -73,8 +73,7 @@ class Watch:
         self._notes = [note for _, _, note in found]
         self._table, self._last = table, table.clone()
         self._order: list[int] | None = None  # the rows as layers were first called; None: no step has ended
-        self._data, self._scale = self._table[0, DATA], self._table[0, SCALE]
-        self._handles = [model.register_forward_pre_hook(_Inputs(self._data), with_kwargs=True)]
+        self._handles = [model.register_forward_pre_hook(InputTap(table), with_kwargs=True)]
         for tap in self._taps:
             tap.adapts, tap.may_be_captured = adapt is not None, adapt is None or not table.is_cuda
             self._handles += tap.register()
@@ -145,16 +144,12 @@ class Watch:
 
     # ----- what ends a step, and what the scaler asks ---------------------------------------------------------------
 
-    @torch.no_grad()
     def _end_step(self, scale: torch.Tensor | None) -> float | None:
         """scale: that of the step. The scale to go back to, or None. Without adapt nothing waits for the device."""
-        if scale is not None:
-            self._scale.copy_(scale)
         if self._group is not None:  # as bits, which order as magnitudes do, with inf and NaN on top
             bits = self._table.view(torch.int64 if self._table.dtype == torch.float64 else torch.int32)
             distributed.all_reduce(bits, distributed.ReduceOp.MAX, self._group)
-        self._last.copy_(self._table)
-        self._table.fill_(NOTHING)
+        end_step(self._table, self._last, scale)
         if self._order is None:
             self._order = self._current_order()
             if self._group is not None:  # where layers are called by what the data is, ranks have other orders
@@ -227,20 +222,6 @@ class _OnHost:
         return self.table
 
 
-class _Inputs:
-    """The hook that looks at what the model is given; a copy of it does nothing."""
-
-    def __init__(self, cell: torch.Tensor | None = None) -> None:
-        self.cell = cell
-
-    def __reduce__(self):
-        return _Inputs, ()
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.cell is not None and counts(module):
-            write_data(self.cell, (args, kwargs))
-
-
 def _check_adapt(adapt: object, optimizer, scaler: GradScaler | None, process_group) -> None:
     if not isinstance(adapt, Adapt):
         raise TypeError(f"watch: adapt must be an mpkernels.Adapt, got {type(adapt).__name__}")
@@ -271,8 +252,9 @@ def _watched(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 def _check_not_watched(found: list[tuple[str, nn.Module, str]], scaler: GradScaler | None) -> None:
     for name, module, _ in found:
-        taps = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
-        if any(isinstance(tap, Tap) and tap.table is not None for tap in taps):
+        hooks = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
+        taps = [tap for tap in (getattr(module, "_observer", None), *hooks) if isinstance(tap, Tap)]
+        if any(tap.table is not None for tap in taps):
             raise RuntimeError(f"watch: {shown(name)} is watched already: close() that watch first")
     if scaler is not None and scaler._layer_watch is not None:
         raise RuntimeError("watch: the scaler has a watch already: close() that first, or give each model its scaler")

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import mpkernels as mpk
+from mpkernels.precision import taps
+from mpkernels.runtime import native
 from tests.precision.test_find_nonfinite import Scale
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
@@ -78,7 +80,8 @@ def assert_close(found, expected, rel):
 
 
 def hooks_of(model):
-    return [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return hooks + [m._observer for m in model.modules() if getattr(m, "_observer", None) is not None]
 
 
 # ----- magnitudes ---------------------------------------------------------------
@@ -239,6 +242,68 @@ def test_watch_compiles(policy):
             optimizer.zero_grad()
             assert_close(seen(watch), eager, 0.05)
             assert watch._order == order
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("raise_", [taps._raise, taps._raise_traced, taps._raise_native], ids=["eager", "traced", "native"])
+def test_watch_raises_a_cell(raise_, dtype):
+    """To the largest magnitude, in one table of fp32 and one of fp64; NaN and inf stay there."""
+    if raise_ is taps._raise_native and native.why_not() is not None:
+        pytest.skip(native.why_not())
+    x = torch.randn(300, 130, generator=torch.Generator().manual_seed(0)).to(dtype)
+    infinite, minus, nan = (x.index_put((torch.tensor(7), torch.tensor(9)), torch.tensor(v, dtype=dtype))
+                            for v in (math.inf, -math.inf, math.nan))  # fmt: skip
+    for wide in (torch.float32, torch.float64):
+        table = torch.full((2, taps.COLUMNS), taps.NOTHING, dtype=wide)
+        cell = table[1, 2]
+
+        def raised(values, raise_=raise_, table=table, cell=cell, **options):
+            raise_(table, 1, 2, values, **options)
+            return cell.item()
+
+        assert raised(x[:0]) == taps.NOTHING
+        assert raised(torch.zeros(2, dtype=dtype)) == 0
+        assert raised(-x[:1].abs()) == x[:1].abs().max().to(wide)
+        assert raised(x.t().requires_grad_()) == x.abs().max().to(wide)
+        assert raised(x[::2, 1::3]) == x.abs().max().to(wide)
+        assert raised(minus, ignores_minus_inf=True) <= x.abs().max()
+        assert raised(minus) == math.inf
+        assert raised(x) == math.inf
+        assert math.isnan(raised(nan))
+        assert math.isnan(raised(infinite))
+        table.fill_(taps.NOTHING)
+        assert raised(infinite, ignores_minus_inf=True) == math.inf
+        assert math.isnan(raised(nan, ignores_minus_inf=True))
+        assert (table != taps.NOTHING).sum() == 1
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_watch_ends_a_step(is_native, monkeypatch):
+    if not is_native:
+        monkeypatch.setattr(taps, "is_native", lambda table: False)
+    elif native.why_not() is not None:
+        pytest.skip(native.why_not())
+    for dtype in (torch.float32, torch.float64):
+        table, last = torch.arange(10, dtype=dtype).view(2, 5), torch.zeros(2, 5, dtype=dtype)
+        expected = table.clone()
+        taps.end_step(table, last, None)
+        assert torch.equal(last, expected)
+        assert (table == taps.NOTHING).all()
+        taps.end_step(table, last, torch.tensor(1024.0))
+        assert last[0].tolist() == [taps.NOTHING, 1024.0, *[taps.NOTHING] * 3]
+
+
+def test_watch_without_the_library_is_the_same(monkeypatch):
+    found = []
+    for _ in range(2):
+        model = model_with()
+        x = torch.cat([X, torch.full((1, 8), -math.inf)])
+        with mpk.watch(model) as watch:
+            model(x)
+            model(X).float().square().mean().backward()
+            found.append(watch._table.nan_to_num(nan=-2.0))
+        monkeypatch.setattr(taps, "is_native", lambda table: False)
+    assert torch.equal(*found)
 
 
 # ----- the first layer by name ---------------------------------------------------------------

@@ -13,6 +13,7 @@ from mpkernels.precision.adapt import LAG
 from mpkernels.precision.taps import NOTHING
 from mpkernels.runtime import compute_copy
 from tests.precision.test_find_nonfinite import Scale
+from tests.precision.test_watch import hooks_of
 from tests.ranks import gathered, run_ranks
 
 LADDER = ("mixed_float16", "mixed_bfloat16", "float32")
@@ -195,8 +196,8 @@ def _train_on(group, ranks, rank):
     assert again.changes == run.changes
     for mine, other in zip(run.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(mine, other)
-    everyone = gathered([p.detach() for p in run.model.parameters()])
-    assert all(torch.equal(a, b) for r in ranks for a, b in zip(everyone[r], everyone[rank], strict=True))
+    by_rank = gathered([p.detach() for p in run.model.parameters()])
+    assert all(torch.equal(a, b) for r in ranks for a, b in zip(by_rank[r], by_rank[rank], strict=True))
 
 
 def test_adapt_ranks_agree():
@@ -359,7 +360,7 @@ def test_watch_refuses_to_adapt():
             mpk.watch(model, *options, adapt=mpk.Adapt())
     with pytest.raises(ValueError, match=r"no linear has a policy of the ladder \(mixed_bfloat16, float32\)"):
         mpk.watch(model, optimizer, scaler, adapt=mpk.Adapt(ladder=LADDER[1:]))
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not hooks_of(model)
     assert scaler._layer_watch is None
 
 
