@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures of all tests: one thread per process, seeded data, the devices that are there."""
 
+import os
 import re
 import zlib
 
 import pytest
 import torch
 
-torch.set_num_threads(1)  # tests run side by side in processes, and the order of a sum must not depend on the machine
+# One thread in each process, and in those that tests start: they run side by side, and the order of a sum must not depend on
+# the machine.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
