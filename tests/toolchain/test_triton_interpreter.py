@@ -13,12 +13,14 @@ import pytest
 from tests.paths import ROOT
 
 FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/ops/*/test_*_triton.py"))
+LEVELS = ["not sweep and not release", pytest.param("sweep", marks=pytest.mark.sweep)]
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("file", FILES)
-def test_triton_through_the_interpreter(file):
+def test_triton_through_the_interpreter(file, level):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", file]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", level, file]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]

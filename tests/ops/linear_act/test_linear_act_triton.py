@@ -21,6 +21,7 @@ from mpkernels.runtime import tuned_table
 from mpkernels.testing import checks, linear_act_cases
 from tests import bounds
 from tests import linear_act_cases as cases
+from tests.levels import each_once
 from tests.linear_act_cases import DTYPES, Case, backward, bits_of, forward, same_bits
 
 INTERPRETED = pytest.importorskip("triton").knobs.runtime.interpret
@@ -74,8 +75,10 @@ def test_linear_act_rows_beyond_int32_bytes_apart(name, generator):
     assert same_bits(out, forward(**tensors, dtypes=DTYPES["mixed_float16 inside"])[0])
 
 
-@pytest.mark.parametrize("name", ["float32", "mixed_float16", "mixed_bfloat16 inside", "fp64 to fp16"])
-@pytest.mark.parametrize("sizes", [(19, 70, 45), (33, 5, 97), (1, 1, 1), (0, 5, 7), (5, 0, 7), (5, 7, 0)])
+SIZES = ((19, 70, 45), (33, 5, 97), (1, 1, 1), (0, 5, 7), (5, 0, 7), (5, 7, 0))
+
+
+@pytest.mark.parametrize("name, sizes", each_once(("float32", "mixed_float16", "mixed_bfloat16 inside", "fp64 to fp16"), SIZES))
 def test_linear_act_below(name, sizes, generator, device):
     """The dgrad epilogue does the previous layer's pass: the bits of dgrad and then the selection, sums of the unrounded."""
     dtypes = DTYPES[name]
@@ -111,8 +114,7 @@ def test_linear_act_below_selects(device):
         assert same_bits(grads[3], expected)
 
 
-@pytest.mark.parametrize("activation", list(Activation)[2:], ids=lambda a: a.name.lower())
-@pytest.mark.parametrize("name", ["float64", "mixed_float16", "bfloat16"])
+@pytest.mark.parametrize("activation, name", each_once(list(Activation)[2:], ("float64", "mixed_float16", "bfloat16")))
 def test_linear_act_activations(activation, name, generator, device):
     """Value, saved preactivation and gradients; the slope at infinity; and in the epilogue of the next layer."""
     dtypes = DTYPES[name]
@@ -344,10 +346,11 @@ ALIGNED = {  # M, N, K of whole and of partial tiles, several to a program; the 
 }
 
 
-@pytest.mark.parametrize("sizes", ALIGNED.values(), ids=ALIGNED)
-@pytest.mark.parametrize("name", ["float16", "bfloat16", "bfloat16, fp32 gradients", "float16, fp32 gradients"])
+@pytest.mark.parametrize(
+    "name, sizes", each_once(("float16", "bfloat16", "bfloat16, fp32 gradients", "float16, fp32 gradients"), ALIGNED)
+)
 def test_linear_act_by_descriptors(sizes, name, generator, device, gemms):
-    cases.run(Case(*sizes, DTYPES[name]), generator, device)
+    cases.run(Case(*ALIGNED[sizes], DTYPES[name]), generator, device)
     assert _by_tma(gemms) == [True] * 5  # forward, and backward by the mask and by the output
 
 
@@ -356,12 +359,11 @@ def test_linear_act_by_descriptors_without_bias_and_mask(generator, device, gemm
     assert _by_tma(gemms) == [True] * 3
 
 
-@pytest.mark.parametrize("sizes", ALIGNED.values(), ids=ALIGNED)
-@pytest.mark.parametrize("name", ["float16", "bfloat16, fp32 gradients"])
+@pytest.mark.parametrize("name, sizes", each_once(("float16", "bfloat16, fp32 gradients"), ALIGNED))
 def test_linear_act_below_by_descriptors(sizes, name, generator, device, gemms):
     """Against fp64, and the bits of dgrad by descriptors and then the selection; by the pointer kernel where x is what is
     selected by, with the same bits."""
-    dtypes, (M, N, K) = DTYPES[name], sizes
+    dtypes, (M, N, K) = DTYPES[name], ALIGNED[sizes]
     grad_out, weight = (torch.randn(s, generator=generator).to(device, dtypes.compute) for s in ((M, N), (N, K)))
     x = torch.randn(M, K, generator=generator).to(device, dtypes.compute).relu()
     _, mask, _ = forward(x, torch.eye(K, dtype=dtypes.compute, device=device), None, dtypes)
