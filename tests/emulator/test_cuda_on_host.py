@@ -15,7 +15,7 @@ import torch
 from mpkernels.ops import grad_stats
 from mpkernels.runtime import native
 from mpkernels.runtime.resolve import ENVIRONMENT_VARIABLE
-from tests import bounds
+from tests import bounds, steps
 from tests.emulator import host_kernels
 from tests.emulator.host_kernels import HostOps, take_counts
 from tests.ops.grad_stats import test_grad_stats
@@ -40,6 +40,7 @@ COPIES = (torch.float16, torch.bfloat16, torch.float32, None)
 
 # ----- the tests of the CPU kernels -----------------------------------------------------------------
 
+PROBLEM = steps.Problem(steps=100)  # where the CPU kernels take 1,000: below, the bits are theirs
 PYTHON_ONLY = ("opcheck", "raises", "bumps_versions", "an_error")
 
 
@@ -48,6 +49,7 @@ def host(monkeypatch, request):
     """The native ops run the CUDA kernels, in an order of threads and blocks that is the test's own."""
     host_kernels.library().host_seed(zlib.crc32(request.node.name.encode()))
     monkeypatch.setattr(torch.ops, "mpkernels_C", HostOps())
+    monkeypatch.setattr(steps, "problem", lambda: PROBLEM)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, ",".join(f"{op}=native" for op in host_kernels.OPS))
 
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mpkernels as mpk
 from tests import bounds
+from tests.levels import each_once
 from tests.linear_act_cases import same_bits
 
 BATCHES = range(2, 12)  # torch makes a graph of its own for 0 and for 1
@@ -39,8 +40,10 @@ def dynamo():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("policy", [None, "mixed_float16", "mixed_bfloat16,output=bfloat16", "float16"])
+POLICIES = (None, "mixed_float16", "mixed_bfloat16,output=bfloat16", "float16")
+
+
+@pytest.mark.parametrize("policy, autocast", each_once(POLICIES, (None, torch.bfloat16, torch.float16)))
 def test_one_graph_for_ten_batch_sizes(policy, autocast, dynamo):
     model = model_of(policy)
     params = list(model.parameters())

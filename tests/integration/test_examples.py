@@ -95,6 +95,7 @@ def test_examples_digits_every_implementation(quick):
     assert [row["us"] is not None for row in rows if row["implementation"] == "eager"] == [True, True]
 
 
+@pytest.mark.sweep
 def test_examples_digits_16_bit_policies_learn_like_fp32(tmp_path):
     _, rows = digits(tmp_path, "--policies", "float32", *NARROW)
     for name in NARROW:

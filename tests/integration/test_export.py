@@ -12,6 +12,7 @@ from torch import nn
 import mpkernels as mpk
 from mpkernels.ops.linear_act import Activation
 from tests.bounds import check_forward
+from tests.levels import each_once
 from tests.linear_act_cases import same_bits
 
 POLICIES = ("float64", "mixed_float32", "mixed_float16", "mixed_bfloat16,output=bfloat16", "float16", "float64,compute=float16")
@@ -29,9 +30,7 @@ def decomposed(model, x) -> torch.export.ExportedProgram:
     return program.run_decompositions(mpk.functional.decompositions())
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize("policy, bias, activation", each_once(POLICIES, (True, False), Activation))
 def test_decomposition_has_the_numerics_of_the_op(policy, bias, activation, generator):
     name = None if activation == Activation.NONE else activation.name.lower()
     layer, x = layer_of(policy, name, bias, generator)
@@ -56,6 +55,7 @@ def test_decomposition_saves_what_the_op_saves(policy, activation, generator):
     assert same_bits(got, expected)  # x_compute
 
 
+@pytest.mark.sweep
 def test_decomposition_under_inductor_rounds_where_casts_are_emulated(generator):
     """As its docstring says; without that setting operands keep the bits that the policy cuts off."""
     layer, x = layer_of("mixed_float16", "relu", True, generator)

@@ -97,6 +97,7 @@ def test_lightning_fabric():
     check([spy.seen()], rows)
 
 
+@pytest.mark.sweep
 def test_fsdp2_with_torchrun(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
                ROOT / "tests" / "framework_spy.py", tmp_path, EXAMPLES / "with_fsdp2.py"]  # fmt: skip

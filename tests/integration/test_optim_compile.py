@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 import mpkernels as mpk
+from tests.levels import each_once
 from tests.steps import raw
 
 MAKE = {"AdamW": mpk.optim.AdamW, "SGD": lambda p, **o: mpk.optim.SGD(p, momentum=0.9, **o)}
@@ -58,9 +59,10 @@ class Training:
         return [*raw([*self.params, *states]), self.scaler.get_scale()], frames
 
 
-@pytest.mark.parametrize("way", ["plain", "max_norm", "scaler", "clip", "unscale"])
-@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["float lr", "tensor lr"])
-@pytest.mark.parametrize("name", MAKE)
+WAYS = ("plain", "max_norm", "scaler", "clip", "unscale")
+
+
+@pytest.mark.parametrize("name, lr, way", each_once(MAKE, (0.1, torch.tensor(0.1)), WAYS))
 def test_step_compiles_for_no_learning_rate(name, lr, way):
     eager = Training(name, lr, way)
     expected, _ = eager.run(eager.step)

@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, jacrev, stack_module_state, vjp, v
 from mpkernels.nn import MPMLP, MPLinear, convert
 from mpkernels.ops.linear_act import Activation
 from tests import bounds
+from tests.levels import each_once
 from tests.linear_act_cases import same_bits
 
 M, N, K, BATCH = 3, 4, 5, 6
@@ -156,8 +157,7 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("activation", [None, "gelu"])
-@pytest.mark.parametrize("way", COMPILED)
+@pytest.mark.parametrize("way, activation", each_once(COMPILED, (None, "gelu")))
 def test_transforms_compile_as_torchs(way, activation, layers):
     """In one graph; the op in ATen takes their place."""
     ours, plain, x = layers

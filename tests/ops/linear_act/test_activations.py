@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import mpkernels as mpk
 from mpkernels.ops.linear_act import Activation, linear_act, reference
 from tests import bounds
+from tests.levels import each_once
 from tests.linear_act_cases import (
     DTYPES,
     Case,
@@ -172,8 +173,7 @@ def test_activation_of_the_previous_layer(activation, name, generator, device):
     bounds.check_summed_slopes(grads[3], arrived, prev_saved, activation, dtypes.compute, v)
 
 
-@by_activation
-@pytest.mark.parametrize("policy", ["float64", "mixed_float16"])
+@pytest.mark.parametrize("activation, policy", each_once(TORCH, ("float64", "mixed_float16")))
 def test_activation_compiles_and_transforms(activation, policy, generator):
     """One graph with the bits of eager; torch.func.grad too, and gradients per sample."""
     layer = mpk.MPLinear(6, 5, activation=activation.name.lower(), policy=policy)

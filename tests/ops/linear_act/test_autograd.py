@@ -9,6 +9,7 @@ from mpkernels.nn import MPMLP
 from mpkernels.ops import linear_act as ops
 from mpkernels.ops.linear_act import Activation, linear_act, reference
 from tests import bounds
+from tests.levels import each_once
 from tests.linear_act_cases import DTYPES, Case, Dtypes, backward, bf16, f16, f32, f64, forward, same_bits, saving_masks
 
 NONE, RELU = Activation.NONE, Activation.RELU
@@ -249,8 +250,7 @@ def test_linear_act_changed_x_does_not_matter_where_it_was_cast(generator, devic
 # ----- torch.library, torch.compile ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["float32", "mixed_float16", "bfloat16", "fp64 to bf16"])
-@pytest.mark.parametrize("save", [0, 1])
+@pytest.mark.parametrize("name, save", each_once(("float32", "mixed_float16", "bfloat16", "fp64 to bf16"), (0, 1)))
 def test_linear_act_opcheck(name, save, generator, device):
     dtypes = DTYPES[name]
     for activation in Activation if save else (NONE, RELU):
@@ -262,8 +262,10 @@ def test_linear_act_opcheck(name, save, generator, device):
             torch.library.opcheck(torch.ops.mpkernels.linear_act.default, args)
 
 
-@pytest.mark.parametrize("name", ["float32", "mixed_float16", "bfloat16", "fp64 to bf16"])
-@pytest.mark.parametrize("output_mask", [[True] * 3, [True, False, False], [False, True, True]])
+MASKS = ((True, True, True), (True, False, False), (False, True, True))
+
+
+@pytest.mark.parametrize("name, output_mask", each_once(("float32", "mixed_float16", "bfloat16", "fp64 to bf16"), MASKS))
 def test_linear_act_backward_opcheck(name, output_mask, generator, device):
     dtypes = DTYPES[name]
     x, weight, bias, grad_out = Case(6, 37, 9, dtypes).tensors(generator, device)
@@ -271,12 +273,11 @@ def test_linear_act_backward_opcheck(name, output_mask, generator, device):
     operand = x_compute if x_compute.numel() else x
     for selector, activation in ((saved, 1), (out, 1), (None, 0)):
         args = (grad_out, operand, weight, None, selector, activation, dtypes.compute, dtypes.x, dtypes.grad, dtypes.grad)
-        torch.library.opcheck(torch.ops.mpkernels.linear_act_backward.default, (*args, output_mask))
+        torch.library.opcheck(torch.ops.mpkernels.linear_act_backward.default, (*args, list(output_mask)))
 
 
 @pytest.mark.parametrize(
-    "name, dynamic, activation",
-    [*((name, dynamic, RELU) for name in DTYPES for dynamic in (False, True)), ("mixed_float16", False, Activation.GELU)],
+    "name, dynamic, activation", [*each_once(DTYPES, (False, True), (RELU,)), ("mixed_float16", False, Activation.GELU)]
 )
 def test_linear_act_compiles(name, dynamic, activation, generator, device):
     """One graph, forward and backward, with the bits of eager."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mpkernels.ops.linear_act.epilogues import Activation, acc_dtype
-from tests import bounds, wrong_kernels
+from tests import bounds
 from tests.linear_act_cases import (
     DTYPES,
     LAYOUTS,
@@ -407,104 +407,3 @@ def test_linear_act_float16_overflow_from_the_accumulator(device):
         assert out.item() == expected
     wide = forward(x, torch.ones(1, 256, device=device), None, Dtypes(f16, f32, f16, f32, f32), NONE)[0]
     assert wide.item() == 255.75 * 256
-
-
-# ----- wrong kernels ---------------------------------------------------------------
-
-LENGTHS = (8, 64, 1024, 4096)  # K
-
-
-def wrong_case(dtypes, K, generator):
-    x, weight, bias, _ = Case(48, 64, K, dtypes).tensors(generator)
-    return x.to(dtypes.compute), weight.to(dtypes.compute), bias
-
-
-@pytest.mark.parametrize("K", LENGTHS)
-@pytest.mark.parametrize("activation", [NONE, RELU])
-@pytest.mark.parametrize(
-    ("kernel", "dtypes"),
-    [
-        *product(
-            ("accumulator_16_bit", "split_k_partials_16_bit", "rounded_before_bias", "last_row_missing"),
-            ("mixed_float16 inside", "mixed_bfloat16 inside"),
-        ),
-        ("accumulator_16_bit", "mixed_float16"),
-        ("split_k_partials_16_bit", "mixed_bfloat16"),
-        ("rounded_through_bfloat16", "float16"),
-        ("rounded_through_float16", "bfloat16"),
-        ("rounded_through_float16", "mixed_float16"),
-        ("truncated_at_the_store", "bfloat16"),
-        ("operands_truncated", "float32"),
-        ("float32_inside", "float64"),
-    ],
-)
-def test_linear_act_bounds_reject(kernel, dtypes, activation, K, generator):
-    dtypes = DTYPES[dtypes]
-    operands = wrong_case(dtypes, K, generator)
-    args = (*operands, activation, dtypes.compute)
-    bounds.check_forward(wrong_kernels.sound(*args, dtypes.out), *args, random_sign=True)
-    wrong = getattr(wrong_kernels, kernel)(*args, dtypes.out)
-    with pytest.raises(AssertionError, match="out, bound"):
-        bounds.check_forward(wrong, *args, random_sign=True)
-
-
-@pytest.mark.parametrize("K", [0, 8, 64, 1024])
-def test_linear_act_bounds_reject_a_rounded_bias(K, generator):
-    """Up to where the sum's own error exceeds half an ulp of an fp16 bias."""
-    x, weight, bias = wrong_case(DTYPES["mixed_float16"], K, generator)
-    args = (x, weight, bias, NONE, f16)
-    bounds.check_forward(wrong_kernels.sound(*args, f32), *args, random_sign=True)
-    with pytest.raises(AssertionError, match="out, bound"):
-        bounds.check_forward(wrong_kernels.bias_in_compute_dtype(*args, f32), *args, random_sign=True)
-
-
-@pytest.mark.parametrize("kernel", ["nan_dropped", "saturated"])
-def test_linear_act_bounds_reject_nonfinite(kernel, generator):
-    x, weight, bias = wrong_case(DTYPES["float16"], 64, generator)
-    x[3, 5], x[7], weight[9] = torch.nan, 600, 600
-    args = (x, weight, bias, RELU, f16)
-    bounds.check_forward(wrong_kernels.sound(*args, f16), *args)
-    with pytest.raises(AssertionError, match="bound 7"):
-        bounds.check_forward(getattr(wrong_kernels, kernel)(*args, f16), *args)
-
-
-@pytest.mark.parametrize("rows", [8, 64, 1024])
-@pytest.mark.parametrize("kernel", ["gradient_through_16_bit", "bias_gradient_in_16_bit", "split_rows_16_bit"])
-@sixteen_bits
-def test_linear_act_bounds_reject_backward(kernel, dtype, rows, generator):
-    x, weight, _, grad_z = Case(rows, 48, 40, Dtypes(dtype, dtype, dtype, dtype, f32)).tensors(generator)
-    check = lambda grads: bounds.check_backward(grads, grad_z, x, weight, None, dtype, random_sign=True)
-    check(wrong_kernels.sound_backward(grad_z, x, weight, f32))
-    with pytest.raises(AssertionError, match="bound"):
-        check(getattr(wrong_kernels, kernel)(grad_z, x, weight, f32))
-
-
-def test_linear_act_bounds_reject_a_multiplied_mask(generator):
-    x, weight, bias, grad_out = Case(9, 33, 17, DTYPES["float32"]).tensors(generator)
-    positive = forward(x, weight, bias, DTYPES["float32"])[0] > 0
-    grad_out[~positive] = torch.inf
-    sound = torch.where(positive, grad_out, 0).sum(0)
-    bounds.check_backward((None, None, sound), grad_out, x, weight, positive, f32)
-    wrong = wrong_kernels.mask_multiplied(grad_out, positive).sum(0)
-    with pytest.raises(AssertionError, match="bound 7"):
-        bounds.check_backward((None, None, wrong), grad_out, x, weight, positive, f32)
-
-
-def test_linear_act_bounds_reject_a_wrong_mask(generator):
-    x, weight, bias, _ = Case(9, 33, 17, DTYPES["float32"]).tensors(generator)
-    z = F.linear(x, weight, bias)
-    bounds.check_mask(z > 0, x, weight, bias, f32, f32)
-    for wrong in (z >= -0.1, z > 0.1, z < 0):
-        with pytest.raises(AssertionError, match="mask"):
-            bounds.check_mask(wrong, x, weight, bias, f32, f32)
-
-
-@sixteen_bits
-def test_linear_act_bounds_reject_a_worse_kernel_than_torch(dtype, generator):
-    dtypes = Dtypes(dtype, dtype, dtype, dtype, dtype)
-    args = (*wrong_case(dtypes, 256, generator), NONE, dtype)
-    wrong, torchs = wrong_kernels.accumulator_16_bit(*args, dtype), F.linear(*args[:3])
-    with pytest.raises(AssertionError, match="torch"):
-        bounds.check_not_worse_than(wrong, torchs, *args)
-    with pytest.raises(AssertionError, match="correctly rounded"):
-        bounds.check_correctly_rounded(wrong, *args)
