@@ -189,6 +189,8 @@ _EVERYTHING = (
             "step of 1000",
             "step of 400 groups",
             "step of 400, alternating",
+            "watch of digits",
+            "watch of mlp",
             "first_step",
         )
     ),

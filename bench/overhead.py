@@ -7,7 +7,7 @@ import sys
 import torch
 
 import mpkernels as mpk
-from bench import linear_act, step
+from bench import linear_act, step, training
 from bench.cases import LinearAct, Overhead, Step
 from bench.implementation import OURS, Implementation
 from bench.rows import RESULTS
@@ -17,6 +17,8 @@ CALLS = 200
 TENSORS = 400  # of the steps that follow
 GROUPED = ("step of 400 groups", "step of 400, alternating")
 ELEMENTS = 16  # of each tensor of a step
+WATCH = "watch of "  # and the model of a training step
+WATCHED, ADAPTED = f"{OURS}, watched", f"{OURS}, watched, adapt="
 
 FIRST_STEP = """
 import torch, time
@@ -52,6 +54,8 @@ def implementations(case: Overhead, device: torch.device) -> dict[str, Implement
         return {name: first_step(script, device) for name, script in SCRIPTS.items()}
     if case.what in GROUPED:
         return grouped_steps(case, device)
+    if case.what.startswith(WATCH):
+        return watched_steps(case.what.removeprefix(WATCH), device)
     if case.what.startswith("step"):
         tensors = int(case.what.removeprefix("step of "))
         found = step.implementations(Step(ELEMENTS * tensors, tensors), device)
@@ -61,6 +65,22 @@ def implementations(case: Overhead, device: torch.device) -> dict[str, Implement
     if not case.what.endswith("2 threads"):
         return found
     return {name: Implementation(by_two_threads(c.run), c.check, calls=c.calls, timed=c.timed) for name, c in found.items()}
+
+
+def watched_steps(model: str, device: torch.device) -> dict[str, Implementation]:
+    """A training step as it is, watched, and adapted; the losses have the same bits."""
+
+    def implementation(watch: dict | None) -> Implementation:
+        run = training.ours(model, device, "mixed_float16", watch=watch)
+
+        def check() -> dict:
+            assert run().item() == training.ours(model, device, "mixed_float16")().item()
+            return {}
+
+        return Implementation(run, check, timed="all")
+
+    options = {OURS: None, WATCHED: {}, ADAPTED: {"adapt": mpk.Adapt()}}
+    return {name: implementation(watch) for name, watch in options.items()}
 
 
 def grouped_steps(case: Overhead, device: torch.device) -> dict[str, Implementation]:

@@ -43,7 +43,8 @@ def loop(model, optimizer, scaler, inputs, targets, context=contextlib.nullconte
     return step
 
 
-def ours(name, device, policy: str, *, compiled=False, autocast=False) -> Step:
+def ours(name, device, policy: str, *, compiled=False, autocast=False, watch: dict | None = None) -> Step:
+    """watch: the options of a watch, None without one."""
     model, inputs, targets = models.make(name, device)
     model = mpk.convert(model, policy)
     if mpk.Policy.parse(policy).param_dtype != torch.float32:
@@ -51,6 +52,8 @@ def ours(name, device, policy: str, *, compiled=False, autocast=False) -> Step:
     optimizer = mpk.optim.AdamW(model.parameters(), lr=LR)
     narrow = mpk.Policy.parse(policy).compute_dtype
     scaler = mpk.GradScaler(device.type, enabled=narrow == torch.float16)
+    if watch is not None:
+        mpk.watch(model, optimizer, scaler, **watch)
     context = functools.partial(torch.autocast, device.type, narrow) if autocast else contextlib.nullcontext
     return loop(torch.compile(model) if compiled else model, optimizer, scaler, inputs, targets, context)
 
