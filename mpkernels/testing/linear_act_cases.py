@@ -9,6 +9,7 @@ import torch
 from mpkernels.ops.common.cast import cast
 from mpkernels.ops.linear_act.epilogues import Activation, pack_mask, unpack_mask
 from mpkernels.testing import bounds
+from mpkernels.testing.case import Case
 
 f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
 ROWS, COLUMNS = (1, 8, 127, 128, 129, 257, 1000), (8, 72, 264, 520)
@@ -63,47 +64,28 @@ def _vector(length: int, dtype: torch.dtype, random: torch.Generator) -> torch.T
 # ----- forward ---------------------------------------------------------------
 
 
-def forward(few: bool, full: bool):
-    """(name, what a Case has besides) of each."""
+def forward(few: bool, full: bool) -> Iterator[Case]:
     for i, (M, N, K), dtype, kind in _families(few, full):
         activation = Activation.NONE if i % 3 == 2 else Activation.RELU
         out_dtype = f32 if i % 4 == 1 else dtype
         bias_dtype = (f32, dtype, None)[i % 3]
-        yield (
-            _named(M, N, K, dtype, kind),
-            {
-                "arguments": functools.partial(_forward_arguments, (M, N, K), dtype, out_dtype, bias_dtype, activation, kind),
-                "check": _check_forward,
-                "call": (dtype, out_dtype, activation, N, K),
-            },
-        )
+        arguments = functools.partial(_forward_arguments, (M, N, K), dtype, out_dtype, bias_dtype, activation, kind)
+        yield Case(_named(M, N, K, dtype, kind), arguments, _check_forward, call=(dtype, out_dtype, activation, N, K))
     yield from _batch_invariant(few)
     if full:
-        M, N, K = LARGE
-        yield (
-            _named(M, N, K, f16, "of more than 2^31 outputs"),
-            {
-                "arguments": functools.partial(_forward_arguments, LARGE, f16, f16, f32, Activation.RELU, "plain"),
-                "check": _check_last_rows,
-                "call": (f16, f16, Activation.RELU, N, K),
-            },
-        )
+        arguments = functools.partial(_forward_arguments, LARGE, f16, f16, f32, Activation.RELU, "plain")
+        name = _named(*LARGE, f16, "of more than 2^31 outputs")
+        yield Case(name, arguments, _check_last_rows, call=(f16, f16, Activation.RELU, *LARGE[1:]))
 
 
-def _batch_invariant(few: bool):
+def _batch_invariant(few: bool) -> Iterator[Case]:
     """A row has the same bits alone and among others, in fp32, where no rounding hides another order of the sum."""
     for M, N, K in FEW if few else ((33, 264, 520), (257, 72, 264), (1000, 520, 72), UNEVEN):
         for dtype in (f16, bf16):
-            arguments = functools.partial(_forward_arguments, (M, N, K), dtype, f32, f32, Activation.RELU, "plain")
-            yield (
-                _named(M, N, K, dtype, "batch_invariant"),
-                {
-                    "arguments": lambda memory, random, arguments=arguments: (*arguments(memory, random), True),
-                    "check": _check_forward,
-                    "call": (dtype, f32, Activation.RELU, N, K),
-                    "parts": _row_by_row,
-                },
-            )
+            made = functools.partial(_forward_arguments, (M, N, K), dtype, f32, f32, Activation.RELU, "plain")
+            arguments = lambda memory, random, made=made: (*made(memory, random), True)
+            name, call = _named(M, N, K, dtype, "batch_invariant"), (dtype, f32, Activation.RELU, N, K)
+            yield Case(name, arguments, _check_forward, call=call, parts=_row_by_row)
 
 
 def _row_by_row(arguments: tuple) -> Iterator[tuple]:
@@ -142,19 +124,13 @@ def _check_last_rows(before, after, results, device) -> None:
 # ----- backward ---------------------------------------------------------------
 
 
-def backward(few: bool, full: bool):
+def backward(few: bool, full: bool) -> Iterator[Case]:
     for i, (M, N, K), dtype, kind in _families(few, full):
         activation = Activation.NONE if i % 3 == 2 else Activation.RELU
         below = Activation.NONE if i % 4 == 3 else Activation.RELU
         grad_dtype = dtype if i % 2 else f32
-        yield (
-            _named(M, N, K, dtype, kind),
-            {
-                "arguments": functools.partial(_backward_arguments, (M, N, K), dtype, grad_dtype, activation, below, kind),
-                "check": _check_backward,
-                "call": (dtype, dtype, activation, N, K),
-            },
-        )
+        arguments = functools.partial(_backward_arguments, (M, N, K), dtype, grad_dtype, activation, below, kind)
+        yield Case(_named(M, N, K, dtype, kind), arguments, _check_backward, call=(dtype, dtype, activation, N, K))
 
 
 def _backward_arguments(shape, dtype, grad_dtype, activation, below, kind, memory, random) -> tuple:

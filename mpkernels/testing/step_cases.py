@@ -2,11 +2,15 @@
 """Cases of grad_stats_ and update_scale_: one tensor and 300, at odd addresses, every dtype of gradients."""
 
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 
 from mpkernels.testing import bounds
+from mpkernels.testing.case import Case
+from mpkernels.testing.memory import Memory
 
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 SCALE, NORM, MAX_NORM = 1024.0, 4.0, 1.0  # loss scale, norm of the gradients and what it is clipped to
@@ -43,26 +47,13 @@ def scalar(memory, value: float, dtype: torch.dtype = f32) -> torch.Tensor:
 # ----- grad_stats_ ---------------------------------------------------------------
 
 
-def grad_stats(few: bool, full: bool):
+def grad_stats(few: bool, full: bool) -> Iterator[Case]:
     for name, lengths, dtype in variants(few):
         for bad in (None, math.inf, math.nan):
-            yield (
-                f"{name}, {dtype}, {'finite' if bad is None else bad}",
-                {
-                    "arguments": functools.partial(_stats_arguments, lengths, dtype, bad),
-                    "check": _check_stats,
-                    "written": (2, 3, 4, 5),
-                },
-            )
+            arguments = functools.partial(_stats_arguments, lengths, dtype, bad)
+            yield Case(f"{name}, {dtype}, {'finite' if bad is None else bad}", arguments, _check_stats, (2, 3, 4, 5))
     if full:
-        yield (
-            "more than 2^31 elements",
-            {
-                "arguments": _large_stats_arguments,
-                "check": _check_large_stats,
-                "written": (2, 3, 4, 5),
-            },
-        )
+        yield Case("more than 2^31 elements", _large_stats_arguments, _check_large_stats, (2, 3, 4, 5))
 
 
 def _stats_arguments(lengths, dtype, bad, memory, random) -> tuple:
@@ -112,20 +103,13 @@ def _check_large_stats(before, after, results, device) -> None:
 SCALING = dict(growth_factor=2.0, backoff_factor=0.5, growth_interval=2, hysteresis=2, min_scale=2.0**-2, max_scale=2.0**6)
 
 
-def update_scale(few: bool, full: bool):
-    for scale in (2.0**-2, 2.0**5, 2.0**6):
-        for tracker in (0, 1):
-            for left in (1, 2):
-                for found in (0.0, 1.0, math.nan):
-                    state = (scale, tracker, left, 5, 1)
-                    yield (
-                        f"scale {scale}, {tracker} good steps, {left} left, found_inf {found}",
-                        {
-                            "arguments": functools.partial(_scale_arguments, state, found),
-                            "check": functools.partial(_check_scale, state, found),
-                            "written": (0, 1, 2, 3),
-                        },
-                    )
+def update_scale(few: bool, full: bool) -> Iterator[Case]:
+    for scale, tracker, left, found in itertools.product((2.0**-2, 2.0**5, 2.0**6), (0, 1), (1, 2), (0.0, 1.0, math.nan)):
+        given = ((scale, tracker, left, 5, 1), found)
+        yield Case(
+            f"scale {scale}, {tracker} good steps, {left} left, found_inf {found}",
+            functools.partial(_scale_arguments, *given), functools.partial(_check_scale, *given), (0, 1, 2, 3),
+        )  # fmt: skip
 
 
 def _scale_arguments(state, found, memory, random) -> tuple:
@@ -155,8 +139,6 @@ def sizes(op: str, few: bool):
 
 
 def _racing_scale(backend, device) -> tuple:
-    from mpkernels.testing.memory import Memory
-
     return _scale_arguments((2.0**5, 0, 2, 0, 0), 0.0, Memory(device), None)
 
 

@@ -3,6 +3,7 @@
 
 import functools
 import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from mpkernels.ops.common.cast import cast
 from mpkernels.ops.common.multi_tensor import CLIP_EPS
 from mpkernels.ops.optimizer_update import reference
 from mpkernels.testing import bounds
+from mpkernels.testing.case import Case
 from mpkernels.testing.step_cases import (
     ADAM,
     MAX_NORM,
@@ -26,7 +28,7 @@ from mpkernels.testing.step_cases import (
     scalar,
     values,
     variants,
-)
+)  # fmt: skip
 
 LR = 2.0**-6
 
@@ -62,16 +64,6 @@ def _lists(lengths, dtypes, i: int, memory, random):
     return put(memory, masters), put(memory, grads), put(memory, copies)
 
 
-def _states(lengths, dtypes, memory, random, squared: bool = False) -> list[torch.Tensor]:
-    moments = values(lengths, random)
-    return put(memory, [(value.square() if squared else value).to(dtypes[2]) for value in moments])
-
-
-def _check_copies(masters, copies) -> None:
-    for master, copy in zip(masters, copies, strict=True):
-        assert not copy.numel() or torch.equal(copy, cast(master, copy.dtype)), "a copy is not its master rounded"
-
-
 def _wide(tensors) -> np.ndarray:
     """In fp64, or wider where they are fp64 themselves."""
     flat = torch.cat([tensor.flatten() for tensor in tensors]).double().numpy(force=True)
@@ -86,42 +78,48 @@ def _check_state(got, exact, magnitude, nearest: bool, arithmetic: torch.dtype) 
         bounds.check_stepped(_wide(got), exact, magnitude, arithmetic)
 
 
-def adamw(few: bool, full: bool):
-    for name, lengths, dtypes, ending, i in _update_variants(few):
-        options = {"decoupled": i % 3 != 2, "maximize": i % 3 == 1, "amsgrad": i % 2 == 1}
-        yield (
-            name,
-            {
-                "arguments": functools.partial(_adamw_arguments, lengths, dtypes, ending, i, options),
-                "check": functools.partial(_check_adamw, ending, options),
-                "written": (0, 2, 3, 4, 5, 6),
-            },
-        )
+def _case(name, lengths, dtypes, ending, i, check: Callable, states: tuple[bool | None, ...], options: dict) -> Case:
+    """check(options, w, g, states, after): AssertionError where a step is wrong. states: whether the values of each list are
+    squares, None where it is empty. options: the op's numbers, in their order.
+    """
+    arguments = functools.partial(_arguments, lengths, dtypes, ending, i, states, options)
+    checked = functools.partial(_check, ending, check, len(states), options)
+    return Case(name, arguments, checked, (0, *range(2, 4 + len(states))))
 
 
-def _adamw_arguments(lengths, dtypes, ending, i, options, memory, random) -> tuple:
+def _arguments(lengths, dtypes, ending, i, states, options, memory, random) -> tuple:
     masters, grads, copies = _lists(lengths, dtypes, i, memory, random)
-    exp_avgs = _states(lengths, dtypes, memory, random)
-    exp_avg_sqs, largest = (_states(lengths, dtypes, memory, random, squared=True) for _ in range(2))
-    steps = [scalar(memory, STEP) for _ in lengths]
-    lr = scalar(memory, LR, f64)
-    numbers = (*ADAM.values(), options["decoupled"], options["maximize"])
-    return (
-        masters, grads, exp_avgs, exp_avg_sqs, largest if options["amsgrad"] else [], copies, steps, lr, *numbers,
-        *_endings(ending, memory),
-    )  # fmt: skip
+    moments = []
+    for squared in states:
+        values_of = [value.square() if squared else value for value in values(lengths, random)]
+        moments.append([] if squared is None else put(memory, [value.to(dtypes[2]) for value in values_of]))
+    steps, lr = [scalar(memory, STEP) for _ in lengths], scalar(memory, LR, f64)
+    return masters, grads, *moments, copies, steps, lr, *options.values(), *_endings(ending, memory)
 
 
-def _check_adamw(ending, options, before, after, results, device) -> None:
+def _check(ending, check, count, options, before, after, results, device) -> None:
     if ending == "skipped":
-        return _check_skipped(before, after)
-    w, g, m, v, vmax = (_wide(tensors) if tensors else None for tensors in before[:5])
-    g = g * _factor(ending)
-    how = {"decoupled": options["decoupled"], "maximize": options["maximize"]}
-    exact = reference.adamw(w, g, m, v, vmax, STEP + 1, lr=LR, **ADAM, **how)
+        for a, b in zip(before, after, strict=True):
+            assert not isinstance(a, list) or all(map(torch.equal, a, b)), "a skipped step wrote"
+        return
+    w, g, *states = (_wide(tensors) if tensors else None for tensors in before[: 2 + count])
+    check(options, w, g * _factor(ending), states, after)
+    for master, copy in zip(after[0], after[2 + count], strict=True):
+        assert not copy.numel() or torch.equal(copy, cast(master, copy.dtype)), "a copy is not its master rounded"
+    assert all(step.item() == STEP + 1 for step in after[3 + count]), "a step was not counted"
+
+
+def adamw(few: bool, full: bool) -> Iterator[Case]:
+    for *variant, i in _update_variants(few):
+        options = ADAM | {"decoupled": i % 3 != 2, "maximize": i % 3 == 1}
+        yield _case(*variant, i, _check_adamw, (False, True, True if i % 2 else None), options)
+
+
+def _check_adamw(options, w, g, states, after) -> None:
+    m, v, vmax = states
+    exact = reference.adamw(w, g, m, v, vmax, STEP + 1, lr=LR, **options)
     size = np.abs(g) + (0 if options["decoupled"] else ADAM["weight_decay"] * np.abs(w))
-    largest = exact[3] if options["amsgrad"] else exact[2]
-    root = np.sqrt(largest) / math.sqrt(1 - ADAM["beta2"] ** (STEP + 1)) + ADAM["eps"]
+    root = np.sqrt(exact[2] if vmax is None else exact[3]) / math.sqrt(1 - ADAM["beta2"] ** (STEP + 1)) + ADAM["eps"]
     moved = LR / (1 - ADAM["beta1"] ** (STEP + 1)) * (np.abs(m) + size) / root
     arithmetic = after[0][0].dtype
     bounds.check_stepped(_wide(after[0]), exact[0], np.abs(w) + moved, arithmetic)
@@ -129,86 +127,35 @@ def _check_adamw(ending, options, before, after, results, device) -> None:
     _check_state(after[3], exact[2], v + size**2, False, arithmetic)
     if vmax is not None:
         _check_state(after[4], exact[3], np.maximum(vmax, v + size**2), True, arithmetic)
-    _check_copies(after[0], after[5])
-    _check_counted(after[6])
 
 
-def _check_counted(steps) -> None:
-    assert all(step.item() == STEP + 1 for step in steps), "a step was not counted"
-    return None
+def sgd(few: bool, full: bool) -> Iterator[Case]:
+    for *variant, i in _update_variants(few):
+        momentum = 0.9 if i % 3 != 2 else 0.0
+        dampening, nesterov = 0.0 if i % 2 or not momentum else 0.25, bool(i % 2 and momentum)
+        options = dict(momentum=momentum, dampening=dampening, weight_decay=ADAM["weight_decay"], nesterov=nesterov)
+        yield _case(*variant, i, _check_sgd, (False if momentum else None,), options | {"maximize": i % 3 == 1})
 
 
-def _check_skipped(before, after) -> None:
-    for a, b in zip(before, after, strict=True):
-        if isinstance(a, list):
-            assert all(map(torch.equal, a, b)), "a skipped step wrote"
-
-
-def sgd(few: bool, full: bool):
-    for name, lengths, dtypes, ending, i in _update_variants(few):
-        options = {"nesterov": i % 2 == 1, "maximize": i % 3 == 1, "momentum": 0.9 if i % 3 != 2 else 0.0}
-        options["dampening"] = 0.0 if options["nesterov"] or not options["momentum"] else 0.25
-        options["nesterov"] &= options["momentum"] > 0
-        yield (
-            name,
-            {
-                "arguments": functools.partial(_sgd_arguments, lengths, dtypes, ending, i, options),
-                "check": functools.partial(_check_sgd, ending, options),
-                "written": (0, 2, 3, 4),
-            },
-        )
-
-
-def _sgd_arguments(lengths, dtypes, ending, i, options, memory, random) -> tuple:
-    masters, grads, copies = _lists(lengths, dtypes, i, memory, random)
-    buffers = _states(lengths, dtypes, memory, random) if options["momentum"] else []
-    steps = [scalar(memory, STEP) for _ in lengths]
-    numbers = (options["momentum"], options["dampening"], ADAM["weight_decay"], options["nesterov"], options["maximize"])
-    return masters, grads, buffers, copies, steps, scalar(memory, LR, f64), *numbers, *_endings(ending, memory)
-
-
-def _check_sgd(ending, options, before, after, results, device) -> None:
-    if ending == "skipped":
-        return _check_skipped(before, after)
-    w, g, buffer = (_wide(tensors) if tensors else None for tensors in before[:3])
-    g = g * _factor(ending)
-    exact = reference.sgd(w, g, buffer, STEP + 1, lr=LR, weight_decay=ADAM["weight_decay"], **options)
-    size = np.abs(g) + ADAM["weight_decay"] * np.abs(w) + (0 if buffer is None else np.abs(buffer))
-    arithmetic = after[0][0].dtype
+def _check_sgd(options, w, g, states, after) -> None:
+    (buffer,), arithmetic = states, after[0][0].dtype
+    exact = reference.sgd(w, g, buffer, STEP + 1, lr=LR, **options)
+    size = np.abs(g) + options["weight_decay"] * np.abs(w) + (0 if buffer is None else np.abs(buffer))
     bounds.check_stepped(_wide(after[0]), exact[0], np.abs(w) + LR * 2 * size, arithmetic)
     if buffer is not None:
         _check_state(after[2], exact[1], size, True, arithmetic)
-    _check_copies(after[0], after[3])
-    _check_counted(after[4])
 
 
-def lion(few: bool, full: bool):
-    for name, lengths, dtypes, ending, i in _update_variants(few):
-        yield (
-            name,
-            {
-                "arguments": functools.partial(_lion_arguments, lengths, dtypes, ending, i),
-                "check": functools.partial(_check_lion, ending, i % 3 == 1),
-                "written": (0, 2, 3, 4),
-            },
-        )
+def lion(few: bool, full: bool) -> Iterator[Case]:
+    for *variant, i in _update_variants(few):
+        options = {name: ADAM[name] for name in ("beta1", "beta2", "weight_decay")} | {"maximize": i % 3 == 1}
+        yield _case(*variant, i, _check_lion, (False,), options)
 
 
-def _lion_arguments(lengths, dtypes, ending, i, memory, random) -> tuple:
-    masters, grads, copies = _lists(lengths, dtypes, i, memory, random)
-    exp_avgs, steps = _states(lengths, dtypes, memory, random), [scalar(memory, STEP) for _ in lengths]
-    numbers = (ADAM["beta1"], ADAM["beta2"], ADAM["weight_decay"], i % 3 == 1)
-    return masters, grads, exp_avgs, copies, steps, scalar(memory, LR, f64), *numbers, *_endings(ending, memory)
-
-
-def _check_lion(ending, maximize, before, after, results, device) -> None:
-    if ending == "skipped":
-        return _check_skipped(before, after)
-    w, g, m = map(_wide, before[:3])
-    g, beta1, beta2 = g * _factor(ending) * (-1 if maximize else 1), ADAM["beta1"], ADAM["beta2"]
-    arithmetic, decay = after[0][0].dtype, 1 - LR * ADAM["weight_decay"]
+def _check_lion(options, w, g, states, after) -> None:
+    (m,), beta1, beta2 = states, options["beta1"], options["beta2"]
+    g = -g if options["maximize"] else g
+    arithmetic, decay = after[0][0].dtype, 1 - LR * options["weight_decay"]
     direction, size = beta1 * m + (1 - beta1) * g, beta1 * np.abs(m) + (1 - beta1) * np.abs(g)
     bounds.check_sign_step(_wide(after[0]), w, direction, size, LR, decay, arithmetic)
     _check_state(after[2], beta2 * m + (1 - beta2) * g, np.abs(m) + np.abs(g), False, arithmetic)
-    _check_copies(after[0], after[3])
-    _check_counted(after[4])
