@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the native step ops share: lists of tensors as tables, and any layout in the one that a raw-pointer loop walks."""
+"""What the step ops share: lists of tensors as tables, and any layout in the one that a raw-pointer loop walks."""
 
 import contextlib
 from array import array

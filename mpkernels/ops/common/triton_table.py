@@ -121,30 +121,6 @@ def _to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
     return sent
 
 
-def dense(lists: Sequence[Sequence[torch.Tensor]], written: Sequence[bool]):
-    """`(lists, back)`: the same lists, in which the tensors of one place have the same strides, without gaps or overlap, and
-    the values that lie in memory (`z.conj().imag` is lazily negated).
-
-    A copy replaces a tensor that has not; `back` are the pairs (tensor, copy) of the written ones.
-    """
-    result, back = [list(tensors) for tensors in lists], []
-    for i, row in enumerate(zip(*lists, strict=True)):
-        if all(tensor.is_contiguous() and not tensor.is_neg() for tensor in row):
-            continue
-        shape, strides = row[0].shape, torch.empty_like(row[0], device="meta").stride()  # its own where it is dense
-        for tensors, tensor, is_written in zip(result, row, written, strict=True):
-            if tensor.shape == shape and (tensor.stride() != strides or tensor.is_neg()):
-                tensors[i] = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-                if is_written:
-                    back.append((tensor, tensors[i]))
-    return result, back
-
-
-def copy_back(back: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    for tensor, copy in back:
-        tensor.copy_(copy)
-
-
 def lr_arguments(op: str, lr: torch.Tensor, device: torch.device) -> dict:
     """lr by value where it is on the CPU, else by its address: no wait for the device."""
     on_device = lr.device.type != "cpu"

@@ -7,6 +7,7 @@ Under TRITON_INTERPRET=1 it runs on the CPU.
 import torch
 
 from mpkernels.ops.common import triton_table as table
+from mpkernels.ops.common.layout import is_dense
 from mpkernels.ops.grad_stats import StatsCall
 from mpkernels.runtime.resolve import Key, triton_why_not
 
@@ -25,7 +26,7 @@ def why_not(key: Key) -> str | None:
 
 def grad_stats_(call: StatsCall) -> None:
     grads, grad_scale, found_inf, amax, nonfinite, grad_norm = call
-    (grads,), _ = table.dense([grads], [False])
+    grads = [grad if is_dense(grad) else grad.contiguous() for grad in grads]
     norm, n = grad_norm is not None, len(grads)
     starts = table.chunk_starts((g.numel() for g in grads), amax.device)
     is_double = table.numbers((g.dtype == torch.float64 for g in grads), amax.device)

@@ -7,6 +7,7 @@ Everything that decides lies on the device and is read there: no wait for it. Un
 import torch
 
 from mpkernels.ops.common import triton_table as table
+from mpkernels.ops.common.layout import SameLayout
 from mpkernels.runtime.resolve import Key, triton_why_not
 
 try:
@@ -24,20 +25,20 @@ def why_not(key: Key) -> str | None:
 
 def update(call) -> None:
     name, device = call.rule.name, call.masters[0].device
-    lists = [call.masters, call.grads, call.copies, *filter(None, call.states)]
-    lists, back = table.dense(lists, [tensors is not call.grads for tensors in lists])
+    layout = SameLayout(call.masters, call.grads, *call.states, call.copies)
+    masters, grads, *states, copies = layout.lists
     counts = table.numbers(map(torch.Tensor.data_ptr, call.steps), device)
     arguments = table.lr_arguments(name, call.lr, device) | rule_arguments(call) | dict(
         steps_ptr=counts, max_norm=0.0 if call.max_norm is None else call.max_norm, grad_scale_ptr=call.grad_scale,
         found_inf_ptr=call.found_inf, grad_norm_ptr=call.grad_norm, MAXIMIZE=call.maximize,
     )  # fmt: skip
     with torch.cuda.device_of(call.masters[0]):
-        for launch in table.launches(lists):
+        for launch in table.launches([masters, grads, copies, *filter(None, states)]):
             master, grad, copy, *states = (TYPES[dtype] for dtype in launch.dtypes)
             types = dict(master_type=master, grad_type=grad, copy_type=copy, state_type=states[0] if states else None)
             kernels.update_kernel[launch.grid](**launch.arguments, **arguments, **types)
         advance(counts, call.found_inf, call.grad_scale)
-    table.copy_back(back)
+    layout.write_back()
 
 
 def rule_arguments(call) -> dict:
