@@ -128,14 +128,14 @@ def run(what: str, device: torch.device, backend: str, file: Path | None, rounds
             continue
         ours = us[OURS]
         rate = f", {operations / ours / 1e6:.0f} TFLOP/s" if operations else ""
-        others = ", ".join(f"{other / ours:.2f} x {who}" for who, other in us.items() if who != OURS)
+        others = ", ".join(f"{other / ours:.2f} x {peer}" for peer, other in us.items() if peer != OURS)
         said.append(f"{name}: {ours:.0f} us{rate}, {others}")
         print(said[-1], flush=True)
         if file is not None:
             with file.open("a") as out:
-                for who, median in us.items():
-                    row = {"part": what, "case": name, "implementation": who, "us_p50": round(median, 2), "rounds": rounds}
-                    tflops = {"tflop_s": round(operations / median / 1e6, 1)} if operations and who != COPY else {}
+                for peer, median in us.items():
+                    row = {"part": what, "case": name, "implementation": peer, "us_p50": round(median, 2), "rounds": rounds}
+                    tflops = {"tflop_s": round(operations / median / 1e6, 1)} if operations and peer != COPY else {}
                     out.write(json.dumps(row | tflops | facts) + "\n")
     return said
 

@@ -62,14 +62,14 @@ def untrusted_reason() -> str | None:
     )
 
 
-def _foreign_reason(what: str, mend: str, *found: os.stat_result, remedy: str = "") -> str | None:
-    """Whether another user has or could have written `what`; `remedy` and `mend` say what to do about either."""
+def _foreign_reason(what: str, fix: str, *found: os.stat_result, remedy: str = "") -> str | None:
+    """Whether another user has or could have written `what`; `remedy` and `fix` say what to do about either."""
     if not hasattr(os, "geteuid"):
         return None
     if {one.st_uid for one in found} != {os.geteuid()}:
         return f"{what} belongs to another user{remedy}"
     if found[-1].st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"{what} can be written by others: {mend}"
+        return f"{what} can be written by others: {fix}"
     return None
 
 

@@ -5,7 +5,7 @@ The dispatcher carries flat arguments. `Op` turns them once into the op's call, 
 schema, in their order and with their defaults. A call has
 
     key           hashable: all that the choice of an implementation may depend on; `device` and `dtype` come first
-    is_valid()    a fast predicate; where it says no, the op's `check` finds the words and raises
+    is_valid()    a fast predicate; where it says no, the op's `check` builds the message and raises
     gemm_key      what a tuned table is asked by, or None
     written       of an op that writes: the tensors whose version counters are moved (raw-pointer writes do not move them)
 

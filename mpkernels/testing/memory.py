@@ -30,7 +30,7 @@ class Memory:
         return tensor.copy_(values)
 
     def allocate(self, size, stride, dtype: torch.dtype, shift: int = 0, band: int = _BAND) -> torch.Tensor:
-        """A guarded tensor, poisoned. `band`: of an input NaN, so that who reads past its end has a wrong result."""
+        """A guarded tensor, poisoned. `band`: of an input NaN, so that a read past its end makes a wrong result."""
         elements = 0 if 0 in size else 1 + sum((n - 1) * s for n, s in zip(size, stride))
         first = GUARD + shift * dtype.itemsize
         last = first + elements * dtype.itemsize

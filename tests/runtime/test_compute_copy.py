@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of compute copies: who has one, when it holds, and that no layer ever reads a stale one."""
+"""Tests of compute copies: which layers have one, when it holds, and that no layer ever reads a stale one."""
 
 import copy
 import gc

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tuner and its tables: what is rejected, what wins, what is written, and who reads it."""
+"""The tuner and its tables: what is rejected, what wins, what is written, and what reads it."""
 
 import importlib
 import itertools

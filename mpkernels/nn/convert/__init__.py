@@ -45,7 +45,7 @@ def convert(
     linear computes in evaluation as it does in training, not by torch's fast path, which would not call the linear.
     Parameters stay the same objects. Under `mixed_*` their dtype and the state_dict stay too. Under `float16` and
     `bfloat16` all floating-point parameters and buffers are cast as `model.half()` does, but for linears that a glob
-    gives a wider policy. Masters start from the rounded parameters: who wants unrounded masters uses `mixed_*`. Make the
+    gives a wider policy. Masters start from the rounded parameters: for unrounded masters use `mixed_*`. Make the
     optimizer afterwards, and then put DDP, FSDP and hooks on the model: a cast would drop what they hold on to.
     Converting again changes the policy. Adapters may be put around a linear before or afterwards.
     A policy with a `grad_dtype` other than the parameters' is for the optimizers here: torch's own and DDP refuse such

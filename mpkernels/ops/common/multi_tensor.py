@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ops over lists of tensors share: checks, and the one factor that unscales and clips."""
+"""What the ops of a step share: their implementations, checks, and the one factor that unscales and clips."""
 
 import torch
 
 from mpkernels.ops.common.cast import DTYPES
+from mpkernels.runtime.resolve import Implementation
 
+IMPLEMENTATIONS = (
+    Implementation("native", ("cpu", "cuda")),
+    Implementation("eager", ("cpu", "cuda")),
+    Implementation("triton", ("cuda", "cpu")),
+)
 MASTER_DTYPES = (torch.float32, torch.float64)
 MOMENT_DTYPES = (*MASTER_DTYPES, torch.bfloat16)
 CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm

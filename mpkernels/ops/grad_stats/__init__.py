@@ -6,7 +6,7 @@
     grad_norm = sqrt(sum of squares of all gradients) / grad_scale
 
     By `eager` on a GPU a gradient that is not finite has amax[i] = NaN and nonfinite[i] = -1: it is not counted, which would
-    be a second pass; `multi_tensor.count_nonfinite` does it for who wants to know.
+    be a second pass; `multi_tensor.count_nonfinite` does it where it is asked for.
 
 Shapes and dtypes
     | tensor     | shape        | dtype                                                     |
@@ -32,8 +32,8 @@ from typing import NamedTuple
 import torch
 
 from mpkernels.ops.common.memory import check_memory
-from mpkernels.ops.common.multi_tensor import check_list, check_tensor
-from mpkernels.runtime.op import Implementation, Op
+from mpkernels.ops.common.multi_tensor import IMPLEMENTATIONS, check_list, check_tensor
+from mpkernels.runtime.op import Op
 from mpkernels.runtime.resolve import Key
 
 
@@ -81,11 +81,7 @@ op = Op(
     "grad_stats_(Tensor[] grads, Tensor? grad_scale, Tensor(a!) found_inf, Tensor(b!) amax, Tensor(c!) nonfinite, "
     "Tensor(d!)? grad_norm=None) -> ()",
     __name__,
-    (
-        Implementation("native", ("cpu", "cuda")),
-        Implementation("eager", ("cpu", "cuda")),
-        Implementation("triton", ("cuda", "cpu")),
-    ),
+    IMPLEMENTATIONS,
     call=StatsCall,
     check=check,
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words for a call of linear_act that does not fit, and the shapes of the results of one that does.
+"""The errors for a call of linear_act that does not fit, and the shapes of the results of one that does.
 
 The slow path: on the fast one a call's `is_valid` has found nothing.
 """

@@ -33,24 +33,14 @@ Raises
     written.
 """
 
+from mpkernels.ops.common.multi_tensor import IMPLEMENTATIONS
 from mpkernels.ops.optimizer_update.checks import check_update
 from mpkernels.ops.optimizer_update.rules import Rule, adamw, lion, sgd
-from mpkernels.runtime.op import Implementation, Op
+from mpkernels.runtime.op import Op
 
 
 def _op(rule: Rule) -> Op:
-    return Op(
-        rule.schema,
-        __name__,
-        (
-            Implementation("native", ("cpu", "cuda")),
-            Implementation("eager", ("cpu", "cuda")),
-            Implementation("triton", ("cuda", "cpu")),
-        ),
-        call=rule.call,
-        check=check_update,
-        function="update",
-    )
+    return Op(rule.schema, __name__, IMPLEMENTATIONS, call=rule.call, check=check_update, function="update")
 
 
 adamw_, sgd_, lion_ = map(_op, (adamw.RULE, sgd.RULE, lion.RULE))

@@ -31,8 +31,8 @@ from typing import NamedTuple
 import torch
 
 from mpkernels.ops.common.memory import check_memory
-from mpkernels.ops.common.multi_tensor import check_tensor
-from mpkernels.runtime.op import Implementation, Op
+from mpkernels.ops.common.multi_tensor import IMPLEMENTATIONS, check_tensor
+from mpkernels.runtime.op import Op
 from mpkernels.runtime.resolve import Key
 
 
@@ -83,11 +83,7 @@ op = Op(
     "Tensor found_inf, float growth_factor, float backoff_factor, int growth_interval, int hysteresis, float min_scale, "
     "float max_scale) -> ()",
     __name__,
-    (
-        Implementation("native", ("cpu", "cuda")),
-        Implementation("eager", ("cpu", "cuda")),
-        Implementation("triton", ("cuda", "cpu")),
-    ),
+    IMPLEMENTATIONS,
     call=ScaleCall,
     check=check,
 )

@@ -259,7 +259,7 @@ def test_fallback_segments_are_bounded(monkeypatch, fused):
 @pytest.mark.parametrize("bad", [None, *steps.BAD_VALUES])
 @pytest.mark.parametrize("grad_scale", [None, 1024.0, 2.0**-149])
 def test_fallback_grad_stats(as_on_gpu, bad, grad_scale):
-    """All dtypes and an empty one; a gradient that is not finite is not counted, and found by who counts it then."""
+    """All dtypes and an empty one; a gradient that is not finite is not counted, and is found by a count later."""
     grads = test_grad_stats.random_grads("cpu", dtypes=steps.DTYPES) + [torch.empty(0), torch.empty(0).half()]
     if bad is not None:
         grads[4][3] = grads[5][0] = bad
