@@ -94,8 +94,5 @@ def _counted(stats) -> Iterator[tuple[torch.Tensor, int, float]]:
 def _what_is_bad(size: int, count: int, amax: float) -> str:
     if count < 0:
         return f"has non-finite of {size}, not counted: the gradient was replaced before this report"
-    return f"has {count} non-finite of {size}, {_finite(size - count, amax)}"
-
-
-def _finite(count: int, amax: float) -> str:
-    return f"amax {amax:g} of the finite ones" if count else "no finite element"
+    others = f"amax {amax:g} of the finite ones" if count < size else "no finite element"
+    return f"has {count} non-finite of {size}, {others}"

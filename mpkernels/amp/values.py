@@ -2,6 +2,7 @@
 """What the values of a loss scaler must be, each for the tensor that holds it; ValueError with the name and the value."""
 
 import math
+from collections.abc import Callable
 from numbers import Integral, Real
 
 import torch
@@ -30,36 +31,32 @@ def _hint(value) -> str:
     return ": take its .item()" if isinstance(value, torch.Tensor) else ""
 
 
+def _number(name: str, value, wanted: str, holds: Callable[[float], bool]) -> float:
+    result = number(name, value)
+    if not holds(result):
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+    return result
+
+
 def bound(name: str, value) -> float:
     """min_scale or max_scale."""
-    result = number(name, value)
-    if not _FLOAT32.tiny <= result <= _FLOAT32.max:
-        raise ValueError(f"{name} must be a normal positive float32, got {value}")
-    return result
+    return _number(name, value, "a normal positive float32", lambda x: _FLOAT32.tiny <= x <= _FLOAT32.max)
 
 
 def scale(name: str, value, min_scale: float, max_scale: float) -> float:
     """A scale between the bounds of its scaler."""
-    result = number(name, value)
-    if not min_scale <= result <= max_scale:
-        raise ValueError(f"{name} must be between min_scale {min_scale} and max_scale {max_scale}, got {value}")
-    return result
+    wanted = f"between min_scale {min_scale} and max_scale {max_scale}"
+    return _number(name, value, wanted, lambda x: min_scale <= x <= max_scale)
 
 
 def growth_factor(value) -> float:
     """What a scale grows by."""
-    result = number("growth_factor", value)
-    if not 1 < result < math.inf:
-        raise ValueError(f"growth_factor must be greater than 1 and finite, got {value}")
-    return result
+    return _number("growth_factor", value, "greater than 1 and finite", lambda x: 1 < x < math.inf)
 
 
 def backoff_factor(value) -> float:
     """What a scale backs off by."""
-    result = number("backoff_factor", value)
-    if not 0 < result < 1:
-        raise ValueError(f"backoff_factor must be between 0 and 1, got {value}")
-    return result
+    return _number("backoff_factor", value, "between 0 and 1", lambda x: 0 < x < 1)
 
 
 def growth_interval(value) -> int:

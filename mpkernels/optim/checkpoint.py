@@ -9,10 +9,11 @@ import numbers
 from collections.abc import Callable
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from mpkernels.ops.common.cast import DTYPES, cast
 from mpkernels.optim.distributed import laid_out_as
-from mpkernels.optim.format_checks import is_lazy, name_of
+from mpkernels.optim.format_checks import name_of
 from mpkernels.optim.state import ParameterState
 from mpkernels.runtime.fake import copy_, is_fake
 
@@ -49,7 +50,7 @@ def checked_state(
         group, i, parameter = by_key[key]
         if not isinstance(state, dict):
             raise ValueError(f"state_dict: the state of {name_of(group, i)} must be a dict, got {type(state).__name__}")
-        result[parameter] = _extras(state, known, parameter)
+        result[parameter] = {key: _like(value, parameter) for key, value in state.items() if key not in known}
         if known & state.keys():
             result[parameter].update(_converted(kept, state, parameter, name_of(group, i)))
     return result
@@ -75,10 +76,6 @@ def _saved_groups(state_dict: dict, ours: list[dict]) -> list[dict]:
 
 def _keys(state) -> set:
     return set(state) if isinstance(state, dict) else set()
-
-
-def _extras(state: dict, known: set[str], parameter: torch.Tensor) -> dict:
-    return {key: _like(value, parameter) for key, value in state.items() if key not in known}
 
 
 def _like(value, parameter: torch.Tensor):

@@ -12,10 +12,6 @@ from mpkernels.optim import distributed
 from mpkernels.optim.state import ParameterState
 from mpkernels.runtime.fake import addresses, is_fake
 
-__all__ = [
-    "check_gradient", "check_not_shared", "check_parameter", "is_lazy", "name_of", "names_of", "takes_another_grad_dtype",
-]  # fmt: skip
-
 
 def name_of(group: dict, index: int) -> str:
     """As messages call it: by its index in the group, and by name if the optimizer was made from named parameters."""

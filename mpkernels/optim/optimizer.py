@@ -262,9 +262,7 @@ def _check_scalars(**scalars: torch.Tensor | int | None) -> None:
     for name, tensor in scalars.items():
         if tensor is None or isinstance(tensor, int):  # 0: torch's GradScaler without any gradient, the sum of no tensors
             continue
-        if not isinstance(tensor, torch.Tensor):
-            raise RuntimeError(f"{name} must be a 1-element float32 tensor, got {tensor!r}")
-        if tensor.numel() != 1 or tensor.dtype != torch.float32 or tensor.is_meta:
-            raise RuntimeError(
-                f"{name} must be a 1-element float32 tensor, got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-            )
+        is_tensor = isinstance(tensor, torch.Tensor)
+        if not is_tensor or tensor.numel() != 1 or tensor.dtype != torch.float32 or tensor.is_meta:
+            got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}" if is_tensor else repr(tensor)
+            raise RuntimeError(f"{name} must be a 1-element float32 tensor, got {got}")

@@ -67,27 +67,21 @@ class ParameterState:
                 )
             elif placement(value) != placement(parameter):
                 new[key] = laid_out_as(value, parameter)
-        if not _is_count(parameter, step := state.get("step")):
+        if not _is_tensor(step := state.get("step"), (), torch.float32, parameter.device):  # torch's may be on the CPU
             new["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             if step is not None:
                 new["step"].copy_(step.reshape(())) if isinstance(step, torch.Tensor) else new["step"].fill_(step)
         if dtype == parameter.dtype:
             state.pop("master", None)
-        elif not _is_master_of(parameter, master := state.get("master"), dtype):
+        elif not _is_tensor(master := state.get("master"), parameter.shape, dtype, parameter.device):
             new["master"] = parameter.detach().to(dtype, copy=True)
         elif placement(master) != placement(parameter):
             new["master"] = laid_out_as(master, parameter)
         return new
 
 
-def _is_count(parameter: torch.Tensor, step) -> bool:
-    """Whether it is what the op advances; a number, or a tensor on another device as torch keeps it, is made one."""
-    return isinstance(step, torch.Tensor) and (step.shape, step.dtype, step.device) == ((), torch.float32, parameter.device)
-
-
-def _is_master_of(parameter: torch.Tensor, master, dtype: torch.dtype) -> bool:
-    wanted = parameter.shape, dtype, parameter.device
-    return isinstance(master, torch.Tensor) and (master.shape, master.dtype, master.device) == wanted
+def _is_tensor(value, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    return isinstance(value, torch.Tensor) and (value.shape, value.dtype, value.device) == (shape, dtype, device)
 
 
 class ParameterDtypes:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from mpkernels.optim import checkpoint, hyperparameters, master_weights
-from mpkernels.optim.format_checks import check_parameter, is_lazy, name_of, names_of, takes_another_grad_dtype
+from mpkernels.optim.format_checks import check_parameter, name_of, names_of, takes_another_grad_dtype
 from mpkernels.optim.state import ParameterDtypes, ParameterState
 from mpkernels.optim.step_plan import PlanCache
 

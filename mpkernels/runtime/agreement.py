@@ -33,7 +33,7 @@ def agree(device: torch.device, decision: dict[str, dict[str, bool]], keys: list
     """Take what all ranks take: rank 0's `decision`, where all have its `keys` and none of them found it wrong."""
     store, rank, world = _store(), distributed.get_rank(), distributed.get_world_size()
     if store is None:  # of a torch that has it elsewhere
-        proof.agree(device, {})
+        proof.agreed[device] = {}
         return
     _agreed_in[:] = [store]
     digest = hashlib.sha256("\n".join(keys).encode()).hexdigest()
@@ -48,7 +48,7 @@ def agree(device: torch.device, decision: dict[str, dict[str, bool]], keys: list
     # The first to write decides: a rank that has waited in vain takes all to eager.
     text = store.compare_set(f"{_PREFIX}/outcome", "", json.dumps(outcome))
     outcome = json.loads(text)
-    proof.agree(device, outcome["decision"])
+    proof.agreed[device] = outcome["decision"]
     if rank == 0 and outcome["reason"]:
         cache.warn_once(f"mpkernels: {outcome['reason']}: on GPUs torch's own ops serve on every rank")
 

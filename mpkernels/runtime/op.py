@@ -183,8 +183,8 @@ class Op:
 
     def choices(self, device: torch.device) -> dict[str, bool]:
         """What is proven on a GPU besides eager, or what ranks agreed on, and whether it is slow."""
-        if proof.has_agreed(device):
-            return proof.agreed(device).get(self.name, {})
+        if device in proof.agreed:
+            return proof.agreed[device].get(self.name, {})
         found = {backend: self.verdict(backend, device) for backend in self.backends if backend != "eager"}
         return {backend: verdict.slow for backend, verdict in found.items() if verdict is not None and verdict.right}
 

@@ -53,7 +53,7 @@ class Verdict(NamedTuple):
 
 
 _read: dict[torch.device, dict[str, Verdict]] = {}  # of this process
-_agreed: dict[torch.device, dict[str, dict[str, bool]]] = {}  # op -> implementation -> whether slow; goes before verdicts
+agreed: dict[torch.device, dict[str, dict[str, bool]]] = {}  # op -> implementation -> whether slow, of all ranks; {}: eager
 
 
 def own_file() -> Path:
@@ -109,20 +109,6 @@ def record(path: Path, key: str, verdict: Verdict, **more: str) -> bool:
 def sentence(text: str) -> str:
     """The first line, as it may stand in a file and in an error."""
     return "".join(c if " " <= c <= "~" else "?" for c in text.strip().split("\n")[0][:LONGEST])
-
-
-def has_agreed(device: torch.device) -> bool:
-    return device in _agreed
-
-
-def agreed(device: torch.device) -> dict[str, dict[str, bool]]:
-    """op -> implementation -> whether it is slow, of all ranks."""
-    return _agreed[device]
-
-
-def agree(device: torch.device, decision: dict[str, dict[str, bool]]) -> None:
-    """Take `decision` in place of the verdicts: what all ranks take, {} for eager everywhere."""
-    _agreed[device] = decision
 
 
 @functools.cache

@@ -125,7 +125,7 @@ def _proven(op, device: torch.device) -> dict[str, bool]:
     if not proof.is_read(device) and (op.is_tracing() or torch.cuda.is_current_stream_capturing()):
         raise proof.SelfCheckDeferred
     choices = op.choices(device)
-    unproven = not proof.has_agreed(device) and not any(op.verdict(backend, device) for backend in op.backends)
+    unproven = device not in proof.agreed and not any(op.verdict(backend, device) for backend in op.backends)
     if unproven and any(op.why_not(backend, device, op.dtype) is None for backend in ("native", "triton")):
         warn_unproven()
     return choices

@@ -84,7 +84,7 @@ def gpu(monkeypatch, tmp_path):
 def forget():
     """As in a new process."""
     proof._read.clear()
-    proof._agreed.clear()
+    proof.agreed.clear()
     proof.key.cache_clear()
     proof._code.cache_clear()
     resolve.choose.cache_clear()
