@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The way of a call: through how many files of ours x travels from the layer to a kernel, and that it is chosen for once."""
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,28 +9,11 @@ import torch
 import mpkernels as mpk
 from mpkernels.runtime import native, resolve
 from mpkernels.runtime.op import Op
+from tests.call_trace import trace
 
-PACKAGE = str(Path(mpk.__file__).parent)
 FILES = 8  # at most
 
 by_native = pytest.mark.skipif(native.why_not() is not None, reason=f"native: {native.why_not()}")
-
-
-def trace(function) -> Counter:
-    """How often each Python function of ours was called, by (file, name)."""
-    calls = Counter()
-
-    def note(frame, event, argument):
-        code = frame.f_code
-        if event == "call" and code.co_filename.startswith(PACKAGE):
-            calls[Path(code.co_filename).relative_to(PACKAGE).as_posix(), code.co_name] += 1
-
-    sys.setprofile(note)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return calls
 
 
 def layer(policy, activation, stepped: bool):

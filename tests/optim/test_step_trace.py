@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of the way of a gradient, warm: how many of our Python files a step goes through, and that each op chooses once."""
 
-import collections
-import pathlib
-import sys
 from unittest import mock
 
 import pytest
@@ -12,26 +9,9 @@ from torch import nn
 
 import mpkernels as mpk
 from mpkernels.runtime.op import Op
+from tests.call_trace import trace
 
-PACKAGE = pathlib.Path(mpk.__file__).parent
 MOST_FILES = 10
-
-
-def calls_of(function) -> collections.Counter:
-    """How often our Python functions are called, by file."""
-    calls = collections.Counter()
-
-    def count(frame, event, _):
-        path = pathlib.Path(frame.f_code.co_filename)
-        if event == "call" and path.is_relative_to(PACKAGE):
-            calls[str(path.relative_to(PACKAGE))] += 1
-
-    sys.setprofile(count)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return calls
 
 
 @pytest.mark.parametrize("max_norm", [None, 1.0])
@@ -43,8 +23,8 @@ def test_step_goes_through_few_files(make, max_norm):
     for _ in range(4):  # the copies that the layers ask for are there from the second on
         scaler.scale(model(torch.randn(4, 8)).float().sum()).backward()
         with mock.patch.object(Op, "resolve", autospec=True, side_effect=Op.resolve) as chosen:
-            calls = calls_of(lambda: scaler.step(optimizer))
+            calls = trace(lambda: scaler.step(optimizer))
         scaler.update()
         optimizer.zero_grad()
-    assert len(calls) <= MOST_FILES, calls
+    assert len({file for file, _ in calls}) <= MOST_FILES, calls
     assert [call.args[0].name for call in chosen.call_args_list] == ["grad_stats_", optimizer._op.name]
