@@ -20,7 +20,6 @@ from tests.toolchain.triton_aot import SHARED_LIMIT, TENSOR_CORES
 FOLDER = Path(__file__).parent
 # The oldest and the newest that torch 2.11 to 2.15 come with; the tests run with the one that constraints.txt pins.
 OTHER_VERSIONS = ("3.6.0", "3.9.0")
-IN_SWEEP = (("3.6.0", 80), ("3.6.0", 100), ("3.9.0", 86), ("3.9.0", 90))
 OPS = sorted(path.stem.removeprefix("triton_aot_") for path in FOLDER.glob("triton_aot_*.py") if "control" not in path.stem)
 
 
@@ -85,41 +84,37 @@ def test_triton_aot_tells_a_relu_that_drops_nan(sm):
     assert not keeps["maxima_that_drop_nan"]
 
 
-def architectures(hopper, others) -> list:
-    """Every architecture, with the marks of Hopper's and of the others' tests."""
-    return [pytest.param(sm, marks=hopper if sm == 90 else others) for sm in sorted(SHARED_LIMIT)]
+def levels(values, *, sweep, quick=()) -> list:
+    """Parameters: those that every run takes, those of the sweep, and the others before a release."""
+    marks = dict.fromkeys(values, pytest.mark.release) | dict.fromkeys(sweep, pytest.mark.sweep) | dict.fromkeys(quick, ())
+    return [pytest.param(*value, marks=mark) for value, mark in marks.items()]
 
 
-def other_versions(sms) -> list:
-    """(version, sm) of each of the other versions, of which the sweep takes some."""
-    pairs = [(version, sm) for version in OTHER_VERSIONS for sm in sms]
-    return [pytest.param(*pair, marks=pytest.mark.sweep if pair in IN_SWEEP else pytest.mark.release) for pair in pairs]
+# None: the version that is pinned. Every architecture and every version is in the sweep.
+PAIRS = [(version, sm) for version in (None, *OTHER_VERSIONS) for sm in sorted(SHARED_LIMIT)]
+SWEEP = ((None, 80), (None, 86), (None, 100), ("3.6.0", 80), ("3.9.0", 89))
 
 
-@pytest.mark.parametrize("sm", architectures((), pytest.mark.sweep))
+@pytest.mark.parametrize("version, sm", levels(PAIRS, sweep=SWEEP, quick=[(None, 90)]))
 @pytest.mark.parametrize("op", OPS)
-def test_triton_aot_few_tiles(op, sm):
-    for row in compiled(op, sm):
+def test_triton_aot_few_tiles(op, version, sm):
+    for row in compiled(op, sm, version=version):
         check(row)
 
 
-@pytest.mark.parametrize("sm", architectures(pytest.mark.sweep, pytest.mark.release))
+@pytest.mark.parametrize("sm", levels([(sm,) for sm in sorted(SHARED_LIMIT)], sweep=[(90,)]))
 @pytest.mark.parametrize("op", OPS)
 def test_triton_aot_every_tile(op, sm):
     for row in compiled(op, sm, "--all"):
         check(row)
 
 
-@pytest.mark.parametrize("version, sm", other_versions(sorted(SHARED_LIMIT)))
-@pytest.mark.parametrize("op", OPS)
-def test_triton_aot_other_versions(op, version, sm):
-    for row in compiled(op, sm, version=version):
-        check(row)
-
-
-@pytest.mark.parametrize("version, sm", other_versions((90, 100)))
-def test_triton_aot_other_versions_descriptors(version, sm):
-    """Every tile: Triton's versions differ in what they specialize, and die of."""
+@pytest.mark.parametrize(
+    "version, sm",
+    levels([pair for pair in PAIRS if pair[0] and pair[1] in (90, 100)], sweep=[("3.6.0", 100), ("3.9.0", 90)]),
+)
+def test_triton_aot_every_tile_of_descriptors(version, sm):
+    """Triton's versions differ in what they specialize, and die of."""
     rows = compiled("linear_act", sm, "--all", "--kernel", "gemm_tma_kernel", version=version)
     assert any(row["specialized"] for row in rows) == (sm == 90 and version != "3.6.0")
     for row in rows:

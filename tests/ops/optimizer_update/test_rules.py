@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The updates against fp64 over 1,000 steps, their copies bit for bit, and wrong updates that the bounds reject."""
+"""The updates against fp64 over many steps, their copies bit for bit, and wrong updates that the bounds reject."""
 
 import math
 
@@ -39,6 +39,17 @@ def test_update_reference_of_lion():
 @CASES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_update_matches_reference(rule, variant, dtype, device):
+    rule.check(variant, dtype, device)
+
+
+LONG = steps.Problem(steps=1000)
+
+
+@pytest.mark.sweep
+@CASES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_update_matches_reference_for_1000_steps(rule, variant, dtype, device, monkeypatch):
+    monkeypatch.setattr(steps, "problem", lambda: LONG)
     rule.check(variant, dtype, device)
 
 
