@@ -153,7 +153,7 @@ class Watch:
         if self._order is None:
             self._order = self._current_order()
             if self._group is not None:  # where layers are called by what the data is, ranks have other orders
-                order = torch.tensor(self._order, device=self._table.device)
+                order = torch.tensor(self._order, dtype=torch.int64, device=self._table.device)
                 distributed.broadcast(order, distributed.get_global_rank(self._group, 0), self._group)
                 self._order = order.tolist()
         self._steps += 1

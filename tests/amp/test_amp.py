@@ -760,7 +760,7 @@ def test_many_skips_are_read_when_the_copy_is_there(monkeypatch, late):
         copies.append(now[0])
         return values.as_subclass(torch.Tensor).clone(), Event(values)
 
-    monkeypatch.setattr(skip_watch, "_copy_to_host", copy_to_host)
+    monkeypatch.setattr(skip_watch, "copy_to_host", copy_to_host)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now[0] in capturing)
     watch, found = skip_watch.SkipWatch(), []
     for i in range(1, 121):
