@@ -109,7 +109,7 @@ def python_mutants(file: str, tests: tuple[str, ...]) -> Iterator[Mutant]:
         match node:
             case ast.Raise() | ast.Assert() | ast.JoinedStr() | ast.arg() | ast.Import() | ast.ImportFrom():
                 continue  # words and types are not behaviour
-            case ast.keyword(arg="strict"):  # of zip: an assertion
+            case ast.keyword(arg="strict" | "frozen"):  # of zip and of dataclasses: assertions
                 continue
             case ast.If(test=ast.Name("TYPE_CHECKING")):
                 continue

@@ -249,3 +249,14 @@ def test_gradient_hook_raises(kind, policy):
             scaler.update()
         results.append(raw([*model.parameters(), *(t for p in model.parameters() for t in optimizer.state[p].values())]))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("found_inf", [torch.zeros(2), torch.zeros((), dtype=torch.int32)])
+def test_found_inf_of_another_scaler_is_checked(found_inf):
+    """As torch's GradScaler leaves it on an optimizer that unscales by itself: nothing is written where it is no verdict."""
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = mpk.optim.SGD([parameter], lr=1.0)
+    parameter.grad, optimizer.grad_scale, optimizer.found_inf = torch.ones(3), None, found_inf
+    with pytest.raises(RuntimeError, match="found_inf"):
+        optimizer.step()
+    assert parameter.tolist() == [1, 1, 1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpkernels.ops.linear_act import Activation
-from mpkernels.testing.bounds import random_sign_excess
+from mpkernels.testing.bounds import random_sign_excess, rounded
 from tests import bounds
 
 NONE = Activation.NONE
@@ -124,3 +124,26 @@ def test_accumulator_roundoff_by_device_and_dtype():
         2.0**-24,
         2.0**-53,
     ]
+
+
+def test_check_norm_in_figures():
+    """Four squares and four roundings more, of 2^-53 each, relative."""
+    bounds.check_norm(8 + 3 * math.ulp(8), 8.0, 4)
+    with pytest.raises(AssertionError, match="grad_norm"):
+        bounds.check_norm(8 + 5 * math.ulp(8), 8.0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounded_is_one_rounding_to_nearest_even(dtype):
+    """All numbers of the format, the middles between two, and what lies next to a middle; subnormals, overflow and NaN."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).double().numpy()
+    finite = np.unique(every[np.isfinite(every)])
+    assert np.array_equal(rounded(every, dtype), every, equal_nan=True)
+    low, high = finite[:-1], finite[1:]
+    middle = (low + high) / 2
+    is_even = (torch.from_numpy(low).to(dtype).view(torch.int16).numpy() & 1) == 0
+    assert np.array_equal(rounded(middle, dtype), np.where(is_even, low, high))
+    assert np.array_equal(rounded(np.nextafter(middle, -np.inf), dtype), low)
+    assert np.array_equal(rounded(np.nextafter(middle, np.inf), dtype), high)
+    beyond = 2 * finite[-1] - finite[-2]
+    assert rounded(np.array([(finite[-1] + beyond) / 2]), dtype) == np.inf

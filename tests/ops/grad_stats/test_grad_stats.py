@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mpkernels.ops.common import multi_tensor
 from mpkernels.ops.common.multi_tensor import count_nonfinite
 from mpkernels.ops.grad_stats import eager, op, reference
 from tests import bounds
@@ -30,9 +31,16 @@ from tests.steps import targets as targets_of
 grad_stats_ = torch.ops.mpkernels.grad_stats_
 
 
-@pytest.fixture(params=targets_of(op))
+AS_ON_GPU = "eager as on a GPU"  # on the CPU, without looking at a value
+
+
+@pytest.fixture(params=[*targets_of(op), AS_ON_GPU])
 def device(request, monkeypatch):
-    return force(op, request.param, monkeypatch)
+    if request.param != AS_ON_GPU:
+        return force(op, request.param, monkeypatch)
+    for module in (multi_tensor, eager):
+        monkeypatch.setattr(module, "values_are_here", lambda device: False)
+    return force(op, ("eager", "cpu"), monkeypatch)
 
 
 def outputs(n, device, norm=True):
