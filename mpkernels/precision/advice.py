@@ -12,7 +12,7 @@ import torch
 
 from mpkernels.policy import Policy
 from mpkernels.precision import picture
-from mpkernels.precision.layer import PolicyRow
+from mpkernels.precision.layer import PolicyRow, cost_of
 from mpkernels.precision.ranges import Range
 from mpkernels.precision.tables import table
 from mpkernels.precision.verdict import addition, problem, tightest
@@ -74,7 +74,9 @@ class Advice:
             return None
         if (reason := problem(found, self.loss_scale)) is not None:
             return reason
-        return f"{addition(found)}, of {self.loss_budget:.1e} for all layers" if found.traffic < chosen.traffic else None
+        cost = cost_of(p for other in self.rows if other.policy is not None for p in other.policies.values())
+        is_cheaper = getattr(found, cost) < getattr(chosen, cost)
+        return f"{addition(found)}, of {self.loss_budget:.1e} for all layers" if is_cheaper else None
 
     def _verdict(self, row: AdviceRow, key: str) -> str:
         found = row.policies[key]

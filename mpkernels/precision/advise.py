@@ -12,9 +12,10 @@ from mpkernels.policy import Policy, PolicyName
 from mpkernels.precision import choose
 from mpkernels.precision.advice import Advice, AdviceRow
 from mpkernels.precision.capture import Call, capture, check_is_module
-from mpkernels.precision.layer import Layer, PolicyRow, Ranges
+from mpkernels.precision.layer import Layer, PolicyRow, Ranges, cost_of
 from mpkernels.precision.tables import size_text
 from mpkernels.precision.verdict import problem
+from mpkernels.runtime import tuned_table
 
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
 LOSS_BUDGET = 1e-3  # of the loss
@@ -32,9 +33,9 @@ def advise(
     policy, the error of the policy's own arithmetic, and the first order of what that does to the loss. See `PolicyRow`.
     Chosen is, for each linear, what stays in range (nothing overflows, less than 1 % of a gradient's norm becomes 0), so that
     the noise of all together is at most `loss_budget` (None: a thousandth of the loss, or what the widest policies add), and
-    their bytes at most `memory`. Of what is left, the fewest bytes that products read and write, then the least noise: an
-    estimate of speed where no time is known. Linears with the same weight get the same policy. One that no policy keeps in
-    range gets the widest, and `why` says so; one that was not called gets none.
+    their bytes at most `memory`. Of what is left, the least time where `mpk.tune` has measured all of them, else the fewest
+    bytes that products read and write; then the least noise. Linears with the same weight get the same policy. One that no
+    policy keeps in range gets the widest, and `why` says so; one that was not called gets none.
     The model stays what it was: parameters, gradients, buffers, modes, hooks, random numbers.
     Raises TypeError for what is no module and for a loss that is no tensor; ValueError for a loss that is no scalar, a model
     without linears, an unknown policy, one whose parameters are wider than the model's, a model that is stored in 16 bits,
@@ -61,7 +62,8 @@ def advise(
                 others[call.name].add(tensor, values)
 
     loss = capture(model, step, modules, analyse)
-    found = {name: [layer.row(i) for i in range(len(candidates))] for name, layer in layers.items() if layer.calls}
+    tuned = tuned_table.entries(next(iter(layers.values())).weight.device)
+    found = {name: [layer.row(i, tuned) for i in range(len(candidates))] for name, layer in layers.items() if layer.rows}
     budget = _loss_budget(loss, loss_budget, found)
     chosen = _choose(modules, found, candidates, loss_scale, budget, math.inf if memory is None else memory)
     rows = []
@@ -118,10 +120,10 @@ def _choose(modules, found, policies, loss_scale: float, budget: float, memory: 
     tied: dict[int, list[str]] = {}
     for name in found:
         tied.setdefault(id(modules[name].weight), []).append(name)
-    groups, best = list(tied.values()), None
+    groups, best, priced_by = list(tied.values()), None, cost_of(row for rows in found.values() for row in rows)
     for family in _families(policies):
         allowed = [_allowed([found[name] for name in names], family, loss_scale) for names in groups]
-        items = [[_option([found[name][i] for name in names]) for i in row] for names, row in zip(groups, allowed)]
+        items = [[_option([found[name][i] for name in names], priced_by) for i in row] for names, row in zip(groups, allowed)]
         picks = choose.choose(items, budget, memory)
         if picks is not None:
             cost = tuple(choose.total(items, picks, field) for field in ("cost", "noise"))
@@ -152,10 +154,10 @@ def _allowed(rows: list[list[PolicyRow]], family: list[int], loss_scale: float) 
     return kept or [wide]
 
 
-def _option(rows: list[PolicyRow]) -> choose.Option:
+def _option(rows: list[PolicyRow], priced_by: str = "traffic") -> choose.Option:
     """Of linears with one weight; what has no finite noise was chosen for want of better, and is not counted."""
     noise = sum(row.noise for row in rows if _is_number(row.noise))
-    return choose.Option(sum(row.traffic for row in rows), noise, sum(row.bytes for row in rows))
+    return choose.Option(sum(getattr(row, priced_by) for row in rows), noise, sum(row.bytes for row in rows))
 
 
 def _nearest(found, groups, policies, loss_scale: float, budget: float, memory: float) -> str:

@@ -2,8 +2,10 @@
 """One linear under several policies: ranges, errors and bounds of what it computes, against fp64 on what it was given."""
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from mpkernels.ops.linear_act.epilogues import activation_of
 from mpkernels.policy import Policy
 from mpkernels.precision.capture import Call
 from mpkernels.precision.ranges import Range, RangeCounter
+from mpkernels.precision.seconds import seconds
 
 FORWARD, BACKWARD = ("x", "weight", "out"), ("grad_out", "grad_x", "grad_weight")
 BLOCK = 1 << 18  # elements of the widest tensor of a block of rows, of which some ten in fp64 live at a time
@@ -34,7 +37,7 @@ class PolicyRow:
     `sqrt(sum((grad_out * (out - exact))**2))`. bound_ratio: the largest error of an element of out, in units of the bound
     that follows from the roundings; None where something overflows. max_loss_scale: the largest power of two that no
     gradient overflows with. bytes: parameters, their copy and what is saved for backward. traffic: bytes that the products
-    of a step read and write. seconds: None where no row of this machine says it.
+    of a step read and write. seconds: of its forward and gradients, where this machine's tuned table has them, else None.
     """
 
     policy: Policy
@@ -47,6 +50,11 @@ class PolicyRow:
     bytes: int
     traffic: int
     seconds: float | None
+
+
+def cost_of(rows: Iterable[PolicyRow]) -> str:
+    """The field that says what is cheaper: seconds where all are known."""
+    return "traffic" if any(row.seconds is None for row in rows) else "seconds"
 
 
 def formats(policy: Policy) -> dict[str, torch.dtype]:
@@ -95,7 +103,8 @@ class Layer:
         self.sums = [_Sums({"out": 0.0, "grad_x": 0.0, "grad_weight": 0.0}) for _ in policies]
         self.norms = {"out": 0.0, "grad_x": 0.0, "grad_weight": 0.0}
         self.activation = getattr(module, "activation", None)
-        self.rows = self.calls = 0
+        self.rows: list[int] = []  # of each call
+        self.x_dtype = module.weight.dtype
         self.has_gradient = False
         self.computed: set[str] = set()  # of the gradients
 
@@ -111,9 +120,10 @@ class Layer:
         N, K = weight.shape
         x = call.x.reshape(-1, K)
         grad = None if call.grad_out is None else call.grad_out.reshape(-1, N)
-        if not self.calls:
+        if not self.rows:
             self.ranges.add("weight", weight)
-        self.calls, self.rows, self.has_gradient = self.calls + 1, self.rows + len(x), self.has_gradient or grad is not None
+        self.rows.append(len(x))
+        self.x_dtype, self.has_gradient = x.dtype, self.has_gradient or grad is not None
         wanted = {"grad_x": call.wants_grad_x, "grad_weight": self.module.weight.requires_grad}
         wanted = {name for name, is_wanted in wanted.items() if is_wanted and grad is not None}
         self.computed |= wanted
@@ -177,19 +187,20 @@ class Layer:
             grads = torch.autograd.grad(out, list(wanted.values()), scaled.to(out.dtype)) if wanted else ()
         return out.detach(), dict(zip(wanted, grads))
 
-    def row(self, index: int) -> PolicyRow:
+    def row(self, index: int, tuned: Mapping[str, Any] = MappingProxyType({})) -> PolicyRow:
+        """tuned: the entries of this machine's table."""
         policy, sums = self.policies[index], self.sums[index]
-        N, K = self.weight.shape
+        weight, rows = self.weight, sum(self.rows)
+        N, K = weight.shape
         parameters = N * K + (0 if self.module.bias is None else N)
         compute = policy.compute_dtype.itemsize
         ranges = self.ranges.of(policy)
-        held = parameters * policy.param_dtype.itemsize + (N * K * compute if policy.mixed else 0) + self.rows * K * compute
-        x, weight, out = self.rows * K, N * K, self.rows * N  # elements
+        held = parameters * policy.param_dtype.itemsize + (N * K * compute if policy.mixed else 0) + rows * K * compute
         of = formats(policy)
         products = {
-            "out": compute * (x + weight) + out * of["out"].itemsize,
-            "grad_x": compute * (out + weight + x),
-            "grad_weight": compute * (out + x) + weight * of["grad_weight"].itemsize,
+            "out": compute * (rows * K + N * K) + rows * N * of["out"].itemsize,
+            "grad_x": compute * (rows * N + N * K + rows * K),
+            "grad_weight": compute * (rows * N + rows * K) + N * K * of["grad_weight"].itemsize,
         }
         names = ("out", *(name for name in ("grad_x", "grad_weight") if name in self.computed))
         return PolicyRow(
@@ -202,7 +213,7 @@ class Layer:
             max_loss_scale=_max_loss_scale(ranges, self.loss_scale),
             bytes=held,
             traffic=sum(products[name] for name in names),
-            seconds=None,
+            seconds=seconds(tuned, policy, self.rows, weight, self.x_dtype, self.activation) if self.has_gradient else None,
         )
 
 

@@ -20,6 +20,7 @@ from mpkernels.precision.capture import Call
 from mpkernels.precision.choose import Option
 from mpkernels.precision.layer import Layer, _Exact
 from mpkernels.precision.ranges import RangeCounter
+from mpkernels.runtime import tuned_table
 from tests import models
 from tests.precision import measured
 
@@ -167,6 +168,28 @@ def test_advise_under_a_budget_of_memory():
     assert set(free.policy.values()) == {"mixed_float16"}
     assert held["float32"] < held["mixed_bfloat16"]
     assert set(mpk.advise(mlp(), step, loss_budget=1e9, memory=held["float32"]).policy.values()) == {"float32"}
+
+
+def test_advise_takes_times_from_the_tuned_table(monkeypatch):
+    """Those of every layer and policy decide; where one is missing, none does, and the others are still shown."""
+    policies = ["float32", "mixed_float16"]
+    half, full = torch.float16, torch.float32
+    entries = {}
+    for N, K in ((32, 16), (6, 32)):
+        for compute, us in ((full, 3.0), (half, 4.0)):
+            for role, dtypes in (("fprop", (full,)), ("backward", (full, full))):
+                key = tuned_table.gemm_key(role, len(X), N, K, 0, compute, full, *dtypes)
+                entries[tuned_table.key_to_str(key)] = {"backend": "native", "tile": None, "us": us}
+    monkeypatch.setattr(tuned_table, "entries", lambda device: entries)
+    timed = mpk.advise(mlp(), step, policies=policies, loss_budget=1e9)
+    assert timed["0"].policies["float32"].seconds == pytest.approx(6e-6)
+    assert timed["4"].policies["mixed_float16"].seconds == pytest.approx(8e-6)
+    assert set(timed.policy.values()) == {"float32"}
+    entries.pop(next(iter(entries)))
+    partly = mpk.advise(mlp(), step, policies=policies, loss_budget=1e9)
+    assert partly["0"].policies["float32"].seconds is None
+    assert partly["0"].policies["mixed_float16"].seconds == pytest.approx(8e-6)
+    assert set(partly.policy.values()) == {"mixed_float16"}
 
 
 def test_advise_of_16_bit_parameters():
