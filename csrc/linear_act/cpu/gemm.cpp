@@ -68,7 +68,7 @@ void multiply_block(const IsaKernels& isa, const Bf16DotKernel* bf16_dot, const 
 void multiply_by_tiles(const IsaKernels& isa, const Bf16DotKernel* bf16_dot, const Matrix& a, const Matrix& b,
                        const Output& out) {
   const int64_t work = a.rows * b.rows * (a.columns + 1), threads = threads_for(work, kProductsPerThread);
-  const Partition down(a.rows, kMC, bf16_dot == nullptr ? isa.mr : bf16_dot->mr, 1);
+  const auto down = bf16_dot == nullptr ? Partition(a.rows, kMC, isa.mr, 1) : Partition(a.rows, kVnniMC, bf16_dot->mr, 1);
   const Partition across(b.rows, kNC, isa.nr, (threads + down.count - 1) / down.count);
   const int64_t blocks = down.count * across.count, grain = kProductsPerThread / (work / blocks + 1) + 1;
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {

@@ -19,6 +19,7 @@ namespace {
 
 // Cache blocking, by the names of GotoBLAS: a k-block of a panel of b stays in L1, a block of a and its accumulators in L2.
 constexpr int64_t kMC = 192, kNC = 256, kKC = 256;
+constexpr int64_t kVnniMC = 256;  // rows of words, which are half as long
 
 // ----- operands -----
 
@@ -91,13 +92,13 @@ struct Matrix {
 // One per thread, reused: fresh memory costs page faults.
 struct Scratch {
   static constexpr int64_t kPitch = kKC + 16;  // rows at a power of 2 would compete for the same cache sets
-  alignas(64) float a[(kMC + 16) * kPitch];
+  alignas(64) float a[(kVnniMC + 16) * kPitch];
   alignas(64) float panel[kKC * 32];
-  alignas(64) float acc[(kMC + 16) * kNC];
+  alignas(64) float acc[(kVnniMC + 16) * kNC];
   alignas(64) float bias[kNC];
 
   static constexpr int64_t kVnniPitch = kKC / 2 + kVnniStep;
-  alignas(64) float vnni_a[(kMC + 16) * kVnniPitch];
+  alignas(64) float vnni_a[(kVnniMC + 16) * kVnniPitch];
   alignas(64) float vnni_panel[kKC / 2 * kVnniNR];
 };
 static_assert(kKC % (2 * kVnniStep) == 0 && kKC / 2 <= Scratch::kPitch);
@@ -117,10 +118,8 @@ uint16_t pack_vnni_a(const IsaKernels& isa, const Matrix& a, int64_t row, int64_
   if (a.has_vnni_rows() && K % 2 == 0) {
     a.as_words(copies).widen(row, k / 2, rows, words, scratch.vnni_a, Scratch::kVnniPitch);
   } else if (a.has_bf16_columns() && K % 2 == 0) {
-    constexpr int64_t kColumnPitch = kMC + 16;
-    for (int64_t j = 0; j < words; ++j) {
-      interleave(a.at(row, k + 2 * j), a.at(row, k + 2 * j + 1), rows, scratch.a + j * kColumnPitch);
-    }
+    constexpr int64_t kColumnPitch = kVnniMC + 16;
+    interleave_rows(a.at(row, k), a.column_stride, words, rows, scratch.a, kColumnPitch);
     copies.transposed(scratch.a, kColumnPitch, words, rows, scratch.vnni_a, Scratch::kVnniPitch);
   } else {
     a.widen(row, k, rows, K, scratch.a, Scratch::kPitch);
@@ -144,7 +143,7 @@ uint16_t pack_vnni_panel(const IsaKernels& isa, const Matrix& b, int64_t row, in
   if (b.has_vnni_rows() && K % 2 == 0) {
     b.as_words(isa.micro_kernels(ScalarType::Float, ScalarType::Float)).widen_transposed(row, k / 2, rows, words, to, kVnniNR);
   } else if (b.has_bf16_columns() && K % 2 == 0) {
-    for (int64_t j = 0; j < words; ++j) interleave(b.at(row, k + 2 * j), b.at(row, k + 2 * j + 1), rows, to + j * kVnniNR);
+    interleave_rows(b.at(row, k), b.column_stride, words, rows, to, kVnniNR);
   } else {
     b.widen_transposed(row, k, rows, K, scratch.panel, kVnniNR);
     vnni_panel(scratch.panel, rows, K, to);

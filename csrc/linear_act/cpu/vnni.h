@@ -64,12 +64,14 @@ inline float vnni_word(float first, float second) {
   return c10::bit_cast<float>(upper(first) >> 16 | (upper(second) & 0xffff0000));
 }
 
-// to[i] = the word of first[i] and second[i], bf16.
-MPK_CLONES void interleave(const void* first_bytes, const void* second_bytes, int64_t n, float* to) {
-  const auto* first = static_cast<const BFloat16*>(first_bytes);
-  const auto* second = static_cast<const BFloat16*>(second_bytes);
-  for (int64_t i = 0; i < n; ++i) {
-    to[i] = c10::bit_cast<float>(first[i].x | static_cast<uint32_t>(second[i].x) << 16);
+// to[j * to_pitch + i] = the word of elements i of rows 2j and 2j + 1 of `from`, bf16, for i < n.
+MPK_CLONES void interleave_rows(const void* from_bytes, int64_t pitch, int64_t words, int64_t n, float* to, int64_t to_pitch) {
+  const auto* from = static_cast<const BFloat16*>(from_bytes);
+  for (int64_t j = 0; j < words; ++j) {
+    const BFloat16 *first = from + 2 * j * pitch, *second = first + pitch;
+    for (int64_t i = 0; i < n; ++i) {
+      to[j * to_pitch + i] = c10::bit_cast<float>(first[i].x | static_cast<uint32_t>(second[i].x) << 16);
+    }
   }
 }
 
