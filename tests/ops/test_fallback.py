@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
-from mpkernels.ops.linear_act import Activation, backward_op, eager, forward_op
+from mpkernels.ops.linear_act import Activation, backward_op, eager, forward_op, onednn
 from tests import bounds
 from tests.dispatch_count import Counting
 from tests.linear_act_cases import bf16, data, f16, f32, same_bits
@@ -147,7 +147,7 @@ if __name__ == "__main__":
 
 # ----- bf16 on a CPU, by oneDNN ---------------------------------------------------------------
 
-by_bf16 = pytest.mark.skipif(not eager._has_bf16_instructions(), reason="this CPU has no instructions for bf16")
+by_bf16 = pytest.mark.skipif(not onednn.has_bf16_instructions(), reason="this CPU has no instructions for bf16")
 
 
 @by_bf16

@@ -11,6 +11,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -130,6 +132,35 @@ void linear_act_multiply(Tensor a, Tensor b, std::optional<Tensor> bias, ScalarT
            batch_invariant, bias, activation, saved);
 }
 
+// Of bf16, read where it lies.
+uint16_t min_nonzero_magnitude(Matrix matrix) {
+  if (matrix.column_stride != 1) matrix = matrix.transposed();
+  std::atomic<uint16_t> least = kAllZero;
+  torch::stable::parallel_for(0, matrix.rows, kElementsPerThread / (matrix.columns + 1) + 1, [&](int64_t begin, int64_t end) {
+    uint16_t found = kAllZero;
+    for (int64_t i = begin; i < end; ++i) found = std::min(found, min_nonzero_magnitude(matrix.at(i, 0), matrix.columns));
+    uint16_t before = least;
+    while (found < before && !least.compare_exchange_weak(before, found)) {
+    }
+  });
+  return least;
+}
+
+// Whether the bf16 dot-product instructions of another library flush nothing in a @ b.T + bias. From 2^-100 on a bias in fp32
+// is a multiple of 2^-123.
+bool linear_act_products_stay_normal(Tensor a, Tensor b, std::optional<Tensor> bias) {
+  constexpr ScalarType bf16 = ScalarType::BFloat16;
+  STD_TORCH_CHECK(a.scalar_type() == bf16 && b.scalar_type() == bf16, "a and b must be bfloat16");
+  const IsaKernels& isa = select_kernels(Isa::kAuto);
+  const auto min_magnitude = [&](const Tensor& t) { return min_nonzero_magnitude(Matrix("an operand", t, bf16, isa)); };
+  if (!products_stay_normal(min_magnitude(a), min_magnitude(b))) return false;
+  if (!bias) return true;
+  STD_TORCH_CHECK(bias->is_cpu() && bias->scalar_type() == ScalarType::Float && bias->is_contiguous(),
+                  "bias must be contiguous and fp32");
+  const auto* values = static_cast<const float*>(bias->const_data_ptr());
+  return std::none_of(values, values + bias->numel(), [](float x) { return x != 0 && std::fabs(x) < 0x1p-100f; });
+}
+
 // Whether `tensor` is a matrix of the size of `like` whose rows are contiguous, or absent.
 bool is_like(const std::optional<Tensor>& tensor, const Tensor& like) {
   if (!tensor) return true;
@@ -167,5 +198,6 @@ void linear_act_gradients(Tensor grad_out, std::optional<Tensor> saved, int64_t 
 
 STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, CPU, m) {
   m.impl("linear_act_multiply", TORCH_BOX(&mpk::linear_act_multiply));
+  m.impl("linear_act_products_stay_normal", TORCH_BOX(&mpk::linear_act_products_stay_normal));
   m.impl("linear_act_gradients", TORCH_BOX(&mpk::linear_act_gradients));
 }

@@ -129,7 +129,7 @@ uint16_t pack_vnni_a(const IsaKernels& isa, const Matrix& a, int64_t row, int64_
   for (int64_t i = 0; i < rows; ++i) {
     float* to = scratch.vnni_a + i * Scratch::kVnniPitch;
     std::fill(to + words, to + padded_words(words), 0);
-    least = std::min(least, min_nonzero_magnitude(to, words));
+    least = std::min(least, min_nonzero_magnitude(to, 2 * words));
   }
   return least;
 }
@@ -149,7 +149,7 @@ uint16_t pack_vnni_panel(const IsaKernels& isa, const Matrix& b, int64_t row, in
     vnni_panel(scratch.panel, rows, K, to);
   }
   std::fill(to + words * kVnniNR, to + padded_words(words) * kVnniNR, 0);
-  return min_nonzero_magnitude(to, words * kVnniNR);
+  return min_nonzero_magnitude(to, 2 * words * kVnniNR);
 }
 
 }  // namespace

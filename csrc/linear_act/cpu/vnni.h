@@ -40,11 +40,11 @@ constexpr int64_t padded_words(int64_t words) { return (words + kVnniStep - 1) /
 // A magnitude is the bits of a bf16 without the sign, less one: 0 wraps around to the largest, whose exponent is 512.
 constexpr uint16_t kAllZero = 0xffff;
 
-MPK_CLONES uint16_t min_nonzero_magnitude(const float* words, int64_t n) {
-  using Halves = const uint16_t __attribute__((may_alias));
-  Halves* bits = reinterpret_cast<Halves*>(words);
+MPK_CLONES uint16_t min_nonzero_magnitude(const void* elements, int64_t n) {
+  using Bits = const uint16_t __attribute__((may_alias));
+  Bits* bits = static_cast<Bits*>(elements);
   uint16_t found = kAllZero;
-  for (int64_t i = 0; i < 2 * n; ++i) found = std::min(found, static_cast<uint16_t>((bits[i] & 0x7fff) - 1));
+  for (int64_t i = 0; i < n; ++i) found = std::min(found, static_cast<uint16_t>((bits[i] & 0x7fff) - 1));
   return found;
 }
 

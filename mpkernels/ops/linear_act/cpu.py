@@ -2,16 +2,20 @@
 """linear_act in C++ on a CPU: out = round(act(x @ weight.T + bias)).
 
 The products read operands as they lie and round, widen and multiply them in registers; no copy in fp32 is written, whose
-pages cost as much as a small product. What is around the products is torch's, as in eager.
+pages cost as much as a small product. What is around the products is torch's, as in eager. Large products of bf16 with a
+result in bf16 are oneDNN's, which packs less.
 """
 
 import torch
 
 from mpkernels.ops.common.cast import cast
-from mpkernels.ops.linear_act import epilogues, passes
+from mpkernels.ops.linear_act import epilogues, onednn, passes
 from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
 from mpkernels.ops.linear_act.epilogues import Activation
 from mpkernels.runtime import native
+
+# From so many rows and columns, and products of two numbers, oneDNN is faster, the look at its operands included.
+ONEDNN_SIZE, ONEDNN_PRODUCTS = 256, 1 << 28
 
 
 def why_not(key: CallKey) -> str | None:
@@ -52,9 +56,13 @@ def _multiply(
     a, b, compute_dtype, out_dtype, *, bias=None, activation=Activation.NONE, preactivation=None, batch_invariant=False
 ):  # fmt: skip
     """round(act(a @ b.T + bias)) as passes.py has it."""
-    out = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
+    if activation <= Activation.RELU and not batch_invariant and _is_for_onednn(a, b, compute_dtype, out_dtype):
+        wide = bias if bias is None or bias.dtype == torch.float32 else cast(bias, torch.float32)
+        if torch.ops.mpkernels_C.linear_act_products_stay_normal.default(a, b, wide):
+            return onednn.multiply(a, b, wide, activation)
+    out = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
     a, b = _readable(a, compute_dtype), _readable(b, compute_dtype)
     torch.ops.mpkernels_C.linear_act_multiply.default(
         a, b, bias, compute_dtype, activation, batch_invariant, out, preactivation
@@ -62,8 +70,22 @@ def _multiply(
     return out
 
 
+def _is_for_onednn(a: torch.Tensor, b: torch.Tensor, compute_dtype: torch.dtype, out_dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies a @ b.T faster, their values aside."""
+    if not (compute_dtype is out_dtype is a.dtype is b.dtype is torch.bfloat16):
+        return False
+    (M, K), N = a.shape, b.shape[0]
+    return (
+        min(M, N) >= ONEDNN_SIZE
+        and M * N * K >= ONEDNN_PRODUCTS
+        and K % onednn.AMX_K == 0
+        and all(t.is_contiguous() or t.t().is_contiguous() for t in (a, b))
+        and onednn.has_bf16_instructions()
+    )
+
+
 def _gradients(call: BackwardCall, grad_x_dtype: torch.dtype):
-    """grad_x, grad_weight and grad_bias in one call: one pass for grad_z and grad_bias, and the products."""
+    """grad_x, grad_weight and grad_bias: one pass for grad_z and grad_bias, and the products."""
     compute_dtype, (N, K) = call.compute_dtype, call.weight.shape
     wants_x, wants_weight, wants_bias = call.output_mask
     grad = passes.rows(call.grad_out)
@@ -71,7 +93,9 @@ def _gradients(call: BackwardCall, grad_x_dtype: torch.dtype):
     saved = _saved(call, grad)
     rounds = saved is not None or (grad.dtype != compute_dtype and grad.dtype != torch.float32)
     grad_z = grad.new_empty(grad.shape, dtype=compute_dtype) if rounds and (wants_x or wants_weight) else None
-    grad_x = grad.new_empty((grad.shape[0], K), dtype=grad_x_dtype) if wants_x else None
+    z, transposed = grad if grad_z is None else grad_z, call.operand.t()
+    later = wants_x and _is_for_onednn(z, transposed, compute_dtype, grad_x_dtype)
+    grad_x = grad.new_empty((grad.shape[0], K), dtype=grad_x_dtype) if wants_x and not later else None
     grad_weight = grad.new_empty((N, K), dtype=call.grad_weight_dtype) if wants_weight else None
     grad_bias = grad.new_empty(N, dtype=call.grad_bias_dtype) if wants_bias else None
     x = _readable(passes.rows(call.x), compute_dtype) if wants_weight else None
@@ -79,6 +103,8 @@ def _gradients(call: BackwardCall, grad_x_dtype: torch.dtype):
     torch.ops.mpkernels_C.linear_act_gradients.default(
         grad, saved, call.activation, x, weight, compute_dtype, grad_z, grad_x, grad_weight, grad_bias
     )
+    if later:
+        grad_x = _multiply(z, transposed, compute_dtype, grad_x_dtype)
     return grad_x if grad_x is None else passes.as_grad_x(call, grad_x), grad_weight, grad_bias
 
 

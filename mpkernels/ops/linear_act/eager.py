@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from mpkernels.ops.common.cast import cast
 from mpkernels.ops.common.layout import overlaps
-from mpkernels.ops.linear_act import epilogues, passes
+from mpkernels.ops.linear_act import epilogues, onednn, passes
 from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
 from mpkernels.ops.linear_act.epilogues import Activation, acc_dtype, finish
 
@@ -23,8 +23,6 @@ SMALL_GEMM = 1 << 20  # M * N * K up to which oneDNN's own set-up costs more tha
 INVARIANT_ROWS = 16  # of a GEMM under batch_invariant: more make M=1 dearer, fewer a large M
 GPU_ROWS = 512  # the same on a GPU: fewer leave it idle
 _AFTER_ROUNDING = (Activation.NONE, Activation.RELU)  # which may as well come after it
-AMX_K = 32  # bf16 of a row that AMX takes at once
-SEGMENT = 1 << 17  # elements looked at at a time: what is made of them stays in the cache
 FEW_ROWS = 2  # up to here reading the weight costs more than multiplying with it
 
 
@@ -59,8 +57,8 @@ def _matmul_nt(
         return finish(F.linear(a, b, bias), activation, None, out_dtype)
     if compute_dtype == out_dtype == torch.bfloat16 and activation in _AFTER_ROUNDING and not batch_invariant:
         narrow = cast(b, compute_dtype)
-        if _has_bf16_instructions() and _products_stay_normal(a, narrow, bias):
-            return _matmul_nt_bf16(a, narrow, bias, activation)
+        if onednn.has_bf16_instructions() and onednn.products_stay_normal(a, narrow, bias):
+            return onednn.multiply(a, narrow, bias, activation)
     a = a.to(acc).contiguous()
     bias = None if bias is None else bias.to(acc).contiguous()  # oneDNN reads a bias as if its stride were 1
     K, N = b.shape[1], b.shape[0]
@@ -101,59 +99,6 @@ def _linear(a, b, bias):
 @functools.cache
 def _has_onednn_avx512() -> bool:
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-# ----- bf16, by oneDNN, where the CPU has instructions for it -----
-
-
-@functools.cache
-def _has_bf16_instructions() -> bool:
-    """AVX-512 BF16 or AMX. NOTE: private names, without which fp32 serves."""
-    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return torch.backends.mkldnn.is_available() and any(ask is not None and ask() for ask in asked)
-
-
-def _matmul_nt_bf16(a, b, bias, activation):
-    """round(act(a @ b.T + bias)): sums in fp32, to which oneDNN adds a bias in fp32, rounded once.
-
-    NOTE: where AMX's blocks of K are not whole it reads on into the next row and multiplies by 0, so that an inf or NaN there
-    reaches this one, in F.linear too.
-    """
-    missing = -a.shape[1] % AMX_K
-    if missing:
-        a, b = (F.pad(t, (0, missing)) for t in (a, b))
-    a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
-    z = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
-    return z.relu_() if activation == Activation.RELU else z  # NOTE: oneDNN's own turns NaN into 0
-
-
-def _products_stay_normal(a, b, bias) -> bool:
-    """Whether nothing but 0 can come up that is below 2^-126, which these instructions take for 0.
-
-    From 2^-50 on products of bf16, of 8 bits each, are multiples of 2^-114, from 2^-100 on a bias in fp32 of 2^-123, and so
-    are all sums. Empty operands are for others.
-    """
-    if not (a.numel() and b.numel()) or (bias is not None and bias.dtype == torch.float64):
-        return False
-    if not (_is_none_below(b, 2.0**-50) and _is_none_below(a, 2.0**-50)):
-        return False
-    return bias is None or _is_none_below(bias.float(), 2.0**-100)
-
-
-def _is_none_below(tensor, limit: float) -> bool:
-    """Whether every element is 0, NaN or at least `limit` in magnitude."""
-    tensor = tensor.t() if tensor.dim() == 2 and tensor.stride(0) == 1 else tensor
-    bits, most = (torch.int16, 0x7FFF) if tensor.dtype.itemsize == 2 else (torch.int32, 0x7FFFFFFF)
-    least = torch.tensor(limit, dtype=tensor.dtype, device="cpu").view(bits).item()
-    for segment in tensor.reshape(-1).view(bits).split(SEGMENT):
-        magnitude = segment.bitwise_and(most)  # integers in the order of what they stand for
-        smallest = magnitude.amin().item()
-        if smallest == 0:  # without the zeros: less one, they are the largest of all
-            smallest = magnitude.sub_(1).bitwise_and_(most).amin().item() + 1
-        if smallest < least:
-            return False
-    return True
 
 
 # ----- whatever the batch -----
