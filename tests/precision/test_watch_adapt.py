@@ -109,6 +109,27 @@ def test_adapt_says_what_it_changed(caplog):
     assert [record.getMessage() for record in caplog.records] == [str(run.watch.report()).splitlines()[-1]]
 
 
+def test_adapt_follows_after_a_fixed_number_of_steps():
+    run = Run(adapt=mpk.Adapt(raise_after=1))
+    for step in range(1, 12):
+        run.step(X * (1e6 if step == 3 else 1))
+    assert [(c.step, c.layer) for c in run.changes] == [(3 + LAG, "0")]
+
+
+def test_adapt_by_an_optimizer_that_skips():
+    """Without a scaler its steps are the steps, skipped ones too."""
+    model = model_with(FORWARD[0](), FORWARD[1](), "mixed_float16")
+    optimizer = mpk.optim.AdamW(model.parameters(), lr=0.01, skip_nonfinite=True)
+    with mpk.watch(model, optimizer, adapt=mpk.Adapt()) as watch:
+        for _ in range(2 + LAG + 1):
+            loss = (model(X).float() - Y).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert [(c.step, c.layer) for c in watch.report().changes] == [(2 + LAG, "3")]
+    assert loss.isfinite()
+
+
 def test_adapt_is_a_change_of_the_policy_alone():
     """The parameters stay, and the optimizer; from the change on the bits are those of a model converted like that."""
     run = Run(FORWARD, adapt=mpk.Adapt())
