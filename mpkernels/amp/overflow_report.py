@@ -45,7 +45,7 @@ def _instead(optimizer) -> str:
     if isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         return "pass the one inside it, its .optimizer"
     name = type(optimizer).__name__
-    return f"train with mpkernels.optim.{name if name in ('AdamW', 'Adam', 'SGD') else 'AdamW'}"
+    return f"train with mpkernels.optim.{name if name in ('AdamW', 'Adam', 'Lion', 'SGD') else 'AdamW'}"
 
 
 def _lines(read: LastRead) -> list[str]:

@@ -1223,6 +1223,8 @@ def test_overflow_report_of_another_optimizer_says_what_to_do():
         message = f"needs an optimizer of mpkernels.optim, .* got torch.optim.{name}: train with mpkernels.optim.{instead}$"
         with pytest.raises(TypeError, match=message):
             scaler.overflow_report(make(params))
+    with pytest.raises(TypeError, match=r"got \S*test_amp.Lion: train with mpkernels.optim.Lion$"):  # of lion-pytorch, say
+        scaler.overflow_report(type("Lion", (), {})())
     wrapper = type("Wrapper", (), {})()
     wrapper.optimizer = mpk.optim.AdamW(params)
     with pytest.raises(TypeError, match=r"got \S*test_amp.Wrapper: pass the one inside it, its \.optimizer$"):
