@@ -44,7 +44,7 @@ test: lint prove
 sweep: build $(STAMPS)/test
 	$(PY) -m pytest -n 2 --dist worksteal -m sweep
 
-# In an hour a test may take a while: none is ended early, only what hangs.
+# A test may take half an hour; only what hangs is ended.
 release: build $(STAMPS)/test
 	$(PY) -m pytest -n 2 --dist worksteal -m release --timeout 1800 -o faulthandler_timeout=1860
 

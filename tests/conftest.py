@@ -13,10 +13,12 @@ import torch
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
+LONGEST = ("test_triton_interpreter.py", "test_triton_aot.py", "test_overflow_everywhere.py", "test_examples.py")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest goes first, so that no process is left with it when the others have done."""
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/toolchain/test_triton_interpreter.py"))
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True, scope="session")

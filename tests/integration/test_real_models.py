@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import mpkernels as mpk
 from tests.bounds import check_merged, check_model_not_worse_than, check_trained_loss
+from tests.levels import each_once
 from tests.models import CASES, LoRA, RefuseAsCUDA, logits, loss
 from tests.steps import raw
 
@@ -300,14 +301,14 @@ def test_real_models_train(name):
     check_training(name, "mixed_float16", 20)
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("policy", ["mixed_float16", "float16"])
-@by_name
+@pytest.mark.parametrize(
+    "name, policy", each_once(CASES, ("mixed_float16", "float16"), few=pytest.mark.sweep, others=pytest.mark.release)
+)
 def test_real_models_train_200_steps(name, policy):
     check_training(name, policy, 200)
 
 
-@pytest.mark.sweep
+@pytest.mark.release
 @by_name
 def test_real_models_train_is_well_conditioned(name):
     check_training(name, perturbed, 200)

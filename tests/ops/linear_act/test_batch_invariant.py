@@ -11,6 +11,7 @@ import torch
 import mpkernels as mpk
 from mpkernels.ops.linear_act import Activation
 from mpkernels.runtime import native
+from tests.levels import each_once
 from tests.linear_act_cases import DTYPES, Case, backward, forward, grad_z_of, same_bits
 from tests.paths import ROOT
 
@@ -78,9 +79,9 @@ def test_linear_act_batch_invariant_activation(activation, policy):
     assert_rows_stand_alone(activation, policy, 150)
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("activation", Activation, ids=lambda a: a.name.lower())
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "activation, policy", each_once(Activation, POLICIES, few=pytest.mark.sweep, others=pytest.mark.release)
+)
 def test_linear_act_batch_invariant_activation_of_many_rows(activation, policy):
     """More elements than a thread is given at once."""
     assert_rows_stand_alone(activation, policy, 4000)

@@ -146,8 +146,9 @@ def test_hopper_alignment_ladder(matrix, reason):
     assert sm90.tma_why_not(given) is None or matrix.shape[1] % 8
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize(
+    "block", [pytest.param(n, marks=pytest.mark.sweep if n < 5 else pytest.mark.release) for n in range(10)]
+)
 def test_hopper_random_sizes(block, device):
     """Any sizes in multiples of 8, layouts and dtypes; 2000 on a GPU."""
     random, torch_random = np.random.default_rng(block), torch.Generator().manual_seed(block)
