@@ -76,6 +76,8 @@ class Tap:
             self.write(WEIGHT, module.weight)
         if asks_node or not (x.requires_grad and torch.is_grad_enabled()):
             return x
+        if x.is_nested and not self.has_node:  # torch has no backward of a view of what nn.Linear reads then
+            return x
         return _GradX.apply(x, self.table, self.row)
 
     def leave(self, module: nn.Module, out: torch.Tensor) -> None:

@@ -247,7 +247,7 @@ def _watched(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             inside.update(module.modules())
             yield name, module, why_not(model, f"{name}.out_proj".lstrip("."), module.out_proj)
         elif is_linear(module) and module not in inside:
-            yield name, module, why_not(model, name, module) or ""
+            yield name, module, "" if hasattr(module, "adopt") else why_not(model, name, module) or ""
 
 
 def _check_not_watched(found: list[tuple[str, nn.Module, str]], scaler: GradScaler | None) -> None:

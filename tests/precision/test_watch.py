@@ -214,6 +214,20 @@ def test_watch_of_multihead_attention():
     assert all(layer.out > 0 and layer.grad_x > 0 for layer in layers.values())
 
 
+@pytest.mark.parametrize("policy", [None, "mixed_float16"])
+def test_watch_of_jagged_rows(policy):
+    """Of nn.Linear without grad_x."""
+    model = nn.Sequential(nn.Linear(8, 4))
+    if policy is not None:
+        mpk.convert(model, policy)
+    x = torch.nested.nested_tensor([X[:2], X[2:]], layout=torch.jagged, requires_grad=True)
+    with mpk.watch(model) as watch:
+        model(x).values().sum().backward()
+        (layer,) = watch.report().layers
+    assert layer.out == pytest.approx(amax(model(X)), rel=1e-6)
+    assert (layer.grad_x is None) == (policy is None)
+
+
 def test_watch_leaves_out_evaluation_and_transforms():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     with mpk.watch(model) as watch:
