@@ -118,11 +118,11 @@ class Layer:
         """Analyse one call, in blocks of rows."""
         weight, bias = self.weight, None if self.module.bias is None else self.module.bias.detach()
         N, K = weight.shape
-        x = call.x.reshape(-1, K)
-        grad = None if call.grad_out is None else call.grad_out.reshape(-1, N)
+        M = math.prod(call.x.shape[:-1])
+        x, grad = call.x.reshape(M, K), None if call.grad_out is None else call.grad_out.reshape(M, N)
         if not self.rows:
             self.ranges.add("weight", weight)
-        self.rows.append(len(x))
+        self.rows.append(M)
         self.x_dtype, self.has_gradient = x.dtype, self.has_gradient or grad is not None
         wanted = {"grad_x": call.wants_grad_x, "grad_weight": self.module.weight.requires_grad}
         wanted = {name for name, is_wanted in wanted.items() if is_wanted and grad is not None}
@@ -130,8 +130,8 @@ class Layer:
         exact = _Exact(weight, bias, self.activation, wanted)
         totals: list[torch.Tensor | None] = [None] * len(self.policies)
         size = max(BLOCK // max(N, K, 1), min(N, K) // 4, 1)  # next to the weight a quarter of it is little
-        for rows in range(0, len(x), size):
-            is_last = rows + size >= len(x)
+        for rows in range(0, M, size):
+            is_last = rows + size >= M
             self._add_block(exact, x[rows : rows + size], None if grad is None else grad[rows : rows + size], totals, is_last)
         if "grad_weight" in wanted:
             self.ranges.add("grad_weight", exact.grad_weight)
@@ -271,7 +271,7 @@ class _Exact:
         off = after_activation(off, self.z, activation_of(self.activation), v)
         uo, so = _unit(out_dtype), _least(out_dtype)
         bound = off.mul_(1 + uo).add_(self.out.abs(), alpha=uo).add_(so)
-        return float(torch.div(wrong, bound, out=bound).abs_().max())
+        return float(torch.div(wrong, bound, out=bound).abs_().max()) if wrong.numel() else 0.0
 
 
 def _accumulator(device: torch.device, compute: torch.dtype) -> float:
@@ -304,7 +304,7 @@ def _square(values: torch.Tensor) -> float:
 
 def _distance(got: torch.Tensor, scale: float, exact: torch.Tensor) -> float:
     """The square of the norm of `got / scale - exact`, a part at a time."""
-    rows = max(BLOCK // exact.shape[1], 1)
+    rows = max(BLOCK // max(exact.shape[1], 1), 1)
     parts = zip(got.split(rows), exact.split(rows), strict=True)
     return sum(_square(a.double().div_(scale).sub_(b)) for a, b in parts)
 

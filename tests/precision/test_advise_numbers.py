@@ -247,6 +247,24 @@ def test_advise_of_a_transformer():
     mpk.convert(models.CASES["gpt2"].model(), advice.policy)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("rows, width", [(0, 8), (24, 0)])
+def test_advise_of_calls_without_elements(rows, width):
+    """An expert to which no token goes, and a layer without features."""
+
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down, self.rest = nn.Linear(16, width), nn.Linear(width, 6), nn.Linear(16, 6)
+
+        def forward(self, x):
+            return F.pad(self.down(self.up(x[:rows])), (0, 0, 0, len(x) - rows)) + self.rest(x)
+
+    advice = mpk.advise(Routed(), step)
+    assert advice.policy.keys() == {"up", "down", "rest"}
+    assert advice["up"].policies["mixed_float16"].noise == 0
+
+
 def test_advise_of_a_step_with_two_forwards():
     twice = mpk.advise(mlp().eval(), lambda model: step(model) + step(model))
     once = mpk.advise(mlp().eval(), step)
