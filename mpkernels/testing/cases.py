@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from mpkernels.testing import linear_act_cases, step_cases, update_cases
+from mpkernels.testing import linear_act_cases, quantize_cases, step_cases, update_cases
 from mpkernels.testing.case import Case
 
 
@@ -19,6 +19,7 @@ def of(op: str, *, few: bool, full: bool = False) -> Iterator[Case]:
         "sgd_": update_cases.sgd,
         "lion_": update_cases.lion,
         "update_scale_": step_cases.update_scale,
+        "quantize": quantize_cases.quantize,
     }
     return families[op](few, full)
 
@@ -26,4 +27,5 @@ def of(op: str, *, few: bool, full: bool = False) -> Iterator[Case]:
 def sizes(op: str, device: torch.device) -> dict[str, Callable[[torch.device], tuple]]:
     """What a race is run on: a name and the arguments of the op, made on the device."""
     few = device.type == "cpu"
-    return linear_act_cases.sizes(op, few) if op.startswith("linear") else step_cases.sizes(op, few)
+    family = {"linear_act": linear_act_cases, "linear_act_backward": linear_act_cases, "quantize": quantize_cases}
+    return family.get(op, step_cases).sizes(op, few)

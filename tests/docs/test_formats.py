@@ -45,3 +45,26 @@ def test_formats_misstatements_are_wrong_in_torch(make_formats):
     with torch.autocast("cpu", torch.bfloat16):
         assert wide(torch.zeros(1, 2, dtype=torch.float64)).dtype == torch.float64
         assert narrow(torch.zeros(1, 2)).dtype == torch.bfloat16
+
+
+def test_formats_eight_bits_are_numbers_of_fp16():
+    every = torch.arange(256, dtype=torch.uint8)
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        numbers = every.view(dtype).double()
+        assert torch.equal(numbers.half().double().nan_to_num(7), numbers.nan_to_num(7))
+    upper = (every.short() << 8).view(torch.float16)
+    assert torch.equal(upper.double().nan_to_num(7), every.view(torch.float8_e5m2).double().nan_to_num(7))
+
+
+def test_formats_eight_bits_have_exact_products():
+    every = torch.cat([torch.arange(256, dtype=torch.uint8).view(d).double() for d in (torch.float8_e4m3fn, torch.float8_e5m2)])
+    every = every[every.isfinite()]
+    products = every[:, None] * every
+    assert torch.equal(products.float().double(), products)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="casts of earlier versions differ")
+def test_formats_casts_of_torch_hide_an_overflow():
+    x = torch.tensor([1e6, float("inf"), float("nan")])
+    assert x.to(torch.float8_e4m3fn).float().nan_to_num(7).tolist() == [448.0, 448.0, 7.0]
+    assert x.to(torch.float8_e5m2).float().isinf().tolist() == [True, True, False]

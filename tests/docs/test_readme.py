@@ -110,7 +110,8 @@ def test_readme_matrix_has_every_op_and_backend():
         cells = [cell.strip() for cell in lines[name].split("|")[2:-1]]
         assert len([cell for cell in cells[:2] if cell]) == len({"eager", "native"} & set(op.backends))
         assert bool(cells[4]) == ("triton" in op.backends)
-        assert (cells[3] == "sm90") == (op.implementation("native", torch.device("cuda")).sm == 90)
+        on_gpu = op.implementation("native", torch.device("cuda"))
+        assert cells[3] == ("" if on_gpu is None else "sm90" if on_gpu.sm == 90 else report.LEAST_SM["native"])
 
 
 def test_readme_says_when_to_use_autocast():

@@ -75,7 +75,7 @@ def test_warmup_asks_for_every_op(model, monkeypatch):
     choose = resolve.choose
     monkeypatch.setattr(resolve, "choose", lambda name, *key: (asked.add(name), choose(name, *key))[1])
     mpk.warmup(model, torch.ones(3, 6))
-    assert asked == set(resolve.ops)
+    assert asked == set(resolve.ops) - {"quantize"}  # which no layer calls
 
 
 @pytest.mark.skipif(native.why_not() is not None, reason=f"native: {native.why_not()}")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mpkernels.ops.linear_act.epilogues import Activation, empty_saved
+from mpkernels.ops.quantize import FORMATS
 from mpkernels.runtime import resolve
 from tests.linear_act_cases import laid_out
 
@@ -111,7 +112,14 @@ def update_scale_(draw: Draw) -> dict:
     )  # fmt: skip
 
 
-MAKERS = (linear_act, linear_act_backward, grad_stats_, adamw_, sgd_, lion_, update_scale_)
+def quantize(draw: Draw) -> dict:
+    shape = draw.sizes(draw.randint(0, 4))
+    x = draw.tensor(shape, draw.choice((f16, bf16, f32)), draw.random() < 0.5)
+    dims = max(len(shape), 1)
+    return dict(x=x, dtype=draw.choice(list(FORMATS)), axis=draw.maybe(draw.randint(-dims, dims - 1)))
+
+
+MAKERS = (linear_act, linear_act_backward, grad_stats_, adamw_, sgd_, lion_, update_scale_, quantize)
 
 
 def test_opcheck_has_every_op():

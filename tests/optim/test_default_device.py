@@ -88,7 +88,7 @@ def test_bits_do_not_follow_the_defaults(optimizer, policy, backend, monkeypatch
         torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("op", ["adamw_", "sgd_", "grad_stats_", "update_scale_", "linear_act"])
+@pytest.mark.parametrize("op", ["adamw_", "sgd_", "grad_stats_", "update_scale_", "linear_act", "quantize"])
 def test_checks_do_not_follow_the_defaults(op):
     with torch.device("meta"):
         assert checks.wrong(ops[op], "eager", torch.device("cpu")) is None

@@ -14,6 +14,7 @@ from mpkernels.testing.memory import GUARD, Memory
 from tests import wrong_kernels
 
 CPU = torch.device("cpu")
+RETURNS = ("linear_act", "linear_act_backward", "quantize")
 STEP = ("adamw_", "sgd_", "lion_", "grad_stats_", "update_scale_")
 
 
@@ -90,7 +91,8 @@ def test_memory_behind_an_input_is_nan():
 def test_checks_notice_a_write_outside_of_outputs(name, wrong):
     def change(right, arguments):
         results = right(*arguments)
-        written = results[-3] if results else arguments[3] if name == "update_scale_" else arguments[2]
+        place = 0 if name == "quantize" else -3
+        written = results[place] if results else arguments[3] if name == "update_scale_" else arguments[2]
         written = written[-1] if isinstance(written, list) else written
         past = torch.empty(0, dtype=written.dtype).set_(
             written.untyped_storage(), written.storage_offset() + written.numel(), (1,), (1,)
@@ -98,7 +100,7 @@ def test_checks_notice_a_write_outside_of_outputs(name, wrong):
         past.fill_(1)
         return results
 
-    backend = "native" if name.startswith("linear") else "eager"  # of torch's own ops the outputs are not ours
+    backend = "native" if name in RETURNS else "eager"  # of torch's own ops the outputs are not ours
     assert wrong(name, change, backend).endswith("memory outside of an output was written")
 
 
@@ -125,7 +127,7 @@ def test_checks_notice_what_does_not_repeat(name, wrong):
         if next(calls) % 2:
             written = results[0] if results else arguments[3 if name in ("grad_stats_", "update_scale_") else 2]
             written = written[-1] if isinstance(written, list) else written
-            written.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[written.element_size()]).add_(1)
+            written.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[written.element_size()]).add_(1)
         return results
 
     assert wrong(name, change).endswith("two runs differ")
@@ -134,7 +136,7 @@ def test_checks_notice_what_does_not_repeat(name, wrong):
 @pytest.mark.parametrize("name", sorted(ops))
 def test_checks_notice_what_is_not_written(name, wrong):
     """Outputs keep their poison, states what they were."""
-    empty = {"linear_act": 3, "linear_act_backward": 4}.get(name, 0)
+    empty = name in RETURNS
 
     def change(right, arguments):
         results = right(*arguments) if empty else None
