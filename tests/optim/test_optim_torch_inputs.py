@@ -16,6 +16,7 @@ import mpkernels as mpk
 from mpkernels.ops.common.cast import cast
 from mpkernels.runtime.resolve import ENVIRONMENT_VARIABLE
 from tests import bounds
+from tests.levels import each_once
 
 SHAPES = ((7,), (3, 5), (), (130,))
 KINDS = {  # dtype of the parameters, and of what the update is applied to
@@ -87,8 +88,6 @@ def test_torch_inputs_match_reference(backend, given, kind):
     check(given, kind, 20)
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("given", INPUTS)
+@pytest.mark.parametrize("given, kind", each_once(INPUTS, KINDS, few=pytest.mark.sweep, others=pytest.mark.release))
 def test_torch_inputs_match_reference_for_1000_steps(backend, given, kind):
     check(given, kind, 1000)
