@@ -119,6 +119,7 @@ def recipes(case: Training, device: torch.device) -> dict[str, tuple]:
         "torch fp16 model, fp32 masters": (classical, (), {}, f16),
     }
     if not on_gpu:
+        found[f"{OURS} mixed_bfloat16 in autocast"] = (ours, ("mixed_bfloat16",), dict(autocast=True), bf16)
         found["torch fp32, oneDNN"] = (by_torch, (None,), dict(onednn=True), f32)
     if case.compiled:
         found[f"{OURS}, compiled"] = (ours, ("mixed_float16",), dict(compiled=True), f32)
