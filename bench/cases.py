@@ -54,7 +54,7 @@ class Mlp(Case):
 
 @dataclass(frozen=True)
 class Step(Case):
-    """scaler.step and scaler.update of AdamW on `parameters` in `tensors` equal tensors. kind: plain, clip or skipped.
+    """scaler.step and scaler.update of an optimizer on `parameters` in `tensors` equal tensors. kind: plain, clip or skipped.
 
     grads float16: 16-bit parameters with fp32 masters; float32: fp32 parameters, from which a 16-bit copy is made.
     """
@@ -63,11 +63,13 @@ class Step(Case):
     tensors: int
     grads: str = "float16"
     kind: str = "plain"
+    optimizer: str = "adamw"
     op: str = field(default="step", init=False)
 
     @property
     def name(self) -> str:
-        return f"step/{self.grads}/{self.kind}/{self.parameters:.0e}in{self.tensors}".replace("+0", "")
+        which = "" if self.optimizer == "adamw" else f"{self.optimizer}/"
+        return f"step/{which}{self.grads}/{self.kind}/{self.parameters:.0e}in{self.tensors}".replace("+0", "")
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def _steps():
         yield Step(10 * million, 300, "float32", kind, quick=CPU if kind == "plain" else ())
         yield Step(100 * million, 300, kind=kind, quick=CUDA)
         yield Step(100 * million, 300, "float32", kind)
+    yield from (Step(n * million, 300, optimizer="lion", quick=quick) for n, quick in ((10, CPU), (100, CUDA)))
     for tensors in (1, 300):
         yield Step(1000 * million, tensors, quick=CUDA, devices=CUDA)
     yield Step(1000 * million, 300, "float32", devices=CUDA)

@@ -21,10 +21,12 @@ from bench.step_recipes import (
     DECAY,
     EPS,
     HYPER,
+    LION_BETAS,
     LR,
     MAX_NORM,
     SCALE,
     Recipe,
+    TorchLion,
     apex,
     apex_passes,
     bitsandbytes,
@@ -35,6 +37,7 @@ from bench.step_recipes import (
     ours,
     plain_read,
     torch_compile,
+    torch_lion,
     transformer_engine,
 )  # fmt: skip
 from mpkernels.ops.optimizer_update import reference
@@ -49,6 +52,8 @@ PLAIN_READ = f"{OURS}, a plain read"  # in place of verdict and statistics
 
 def recipes(case: Step, device: torch.device) -> dict[str, tuple[Callable, int]]:
     """name: (recipe, bytes per parameter, 0 where temporaries make it a matter of counting)."""
+    if case.optimizer == "lion":
+        return {OURS: (ours, 22), "fp32 parameters, foreach": (torch_lion, 0)}
     fused, foreach, loop = dict(fused=True), dict(foreach=True), dict(foreach=False, fused=False)
     narrow, plain, skipped = case.grads == "float16", case.kind == "plain", case.kind == "skipped"
     clip = 12 if case.kind == "clip" else 0  # norm R4, scaled R4 W4
@@ -93,7 +98,7 @@ def implementations(case: Step, device: torch.device) -> dict[str, Implementatio
         name: implementation(plain if name == PLAIN_STEP else case, device, *how, name, made)
         for name, how in recipes(case, device).items()
     }
-    return with_forced(found, lambda: implementation(case, device, *recipes(case, device)[OURS]), "adamw_", device)
+    return with_forced(found, lambda: implementation(case, device, *recipes(case, device)[OURS]), f"{case.optimizer}_", device)
 
 
 def implementation(
@@ -132,7 +137,7 @@ def _check(case: Step, device: torch.device, recipe: Recipe, ours: bool) -> dict
     if case.kind == "skipped":
         assert torch.equal(after, w), "a skipped step wrote the masters"
         return {}
-    exact, fp32 = _reference(w, g * factor), _torch_fp32(w, g * factor)
+    exact, fp32 = _reference(case, w, g * factor), _torch_fp32(case, w, g * factor)
     if ours:
         bounds.check_trajectory(*(t.double().numpy()[None] for t in (after, exact, fp32)))
         if recipe.masters is not None:
@@ -146,15 +151,19 @@ def _squares(grad: torch.Tensor) -> float:
     return sum(part.double().square().sum().item() for part in grad.flatten().split(1 << 26))
 
 
-def _reference(w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+def _reference(case: Step, w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     zeros = np.zeros(w.numel())
+    if case.optimizer == "lion":
+        hyper = dict(lr=LR, beta1=LION_BETAS[0], beta2=LION_BETAS[1], weight_decay=DECAY)
+        return torch.from_numpy(reference.lion(w.double().numpy(), g.numpy(), zeros, 1, **hyper)[0])
     hyper = dict(lr=LR, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=DECAY, decoupled=True)
     return torch.from_numpy(reference.adamw(w.double().numpy(), g.numpy(), zeros, zeros, None, 1, **hyper)[0])
 
 
-def _torch_fp32(w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+def _torch_fp32(case: Step, w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     """torch's for-loop in fp32: what bound 8 compares with."""
     p = nn.Parameter(w.clone())
     p.grad = g.float()
-    torch.optim.AdamW([p], **HYPER, foreach=False).step()
+    optimizer = TorchLion([p]) if case.optimizer == "lion" else torch.optim.AdamW([p], **HYPER, foreach=False)
+    optimizer.step()
     return p.detach()

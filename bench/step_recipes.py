@@ -24,6 +24,8 @@ from mpkernels.runtime import compute_copy
 LR, BETAS, EPS, DECAY, MAX_NORM = 1e-4, (0.9, 0.999), 1e-8, 1e-2, 1.0
 SCALE = 1.0  # torch divides fp32 gradients by the scale in place, round after round
 HYPER = dict(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
+LION_BETAS = (0.9, 0.99)
+LION_HYPER = dict(lr=LR, betas=LION_BETAS, weight_decay=DECAY)
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Recipe:
     step: Callable[[], object]
     params: list[torch.Tensor]
     masters: Callable[[], list[torch.Tensor]] | None = None
-    optimizer: mpk.optim.AdamW | None = None
+    optimizer: torch.optim.Optimizer | None = None
     layers: Sequence[nn.Module] = ()
 
     def updated(self) -> list[torch.Tensor]:
@@ -90,7 +92,8 @@ def ours(case, device) -> Recipe:
     """One read, one pass. fp32 parameters: as under mixed_float16, where a layer reads the 16-bit copy."""
     params = parameters(case, device, getattr(torch, case.grads))
     layers = [reader_of(p) for p in params] if case.grads == "float32" else []
-    optimizer = mpk.optim.AdamW(params, **HYPER, max_norm=MAX_NORM if case.kind == "clip" else None)
+    kind, hyper = (mpk.optim.Lion, LION_HYPER) if case.optimizer == "lion" else (mpk.optim.AdamW, HYPER)
+    optimizer = kind(params, **hyper, max_norm=MAX_NORM if case.kind == "clip" else None)
     scaler = scaler_of(mpk.GradScaler, device)
 
     steps = itertools.count(1)
@@ -161,6 +164,31 @@ def classical(case, device, **options) -> Recipe:
             p.copy_(master)
 
     return Recipe(step, model, lambda: masters)
+
+
+class TorchLion(torch.optim.Optimizer):
+    """Lion in fp32 by torch's foreach ops: torch itself has none."""
+
+    def __init__(self, params):
+        super().__init__(params, dict(LION_HYPER))
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        params, (beta1, beta2) = group["params"], group["betas"]
+        grads = [p.grad for p in params]
+        moments = [self.state[p].setdefault("exp_avg", torch.zeros_like(p)) for p in params]
+        signs = torch._foreach_lerp(moments, grads, 1 - beta1)
+        torch._foreach_sign_(signs)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, signs, alpha=-group["lr"])
+        torch._foreach_lerp_(moments, grads, 1 - beta2)
+
+
+def torch_lion(case, device) -> Recipe:
+    """The autocast recipe with it: fp32 parameters and gradients, GradScaler."""
+    params = parameters(case, device, torch.float32)
+    return Recipe(by_torch(case, TorchLion(params), scaler_of(torch.amp.GradScaler, device)), params)
 
 
 def fp32_parameters(case, device, *, cast=False, **options) -> Recipe:

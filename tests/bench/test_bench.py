@@ -23,6 +23,7 @@ SMALL = (
     ),
     Mlp(8, 32),
     *(Step(30_000, 3, grads, kind) for grads in ("float16", "float32") for kind in ("clip", "skipped")),
+    Step(30_000, 3, optimizer="lion"),
 )
 
 
