@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import mpkernels as mpk
 from bench import models, rows
-from bench.tables import markdown
+from bench.tables import goals, is_met
 from bench.training import peak_bytes
 from mpkernels.precision.plan import POLICIES
 from tests import models as test_models
@@ -41,9 +41,8 @@ def figure(what: str, value: float, goal: float, cases: int, *, at_least: bool =
 def loss_change() -> Iterator[dict]:
     found = [c for name in TRANSFORMERS for c in measured.loss_changes(name, 48, torch.float64)]
     correlation, within = measured.agreement(found)
-    yield figure(
-        "change of the loss, predicted and measured: Pearson's correlation", correlation, 0.95, len(found), at_least=True
-    )
+    what = "change of the loss, predicted and measured: Pearson's correlation"
+    yield figure(what, correlation, 0.95, len(found), at_least=True)
     yield figure("the same: share within a factor of 2", within, 0.85, len(found), at_least=True)
 
 
@@ -231,26 +230,14 @@ def main() -> int:
     if unknown := set(arguments.names) - MEASURES.keys():
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
-    is_met = True
+    all_met = True
     for name in arguments.names or MEASURES:
         found = [{"case": f"precision/{name}", **row, **rows.environment(CPU)} for row in MEASURES[name]()]
-        print(table(found), flush=True)
-        is_met &= all(map(met, found))
+        print(goals(found), flush=True)
+        all_met &= all(map(is_met, found))
         if arguments.out:
             rows.merge(arguments.out, found)
-    return 0 if is_met else 1
-
-
-def met(row: dict) -> bool:
-    return row["value"] >= row["goal"] if row["at_least"] else row["value"] <= row["goal"]
-
-
-def table(found: list[dict]) -> str:
-    lines = []
-    for row in found:
-        goal = f"{'>=' if row['at_least'] else '<='} {row['goal']:g}"
-        lines.append([row["what"], goal, f"{row['value']:.3g}" + ("" if met(row) else " (missed)"), f"{row['cases']:,}"])
-    return markdown(["what", "goal", "measured", "cases"], lines)
+    return 0 if all_met else 1
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the tables of README.md and docs/performance.md, docs/benchmarks and the charts from bench/results.
+"""Write the tables of README.md and of pages in docs, docs/benchmarks and the charts from bench/results.
 
 python -m bench.report. A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; nothing there is written by
 hand, nor is anything in docs/benchmarks. tests/bench/test_bench.py fails where a table is not what the rows say, or a chart
@@ -21,7 +21,7 @@ from mpkernels.runtime.resolve import Implementation, ops
 
 ROOT = RESULTS.parent.parent
 PLOTS = ROOT / "docs" / "plots"
-DOCUMENTS = ("README.md", "docs/performance.md")
+DOCUMENTS = ("README.md", "docs/performance.md", "docs/which-precision.md")
 
 
 @dataclass(frozen=True)
@@ -232,6 +232,7 @@ TABLES = {
     "key figures": lambda rows: compared(KEY_FIGURES, rows),
     "memory": memory,
     "places": places,
+    "precision": lambda _: tables.goals(read(RESULTS / "precision.jsonl")),
     "support": support,
 }
 

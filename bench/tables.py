@@ -139,3 +139,17 @@ def left_out(rows: list[dict]) -> str:
     if not reasons:
         return "None."
     return markdown(["baseline", "first in", "because"], [[name, *why] for name, why in reasons.items()])
+
+
+def is_met(row: dict) -> bool:
+    """Whether a row of bench/precision.py reaches its goal."""
+    return row["value"] >= row["goal"] if row["at_least"] else row["value"] <= row["goal"]
+
+
+def goals(rows: list[dict]) -> str:
+    """What was measured beside its goal."""
+    lines = []
+    for row in rows:
+        goal = f"{'>=' if row['at_least'] else '<='} {row['goal']:g}"
+        lines.append([row["what"], goal, f"{row['value']:.3g}" + ("" if is_met(row) else ", missed"), f"{row['cases']:,}"])
+    return markdown(["what", "wanted", "measured", "cases"], lines)
