@@ -52,8 +52,9 @@ def fused(call, step) -> Fused | None:
     else:
         is_first = None
 
+    taken = step.taken.unbind() if is_first is None else ()
+
     def update(indices, masters, grads, states, grad_scale, found_inf):
-        taken = step.taken.unbind()
         cases = [(is_first[indices[0]], found_inf)] if is_first else _either_case([taken[i] for i in indices], found_inf)
         for first, found in cases:
             torch._fused_sgd_(
