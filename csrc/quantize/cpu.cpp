@@ -17,7 +17,7 @@
 namespace mpk {
 namespace {
 
-constexpr int64_t kBlock = 512;      // numbers that are widened to fp32 at once
+constexpr int64_t kBlock = 2048;     // numbers that are widened to fp32 at once
 constexpr int64_t kChunk = 1 << 15;  // numbers that are worth a thread
 
 MPK_CLONES int32_t largest_magnitude(const float* x, int64_t n) {

@@ -22,7 +22,7 @@ def quantize(call: QuantizeCall):
     amax = x.abs().amax() if call.axis is None else x.abs().amax(call.axis, keepdim=True)
     scale = scale_of(amax.float(), format)
     codes = encode(x.float() * scale.reciprocal(), format)  # the product is exact, or so small that q is 0
-    return torch.where(scale.isnan(), NAN, codes).to(torch.uint8).contiguous().view(call.dtype), scale
+    return codes.masked_fill_(scale.isnan(), NAN).to(torch.uint8).contiguous().view(call.dtype), scale
 
 
 def scale_of(amax: torch.Tensor, format: Format) -> torch.Tensor:
@@ -34,13 +34,14 @@ def scale_of(amax: torch.Tensor, format: Format) -> torch.Tensor:
 
 
 def encode(y: torch.Tensor, format: Format) -> torch.Tensor:
-    """The bits of the nearest number of the format, int32; y: fp32, none beyond its largest."""
+    """The bits of the nearest number of the format, int32; y: fp32, none beyond its largest. Its memory is used."""
     mantissa, bias, _ = format
     magnitude, cut = y.abs(), 23 - mantissa
     bits = magnitude.view(torch.int32)
-    to_even = ((bits >> cut) & 1) + ((1 << (cut - 1)) - 1)
-    normal = ((bits + to_even) >> cut) - ((127 - bias) << mantissa)  # round: fp32 -> 8 bits
+    normal = (bits >> cut).bitwise_and_(1).add_((1 << (cut - 1)) - 1).add_(bits)  # ties go to the even one
+    normal.bitwise_right_shift_(cut).sub_((127 - bias) << mantissa)  # round: fp32 -> 8 bits
+    is_subnormal = magnitude < 2.0 ** (1 - bias)
     unit = 24 - bias - mantissa  # a sum with 2**unit ends in the format's least subnormal
-    subnormal = (magnitude + 2.0**unit).view(torch.int32) - ((127 + unit) << 23)  # round: fp32 -> 8 bits
-    code = torch.where(magnitude < 2.0 ** (1 - bias), subnormal, normal)
-    return code | ((y.view(torch.int32) >> 24) & 0x80)
+    magnitude.add_(2.0**unit)  # round: fp32 -> 8 bits
+    code = torch.where(is_subnormal, bits.sub_((127 + unit) << 23), normal)
+    return code.bitwise_or_(y.view(torch.int32).bitwise_right_shift_(24).bitwise_and_(0x80))
