@@ -55,7 +55,7 @@ def test_quantize_every_16_bit_number(source, dtype, device):
     cases.test_quantize_every_16_bit_number_below(source, 15, dtype, device)
 
 
-@pytest.mark.parametrize("source, shape", zip(itertools.cycle((f16, bf16, f32)), SHAPES), ids=str)
+@pytest.mark.parametrize("source, shape", list(zip(itertools.cycle((f16, bf16, f32)), SHAPES)), ids=str)
 def test_quantize_shapes(shape, source, dtype, device, generator):
     cases.test_quantize_shapes(shape, source, dtype, device, generator)
 
