@@ -59,10 +59,10 @@ def update_kernel(
                 w_ptr, grad_ptr, s0_ptr, s1_ptr, s2_ptr, copy_ptr, first, end, factor, s, formula, state_type, FLAGS,
                 False, BLOCK,
             )  # fmt: skip
-        if masked < end:
+        for first in range(masked, end, BLOCK // 4):  # an element a thread: masks of more take registers that fp64 has not
             _block(
-                w_ptr, grad_ptr, s0_ptr, s1_ptr, s2_ptr, copy_ptr, masked, end, factor, s, formula, state_type, FLAGS,
-                True, BLOCK,
+                w_ptr, grad_ptr, s0_ptr, s1_ptr, s2_ptr, copy_ptr, first, end, factor, s, formula, state_type, FLAGS,
+                True, BLOCK // 4,
             )  # fmt: skip
 
 
