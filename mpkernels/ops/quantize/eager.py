@@ -27,7 +27,7 @@ def quantize(call: QuantizeCall):
 
 def scale_of(amax: torch.Tensor, format: Format) -> torch.Tensor:
     """The scale of what has such a largest magnitude, in fp32."""
-    bits = amax.view(torch.int32)
+    bits = amax.abs().view(torch.int32)  # NOTE: amax may return a NaN with its sign set
     exponent = ((bits + ABOVE_LARGEST) >> 23) - format.max_exponent
     scale = (exponent.clamp(min=1) << 23).view(torch.float32)
     return torch.where(bits >= INF, torch.nan, torch.where(bits == 0, 1.0, scale))
