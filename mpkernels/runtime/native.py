@@ -7,18 +7,27 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
+BUILD = "run pip install --no-build-isolation ."
+
+# Those of csrc/ops.cpp: a library that was built before one of them came is not used.
+OPS = (
+    "cuda_versions", "load_kernels", "grad_stats_", "amax_", "end_step_", "adamw_", "sgd_", "lion_", "update_scale_",
+    "quantize", "linear_act_multiply", "linear_act_products_stay_normal", "linear_act_gradients", "linear_act_fprop",
+    "linear_act_dgrad", "linear_act_wgrad", "linear_act_select", "linear_act_sum",
+)  # fmt: skip
 
 
 @functools.cache
 def why_not() -> str | None:
     """None once the library is loaded, else one sentence."""
     if not LIBRARY.exists():
-        return "not built; run pip install --no-build-isolation ."
+        return f"not built; {BUILD}"
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY.name} does not load: {error}"
-    return None
+    missing = next((name for name in OPS if not hasattr(torch.ops.mpkernels_C, name)), None)
+    return missing and f"{LIBRARY.name} lacks {missing}: it is older than this code; {BUILD}"
 
 
 @functools.cache

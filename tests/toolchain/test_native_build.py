@@ -5,6 +5,7 @@ That the steps are right is proven in test_rules.py, test_skips.py, test_grad_st
 """
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,19 @@ def test_native_says_why_not_when_not_built(monkeypatch):
     monkeypatch.setattr(native, "why_not", native.why_not.__wrapped__)
     reason = adamw_.why_not("native", torch.device("cpu"), torch.float32)
     assert reason == "not built; run pip install --no-build-isolation ."
+
+
+def test_native_knows_every_op_of_the_sources():
+    declared = re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc" / "ops.cpp").read_text())
+    assert sorted(native.OPS) == sorted(declared)
+
+
+def test_native_says_why_not_of_an_older_library(monkeypatch):
+    """It loads, and what came since would be an AttributeError in the middle of a step."""
+    monkeypatch.setattr(native, "OPS", (*native.OPS, "of_tomorrow_"))
+    monkeypatch.setattr(native, "why_not", native.why_not.__wrapped__)
+    reason = adamw_.why_not("native", torch.device("cpu"), torch.float32)
+    assert reason == "_C.abi3.so lacks of_tomorrow_: it is older than this code; run pip install --no-build-isolation ."
 
 
 # ----- scalars --------------------------------------------------------------------------------------
