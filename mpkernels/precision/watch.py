@@ -146,7 +146,8 @@ class Watch:
 
     def _end_step(self, scale: torch.Tensor | None) -> float | None:
         """scale: that of the step. The scale to go back to, or None. Without adapt nothing waits for the device."""
-        if self._group is not None:  # as bits, which order as magnitudes do, with inf and NaN on top
+        if self._group is not None:  # as bits, which order as magnitudes do, with inf and a NaN without a sign on top
+            self._table.masked_fill_(self._table.isnan(), math.nan)
             bits = self._table.view(torch.int64 if self._table.dtype == torch.float64 else torch.int32)
             distributed.all_reduce(bits, distributed.ReduceOp.MAX, self._group)
         end_step(self._table, self._last, scale)

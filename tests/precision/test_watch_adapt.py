@@ -10,7 +10,7 @@ from torch import distributed, nn
 
 import mpkernels as mpk
 from mpkernels.precision.adapt import LAG
-from mpkernels.precision.taps import NOTHING
+from mpkernels.precision.taps import NOTHING, OUT
 from mpkernels.runtime import compute_copy
 from tests.precision.test_find_nonfinite import Scale
 from tests.precision.test_watch import hooks_of
@@ -232,8 +232,21 @@ def _other_layers(rank):
     assert not model[0]._forward_hooks
 
 
-def test_watch_ranks_have_the_same_layers():
-    run_ranks(2, _other_layers)
+def _negative_nan(rank):
+    """Of inf - inf on x86, as a compiled model hands it on: the bits of an integer below those of every finite magnitude."""
+    watch = mpk.watch(nn.Linear(2, 2), process_group=distributed.group.WORLD)
+    watch._table[1, OUT] = torch.tensor(-1, dtype=torch.int32).view(torch.float32) if rank == 1 else 35.0
+    watch._end_step(None)
+    assert watch._last[1, OUT].isnan()
+
+
+def _two_ranks(rank):
+    _other_layers(rank)
+    _negative_nan(rank)
+
+
+def test_watch_ranks_have_the_same_layers_and_lose_no_nan():
+    run_ranks(2, _two_ranks)
 
 
 # ----- the rule, by tables made by hand ---------------------------------------------------------------
