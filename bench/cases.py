@@ -53,6 +53,19 @@ class Mlp(Case):
 
 
 @dataclass(frozen=True)
+class Quantize(Case):
+    """An fp32 matrix in float8_e4m3fn with a scale per row, from its largest magnitude."""
+
+    rows: int
+    columns: int
+    op: str = field(default="quantize", init=False)
+
+    @property
+    def name(self) -> str:
+        return f"quantize/{self.rows}x{self.columns}"
+
+
+@dataclass(frozen=True)
 class Step(Case):
     """scaler.step and scaler.update of an optimizer on `parameters` in `tensors` equal tensors. kind: plain, clip or skipped.
 
@@ -179,6 +192,10 @@ _EVERYTHING = (
     Mlp(64, 256, compiled=True, devices=CPU),
     Mlp(4096, 4096, compiled=True, quick=CUDA, devices=CUDA),
     Mlp(16384, 1024, compiled=True, devices=CUDA),
+    Quantize(256, 1024, devices=CPU),
+    Quantize(1024, 4096, devices=CPU),
+    Quantize(4096, 4096, devices=CUDA),
+    Quantize(16384, 4096, devices=CUDA),
     *_steps(),
     *_trainings(),
     *(

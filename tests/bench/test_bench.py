@@ -11,7 +11,7 @@ import torch
 
 from bench import compare, figures, plots, report, rows, step, tables, targets
 from bench.__main__ import check
-from bench.cases import CASES, LinearAct, Mlp, Step, select
+from bench.cases import CASES, LinearAct, Mlp, Quantize, Step, select
 from bench.implementation import OURS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -22,6 +22,7 @@ SMALL = (
         for dtype in ("float16", "bfloat16")
     ),
     Mlp(8, 32),
+    Quantize(33, 70),
     *(Step(30_000, 3, grads, kind) for grads in ("float16", "float32") for kind in ("clip", "skipped")),
     Step(30_000, 3, optimizer="lion"),
 )
