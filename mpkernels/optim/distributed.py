@@ -8,11 +8,12 @@ for the same on every rank. All ranks get the same bits. Meshes come in the orde
 all ranks; two that share only some of their ranks must be slices of one mesh.
 """
 
-import sys
 from dataclasses import dataclass
 
 import torch
 from torch import distributed
+
+from mpkernels.runtime.op import is_dtensor
 
 LOCAL, UNCOUNTED = "local", "uncounted"  # parts of the norm without a collective: the same on all ranks; a later replica's
 _SCALES = 1.0, 2.0**600, 2.0**-600  # of norms before they are squared: as they are, for tiny ones, for huge ones
@@ -106,14 +107,6 @@ def _mesh(mesh, placed: list[torch.Tensor]) -> _Mesh:
         if mesh.size(dim) > 1:
             groups[dim not in sharded].append(mesh.get_group(dim))
     return _Mesh(*groups, tuple(c == 0 for c in coordinate))
-
-
-def is_dtensor(tensor) -> bool:
-    """Whether `tensor` is a DTensor, without importing what torch itself imports only at its first use."""
-    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
-        return False
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ mpkernels/runtime/resolve.py chooses; a call is chosen for once.
 """
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -236,6 +237,14 @@ def are_plain(values) -> bool:
 
 # Most of a call's arguments; isinstance takes several times as long to say so, as torch.Tensor has a metaclass.
 _NO_TENSORS = frozenset({type(None), bool, int, float, list, torch.dtype})
+
+
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor, without importing what torch itself imports only at its first use."""
+    if type(tensor) in PLAIN:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def is_direct(call) -> bool:

@@ -54,15 +54,13 @@ Raises
 Source: torch.nn.functional.linear, torch.relu, ATen threshold_backward.
 """
 
-import sys
-
 import torch
 
 from mpkernels.ops.linear_act import autograd
 from mpkernels.ops.linear_act.call import ForwardCall, FusedBackwardLink
 from mpkernels.ops.linear_act.epilogues import Activation, ActivationName, activation_of, name_of
 from mpkernels.ops.linear_act.schema import backward_op, forward_op, op_of
-from mpkernels.runtime.op import PLAIN, is_direct, without_defaults
+from mpkernels.runtime.op import PLAIN, is_direct, is_dtensor, without_defaults
 
 __all__ = [
     "Activation", "ActivationName", "FusedBackwardLink", "activation_of", "backward_op", "forward_op", "linear_act", "name_of",
@@ -79,7 +77,7 @@ def linear_act(
     activation: an Activation. grad_dtype: dtype of the gradients of weight and bias; None means their own.
     next: filled, and then has to be the `prev` of the one call that reads `out`; gradients are wrong otherwise.
     """
-    if type(weight) not in PLAIN and _is_dtensor(weight):
+    if type(weight) not in PLAIN and is_dtensor(weight):
         from mpkernels.ops.linear_act import sharding
 
         sharding.check(weight, bias, activation, out_dtype)
@@ -144,8 +142,3 @@ def saves_mask(device: torch.device, compute_dtype: torch.dtype) -> bool:
 
 # torch.compiler.assume_constant_result does just this, and loads the compiler, seconds long, to do it.
 saves_mask._dynamo_marked_constant = True
-
-
-def _is_dtensor(tensor: torch.Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # imported by what made one
-    return module is not None and isinstance(tensor, module.DTensor)
