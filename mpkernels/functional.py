@@ -17,6 +17,7 @@ from mpkernels.ops.linear_act.epilogues import Activation, ActivationName, activ
 from mpkernels.ops.quantize import QuantizeCall, check_format
 from mpkernels.ops.quantize import op as _quantize
 from mpkernels.policy import Policy, PolicyName
+from mpkernels.runtime.op import is_dtensor
 
 
 def linear_act(
@@ -51,6 +52,8 @@ def quantize(x: torch.Tensor, dtype: torch.dtype, axis: int | None = None) -> tu
         raise TypeError(f"quantize: dtype must be a torch.dtype, got {type(dtype).__name__}")
     if axis is not None and not isinstance(axis, int):
         raise TypeError(f"quantize: axis must be an int or None, got {type(axis).__name__}")
+    if is_dtensor(x):
+        from mpkernels.ops.quantize import sharding  # noqa: F401 - which registers it
     return _quantize.run(QuantizeCall(x, dtype, axis))
 
 

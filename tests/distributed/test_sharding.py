@@ -112,3 +112,21 @@ def test_safetensors_go_to_a_plain_model_and_back(tmp_path):
     plain = nn.Sequential(nn.Linear(24, 37), nn.ReLU(), nn.Linear(37, 5))
     safetensors.load_model(plain, tmp_path / "model.safetensors")
     assert raw(plain.parameters()) == raw(converted.parameters())
+
+
+def sharded_quantize(rank, dim, axis):
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    x = torch.randn((5, 6), generator=torch.Generator().manual_seed(0))
+    placed = distribute_tensor(x, mesh, [Replicate() if dim is None else Shard(dim)])
+    results = mpk.functional.quantize(placed, torch.float8_e4m3fn, axis)
+    kept = dim is not None and axis is not None and dim != axis % 2
+    assert all(result.placements == ((Shard(dim),) if kept else (Replicate(),)) for result in results)
+    back = mpk.functional.dequantize(*results)
+    expected = mpk.functional.quantize(x, torch.float8_e4m3fn, axis)
+    assert torch.equal(results[1].full_tensor(), expected[1])
+    assert torch.equal(back.full_tensor(), mpk.functional.dequantize(*expected))
+
+
+@pytest.mark.parametrize("dim, axis", [(0, -1), (1, -1), (1, 0), (0, None)])
+def test_quantize_is_sharded(dim, axis):
+    run_ranks(2, sharded_quantize, dim, axis)
