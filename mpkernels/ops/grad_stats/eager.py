@@ -103,7 +103,8 @@ def _read_here(by_dtype: list[list[torch.Tensor]], with_norm: bool, device) -> t
                     norms.append(_norm_of(segment, of_segments[-1]))
             values.append(of_segments[0] if len(of_segments) == 1 else max(of_segments, key=_nan_last))
         largest.append(torch.tensor(values, dtype=torch.promote_types(grads[0].dtype, torch.float32), device=device))
-    return largest, math.hypot(*norms) if with_norm else None
+    norm = math.nan if any(map(math.isnan, norms)) else math.hypot(*norms)  # of inf and NaN hypot makes inf
+    return largest, norm if with_norm else None
 
 
 def _nan_last(value: float) -> tuple[bool, float]:

@@ -148,6 +148,13 @@ def test_grad_stats_counts_nonfinite(device, dtype):
     assert out["amax"].tolist()[1:] == [grads[1][grads[1].isfinite()].abs().max().item(), 0.0, 0.0]
 
 
+def test_grad_stats_norm_of_inf_and_nan(device):
+    """As torch's: a clip by inf makes 0 of what is finite, one by NaN makes NaN of all."""
+    inf, nan, one = (torch.tensor([x], device=device) for x in (math.inf, math.nan, 1.0))
+    assert stats([one, -inf], 2.0)["grad_norm"].item() == math.inf
+    assert stats([inf, one, nan], 2.0)["grad_norm"].isnan()
+
+
 @pytest.mark.parametrize("grad_scale", BAD_SCALES)
 def test_grad_stats_bad_scale_is_an_overflow(device, grad_scale):
     assert stats(random_grads(device), grad_scale)["found_inf"].item() == 1
