@@ -178,7 +178,8 @@ class InputTap:
         raise_ = _raise_traced if torch.compiler.is_compiling() else self.raise_
         for given in (*args, *kwargs.values()):
             for values in (given,) if type(given) is torch.Tensor else tensors_of(given):
-                if values.is_floating_point() and values.device == self.table.device:
+                looked_at = values.is_floating_point() and values.dtype.itemsize > 1  # of 8 bits torch has no maximum
+                if looked_at and values.device == self.table.device:
                     raise_(self.table, 0, DATA, values, ignores_minus_inf=True)
 
 

@@ -370,6 +370,14 @@ def test_watch_names_the_data():
         assert scaler.overflow_report(optimizer) == ""
 
 
+def test_watch_passes_over_data_in_eight_bits():
+    model = nn.Sequential(nn.Identity(), nn.Linear(4, 4))
+    model[0].register_forward_hook(lambda module, args, out: out.float())
+    with mpk.watch(model) as watch:
+        model(torch.ones(2, 4).to(torch.float8_e4m3fn))
+        assert watch.report().layers[0].out > 0
+
+
 def test_watch_says_where_every_linear_is_finite():
     """Of a gradient that only a weight has."""
     model = mpk.convert(nn.Sequential(nn.Linear(8, 4)), "mixed_float16,grad=float16")
