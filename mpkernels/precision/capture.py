@@ -2,6 +2,7 @@
 """Run a model under hooks and leave it as it was: gradients, buffers, hooks and random numbers."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -90,8 +91,11 @@ def capture(model: nn.Module, step: Callable, targets: Mapping[str, nn.Module], 
 
     `analyse` is given a call when its gradient arrives, and those that none came to after backward; what it was given lives
     no longer than autograd keeps it. Returns the loss. Linears compute without policy and outside of autocast meanwhile.
+    A call inside a checkpoint counts once, though backward computes it again.
     """
-    waiting: dict[object, Call] = {}
+    waiting: dict[object, Call] = {}  # for a gradient
+    without_graph: dict[str, list[Call]] = {name: [] for name in targets}
+    is_backward = False
 
     def register(name: str, module: nn.Module) -> list:
         if targets.get(name) is not module:
@@ -111,9 +115,15 @@ def capture(model: nn.Module, step: Callable, targets: Mapping[str, nn.Module], 
         kept = None if is_linear(module) else outputs[0].detach()
         x = inputs[0] if inputs else outputs[0].detach()[:0]
         call, key = Call(name, module, x.detach(), kept, None, x.requires_grad), object()
-        waiting[key] = call
+        if is_backward:  # a checkpoint; the first time had no graph if it is reentrant, which alone has its gradients here
+            if not without_graph[name]:
+                return
+            without_graph[name].pop(0)
         if outputs[0].requires_grad:
+            waiting[key] = call
             outputs[0].register_hook(lambda grad: arrived(key, grad.detach()))
+        else:
+            without_graph[name].append(call)
 
     def arrived(key: object, grad: torch.Tensor) -> None:
         if (call := waiting.pop(key, None)) is not None:
@@ -124,11 +134,12 @@ def capture(model: nn.Module, step: Callable, targets: Mapping[str, nn.Module], 
         loss = step(model)
         check_loss("advise", loss)
         value = float(loss.detach())
+        is_backward = True
         loss.backward()
         del loss
         with torch.no_grad():
-            for key in list(waiting):
-                analyse(waiting.pop(key))
+            for call in itertools.chain(waiting.values(), *without_graph.values()):
+                analyse(call)
     return value
 
 

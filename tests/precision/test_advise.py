@@ -2,11 +2,13 @@
 """advise: planted layers get the right verdict, predictions are what is measured, the model stays what it was."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import mpkernels as mpk
 from mpkernels.precision import verdict
@@ -204,6 +206,22 @@ def test_advise_of_a_layer_that_is_used_twice():
     assert both.range["x"].amax == pytest.approx(1e5 * once[BF16].range["x"].amax)
     assert both.range["x"].min_nonzero == once[BF16].range["x"].min_nonzero
     assert both.bytes - once[BF16].bytes == 24 * 32 * 2  # saved for backward, once more
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_advise_counts_checkpointed_layers_once(use_reentrant):
+    class Checkpointed(Net):
+        def forward(self, x):
+            inside = nn.Sequential(self.before, self.planted, nn.GELU(), self.planted, self.after)
+            return self.last(run(inside, F.gelu(self.first(x))))
+
+    found = []
+    for run in (lambda module, x: module(x), partial(checkpoint, use_reentrant=use_reentrant)):
+        model = Checkpointed()
+        model.planted, model.last = nn.Linear(32, 32), nn.Linear(32, 6)
+        model.load_state_dict(found[0] if found else model.state_dict())
+        found += [model.state_dict(), advise(model).to_json()]
+    assert found[1] == found[3]
 
 
 def test_advise_of_a_layer_that_is_never_called():
