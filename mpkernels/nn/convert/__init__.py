@@ -51,7 +51,8 @@ def convert(
     A policy with a `grad_dtype` other than the parameters' is for the optimizers here: torch's own and DDP refuse such
     gradients; `grad_dtype=None` is for them.
     Raises ValueError for an unknown policy, a glob that matches nothing, and policies that do not go together; TypeError
-    for what is no module; RuntimeError for a cast that would drop hooks. Nothing has changed then.
+    for what is no module; RuntimeError for a cast that would drop hooks, and for a converted linear that an `mpk.watch`
+    watches. Nothing has changed then.
     """
     _check_module(model)
     policies = dict(policy) if isinstance(policy, Mapping) else {"*": policy}
@@ -101,10 +102,13 @@ def convert(
 def revert(model: Model) -> Model:
     """Undo `convert`: modules are again what they were. Dtypes stay as they are.
 
-    Raises TypeError for what is no module, RuntimeError for what `fully_shard` has made another class of.
+    Raises TypeError for what is no module, RuntimeError for what `fully_shard` has made another class of, and for a linear
+    that an `mpk.watch` watches.
     """
     _check_module(model)
     for name, module in model.named_modules():  # before anything is changed
+        if "_observer" in vars(module):
+            raise RuntimeError(f"{name or 'the model'} is watched: close() its mpk.watch first")
         before = vars(module).get("_before")
         if before is not None and type(module).__name__.startswith("FSDP") and type(module) is not before.cls:
             raise RuntimeError(f"{name or 'model'} was converted, then made a {type(module).__name__}: fully_shard comes last")
