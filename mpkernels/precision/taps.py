@@ -28,8 +28,9 @@ def counts(module: nn.Module) -> bool:
 class Tap:
     """That of one layer; that of a copy of the layer, or of a pickled one, does nothing.
 
-    position: that of its first call among all layers' first calls. adapts: with adapt, grad_weight is written where there is no
-    grad_x, and x and weight where `reads_operands`. may_be_captured: whether a call inside a CUDA graph is no error.
+    position: that of its first call among all layers' first calls. dtype: of what that returned. adapts: with adapt, grad_weight
+    is written where there is no grad_x, and x and weight where `reads_operands`. may_be_captured: whether a call inside a CUDA
+    graph is no error.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Tap:
         self.raise_ = None if table is None else raise_of(table)
         self.has_node = hasattr(module, "adopt")  # linear_act's, which can be asked for grad_x
         self.position: int | None = None
+        self.dtype: torch.dtype | None = None
         self.adapts, self.reads_operands, self.may_be_captured = False, False, True
 
     def __reduce__(self):
@@ -83,17 +85,17 @@ class Tap:
     def leave(self, module: nn.Module, out: torch.Tensor) -> None:
         if self.table is None or not counts(module):
             return
-        self.note()
+        self.note(out.dtype)
         if not self.may_be_captured and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("watch: adapt cannot change what a CUDA graph has captured: capture without adapt=")
         self.write(OUT, out)
         if self.has_node and not torch.compiler.is_compiling() and hasattr(out.grad_fn, "on_grads"):
             out.grad_fn.on_grads = self.grads
 
-    def note(self) -> None:
-        """That the layer is called, in which order."""
+    def note(self, dtype: torch.dtype) -> None:
+        """That the layer is called, in which order, and what it returns."""
         if self.position is None:
-            self.position = next(self.clock)
+            self.position, self.dtype = next(self.clock), dtype
 
     note._dynamo_marked_constant = True  # called when a call is traced; see linear_act.saves_mask
 

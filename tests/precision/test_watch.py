@@ -197,6 +197,11 @@ def test_watch_of_checkpointed_layers(use_reentrant, policy):
 @pytest.mark.parametrize("policy", [None, "mixed_bfloat16"])
 def test_watch_in_autocast(policy):
     model = model_with(policy=policy)
+    with mpk.watch(model) as watch, torch.autocast("cpu", torch.float16):
+        model(X)
+        narrow = watch.report().layers
+    end = torch.finfo(torch.float16 if policy is None else torch.bfloat16).max
+    assert [layer.room for layer in narrow] == pytest.approx([math.log2(end / layer.out) for layer in narrow])
     with mpk.watch(model) as watch, torch.autocast("cpu", torch.bfloat16):
         model(X).float().square().mean().backward()
         layers = watch.report().layers
@@ -461,6 +466,20 @@ def test_watch_does_not_follow_copies():
         assert other._layer_watch is None
         assert all(layer.out is None for layer in watch.report().layers)
         mpk.watch(copied).close()
+
+
+@pytest.mark.parametrize("change", [mpk.revert, mpk.convert, lambda model: mpk.convert(model, "bfloat16")])
+def test_watch_keeps_its_layers(change):
+    """A reverted layer would no longer tell it anything, and have no policy to adapt."""
+    model = model_with()
+    optimizer, scaler = parts(model)
+    with mpk.watch(model, optimizer, scaler, adapt=mpk.Adapt()) as watch:
+        with pytest.raises(RuntimeError, match=r"^0 is watched: close\(\) its mpk\.watch first$"):
+            change(model)
+        train(model, optimizer, scaler)
+        assert all(layer.out and layer.policy == "mixed_float16" for layer in watch.report().layers)
+        assert mpk.revert(copy.deepcopy(model))(X).isfinite().all()
+    change(model)
 
 
 def test_watch_state_dict_round_trip():
