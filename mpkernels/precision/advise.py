@@ -11,7 +11,7 @@ from mpkernels.nn.convert.linears import linears, why_not
 from mpkernels.policy import Policy, PolicyName
 from mpkernels.precision import choose
 from mpkernels.precision.advice import Advice, AdviceRow
-from mpkernels.precision.capture import Call, capture, check_is_module
+from mpkernels.precision.capture import Call, capture, check_is_module, check_is_step
 from mpkernels.precision.layer import Layer, PolicyRow, Ranges, cost_of
 from mpkernels.precision.tables import size_text
 from mpkernels.precision.verdict import problem
@@ -37,12 +37,13 @@ def advise(
     bytes that products read and write; then the least noise. Linears with the same weight get the same policy. One that no
     policy keeps in range gets the widest, and `why` says so; one that was not called gets none.
     The model stays what it was: parameters, gradients, buffers, modes, hooks, random numbers.
-    Raises TypeError for what is no module and for a loss that is no tensor; ValueError for a loss that is no scalar, a model
-    without linears, an unknown policy, one whose parameters are wider than the model's, a model that is stored in 16 bits,
-    with which there is nothing wider to compare, and a budget that nothing meets (it says what comes nearest); RuntimeError
-    for a model on meta, and a loss without a graph.
+    Raises TypeError for what is no module or function, and for a loss that is no tensor; ValueError for a loss that is no
+    scalar, a model without linears, an unknown policy, one whose parameters are wider than the model's, a model that is stored
+    in 16 bits, with which there is nothing wider to compare, and a budget that nothing meets (it says what comes nearest);
+    RuntimeError for a model on meta, and a loss without a graph.
     """
     check_is_module("advise", model)
+    check_is_step("advise", step)
     candidates = [Policy.parse(p) for p in ([policies] if isinstance(policies, str | Policy) else policies)]
     modules = _targets(model, candidates)
     for name, value in (("loss_scale", loss_scale), ("loss_budget", loss_budget), ("memory", memory)):

@@ -22,6 +22,12 @@ def check_is_module(name: str, model: object) -> None:
             raise RuntimeError(f"{name}: {which} is on meta and has no values: load the model first")
 
 
+def check_is_step(name: str, step: object) -> None:
+    """TypeError for what cannot be called, which most often is the loss itself."""
+    if not callable(step):
+        raise TypeError(f"{name}: step must be a function of the model that returns the loss, got {type(step).__name__}")
+
+
 def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
     """The tensors in nested tuples, lists and mappings (so in the outputs of transformers), in their order."""
     if isinstance(tree, torch.Tensor):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpkernels.precision.capture import check_is_module, check_loss, hooked, mapped, tensors_of, untouched
+from mpkernels.precision.capture import check_is_module, check_is_step, check_loss, hooked, mapped, tensors_of, untouched
 from mpkernels.precision.report import Report
 
 
@@ -20,10 +20,11 @@ def find_nonfinite(model: nn.Module, step: Callable[[nn.Module], torch.Tensor]) 
     "First" is in the order in which modules end, so it is the innermost; a module that was given inf or NaN is not named, and
     where the first module was, the data is. In backward the gradient of a module's input counts, and of its parameters.
     It waits for the device. The model stays what it was: gradients, buffers, hooks, random numbers.
-    Raises TypeError for what is no module and for a loss that is no tensor, ValueError for a loss that is no scalar,
-    RuntimeError for one without a graph.
+    Raises TypeError for what is no module or function, and for a loss that is no tensor, ValueError for a loss that is no
+    scalar, RuntimeError for one without a graph.
     """
     check_is_module("find_nonfinite", model)
+    check_is_step("find_nonfinite", step)
     with untouched(model), torch.enable_grad():
         search = _Search()
         with hooked(model, search.register):

@@ -28,9 +28,9 @@ def counts(module: nn.Module) -> bool:
 class Tap:
     """That of one layer; that of a copy of the layer, or of a pickled one, does nothing.
 
-    position: that of its first call among all layers' first calls. dtype: of what that returned. adapts: with adapt, grad_weight
-    is written where there is no grad_x, and x and weight where `reads_operands`. may_be_captured: whether a call inside a CUDA
-    graph is no error.
+    position: that of its first call among all layers' first calls. dtype: of what that returned. adapts: with adapt,
+    grad_weight is written where there is no grad_x, and x and weight where `reads_operands`. may_be_captured: whether a call
+    inside a CUDA graph is no error.
     """
 
     def __init__(

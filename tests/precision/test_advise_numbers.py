@@ -320,6 +320,7 @@ def test_advice_says_why():
         ({"model": nn.ReLU()}, ValueError, "the model has no linear that can be converted"),
         ({"model": nn.Linear(16, 6).half()}, ValueError, "stored in torch.float16, with nothing wider to compare"),
         ({"model": nn.Linear(16, 6, device="meta")}, RuntimeError, "weight is on meta"),
+        ({"step": 3.0}, TypeError, "advise: step must be a function of the model that returns the loss, got float"),
         ({"step": lambda model: 3.0}, TypeError, "step must return the loss, a tensor, got float"),
         ({"step": lambda model: model(X)}, ValueError, r"step must return a scalar, got shape \(24, 6\)"),
         ({"step": lambda model: step(model).detach()}, RuntimeError, "the loss has no graph"),

@@ -151,6 +151,8 @@ def test_find_nonfinite_refuses():
     model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(TypeError, match="model must be a"):
         mpk.find_nonfinite(3, step)
+    with pytest.raises(TypeError, match="step must be a function of the model that returns the loss, got Tensor"):
+        mpk.find_nonfinite(model, step(model))
     with pytest.raises(TypeError, match="step must return the loss, a tensor, got float"):
         mpk.find_nonfinite(model, lambda model: 1.0)
     with pytest.raises(ValueError, match=r"must return a scalar, got shape \(6, 8\)"):
