@@ -12,7 +12,7 @@ from torch import nn
 from mpkernels.nn.linear import MPLinear
 from mpkernels.optim.distributed import local
 from mpkernels.precision.capture import tensors_of
-from mpkernels.runtime import native
+from mpkernels.runtime import native, untouched
 
 OUT, GRAD_X, GRAD_WEIGHT, X, WEIGHT = range(5)
 COLUMNS = 5
@@ -22,7 +22,8 @@ NOTHING = -1.0  # what no magnitude is as small as: nothing came
 
 def counts(module: nn.Module) -> bool:
     """Whether a call is of training; not inside a transform of torch.func, whose values are not to leave it."""
-    return (module.training or torch.is_grad_enabled()) and not torch._C._are_functorch_transforms_active()
+    is_training = (module.training or torch.is_grad_enabled()) and not untouched.is_inside
+    return is_training and not torch._C._are_functorch_transforms_active()
 
 
 class Tap:

@@ -233,15 +233,22 @@ def test_watch_of_jagged_rows(policy):
     assert (layer.grad_x is None) == (policy is None)
 
 
-def test_watch_leaves_out_evaluation_and_transforms():
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+@pytest.mark.parametrize("policy", [None, "mixed_float16"])
+def test_watch_leaves_out_evaluation_transforms_and_questions(policy):
+    model = model_with(nn.Identity(), policy)
     with mpk.watch(model) as watch:
         model.eval()
         with torch.no_grad():
             model(X)
         torch.func.vmap(model)(X)
         torch.func.grad(lambda x: model(x).sum())(X)
-        assert all(layer.out is None for layer in watch.report().layers)
+        bad = lambda model: model(X * math.inf).sum()
+        for asks in (mpk.find_nonfinite, mpk.advise):
+            asks(model.train(), bad)
+        mpk.check_batch_invariant(model, X)
+        report = watch.report()
+        assert report.ok
+        assert all(layer.out is None for layer in report.layers)
 
 
 @pytest.mark.parametrize("policy", [None, "mixed_float16"])
