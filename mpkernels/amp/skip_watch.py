@@ -56,11 +56,11 @@ class SkipWatch:
                 f"the last {in_a_row:.0f} steps were skipped: a gradient is inf or NaN each time, and the loss scale is "
                 f"{scale:.9g} now. No scale helps where the forward or the data has inf or NaN: {HOW_TO_SEARCH}. "
                 "scaler.overflow_report(optimizer) names the gradients.",
-                stacklevel=_callers_level(),
+                stacklevel=callers_level(),
             )
 
 
-def _callers_level() -> int:
+def callers_level() -> int:
     """The stacklevel of the user's call, as seen from the caller: torch wraps methods in a number of frames of its own."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("mpkernels", "torch"):

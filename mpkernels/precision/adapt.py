@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mpkernels.amp.skip_watch import callers_level
 from mpkernels.policy import Policy, PolicyName
+from mpkernels.precision.tables import shown
 from mpkernels.precision.taps import NOTHING, OUT, SCALE, Fault, Tap, first_fault
 from mpkernels.runtime import compute_copy
 
@@ -147,8 +149,8 @@ class Adaptation:
         elif fault.row not in self._warned:
             self._warned.add(fault.row)
             warnings.warn(
-                f"{layer.tap.name}: {why}, in {self.ladder[-1]}, the last of the ladder: mpk.find_nonfinite says why",
-                stacklevel=2,
+                f"{shown(layer.tap.name)}: {why}, in {self.ladder[-1]}, the last of the ladder: mpk.find_nonfinite says why",
+                stacklevel=callers_level(),
             )
 
     def _look_for_room(self, now: int, layer: _Layer, row: list[float]) -> None:
@@ -176,7 +178,7 @@ class Adaptation:
         layer.rung, layer.overflows, layer.clean, layer.changed = rung, [], 0, now
         self._apply(layer)
         self.changes.append(change)
-        _logger.info("step %d: %s from %s to %s: %s", *change)
+        _logger.info("step %d: %s from %s to %s: %s", now, shown(change.layer), change.before, change.after, why)
 
     def _apply(self, layer: _Layer) -> None:
         """The policy alone: parameters, their gradients and an optimizer's state stay as they are; its copy is made anew."""
@@ -209,7 +211,7 @@ class Adaptation:
         for name, layer in state["layers"].items():
             for which in ("policy", "lowest"):
                 if self._rung(Policy.parse(layer[which])) is None:
-                    raise ValueError(f"watch: state_dict has {name} in {layer[which]}, which the ladder has not")
+                    raise ValueError(f"watch: state_dict has {shown(name)} in {layer[which]}, which the ladder has not")
         names = {layer.tap.name for layer in self.layers.values()}
         if others := sorted(names ^ state["layers"].keys()):
             raise ValueError(f"watch: state_dict adapts other layers than this watch: {', '.join(others)}")

@@ -14,7 +14,7 @@ from mpkernels.policy import Policy
 from mpkernels.precision import picture
 from mpkernels.precision.layer import PolicyRow, cost_of
 from mpkernels.precision.ranges import Range
-from mpkernels.precision.tables import table
+from mpkernels.precision.tables import shown, table
 from mpkernels.precision.verdict import addition, problem, tightest
 
 
@@ -55,17 +55,17 @@ class Advice:
         """One sentence: why `name` has its policy and not another, or what `policy` would make of it."""
         row = self[name]
         if not row.policies or (row.policy is None and policy is None):
-            return f"{name}: {row.note}"
+            return f"{shown(name)}: {row.note}"
         if policy is not None:
             key = str(Policy.parse(policy))
             if key not in row.policies:
                 raise KeyError(f"{key} was not judged: {', '.join(row.policies)} were")
-            return f"{name}: {key}: {self._verdict(row, key)}"
+            return f"{shown(name)}: {key}: {self._verdict(row, key)}"
         rejected = [f"not {key}: {reason}" for key in row.policies if (reason := self._rejected(row, key)) is not None]
         chosen = row.policies[row.policy]
         wrong = problem(chosen, self.loss_scale)
         last = f"{row.policy}: {addition(chosen)}" if wrong is None else f"{row.policy}, the widest, does not mend it: {wrong}"
-        return f"{name}: {'; '.join([*rejected, last])}"
+        return f"{shown(name)}: {'; '.join([*rejected, last])}"
 
     def _rejected(self, row: AdviceRow, key: str) -> str | None:
         """Why a policy was not taken, where that is not its cost."""
@@ -88,10 +88,10 @@ class Advice:
 
     def __str__(self) -> str:
         judged = list(dict.fromkeys(key for row in self.rows for key in row.policies))
-        lines = [(row.name or "(model)", row.policy or "-", *(self._cell(row, key) for key in judged)) for row in self.rows]
+        lines = [(shown(row.name), row.policy or "-", *(self._cell(row, key) for key in judged)) for row in self.rows]
         noise = sum(n for row in self.rows if row.policy and math.isfinite(n := row.policies[row.policy].noise or 0.0))
         text = table(("layer", "policy", *judged), lines, left=2 + len(judged))
-        notes = [f"{row.name}: {row.note}" for row in self.rows if row.note and not row.policies]
+        notes = [f"{shown(row.name)}: {row.note}" for row in self.rows if row.note and not row.policies]
         last = f"loss {self.loss:.4g}; what the policies add to it: {noise:.1e}, of a budget of {self.loss_budget:.1e}"
         return "\n".join([text, *notes, last])
 

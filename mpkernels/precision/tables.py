@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and numbers as text, for a terminal."""
+"""Tables, numbers and names as text, for a terminal."""
 
 from collections.abc import Sequence
 
@@ -27,3 +27,8 @@ def flops_text(flops: float) -> str:
             return f"{flops:.3g} {unit}"
         flops /= 1000
     return f"{flops:.1f} TFLOP"
+
+
+def shown(name: str) -> str:
+    """The name of a module; that of the model itself is empty."""
+    return name or "the model"

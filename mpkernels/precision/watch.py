@@ -16,8 +16,9 @@ from mpkernels.nn.convert.linears import why_not
 from mpkernels.precision import watch_report
 from mpkernels.precision.adapt import LAG, Adapt, Adaptation
 from mpkernels.precision.capture import check_is_module, is_linear
+from mpkernels.precision.tables import shown
 from mpkernels.precision.taps import COLUMNS, NOTHING, InputTap, Tap, end_step
-from mpkernels.precision.watch_report import WatchReport, shown
+from mpkernels.precision.watch_report import WatchReport
 
 
 def watch(

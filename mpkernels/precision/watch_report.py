@@ -8,7 +8,7 @@ import torch
 
 from mpkernels.precision.adapt import Change
 from mpkernels.precision.report import Report
-from mpkernels.precision.tables import table
+from mpkernels.precision.tables import shown, table
 from mpkernels.precision.taps import GRAD_X, NOTHING, OUT, SCALE, Tap, first_fault
 
 
@@ -82,10 +82,6 @@ def report(
         loss_scale=scale,
         changes=changes,
     )
-
-
-def shown(name: str) -> str:
-    return name or "the model"
 
 
 def _layer(tap: Tap, note: str, row: list[float]) -> LayerAmax:

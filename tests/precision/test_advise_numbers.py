@@ -311,6 +311,7 @@ def test_advice_says_why():
     with pytest.raises(KeyError, match="float64 was not judged"):
         advice.why("0", "float64")
     assert mpk.convert(mlp(), advice.policy)[0].policy is not None
+    assert mpk.advise(nn.Linear(16, 6), step).why("").startswith("the model: mixed_float16: adds ")
 
 
 @pytest.mark.parametrize(

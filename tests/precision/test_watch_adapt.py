@@ -286,8 +286,34 @@ def test_adapt_does_not_count_what_ran_before_the_change():
     assert run.policies["3"] == "mixed_bfloat16"
     decide(run, [BAD], start=2 + LAG)
     assert run.policies["3"] == "float32"
-    with pytest.warns(UserWarning, match=r"3: out reaches inf, .*in float32, the last of the ladder"):
+    with pytest.warns(UserWarning, match=r"^3: out reaches inf, .*in float32, the last of the ladder") as warned:
         decide(run, [BAD] * 3, start=3 + 2 * LAG)
+    assert [warning.filename for warning in warned] == [__file__]
+
+
+def test_adapt_of_a_model_that_is_a_linear(caplog):
+    model = mpk.convert(nn.Linear(8, 4), "mixed_float16")
+    optimizer = mpk.optim.SGD(model.parameters(), lr=0.01, skip_nonfinite=True)
+    with torch.no_grad():
+        model.weight.fill_(math.inf)
+    adapt = mpk.Adapt(raise_after=1, ladder=LADDER[:2])
+
+    def train(steps):
+        for _ in range(steps):
+            model(X).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with caplog.at_level("INFO"), mpk.watch(model, optimizer, adapt=adapt) as watch:
+        with pytest.warns(UserWarning, match="^the model: out has NaN, "):
+            train(2 * LAG + 2)
+        state = watch.state_dict()
+        state["adapt"]["layers"][""]["policy"] = "float32"
+        with pytest.raises(ValueError, match="has the model in float32, which the ladder has not"):
+            watch.load_state_dict(state)
+    assert caplog.messages == [
+        "step 5: the model from mixed_float16 to mixed_bfloat16: out has NaN, in 1 of the last 100 steps"
+    ]
 
 
 @pytest.mark.parametrize("scale, least, counts", [(2.0, 2.0**-126, False), (1.0, 2.0**-126, True), (2.0, 4.0, True)])
