@@ -31,7 +31,7 @@ def quantize(few: bool, full: bool) -> Iterator[Case]:
 def _arguments(shape, axis, source, dtype, bad, memory, random) -> tuple:
     """Magnitudes over 40 binades, at an odd address, transposed; one number is 0."""
     x = torch.randn(shape, generator=random, dtype=f32, device="cpu")
-    x = x * torch.exp2(torch.randint(-30, 11, shape, generator=random, device="cpu").float())
+    x = x * torch.exp2(torch.randint(-30, 11, shape, generator=random, dtype=torch.int64, device="cpu").float())
     x = x.to(source)
     x.view(-1)[-1] = 0
     if bad is not None:
