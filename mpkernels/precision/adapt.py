@@ -209,6 +209,8 @@ class Adaptation:
         if not isinstance(state, dict) or not {"layers", "changes", "last_scale", "scale_before", "owes_scale"} <= state.keys():
             raise ValueError("watch: adapt of the state_dict is not that of a watch made with adapt=")
         for name, layer in state["layers"].items():
+            if missing := [which for which in ("policy", "lowest", "overflows", "clean", "changed") if which not in layer]:
+                raise ValueError(f"watch: state_dict lacks {', '.join(missing)} of {shown(name)}")
             for which in ("policy", "lowest"):
                 if self._rung(Policy.parse(layer[which])) is None:
                     raise ValueError(f"watch: state_dict has {shown(name)} in {layer[which]}, which the ladder has not")

@@ -184,12 +184,19 @@ class Watch:
             raise TypeError(f"watch: state_dict must be what a watch's state_dict() returned, got {type(state).__name__}")
         if missing := [name for name in self.state_dict() if name not in state]:
             raise ValueError(f"watch: state_dict lacks {', '.join(missing)}: it is not that of a watch")
-        names = [tap.name for tap in self._taps]
+        for name in ("layers", "pending"):
+            if not isinstance(state[name], list):
+                raise ValueError(f"watch: {name} of the state_dict must be a list, got {type(state[name]).__name__}")
+        names, steps, order = [tap.name for tap in self._taps], state["steps"], state["order"]
         if state["layers"] != names:
             other = set(state["layers"]) ^ set(names)
             raise ValueError(
                 f"watch: state_dict is of other layers than the model has: {', '.join(sorted(other)) or 'in order'}"
             )
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"watch: steps of the state_dict must be a natural number, got {steps!r}")
+        if order is not None and set(order) != {tap.row for tap in self._taps}:
+            raise ValueError(f"watch: order of the state_dict must be the rows of {len(names)} layers, got {order!r}")
         tables = {
             "table": state["table"],
             "last": state["last"],

@@ -508,6 +508,10 @@ def test_watch_state_dict_round_trip():
             (3, TypeError, "must be what a watch's"),
             ({}, ValueError, "lacks layers, steps"),
             (dict(state, layers=["0", "3", "9"]), ValueError, "of other layers than the model has: 5, 9"),
+            (dict(state, layers=None), ValueError, "layers of the state_dict must be a list, got NoneType"),
+            (dict(state, pending=None), ValueError, "pending of the state_dict must be a list, got NoneType"),
+            (dict(state, steps="1"), ValueError, "steps of the state_dict must be a natural number, got '1'"),
+            (dict(state, order=[1, 2]), ValueError, r"order of the state_dict must be the rows of 3 layers, got \[1, 2\]"),
             (dict(state, last=torch.zeros(2)), ValueError, "last of the state_dict must be a tensor"),
         ):
             with pytest.raises(error, match=message):

@@ -449,6 +449,10 @@ def test_adapt_loads_no_other_state():
         with pytest.raises(ValueError, match=message):
             run.watch.load_state_dict(bad)
     short = Run(adapt=mpk.Adapt(ladder=("mixed_float16", "float32")))
+    clean = state["adapt"]["layers"]["6"].pop("clean")
+    with pytest.raises(ValueError, match="state_dict lacks clean of 6"):
+        run.watch.load_state_dict(state)
+    state["adapt"]["layers"]["6"]["clean"] = clean
     state["adapt"]["layers"]["0"]["policy"] = "mixed_bfloat16"
     with pytest.raises(ValueError, match="has 0 in mixed_bfloat16, which the ladder has not"):
         short.watch.load_state_dict(state)
