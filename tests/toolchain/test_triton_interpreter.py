@@ -23,4 +23,5 @@ def test_triton_through_the_interpreter(file, level):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", level, file]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    nothing_more = {pytest.ExitCode.NO_TESTS_COLLECTED} if level == "sweep" else set()
+    assert result.returncode in {0} | nothing_more, result.stdout[-8000:] + result.stderr[-2000:]
