@@ -121,7 +121,7 @@ def plan(
     optimizers: names of `mpk.optim`, "SGD" with momentum, or names of one's own with functions of the parameters.
     batch_sizes: the smallest and the largest run; between them each op's memory is interpolated where both ran the same ops.
     A model on a GPU needs a torch that was built for GPUs, but no GPU. What is not seen: memory that an op frees before it
-    returns, gaps between blocks, what torch does not allocate, and the addresses that a step's op is given (160 bytes a tensor).
+    returns, gaps between blocks, what torch does not allocate, and the addresses given to a step's op: 160 bytes a parameter.
     Raises TypeError and ValueError for arguments that are not as above, ValueError for a policy whose parameters have
     another dtype than the model's, RuntimeError for a model on meta.
     """
