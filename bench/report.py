@@ -41,6 +41,7 @@ class Machine:
 
 MACHINES = {  # by the name of their page
     "zen3": Machine("AMD EPYC, Zen 3 (AVX2)", "AMD EPYC family 25 model 1", "cpu", ("cpu",)),
+    "zen4": Machine("AMD EPYC, Zen 4 (AVX-512 BF16)", "AMD EPYC family 25 model 17", "cpu", ("cpu-zen4",)),
     "intel": Machine(
         "Intel Xeon (AVX-512 FP16, AMX)",
         "Intel(R) Xeon(R) Processor family 6 model 167",
