@@ -86,12 +86,17 @@ class Tap:
     def leave(self, module: nn.Module, out: torch.Tensor) -> None:
         if self.table is None or not counts(module):
             return
-        self.note(out.dtype)
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling or self.position is None:
+            self.note(out.dtype)
         if not self.may_be_captured and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("watch: adapt cannot change what a CUDA graph has captured: capture without adapt=")
-        self.write(OUT, out)
-        if self.has_node and not torch.compiler.is_compiling() and hasattr(out.grad_fn, "on_grads"):
-            out.grad_fn.on_grads = self.grads
+        if is_compiling:
+            _raise_traced(self.table, self.row, OUT, out)
+            return
+        self.raise_(self.table, self.row, OUT, out)
+        if self.has_node and hasattr(node := out.grad_fn, "on_grads"):
+            node.on_grads = self.grads
 
     def note(self, dtype: torch.dtype) -> None:
         """That the layer is called, in which order, and what it returns."""
@@ -140,8 +145,10 @@ def is_native(table: torch.Tensor) -> bool:
 
 
 def _raise_native(table: torch.Tensor, row: int, column: int, values: torch.Tensor, *, ignores_minus_inf: bool = False) -> None:
-    values = values if type(values) is torch.Tensor and not values.is_nested else _plain(values)
-    values = values if values.is_contiguous() else values.contiguous()
+    if type(values) is not torch.Tensor or values.is_nested:
+        values = _plain(values)
+    if not values.is_contiguous():
+        values = values.contiguous()
     torch.ops.mpkernels_C.amax_.default(values, table, row * COLUMNS + column, ignores_minus_inf)
 
 
