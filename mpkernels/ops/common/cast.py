@@ -4,6 +4,7 @@
 import torch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what every op here works on
+FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)  # of operands that have a scale
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -11,6 +11,10 @@ Backward can do the streaming pass of the previous layer, whose output is x, in 
 
 Then prev_grad_z stands where grad_x does, and the previous layer, called with `activation_grad_fused`, takes it as it is.
 
+Operands may be 8-bit floats, q, with scales, powers of two, as quantize makes them. A scaled call has a forward alone:
+
+    out = round(act((x @ weight.T) * x_scale * weight_scale + bias))            everything before the rounding in fp32
+
 Shapes and dtypes
     | tensor      | shape                | dtype                                                       |
     | x           | (*, K)               | any; cast once to compute_dtype where it differs            |
@@ -19,16 +23,22 @@ Shapes and dtypes
     | weight_copy | (N, K)               | compute_dtype: the weight already cast (read in its place)  |
     | out         | (*, N)               | out_dtype                                                   |
     | saved       | (M, ceil(N/32)) or 0 | ReLU: int32, bit j of word w is column 32w+j, tail bits 0   |
-    |             | (M, N) or 0          | other activations: compute_dtype, x @ weight.T + bias       |
+    |             | (M, N) or 0          | other activations: x @ weight.T + bias in compute_dtype, or |
+    |             |                      | in bf16 of a scaled call                                    |
     | x_compute   | (*, K) or 0          | compute_dtype: x as it was cast, kept for backward          |
     | prev_saved  | as saved, of x       | what the previous layer's forward saved, or x itself        |
     | prev_bias   | (K,)                 | any; the previous layer's: its values are not read          |
+    | x_scale     | (*, 1) or ()         | fp32; x is then float8_e4m3fn or float8_e5m2, and that is   |
+    |             |                      | compute_dtype; both operands have a scale, or neither       |
+    | weight_scale| (N, 1) or ()         | fp32; weight is then float8_e4m3fn or float8_e5m2           |
     "any" is fp16, bf16, fp32, fp64. M is the product of the leading dimensions. Any stride, any size, 0 included.
 
 Numerics
     Operands are rounded to compute_dtype once; products and sums are fp32 (fp64 for fp64), no partial sum is narrower;
     out, grad_x, grad_weight and grad_bias are rounded once, to their own dtype. grad_z is rounded to compute_dtype for
     the two GEMMs; grad_bias sums it unrounded, grad_prev_bias the accumulator. Bounds: tests/bounds.py.
+    Of 8-bit operands the unscaled products are summed; the sum is multiplied by x_scale, then by weight_scale, which is exact
+    within fp32's range, then the bias is added. A scale that is NaN makes its row or column NaN.
     With `batch_invariant` a row of out has the same bits whatever the other rows are and however many: one order of the
     sum, by K and N alone. On a CPU M=1 pays for it, and in bf16 every M where dot-product instructions multiply (AMX).
 

@@ -131,7 +131,10 @@ _NO_GRADS = ForwardCall(*[None] * len(ForwardCall._fields))
 
 def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
-    _keep(ctx, ForwardCall(*inputs), _needs_grad(ctx).weight, *output)
+    call = ForwardCall(*inputs)
+    if call.is_scaled:
+        raise RuntimeError("linear_act: operands with scales have no derivatives, those of a layer with a Policy have")
+    _keep(ctx, call, _needs_grad(ctx).weight, *output)
 
 
 def _backward(ctx, grad_out, grad_saved, grad_x_compute):
@@ -181,7 +184,7 @@ def _each(op, info, in_dims, args):
 @torch.library.register_vmap("mpkernels::linear_act")
 def _vmap(info, in_dims, *args):
     call, dims = ForwardCall(*args), ForwardCall(*in_dims)
-    if any(dim is not None for dim in (dims.weight, dims.bias, dims.weight_copy)):
+    if call.is_scaled or any(dim is not None for dim in (dims.weight, dims.bias, dims.weight_copy)):
         return _each(torch.ops.mpkernels.linear_act, info, in_dims[: len(args)], args), (0, 0, 0)
     call = call._replace(
         x=call.x.movedim(dims.x, 0), activation_grad_fused=False, prev_saved=None, prev_activation=0, prev_bias=None

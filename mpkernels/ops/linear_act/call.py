@@ -6,11 +6,12 @@ builds the message.
 """
 
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
 
-from mpkernels.ops.common.cast import DTYPES
+from mpkernels.ops.common.cast import DTYPES, FLOAT8_DTYPES
 from mpkernels.ops.linear_act.epilogues import Activation
 from mpkernels.runtime.tuned_table import GemmKey, gemm_key
 
@@ -32,7 +33,7 @@ class CallKey(NamedTuple):
 
 
 class ForwardCall(NamedTuple):
-    """A call of `linear_act`. The last four are of the fused backward: see FusedBackwardLink."""
+    """A call of `linear_act`. activation_grad_fused and the three after it are of the fused backward: see FusedBackwardLink."""
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -48,6 +49,18 @@ class ForwardCall(NamedTuple):
     prev_saved: torch.Tensor | None = None
     prev_activation: int = Activation.NONE
     prev_bias: torch.Tensor | None = None
+    x_scale: torch.Tensor | None = None
+    weight_scale: torch.Tensor | None = None
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the operands are 8-bit floats that have scales."""
+        return self.x_scale is not None
+
+    @property
+    def preactivation_dtype(self) -> torch.dtype:
+        """What an activation other than ReLU is saved in."""
+        return torch.bfloat16 if self.is_scaled else self.compute_dtype
 
     @property
     def key(self) -> CallKey:
@@ -70,6 +83,8 @@ class ForwardCall(NamedTuple):
         return self.weight if self.weight_copy is None else self.weight_copy
 
     def is_valid(self) -> bool:
+        if self.x_scale is not None or self.weight_scale is not None:
+            return self._is_valid_scaled()
         x, weight, bias, copy, prev_bias = self.x, self.weight, self.bias, self.weight_copy, self.prev_bias
         device = x.device
         if not _fit(device, x, weight, bias, copy, prev_bias):
@@ -87,6 +102,29 @@ class ForwardCall(NamedTuple):
             and self.save in (0, 1)
             and (not self.prev_activation or fits(self.prev_saved, self.prev_activation, shape, device))
             and (prev_bias is None or prev_bias.shape == shape[-1:])
+        )
+
+    def _is_valid_scaled(self) -> bool:
+        x, weight, bias, x_scale, weight_scale = self.x, self.weight, self.bias, self.x_scale, self.weight_scale
+        if x_scale is None or weight_scale is None:
+            return False
+        if not (_fit(x.device, x, weight, dtypes=FLOAT8_DTYPES) and _fit(x.device, x_scale, weight_scale, bias)):
+            return False
+        shape, weight_shape = x.shape, weight.shape
+        return (
+            x.dtype == self.compute_dtype
+            and x_scale.dtype == weight_scale.dtype == torch.float32
+            and self.out_dtype in _DTYPES
+            and len(weight_shape) == 2
+            and len(shape) > 0
+            and shape[-1] == weight_shape[1]
+            and x_scale.shape in ((), (*shape[:-1], 1))
+            and weight_scale.shape in ((), (weight_shape[0], 1))
+            and (bias is None or bias.shape == weight_shape[:1])
+            and self.activation in _ACTIVATIONS
+            and self.save in (0, 1)
+            and self.weight_copy is self.prev_saved is self.prev_bias is None
+            and not (self.activation_grad_fused or self.prev_activation)
         )
 
 
@@ -190,11 +228,11 @@ def fits(saved: torch.Tensor | None, activation: int, shape: tuple[int, ...], de
     return saved.shape == (rows, columns) and saved.dtype in DTYPES
 
 
-def _fit(device: torch.device, *tensors: Any) -> bool:
-    """Whether they are dense, of a dtype that is computed with, and on `device`."""
+def _fit(device: torch.device, *tensors: Any, dtypes: Collection[torch.dtype] = _DTYPES) -> bool:
+    """Whether they are dense, of one of `dtypes`, and on `device`."""
     for tensor in tensors:
         if tensor is not None and not (
-            tensor.dtype in _DTYPES and tensor.layout is _STRIDED and not tensor.is_nested and tensor.device == device
+            tensor.dtype in dtypes and tensor.layout is _STRIDED and not tensor.is_nested and tensor.device == device
         ):
             return False
     return True

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from mpkernels.ops.common.cast import DTYPES
+from mpkernels.ops.common.cast import DTYPES, FLOAT8_DTYPES
 from mpkernels.ops.linear_act.call import BackwardCall, ForwardCall, fits
 from mpkernels.ops.linear_act.epilogues import Activation, empty_saved
 
@@ -16,14 +16,23 @@ from mpkernels.ops.linear_act.epilogues import Activation, empty_saved
 def check_forward(call: ForwardCall) -> None:
     """Raise RuntimeError for what does not fit."""
     op, x, weight = "linear_act", call.x, call.weight
-    _check_tensors(op, x=x, weight=weight, bias=call.bias, weight_copy=call.weight_copy, prev_bias=call.prev_bias)
-    _check_dtypes(op, compute_dtype=call.compute_dtype, out_dtype=call.out_dtype)
+    if call.x_scale is None and call.weight_scale is None:
+        tensors = {"bias": call.bias, "weight_copy": call.weight_copy, "prev_bias": call.prev_bias}
+        _check_tensors(op, x=x, weight=weight, **tensors)
+        _check_devices(op, x=x, weight=weight, **tensors)
+        _check_dtypes(op, compute_dtype=call.compute_dtype, out_dtype=call.out_dtype)
+    else:
+        _check_scaled(op, call)
     _check_weight(op, call)
     N, K = weight.shape
     if not x.dim():
         raise RuntimeError(f"{op}: x must have shape (*, K), got a 0-d tensor")
     if x.shape[-1] != K:
         raise RuntimeError(f"{op}: x has last dimension {x.shape[-1]}, weight expects {K}")
+    for name, scale, operand in (("x_scale", call.x_scale, x), ("weight_scale", call.weight_scale, weight)):
+        by_row = (*operand.shape[:-1], 1)
+        if scale is not None and scale.shape not in ((), by_row):
+            raise RuntimeError(f"{op}: {name} must have shape {by_row} or (), got {tuple(scale.shape)}")
     if call.bias is not None and call.bias.shape != (N,):
         raise RuntimeError(f"{op}: bias must have shape ({N},), got {tuple(call.bias.shape)}")
     _check_activation(op, "activation", call.activation)
@@ -40,6 +49,7 @@ def check_backward(call: BackwardCall) -> None:
     """Raise RuntimeError for what does not fit."""
     op, grad_out, x, weight = "linear_act_backward", call.grad_out, call.x, call.weight
     _check_tensors(op, grad_out=grad_out, x=x, weight=weight, weight_copy=call.weight_copy)
+    _check_devices(op, grad_out=grad_out, x=x, weight=weight, weight_copy=call.weight_copy)
     names = ("compute_dtype", "grad_x_dtype", "grad_weight_dtype", "grad_bias_dtype")
     _check_dtypes(op, **{name: getattr(call, name) for name in names})
     if call.grad_prev_bias_dtype is not None:
@@ -61,6 +71,25 @@ def check_backward(call: BackwardCall) -> None:
         raise RuntimeError(f"{op}: the gradients of the previous layer come out of grad_x: output_mask[0] must be True")
 
 
+def _check_scaled(op: str, call: ForwardCall) -> None:
+    """The tensors of a call with scales, and that nothing is there that it cannot have."""
+    x, weight, x_scale, weight_scale = call.x, call.weight, call.x_scale, call.weight_scale
+    if x_scale is None or weight_scale is None:
+        given, missing = ("weight_scale", "x_scale") if x_scale is None else ("x_scale", "weight_scale")
+        raise RuntimeError(f"{op}: {given} is given, {missing} is not: both operands have a scale, or neither")
+    _check_tensors(op, FLOAT8_DTYPES, x=x, weight=weight)
+    _check_tensors(op, (torch.float32,), x_scale=x_scale, weight_scale=weight_scale)
+    _check_tensors(op, bias=call.bias)
+    _check_devices(op, x=x, weight=weight, x_scale=x_scale, weight_scale=weight_scale, bias=call.bias)
+    _check_dtypes(op, out_dtype=call.out_dtype)
+    if call.compute_dtype != x.dtype:
+        raise RuntimeError(f"{op}: compute_dtype must be that of an x with a scale, {x.dtype}, got {call.compute_dtype}")
+    if call.weight_copy is not None:
+        raise RuntimeError(f"{op}: a weight with a scale has no weight_copy")
+    if call.activation_grad_fused or call.prev_activation or call.prev_saved is not None or call.prev_bias is not None:
+        raise RuntimeError(f"{op}: operands with scales have no fused backward")
+
+
 def refuse_what_is_no_tensor(**values) -> None:
     """Raise TypeError for the first that is not a tensor; bias may be None."""
     for name, value in values.items():
@@ -68,8 +97,8 @@ def refuse_what_is_no_tensor(**values) -> None:
             raise TypeError(f"linear_act: {name} must be a Tensor, got {type(value).__name__}")
 
 
-def _check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
-    first = None
+def _check_tensors(op: str, dtypes: tuple[torch.dtype, ...] = DTYPES, /, **tensors: torch.Tensor | None) -> None:
+    """That they are dense, and of one of `dtypes`."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -77,11 +106,16 @@ def _check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
             kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else f"layout {tensor.layout}"
             advice = "; a nested x may have layout=torch.jagged" if tensor.is_nested else ""
             raise RuntimeError(f"{op}: {name} must be a dense strided tensor, got {kind}{advice}")
-        if tensor.dtype not in DTYPES:
-            raise RuntimeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-        first = first or (name, tensor.device)
-        if tensor.device != first[1]:
-            raise RuntimeError(f"{op}: {first[0]} is on {first[1]} but {name} is on {tensor.device}")
+        if tensor.dtype not in dtypes:
+            advice = ", which needs a scale" if tensor.dtype in FLOAT8_DTYPES and name in ("x", "weight") else ""
+            raise RuntimeError(f"{op}: {name} must be {_listed(dtypes)}, got {tensor.dtype}{advice}")
+
+
+def _check_devices(op: str, **tensors: torch.Tensor | None) -> None:
+    there = [(name, tensor.device) for name, tensor in tensors.items() if tensor is not None]
+    for name, device in there:
+        if device != there[0][1]:
+            raise RuntimeError(f"{op}: {there[0][0]} is on {there[0][1]} but {name} is on {device}")
 
 
 def _check_weight(op: str, call: ForwardCall | BackwardCall) -> None:
@@ -96,7 +130,12 @@ def _check_weight(op: str, call: ForwardCall | BackwardCall) -> None:
 def _check_dtypes(op: str, **dtypes: torch.dtype) -> None:
     for name, dtype in dtypes.items():
         if dtype not in DTYPES:
-            raise RuntimeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {dtype}")
+            raise RuntimeError(f"{op}: {name} must be {_listed(DTYPES)}, got {dtype}")
+
+
+def _listed(dtypes) -> str:
+    *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _check_activation(op: str, name: str, activation: int) -> None:
@@ -124,7 +163,7 @@ def _check_saved(op: str, name: str, saved, activation: int, what: str, shape: t
 
 def fake_forward(call: ForwardCall):
     x, columns = call.x, call.weight.shape[0]
-    saved = empty_saved(x, columns, call.activation if call.save else Activation.NONE, call.compute_dtype)
+    saved = empty_saved(x, columns, call.activation if call.save else Activation.NONE, call.preactivation_dtype)
     if x.dtype == call.compute_dtype:
         x_compute = x.new_empty(0)
     else:

@@ -20,7 +20,7 @@ ONEDNN_SIZE, ONEDNN_PRODUCTS = 256, 1 << 28
 
 def why_not(key: CallKey) -> str | None:
     reason = native.why_not() or epilogues.why_not("cpu", key.activation)
-    return reason or ("has no float64" if key.dtype == torch.float64 else None)
+    return reason or (f"has no {key.dtype}" if key.dtype == torch.float64 or key.dtype.itemsize == 1 else None)
 
 
 def linear_act(call: ForwardCall):

@@ -12,6 +12,8 @@ from mpkernels.ops.linear_act.epilogues import EPILOGUES, acc_dtype, pack_mask
 def linear_act(*args):
     """The op's three results. Operands are rounded to compute_dtype, then multiplied and summed in the accumulator's dtype."""
     call = ForwardCall(*args)
+    if call.is_scaled:
+        raise NotImplementedError("linear_act: 8-bit operands have no decomposition in ATen")
     x, compute_dtype, acc, epilogue = call.x, call.compute_dtype, acc_dtype(call.compute_dtype), EPILOGUES[call.activation]
     x_compute, weight = cast(x, compute_dtype), cast(call.operand, compute_dtype)
     z = F.linear(x_compute.to(acc), weight.to(acc))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from mpkernels.ops.common.cast import cast
 from mpkernels.ops.common.layout import overlaps
-from mpkernels.ops.linear_act import epilogues, onednn, passes
+from mpkernels.ops.linear_act import epilogues, onednn, passes, scaled_mm
 from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
 from mpkernels.ops.linear_act.epilogues import Activation, acc_dtype, finish
 
@@ -39,10 +39,13 @@ def linear_act_backward(call: BackwardCall):
 
 
 def _matmul_nt(
-    a, b, compute_dtype, out_dtype, *, bias=None, activation=Activation.NONE, preactivation=None, batch_invariant=False
+    a, b, compute_dtype, out_dtype, *, bias=None, activation=Activation.NONE, preactivation=None, batch_invariant=False,
+    scales=None,
 ):  # fmt: skip
     """round(act(a @ b.T + bias)) as passes.py has it; b is cast and multiplied a block of rows at a time."""
     a, b = (t.contiguous() if overlaps(t) else t for t in (a, b))  # oneDNN has no words for what lies in itself
+    if scales is not None:
+        return _matmul_nt_scaled(a, b, scales, bias, activation, preactivation, out_dtype, batch_invariant)
     acc = acc_dtype(compute_dtype)
     linear = _linear_batch_invariant if batch_invariant else _linear
     if a.device.type != "cpu" and compute_dtype.itemsize == 2:
@@ -72,6 +75,30 @@ def _matmul_nt(
         z = linear(a, block, None if bias is None else bias[n : n + rows])
         saved = None if preactivation is None else preactivation[:, n : n + rows]
         out[:, n : n + rows] = finish(z, activation, saved, out_dtype)
+    return out
+
+
+def _matmul_nt_scaled(a, b, scales, bias, activation, preactivation, out_dtype, batch_invariant):
+    """round(act((a @ b.T) * scale_a * scale_b + bias)) of 8-bit operands, products of which are normal numbers of fp32."""
+    scale_a, scale_b = scales[0], scales[1].expand(b.shape[0], 1).t()
+    bias = None if bias is None else bias.to(torch.float32)
+
+    def finished(z, columns, preactivation):
+        z = z.mul_(scale_a).mul_(scale_b[:, columns])
+        return finish(z if bias is None else z.add_(bias[columns]), activation, preactivation, out_dtype)
+
+    if a.device.type != "cpu":
+        multiply = _by_equal_gemms_in_bf16 if batch_invariant else scaled_mm.multiply
+        with _fp32_sums():
+            z = multiply(a, b.t())
+        return finished(z, slice(None), preactivation)
+    linear = _linear_batch_invariant if batch_invariant else _linear
+    a, rows = a.to(torch.float32).contiguous(), max(64, BLOCK_ELEMENTS // max(b.shape[1], 1))
+    out = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+    for n in range(0, b.shape[0], rows):
+        columns = slice(n, n + rows)
+        z = linear(a, _rows(b, n, rows, b.dtype, torch.float32), None)
+        out[:, columns] = finished(z, columns, None if preactivation is None else preactivation[:, columns])
     return out
 
 
@@ -161,6 +188,11 @@ def _by_equal_gemms(a, b):
         else:
             torch.mm(rows, b, out_dtype=torch.float32, out=result)
     return out
+
+
+def _by_equal_gemms_in_bf16(a, b):
+    """The same of 8-bit operands, which bf16 holds."""
+    return _by_equal_gemms(a.to(torch.bfloat16), b.to(torch.bfloat16))
 
 
 _REDUCTIONS = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")

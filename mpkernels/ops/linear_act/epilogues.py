@@ -49,7 +49,7 @@ def name_of(activation: Activation) -> ActivationName | None:
 
 def acc_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     """dtype of the accumulator."""
-    return torch.promote_types(compute_dtype, torch.float32)
+    return torch.float64 if compute_dtype == torch.float64 else torch.float32
 
 
 # ----- formulas ---------------------------------------------------------------

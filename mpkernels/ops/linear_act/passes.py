@@ -3,7 +3,7 @@
 
 They differ in `multiply(a, b, compute_dtype, out_dtype, *, bias=None, activation=NONE, preactivation=None,
 batch_invariant=False)`: round(act(a @ b.T + bias)) for a (M, K) in compute_dtype and b (N, K). preactivation: None, or filled
-with what the activation is applied to.
+with what the activation is applied to. Of 8-bit operands it is also given `scales`, theirs.
 """
 
 import torch
@@ -17,10 +17,11 @@ def forward(multiply, call: ForwardCall):
     x, N, activation, compute_dtype = call.x, call.weight.shape[0], call.activation, call.compute_dtype
     x_compute = None if x.dtype == compute_dtype else cast(x, compute_dtype)
     multiplies = call.save and activation not in (Activation.NONE, Activation.RELU)
-    saved = empty_saved(x, N, activation, compute_dtype) if multiplies else None
+    saved = empty_saved(x, N, activation, call.preactivation_dtype) if multiplies else None
+    scales = {"scales": (_column(call.x_scale), call.weight_scale)} if call.is_scaled else {}
     out = multiply(
         rows(x if x_compute is None else x_compute), call.operand, compute_dtype, call.out_dtype,
-        bias=call.bias, activation=activation, preactivation=saved, batch_invariant=call.batch_invariant,
+        bias=call.bias, activation=activation, preactivation=saved, batch_invariant=call.batch_invariant, **scales,
     )  # fmt: skip
     if call.save and activation == Activation.RELU:
         saved = pack_mask(out)
@@ -57,6 +58,11 @@ def prev_backward(call: BackwardCall, grad_x):
 def rows(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` (*, K) as a matrix; a view of one that is a matrix costs as much as a small product."""
     return tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
+def _column(scale: torch.Tensor) -> torch.Tensor:
+    """A scale by row (*, 1) as a matrix; one for all () as it is."""
+    return rows(scale) if scale.dim() else scale
 
 
 def as_grad_x(call: BackwardCall, grad_x):

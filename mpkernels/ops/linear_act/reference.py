@@ -17,6 +17,12 @@ def linear_act(x, weight, bias, activation, compute_dtype):
     return activate(z, activation)
 
 
+def linear_act_scaled(q_x, x_scale, q_weight, weight_scale, bias, activation):
+    """The same for 8-bit operands and their scales, the sums left exact: of e4m3fn they are for K <= 2**17."""
+    z = q_x.double() @ q_weight.double().T * x_scale.double() * weight_scale.double().expand(q_weight.shape[0], 1).T
+    return activate(z if bias is None else z + bias.double(), activation)
+
+
 def activate(z, activation):
     """act(z) in fp64."""
     if activation == Activation.RELU:

@@ -35,6 +35,8 @@ def _listed(generate):
 @_listed
 def _forward(*args):
     call = ForwardCall(*args)
+    if call.is_scaled:
+        raise NotImplementedError("linear_act: 8-bit operands cannot be DTensors")
     last = len(call.x.shape) - 1
     masked = call.save and call.activation != Activation.NONE
     cast = call.x.tensor_meta.dtype != call.compute_dtype

@@ -36,7 +36,8 @@ SELECT_ROWS = 256  # summed by one program of the select pass
 
 
 def why_not(key: CallKey) -> str | None:
-    return triton_why_not(key.device) or epilogues.why_not("triton", key.activation)
+    reason = triton_why_not(key.device) or epilogues.why_not("triton", key.activation)
+    return reason or (f"has no {key.dtype}" if key.dtype.itemsize == 1 else None)
 
 
 def linear_act(call: ForwardCall):
