@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mpkernels.ops.linear_act import Activation, reference
+from mpkernels.ops.quantize import reference as quantize_reference
 from mpkernels.testing.bounds import (
     _ENOUGH_FOR_NORMS,
     RANDOM_SIGN_FACTOR,
@@ -176,10 +177,26 @@ def check_loss(loss: float, fp32: float, dtype: torch.dtype) -> None:
 
 def check_quantized(back, x, scale, dtype) -> None:
     """|back - x| <= u |x| + scale * s / 2: one rounding to eight bits, u the unit roundoff, s the least subnormal."""
-    u, s = {torch.float8_e4m3fn: (2.0**-4, 2.0**-9), torch.float8_e5m2: (2.0**-3, 2.0**-16)}[dtype]
     x, error = x.double().cpu(), (back.double().cpu() - x.double().cpu()).abs()
-    allowed = u * x.abs() + scale.double().cpu() * s / 2
+    allowed = _quantized(x, scale.double().cpu(), dtype)
     assert (error <= allowed).all(), f"bound of {dtype}: error {(error / allowed).max():.4g} of what is allowed"
+
+
+def check_quantized_product(out, x, weight, dtype) -> None:
+    """out (M, N) of rows that were quantized to `dtype`, beside x @ weight.T: what the sums and their terms may be off by."""
+    (a, off_a), (b, off_b) = (
+        (t.double(), _quantized(t.double(), quantize_reference.quantize(t, dtype, -1)[1], dtype)) for t in (x, weight)
+    )
+    error, u = (out.double() - a @ b.T).abs(), unit_roundoff(out.dtype)
+    allowed = off_a @ b.abs().T + a.abs() @ off_b.T + off_a @ off_b.T
+    allowed += (u + gamma(x.shape[1] + 2, unit_roundoff(torch.float32))) * ((a.abs() + off_a) @ (b.abs() + off_b).T)
+    assert (error <= allowed).all(), f"bound of {dtype}: error {(error / allowed).max():.4g} of what is allowed"
+
+
+def _quantized(x, scale, dtype) -> torch.Tensor:
+    """What a number may lose by one rounding to eight bits."""
+    u, s = {torch.float8_e4m3fn: (2.0**-4, 2.0**-9), torch.float8_e5m2: (2.0**-3, 2.0**-16)}[dtype]
+    return u * x.abs() + scale * s / 2
 
 
 # ----- optimizer steps ---------------------------------------------------------------
