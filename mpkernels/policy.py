@@ -34,6 +34,7 @@ PolicyName = Literal[
     "float64", "float32", "mixed_float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16",
     "float64,batch_invariant", "float32,batch_invariant", "mixed_float32,batch_invariant", "mixed_float16,batch_invariant",
     "mixed_bfloat16,batch_invariant", "float16,batch_invariant", "bfloat16,batch_invariant",
+    "float32,accumulate_grad", "mixed_float16,accumulate_grad", "mixed_bfloat16,accumulate_grad",
     "mixed_float32,grad=float32", "mixed_float16,grad=float16", "mixed_bfloat16,grad=bfloat16",
 ]  # fmt: skip
 _OTHER_WORDS = {
@@ -43,6 +44,7 @@ _OTHER_WORDS = {
     "float64": ("fp64", "double", "f64", "64"),
 }
 _MIXED = {"mixed", "amp", "autocast"}
+_WORDS = ("batch_invariant", "accumulate_grad")  # of a policy's text; True where they stand in it
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,11 @@ class Policy:
     output_dtype: the result; None means the input's dtype under `mixed_*` (autocast's inside `torch.autocast`), else
     the parameter's. grad_dtype: gradients of weight and bias; None means the parameter's dtype. batch_invariant: a row of
     the result has the same bits whatever the other rows are and however many; slower, for training and sampling to agree.
+    accumulate_grad: where `weight.grad` is there, backward adds to it as it computes, in fp32, and autograd gets nothing to
+    add: half of the traffic and no temporary, for gradient accumulation. Where a hook or a watch, say, looks at the weight's
+    gradient, autograd adds. Not for threads that run backward at once.
     Raises ValueError for a dtype that is not floating point with 16 bits or more, a `compute_dtype` wider than
-    `param_dtype` and a `grad_dtype` narrower than `compute_dtype`.
+    `param_dtype`, a `grad_dtype` narrower than `compute_dtype` and `accumulate_grad` of gradients that are not fp32.
     """
 
     param_dtype: torch.dtype
@@ -62,10 +67,12 @@ class Policy:
     output_dtype: torch.dtype | None = None
     grad_dtype: torch.dtype | None = None
     batch_invariant: bool = False
+    accumulate_grad: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.batch_invariant, bool):
-            raise ValueError(f"batch_invariant must be True or False, got {self.batch_invariant!r}")
+        for name in _WORDS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for field in _dtype_fields(self):
             value = getattr(self, field.name)
             if value not in _DTYPES.values() and not (value is None and field.default is None):
@@ -82,6 +89,8 @@ class Policy:
                 f"grad_dtype {self.grad_dtype} is narrower than compute_dtype {self.compute_dtype}: leave it out "
                 "for the parameter's"
             )
+        if self.accumulate_grad and (grad_dtype := self.grad_dtype or self.param_dtype) != torch.float32:
+            raise ValueError(f"accumulate_grad needs gradients in float32, got {grad_dtype}")
 
     @property
     def mixed(self) -> bool:
@@ -106,14 +115,14 @@ class Policy:
             if not equals and key in _NAMED and not values:
                 param, compute = _NAMED[key]
                 values = {"param_dtype": _DTYPES[param], "compute_dtype": _DTYPES[compute]}
-            elif not equals and key == "batch_invariant":
+            elif not equals and key in _WORDS:
                 values[key] = True
             elif equals and f"{key}_dtype" in {f.name for f in fields(cls)} and value in _DTYPES:
                 values[f"{key}_dtype"] = _DTYPES[value]
             else:
                 raise ValueError(
                     f"unknown policy {text!r}: expected one of {', '.join(_NAMED)}, or "
-                    f"param=, compute=, output=, grad= with one of {', '.join(_DTYPES)}; batch_invariant may follow"
+                    f"param=, compute=, output=, grad= with one of {', '.join(_DTYPES)}; {' and '.join(_WORDS)} may follow"
                     f"{_did_you_mean(part.strip())}"
                 )
         if missing := {"param_dtype", "compute_dtype"} - values.keys():
@@ -129,7 +138,7 @@ class Policy:
         names = [name for name, dtypes in _NAMED.items() if dtypes == pair]
         head = names if names else [f"param={pair[0]}", f"compute={pair[1]}"]
         head += [f"{k.removesuffix('_dtype')}={v}" for k, v in short.items() if v != "None"]
-        return ",".join(head + ["batch_invariant"] * self.batch_invariant)
+        return ",".join(head + [word for word in _WORDS if getattr(self, word)])
 
     def to_fsdp(self) -> "MixedPrecisionPolicy":
         """The same for `torch.distributed.fsdp.fully_shard(mp_policy=...)`; gradients are reduced in `grad_dtype`, else fp32.
@@ -161,7 +170,7 @@ def _did_you_mean(part: str) -> str:
         meant = ["mixed_float16", "mixed_bfloat16"]
     else:
         fields = [f"{name}={dtype}" for name in ("param", "compute", "output", "grad") for dtype in _DTYPES]
-        meant = difflib.get_close_matches(part.lower(), fields if equals else [*_NAMED, "batch_invariant"], 2, 0.75)
+        meant = difflib.get_close_matches(part.lower(), fields if equals else [*_NAMED, *_WORDS], 2, 0.75)
     return f"; did you mean {' or '.join(map(repr, meant))}?" if meant else ""
 
 

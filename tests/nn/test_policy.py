@@ -223,14 +223,31 @@ def test_policy_default_context_does_not_leak_into_threads():
     assert seen == [None]
 
 
-def test_policy_batch_invariant_is_parsed_and_printed():
-    policy = Policy.parse("mixed_float16,batch_invariant")
-    assert policy.batch_invariant
-    assert str(policy) == "mixed_float16,batch_invariant"
+@pytest.mark.parametrize("word", ["batch_invariant", "accumulate_grad"])
+def test_policy_words_are_parsed_and_printed(word):
+    policy = Policy.parse(f"mixed_float16,{word}")
+    assert getattr(policy, word)
+    assert str(policy) == f"mixed_float16,{word}"
     assert Policy.parse(str(policy)) == policy
-    assert not Policy.parse("mixed_float16").batch_invariant
-    with pytest.raises(ValueError, match="batch_invariant must be True or False, got 1"):
-        Policy(torch.float32, torch.float16, batch_invariant=1)
+    assert not getattr(Policy.parse("mixed_float16"), word)
+    with pytest.raises(ValueError, match=f"{word} must be True or False, got 1"):
+        Policy(torch.float32, torch.float16, **{word: 1})
+
+
+def test_policy_with_both_words():
+    policy = Policy.parse("mixed_float16,accumulate_grad,batch_invariant")
+    assert (policy.batch_invariant, policy.accumulate_grad) == (True, True)
+    assert str(policy) == "mixed_float16,batch_invariant,accumulate_grad"
+
+
+@pytest.mark.parametrize("combination", ALLOWED, ids=lambda c: ",".join(map(str, c)).replace("torch.", ""))
+def test_policy_accumulates_fp32_gradients_alone(combination):
+    grad = combination[3] or combination[0]
+    if grad == f32:
+        assert Policy(*combination, accumulate_grad=True).accumulate_grad
+    else:
+        with pytest.raises(ValueError, match=f"accumulate_grad needs gradients in float32, got {grad}"):
+            Policy(*combination, accumulate_grad=True)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +260,8 @@ def test_policy_batch_invariant_is_parsed_and_printed():
         ("bf16-mixed", "'mixed_bfloat16'"), ("fp32", "'mixed_float32' or 'float32'"), ("double", "'float64'"),
         ("mixed_floaat16", "'mixed_float16' or 'mixed_bfloat16'"), ("mixed_bfloat61", "'mixed_float16' or 'mixed_bfloat16'"),
         ("mixed_float16,grad=fp16", "'grad=float16'"), ("mixed_float16,output=bf16", "'output=bfloat16'"),
-        ("mixed_float16,batch_invarant", "'batch_invariant'"), ("mixed_float16,grads=float16", "'grad=float16'"),
+        ("mixed_float16,batch_invarant", "'batch_invariant'"), ("float32,accumulate", "'accumulate_grad'"),
+        ("mixed_float16,grads=float16", "'grad=float16'"),
     ],
 )  # fmt: skip
 def test_policy_that_is_unknown_says_what_may_be_meant(text, meant):
@@ -254,7 +272,7 @@ def test_policy_that_is_unknown_says_what_may_be_meant(text, meant):
         assert "did you mean 'grad" in message
     else:
         assert message.endswith(f"; did you mean {meant}?")
-    assert mpk.Policy.parse(meant.split("'")[1]) if "=" not in meant and "batch" not in meant else True
+    assert mpk.Policy.parse(meant.split("'")[1]) if "_" in meant and "mixed" in meant else True
 
 
 @pytest.mark.parametrize("text", ["float8", "O2", "", "x", "mixed_float16,=", "grad=mixed"])

@@ -80,11 +80,12 @@ __all__ = [
 
 def linear_act(
     x, weight, bias=None, weight_copy=None, *, activation, compute_dtype, out_dtype, grad_dtype=None,
-    batch_invariant=False, prev: FusedBackwardLink | None = None, next: FusedBackwardLink | None = None,
+    batch_invariant=False, accumulate_grad=False, prev: FusedBackwardLink | None = None, next: FusedBackwardLink | None = None,
 ):  # fmt: skip
     """`out` (*, N) in `out_dtype`; see the module. Differentiable once in x, weight and bias.
 
     activation: an Activation. grad_dtype: dtype of the gradients of weight and bias; None means their own.
+    accumulate_grad: whether backward may add to `weight.grad` in place, see accumulate.py.
     next: filled, and then has to be the `prev` of the one call that reads `out`; gradients are wrong otherwise.
     """
     if type(weight) not in PLAIN and is_dtensor(weight):
@@ -109,6 +110,8 @@ def linear_act(
     if transforms or (with_grad and (requires_grad or prev is not None)) or torch.autograd.forward_ad._current_level >= 0:
         apply = autograd.LinearAct.apply if transforms else autograd.apply_in_eager
         out, (saved, _) = apply(x, weight, bias, call.prev_bias, call, kernel if direct else None)
+        if accumulate_grad and not transforms and out.requires_grad:
+            out.grad_fn.accumulate_grad = True
     else:
         out, saved, _ = forward_op.execute(call, kernel) if direct else forward_op.dispatch(call)
     if call.activation_grad_fused:

@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import torch
 
+from mpkernels.ops.linear_act import accumulate
 from mpkernels.ops.linear_act.call import BackwardCall, ForwardCall
 from mpkernels.ops.linear_act.epilogues import Activation
 from mpkernels.ops.linear_act.schema import backward_op, forward_op
+from mpkernels.runtime.op import move_versions
 from mpkernels.runtime.resolve import Kernel
 
 
@@ -74,6 +76,7 @@ def _keep(ctx, call: ForwardCall, wants_weight: bool, out, saved, x_compute) -> 
         call.compute_dtype, x.dtype, grad_dtype or weight.dtype, grad_dtype or (weight if bias is None else bias).dtype,
     )  # fmt: skip
     ctx.grad_prev_bias_dtype = None if prev_bias is None else grad_dtype or prev_bias.dtype
+    ctx.accumulate_grad = False  # whether `_grads` may add to weight.grad itself
     ctx.on_grads = None  # what is given the gradients of x and weight when they are computed: a watch's
 
 
@@ -89,10 +92,14 @@ def _grads(ctx, wanted: Grads, grad_out) -> Grads:
     if wants_x and (ctx.prev_activation != Activation.NONE or grad_prev_bias_dtype is not None):
         fused = {"prev_activation": ctx.prev_activation, "grad_prev_bias_dtype": grad_prev_bias_dtype}
         call = call._replace(prev_saved=prev_saved, **fused)
+    if ctx.accumulate_grad and wanted.weight:
+        call = call._replace(grad_weight_sum=accumulate.weight_grad(ctx, call))
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         grads = _LinearActBackward.apply(*call)  # which refuses to be differentiated
     else:
         grads = backward_op.run(call)
+    if call.grad_weight_sum is not None:
+        move_versions([call.grad_weight_sum])
     grad_x, grad_weight, grad_bias, grad_prev_bias = grads
     if ctx.on_grads is not None:
         ctx.on_grads(grad_x if wants_x else None, grad_weight if wanted.weight else None)

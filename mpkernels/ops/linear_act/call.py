@@ -129,7 +129,11 @@ class ForwardCall(NamedTuple):
 
 
 class BackwardCall(NamedTuple):
-    """A call of `linear_act_backward`. The last three are of the fused backward: see FusedBackwardLink."""
+    """A call of `linear_act_backward`; `prev_saved` to `grad_prev_bias_dtype` are of the fused backward: see FusedBackwardLink.
+
+    grad_weight_sum: fp32, contiguous, or None: grad_weight is added to it in place, and None returned in its stead. Of eager
+    execution alone: it is no argument of the op, whose results are new tensors.
+    """
 
     grad_out: torch.Tensor
     x: torch.Tensor | None
@@ -145,6 +149,7 @@ class BackwardCall(NamedTuple):
     prev_saved: torch.Tensor | None = None
     prev_activation: int = Activation.NONE
     grad_prev_bias_dtype: torch.dtype | None = None
+    grad_weight_sum: torch.Tensor | None = None
 
     @property
     def key(self) -> CallKey:

@@ -105,7 +105,8 @@ def _gradients(call: BackwardCall, grad_x_dtype: torch.dtype):
     )
     if later:
         grad_x = _multiply(z, transposed, compute_dtype, grad_x_dtype)
-    return grad_x if grad_x is None else passes.as_grad_x(call, grad_x), grad_weight, grad_bias
+    grad_x = None if grad_x is None else passes.as_grad_x(call, grad_x)
+    return grad_x, passes.add_to_sum(call, grad_weight), grad_bias
 
 
 def _saved(call: BackwardCall, grad: torch.Tensor) -> torch.Tensor | None:

@@ -44,7 +44,7 @@ def backward(multiply, call: BackwardCall):
             grad_x, grad_prev_bias = prev_backward(call, grad_x)
         grad_x = as_grad_x(call, cast(grad_x, call.grad_x_dtype))
     if wants_weight:
-        grad_weight = multiply(grad_z.t(), rows(call.x).t(), compute_dtype, call.grad_weight_dtype)
+        grad_weight = add_to_sum(call, multiply(grad_z.t(), rows(call.x).t(), compute_dtype, call.grad_weight_dtype))
     return grad_x, grad_weight, grad_bias, grad_prev_bias
 
 
@@ -53,6 +53,14 @@ def prev_backward(call: BackwardCall, grad_x):
     if call.prev_activation != Activation.NONE:
         grad_x = activation_backward(call.prev_activation, call.prev_saved, grad_x, call.compute_dtype).contiguous()
     return grad_x, None if call.grad_prev_bias_dtype is None else cast(grad_x.sum(0), call.grad_prev_bias_dtype)
+
+
+def add_to_sum(call: BackwardCall, grad_weight: torch.Tensor | None) -> torch.Tensor | None:
+    """grad_weight, or None where it was added to what `call` sums it in."""
+    if call.grad_weight_sum is None:
+        return grad_weight
+    call.grad_weight_sum.add_(grad_weight)
+    return None
 
 
 def rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from mpkernels.ops.common.cast import cast
-from mpkernels.ops.linear_act import epilogues
+from mpkernels.ops.linear_act import epilogues, passes
 from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
 from mpkernels.ops.linear_act.epilogues import Activation, empty_mask, pack_mask
 from mpkernels.runtime import native
@@ -77,7 +77,7 @@ def linear_act_backward(call: BackwardCall):
         grad_x, grad_prev_bias = _dgrad(grad_z, _weight(call), prev_mask, call.grad_x_dtype, call.grad_prev_bias_dtype)
         grad_x = grad_x if grad_out.dim() == 2 else grad_x.view(*grad_out.shape[:-1], K)
     if wants_weight:
-        grad_weight = _wgrad(grad_z, _matrix(_rows(call.x, M, K)), call.grad_weight_dtype)
+        grad_weight = passes.add_to_sum(call, _wgrad(grad_z, _matrix(_rows(call.x, M, K)), call.grad_weight_dtype))
     return grad_x, grad_weight, grad_bias, grad_prev_bias
 
 

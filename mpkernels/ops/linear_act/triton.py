@@ -13,7 +13,7 @@ import functools
 import torch
 
 from mpkernels.ops.common.cast import cast
-from mpkernels.ops.linear_act import epilogues
+from mpkernels.ops.linear_act import epilogues, passes
 from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
 from mpkernels.ops.linear_act.epilogues import Activation, acc_dtype, empty_saved, mask_pitch
 from mpkernels.ops.linear_act.tile_config import TMA_SMS, Operand, plan
@@ -82,6 +82,7 @@ def linear_act_backward(call: BackwardCall):
         if wants_weight:
             tile = _tuned(device, "wgrad", M, N, K, 0, compute_dtype, call.grad_weight_dtype)
             grad_weight, _ = _gemm(grad_z.t(), _rows(call.x, M, K), call.grad_weight_dtype, tile)
+            grad_weight = passes.add_to_sum(call, grad_weight)
     return grad_x, grad_weight, grad_bias, grad_prev_bias
 
 

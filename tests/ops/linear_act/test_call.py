@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from mpkernels.ops.linear_act import Activation
+from mpkernels.ops.linear_act import Activation, backward_op, forward_op
 from mpkernels.ops.linear_act.call import BackwardCall, ForwardCall
 
 f16, f32 = torch.float16, torch.float32
@@ -32,3 +32,14 @@ def test_the_tuned_table_is_asked_by_the_number_of_rows(make, leading):
     rows = 6 if leading else 1
     assert make(leading).gemm_key == make((rows,)).gemm_key
     assert make((4 * rows,)).gemm_key != make((rows,)).gemm_key
+
+
+@pytest.mark.parametrize("op", [forward_op, backward_op], ids=lambda op: op.name)
+def test_a_call_has_the_arguments_of_the_schema(op):
+    """In its order and with its defaults; what eager execution alone gives to an implementation comes after them."""
+    schema = getattr(torch.ops.mpkernels, op.name).default._schema
+    names, fields = [argument.name for argument in schema.arguments], op.call._fields
+    assert fields[: len(names)] == tuple(names)
+    assert fields[len(names) :] == (("grad_weight_sum",) if op is backward_op else ())
+    defaults = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
+    assert {name: op.call._field_defaults[name] for name in defaults} == defaults
