@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY(mpkernels_C, m) {
   m.def("lion_(Tensor masters, Tensor grads, Tensor exp_avgs, Tensor copies, Tensor steps, Tensor on, Tensor lr, float beta1, float beta2, float weight_decay, bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? grad_norm, float? max_norm) -> bool");
   m.def("update_scale_(Tensor(a!) grad_scale, Tensor(b!) growth_tracker, Tensor(c!) hysteresis_tracker, Tensor(d!) skipped, Tensor found_inf, float growth_factor, float backoff_factor, int growth_interval, int hysteresis, float min_scale, float max_scale) -> ()");
   m.def("quantize(Tensor x, int outer, int n, int inner, int mantissa, Tensor(a!) q, Tensor(b!) scale) -> ()");
-  m.def("linear_act_multiply(Tensor a, Tensor b, Tensor? bias, ScalarType compute_dtype, int activation, bool batch_invariant, Tensor(a!) out, Tensor(b!)? saved=None, int isa=0) -> ()");
+  m.def("linear_act_multiply(Tensor a, Tensor b, Tensor? bias, ScalarType compute_dtype, int activation, bool batch_invariant, Tensor(a!) out, Tensor(b!)? saved=None, Tensor? a_scale=None, Tensor? b_scale=None, int isa=0) -> ()");
   m.def("linear_act_products_stay_normal(Tensor a, Tensor b, Tensor? bias) -> bool");
   m.def("linear_act_gradients(Tensor grad_out, Tensor? saved, int activation, Tensor? x, Tensor weight, ScalarType compute_dtype, Tensor(a!)? grad_z, Tensor(b!)? grad_x, Tensor(c!)? grad_weight, Tensor(d!)? grad_bias) -> ()");
   m.def("linear_act_fprop(Tensor x, Tensor weight, Tensor? bias, bool relu, Tensor(a!) out, Tensor(b!)? mask, int block_n, int cluster, int blocks) -> ()");

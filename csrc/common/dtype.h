@@ -5,6 +5,8 @@
 
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Float8_e4m3fn.h>
+#include <torch/headeronly/util/Float8_e5m2.h>
 #include <torch/headeronly/util/Half.h>
 #include <torch/headeronly/util/bit_cast.h>
 
@@ -17,6 +19,8 @@
 namespace mpk {
 
 using torch::headeronly::BFloat16;
+using torch::headeronly::Float8_e4m3fn;
+using torch::headeronly::Float8_e5m2;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 
@@ -31,7 +35,12 @@ MPK_HOST_DEVICE inline float round_to_odd(double x) {
   return c10::bit_cast<float>(bits);
 }
 
+MPK_HOST_DEVICE inline bool is_float8(ScalarType dtype) {
+  return dtype == ScalarType::Float8_e4m3fn || dtype == ScalarType::Float8_e5m2;
+}
+
 MPK_HOST_DEVICE inline int size_of(ScalarType dtype) {
+  if (is_float8(dtype)) return 1;
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
 }
 

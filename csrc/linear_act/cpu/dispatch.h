@@ -56,7 +56,10 @@ struct IsaKernels {
   const MicroKernels& (*micro_kernels)(ScalarType compute, ScalarType from);
   const Bf16DotKernel* bf16_dot = nullptr;
 
-  const Bf16DotKernel* dot_kernel_for(ScalarType compute) const { return compute == ScalarType::BFloat16 ? bf16_dot : nullptr; }
+  // Every 8-bit float is a bf16.
+  const Bf16DotKernel* dot_kernel_for(ScalarType compute) const {
+    return compute == ScalarType::BFloat16 || is_float8(compute) ? bf16_dot : nullptr;
+  }
 };
 
 // ----- the micro-kernels of each ISA -----

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The epilogue of the CPU GEMM: bias, the saved preactivation, activation and the one rounding, of a block of accumulators.
+// The epilogue of the CPU GEMM: scales of the operands, bias, the saved preactivation, activation and the one rounding, of a
+// block of accumulators.
 
 #pragma once
 
@@ -19,16 +20,35 @@ MPK_CLONES void add(float* z, const float* bias, int64_t n) {
   for (int64_t i = 0; i < n; ++i) z[i] += bias[i];
 }
 
+MPK_CLONES void scale(float* z, float by, const float* by_column, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) z[i] = z[i] * by * by_column[i];
+}
+
+// A number in fp32 for each of `rows` rows of an operand; null where it has none.
+const float* scales_of(const std::optional<Tensor>& scales, int64_t rows) {
+  if (!scales) return nullptr;
+  STD_TORCH_CHECK(scales->is_cpu() && scales->scalar_type() == ScalarType::Float && scales->dim() == 1 &&
+                      scales->size(0) == rows && scales->is_contiguous(),
+                  "scales must be contiguous, fp32 and as many as rows of an operand");
+  return static_cast<const float*>(scales->const_data_ptr());
+}
+
 class Output {
  public:
-  // saved: receives the preactivation.
-  Output(const Tensor& out, const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& saved)
-      : data_(static_cast<char*>(out.mutable_data_ptr())),
+  // saved: receives the preactivation. a_scale, b_scale: both or neither.
+  explicit Output(const Tensor& out, const std::optional<Tensor>& bias = std::nullopt, int64_t activation = 0,
+                  const std::optional<Tensor>& saved = std::nullopt, const std::optional<Tensor>& a_scale = std::nullopt,
+                  const std::optional<Tensor>& b_scale = std::nullopt)
+      : rows_(out.size(0)),
         pitch_(out.size(1)),
+        data_(static_cast<char*>(out.mutable_data_ptr())),
         size_(size_of(out.scalar_type())),
         round_(find_cast(ScalarType::Float, out.scalar_type())),
         activate_(activation_loops(activation).activate) {
     STD_TORCH_CHECK(out.is_cpu() && out.dim() == 2 && out.is_contiguous(), "out must be a contiguous matrix");
+    STD_TORCH_CHECK(a_scale.has_value() == b_scale.has_value(), "both operands have scales or neither has");
+    a_scale_ = scales_of(a_scale, out.size(0));
+    b_scale_ = scales_of(b_scale, out.size(1));
     if (saved) {
       STD_TORCH_CHECK(saved->is_cpu() && saved->dim() == 2 && saved->size(0) == out.size(0) && saved->size(1) == out.size(1) &&
                           saved->is_contiguous(),
@@ -45,11 +65,15 @@ class Output {
     widen_bias_ = find_cast(bias->scalar_type(), ScalarType::Float);
   }
 
-  // out[row + i, column + j] = round(act(acc[i * pitch + j] + bias[column + j])). Overwrites acc; scratch: `columns` elements.
+  bool has_size(int64_t rows, int64_t columns) const { return rows_ == rows && pitch_ == columns; }
+
+  // out[row + i, column + j] = round(act(acc[i * pitch + j] * a_scale[row + i] * b_scale[column + j] + bias[column + j])).
+  // Overwrites acc; scratch: `columns` elements.
   void finish(int64_t row, int64_t column, int64_t rows, int64_t columns, float* acc, int64_t pitch, float* scratch) const {
     if (bias_ != nullptr) widen_bias_(bias_ + column * bias_size_, scratch, columns);
     for (int64_t i = 0; i < rows; ++i) {
       float* z = acc + i * pitch;
+      if (a_scale_ != nullptr) scale(z, a_scale_[row + i], b_scale_ + column, columns);
       if (bias_ != nullptr) add(z, scratch, columns);
       const int64_t at = (row + i) * pitch_ + column;
       if (saved_ != nullptr) round_saved_(z, saved_ + at * saved_size_, columns);  // round: fp32 -> saved
@@ -59,8 +83,9 @@ class Output {
   }
 
  private:
+  int64_t rows_, pitch_;
   char* data_;
-  int64_t pitch_, size_;
+  int64_t size_;
   Cast round_;
   void (*activate_)(float* z, int64_t n);
   char* saved_ = nullptr;
@@ -69,6 +94,7 @@ class Output {
   const char* bias_ = nullptr;
   int64_t bias_size_ = 0;
   Cast widen_bias_ = nullptr;
+  const float *a_scale_ = nullptr, *b_scale_ = nullptr;
 };
 
 }  // namespace

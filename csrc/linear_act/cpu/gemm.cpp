@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // linear_act's GEMM on the CPU, out = round(act(a @ b.T + bias)), and its operators. Operands are rounded to the compute dtype
-// as they are packed; products and sums are fp32, for bf16 by the bf16 dot-product instructions where the CPU has them. The
-// same bits with any number of threads.
+// as they are packed; products and sums are fp32, for bf16 and 8 bits by the bf16 dot-product instructions where the CPU has
+// them. The same bits with any number of threads.
 //
 //   isa.h           which instruction sets there are        pack.h       operands into scratch memory, per k-block
 //   dispatch.h      the micro-kernels of an ISA             epilogue.h   accumulators to the output
@@ -110,26 +110,25 @@ void multiply_few_rows(const Matrix& a, const Matrix& b, const Output& out) {
 }
 
 // batch_invariant: one order of the sums for any number of rows, and instructions that do not depend on the values.
-void multiply(const IsaKernels& isa, const Bf16DotKernel* bf16_dot, const Matrix& a, const Matrix& b, const Tensor& out,
-              bool batch_invariant, const std::optional<Tensor>& bias = std::nullopt, int64_t activation = 0,
-              const std::optional<Tensor>& saved = std::nullopt) {
-  STD_TORCH_CHECK(a.columns == b.columns && out.dim() == 2 && out.size(0) == a.rows && out.size(1) == b.rows,
-                  "a result must be as large as the product");
+void multiply(const IsaKernels& isa, const Bf16DotKernel* bf16_dot, const Matrix& a, const Matrix& b, const Output& out,
+              bool batch_invariant = false) {
+  STD_TORCH_CHECK(a.columns == b.columns && out.has_size(a.rows, b.rows), "a result must be as large as the product");
   if (a.rows == 0 || b.rows == 0) return;
   if (a.rows <= kFewRows && b.column_stride == 1 && !batch_invariant) {
-    multiply_few_rows(a, b, Output(out, bias, activation, saved));
+    multiply_few_rows(a, b, out);
   } else {
-    multiply_by_tiles(isa, batch_invariant ? nullptr : bf16_dot, a, b, Output(out, bias, activation, saved));
+    multiply_by_tiles(isa, batch_invariant ? nullptr : bf16_dot, a, b, out);
   }
 }
 
 // ----- the operators -----
 
 void linear_act_multiply(Tensor a, Tensor b, std::optional<Tensor> bias, ScalarType compute_dtype, int64_t activation,
-                         bool batch_invariant, Tensor out, std::optional<Tensor> saved, int64_t isa_number) {
+                         bool batch_invariant, Tensor out, std::optional<Tensor> saved, std::optional<Tensor> a_scale,
+                         std::optional<Tensor> b_scale, int64_t isa_number) {
   const IsaKernels& isa = select_kernels(static_cast<Isa>(isa_number));
-  multiply(isa, isa.dot_kernel_for(compute_dtype), Matrix("a", a, compute_dtype, isa), Matrix("b", b, compute_dtype, isa), out,
-           batch_invariant, bias, activation, saved);
+  multiply(isa, isa.dot_kernel_for(compute_dtype), Matrix("a", a, compute_dtype, isa), Matrix("b", b, compute_dtype, isa),
+           Output(out, bias, activation, saved, a_scale, b_scale), batch_invariant);
 }
 
 // Of bf16, read where it lies.
@@ -185,11 +184,11 @@ void linear_act_gradients(Tensor grad_out, std::optional<Tensor> saved, int64_t 
   const Bf16DotKernel* bf16_dot = isa.dot_kernel_for(compute_dtype);
   const Matrix a("grad_z", grad_z ? *grad_z : grad_out, compute_dtype, isa);
   if (grad_x) {
-    multiply(isa, bf16_dot, a, Matrix("weight", weight, compute_dtype, isa).transposed(), *grad_x, false);
+    multiply(isa, bf16_dot, a, Matrix("weight", weight, compute_dtype, isa).transposed(), Output(*grad_x));
   }
   if (grad_weight) {
     STD_TORCH_CHECK(x, "grad_weight needs x");
-    multiply(isa, bf16_dot, a.transposed(), Matrix("x", *x, compute_dtype, isa).transposed(), *grad_weight, false);
+    multiply(isa, bf16_dot, a.transposed(), Matrix("x", *x, compute_dtype, isa).transposed(), Output(*grad_weight));
   }
 }
 

@@ -21,10 +21,32 @@ inline void store(float* to, const Vector& v) {
 
 // ----- packing -----
 
+// Eight 8-bit floats by way of fp16, of which e5m2 is the upper byte. The bits of e4m3fn, moved to where fp16 has exponent and
+// mantissa, are 2^-8 times the number; 480 would be next to the largest, and is NaN.
+template <class From>
+inline V8 load8_of_8_bits(const From* from) {
+  using Bytes = uint8_t __attribute__((vector_size(8)));
+  using Bits = uint16_t __attribute__((vector_size(16)));
+  constexpr bool kIsE4M3 = std::is_same_v<From, Float8_e4m3fn>;
+  Bytes bytes;
+  std::memcpy(&bytes, from, sizeof(bytes));
+  Bits bits = __builtin_convertvector(bytes, Bits);
+  bits = kIsE4M3 ? (bits & 0x7f) << 7 | (bits & 0x80) << 8 : bits << 8;
+  Half halves[8];
+  std::memcpy(static_cast<void*>(halves), &bits, sizeof(bits));
+  const V8 v = widen(halves);
+  if constexpr (!kIsE4M3) return v;
+  const U8 number = reinterpret_cast<U8>(v * 0x1p8f);
+  constexpr uint32_t k480 = 0x43f00000;
+  return reinterpret_cast<V8>(number | reinterpret_cast<U8>((number & 0x7fffffff) == k480));
+}
+
 // Eight elements, rounded to Compute, in fp32.
 template <class Compute, class From>
 inline V8 load8(const From* from) {
-  if constexpr (std::is_same_v<From, Half>) {
+  if constexpr (sizeof(From) == 1) {
+    return load8_of_8_bits(from);
+  } else if constexpr (std::is_same_v<From, Half>) {
     return widen(from);
   } else if constexpr (std::is_same_v<From, BFloat16>) {
     uint16_t __attribute__((vector_size(16))) bits;
@@ -190,6 +212,8 @@ constexpr MicroKernels kMicroKernels = {
 };
 
 inline const MicroKernels& micro_kernels(ScalarType compute, ScalarType from) {
+  if (from == ScalarType::Float8_e4m3fn) return kMicroKernels<float, Float8_e4m3fn>;
+  if (from == ScalarType::Float8_e5m2) return kMicroKernels<float, Float8_e5m2>;
   if (from == ScalarType::Half) return kMicroKernels<Half, Half>;
   if (from == ScalarType::BFloat16) return kMicroKernels<BFloat16, BFloat16>;
   if (compute == ScalarType::Half) return kMicroKernels<Half, float>;

@@ -35,8 +35,8 @@ struct Matrix {
         size(size_of(tensor.scalar_type())) {
     const ScalarType from = tensor.scalar_type();
     const bool widens = from == compute || (compute == ScalarType::Float && size == 2);
-    STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2 && (widens || from == ScalarType::Float), name,
-                    " must be a matrix in the compute dtype or fp32");
+    const bool fits = is_float8(compute) ? is_float8(from) : widens || from == ScalarType::Float;
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2 && fits, name, " must be a matrix in the compute dtype or fp32");
     STD_TORCH_CHECK(row_stride == 1 || column_stride == 1, name, " must have rows or columns without gaps");
   }
 

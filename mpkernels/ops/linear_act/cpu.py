@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_act in C++ on a CPU: out = round(act(x @ weight.T + bias)).
 
-The products read operands as they lie and round, widen and multiply them in registers; no copy in fp32 is written, whose
-pages cost as much as a small product. What is around the products is torch's, as in eager. Large products of bf16 with a
-result in bf16 are oneDNN's, which packs less.
+The products read operands as they lie, 8-bit ones too, and round, widen and multiply them in registers; no copy in fp32 is
+written, whose pages cost as much as a small product. What is around the products is torch's, as in eager. Large products of
+bf16 with a result in bf16 are oneDNN's, which packs less.
 """
 
 import torch
@@ -20,7 +20,7 @@ ONEDNN_SIZE, ONEDNN_PRODUCTS = 256, 1 << 28
 
 def why_not(key: CallKey) -> str | None:
     reason = native.why_not() or epilogues.why_not("cpu", key.activation)
-    return reason or (f"has no {key.dtype}" if key.dtype == torch.float64 or key.dtype.itemsize == 1 else None)
+    return reason or ("has no float64" if key.dtype == torch.float64 else None)
 
 
 def linear_act(call: ForwardCall):
@@ -32,10 +32,11 @@ def linear_act(call: ForwardCall):
     if x.dim() != 2:
         a = a.reshape(x.shape[:-1].numel(), K)
     if call.save and activation > Activation.RELU:
-        saved = a.new_empty((a.shape[0], N))
+        saved = a.new_empty((a.shape[0], N), dtype=call.preactivation_dtype)
     out = _multiply(
         a, call.operand, compute_dtype, call.out_dtype,
         bias=call.bias, activation=activation, preactivation=saved, batch_invariant=call.batch_invariant,
+        scales=(_each(call.x_scale, a.shape[0]), _each(call.weight_scale, N)) if call.is_scaled else (),
     )  # fmt: skip
     if call.save and activation == Activation.RELU:
         saved = epilogues.pack_mask(out)
@@ -53,7 +54,8 @@ def linear_act_backward(call: BackwardCall):
 
 
 def _multiply(
-    a, b, compute_dtype, out_dtype, *, bias=None, activation=Activation.NONE, preactivation=None, batch_invariant=False
+    a, b, compute_dtype, out_dtype, *, bias=None, activation=Activation.NONE, preactivation=None, batch_invariant=False,
+    scales=(),
 ):  # fmt: skip
     """round(act(a @ b.T + bias)) as passes.py has it."""
     if bias is not None and not bias.is_contiguous():
@@ -65,9 +67,14 @@ def _multiply(
     out = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
     a, b = _readable(a, compute_dtype), _readable(b, compute_dtype)
     torch.ops.mpkernels_C.linear_act_multiply.default(
-        a, b, bias, compute_dtype, activation, batch_invariant, out, preactivation
+        a, b, bias, compute_dtype, activation, batch_invariant, out, preactivation, *scales
     )
     return out
+
+
+def _each(scale: torch.Tensor, rows: int) -> torch.Tensor:
+    """A scale (*, 1) or () as one of each row."""
+    return (scale.reshape(rows) if scale.dim() else scale.expand(rows)).contiguous()
 
 
 def _is_for_onednn(a: torch.Tensor, b: torch.Tensor, compute_dtype: torch.dtype, out_dtype: torch.dtype) -> bool:
@@ -121,6 +128,7 @@ def _saved(call: BackwardCall, grad: torch.Tensor) -> torch.Tensor | None:
 def _readable(matrix: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
     """`matrix`, cast where the kernel does not round it to compute_dtype itself, copied where rows and columns have gaps."""
     dtype = matrix.dtype
-    if dtype != compute_dtype and dtype != torch.float32 and (compute_dtype != torch.float32 or dtype == torch.float64):
+    is_read = dtype in (compute_dtype, torch.float32) or dtype.itemsize == 1
+    if not is_read and (compute_dtype != torch.float32 or dtype == torch.float64):
         matrix = cast(matrix, compute_dtype)
     return matrix if 1 in matrix.stride() else matrix.contiguous()

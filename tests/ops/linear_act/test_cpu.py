@@ -39,9 +39,11 @@ SHAPES = (
 )
 
 
-def multiply(a, b, bias, compute, out_dtype, activation=NONE, *, batch_invariant=False, isa=Isa.AUTO):
+def multiply(
+    a, b, bias, compute, out_dtype, activation=NONE, *, batch_invariant=False, isa=Isa.AUTO, saved=None, scales=(None, None)
+):  # fmt: skip
     out = torch.full((a.shape[0], b.shape[0]), torch.nan).to(out_dtype)
-    args = (a, b, bias, compute, activation, batch_invariant, out, None, isa)
+    args = (a, b, bias, compute, activation, batch_invariant, out, saved, *scales, isa)
     torch.ops.mpkernels_C.linear_act_multiply(*args)
     return out
 
