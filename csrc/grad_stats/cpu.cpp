@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 
 #include "../common/chunk_partition.h"
@@ -27,25 +28,33 @@ typename Bits<T>::type magnitude(T x) {
   return c10::bit_cast<typename Bits<T>::type>(x) & Bits<T>::kMagnitude;
 }
 
+// In a vector by name: GCC 12 makes scalars of the lanes of an array beside the prefetch.
 template <class T>
 MPK_CLONES typename Bits<T>::type largest_magnitude(const T* grad, int64_t n) {
+  using I = typename Bits<T>::type;
+  typedef I Line __attribute__((vector_size(64)));
   constexpr int64_t kLine = 64 / sizeof(T), kPlaces = 4;
-  typename Bits<T>::type lanes[kLine] = {};
+  Line lanes = {};
+  const auto scan = [&](const T* at) __attribute__((always_inline)) {
+    Line line;
+    std::memcpy(&line, at, sizeof line);
+    line &= Bits<T>::kMagnitude;
+    lanes = line > lanes ? line : lanes;
+  };
   // AMD's prefetchers follow several places at once, and bring more than they do of one.
   const int64_t apart = kPrefetches ? 0 : n / (kPlaces * kLine) * kLine;
   for (int64_t at = 0; at < apart; at += kLine) {
-    for (int64_t place = 0; place < kPlaces; ++place) {
-      const T* line = grad + place * apart + at;
-      for (int64_t lane = 0; lane < kLine; ++lane) lanes[lane] = std::max(lanes[lane], magnitude(line[lane]));
-    }
+    for (int64_t place = 0; place < kPlaces; ++place) scan(grad + place * apart + at);
   }
   int64_t i = kPlaces * apart;
   for (; i + kLine <= n; i += kLine) {
     if (kPrefetches) prefetch_line<4096>(grad + i);
-    for (int64_t lane = 0; lane < kLine; ++lane) lanes[lane] = std::max(lanes[lane], magnitude(grad[i + lane]));
+    scan(grad + i);
   }
-  for (int64_t lane = 0; i < n; ++i, ++lane) lanes[lane] = std::max(lanes[lane], magnitude(grad[i]));
-  return *std::max_element(lanes, lanes + kLine);
+  I amax = 0;
+  for (int64_t lane = 0; lane < kLine; ++lane) amax = std::max<I>(amax, lanes[lane]);
+  for (; i < n; ++i) amax = std::max(amax, magnitude(grad[i]));
+  return amax;
 }
 
 // The sum has an order of its own, of kLanes partial sums, which is also what lets the compiler vectorize it.
@@ -239,18 +248,23 @@ void grad_stats_(Tensor grads_, std::optional<Tensor> grad_scale, Tensor found_i
 
 // ----- a watch: mpkernels/precision/taps.py -----
 
+template <class T>
+typename Bits<T>::type largest_magnitude_in_parallel(const T* x, int64_t n) {
+  constexpr int64_t kLength = ChunkPartition::kLength;
+  std::vector<typename Bits<T>::type> chunks((n + kLength - 1) / kLength);
+  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), /*grain_size=*/2, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) chunks[i] = largest_magnitude(x + i * kLength, std::min(kLength, n - i * kLength));
+  });
+  return *std::max_element(chunks.begin(), chunks.end());
+}
+
 // The largest magnitude of n elements, NaN above inf; nothing where -inf is to be ignored and is all
 // that is infinite.
 template <class T>
 std::optional<double> amax_of(const void* data, int64_t n, bool ignores_minus_inf) {
   using I = typename Bits<T>::type;
-  constexpr int64_t kLength = ChunkPartition::kLength;
   const T* x = static_cast<const T*>(data);
-  std::vector<I> chunks((n + kLength - 1) / kLength + 1);
-  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()) - 1, /*grain_size=*/2, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) chunks[i] = largest_magnitude(x + i * kLength, std::min(kLength, n - i * kLength));
-  });
-  const I amax = *std::max_element(chunks.begin(), chunks.end());
+  const I amax = n <= ChunkPartition::kLength ? largest_magnitude(x, n) : largest_magnitude_in_parallel(x, n);
   const auto is_inf = [](T value) { return c10::bit_cast<I>(value) == Bits<T>::kInf; };
   if (ignores_minus_inf && amax == Bits<T>::kInf && std::none_of(x, x + n, is_inf)) return std::nullopt;
   return convert<double>(c10::bit_cast<T>(amax));
@@ -275,9 +289,10 @@ void with_numbers(Tensor& table, const F& f) {
   }
 }
 
-// x: contiguous. The number at `index` of `table` is raised; what is below 0 there is below every magnitude.
+// The number at `index` of `table` is raised; what is below 0 there is below every magnitude.
 void amax_(Tensor x, Tensor table, int64_t index, bool ignores_minus_inf) {
-  STD_TORCH_CHECK(x.is_contiguous() && index >= 0 && index < table.numel(), "x must be contiguous, index in the table");
+  STD_TORCH_CHECK(index >= 0 && index < table.numel(), "index must be in the table");
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
   const std::optional<double> amax = find_amax_of(x.scalar_type())(x.const_data_ptr(), x.numel(), ignores_minus_inf);
   if (!amax || x.numel() == 0) return;
   with_numbers(table, [&](auto* numbers) {
@@ -304,3 +319,6 @@ STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, CPU, m) {
   m.impl("amax_", TORCH_BOX(&mpk::amax_));
   m.impl("end_step_", TORCH_BOX(&mpk::end_step_));
 }
+
+// Of a tensor with a graph too, without torch's warning of what has no derivative, for which it looks at every argument.
+STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, AutogradCPU, m) { m.impl("amax_", TORCH_BOX(&mpk::amax_)); }
