@@ -164,6 +164,12 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether an mpk.watch looks at it: as its observer, or by a hook where the class has a forward of its own."""
+    hooks = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
+    return any(getattr(tap, "is_watching", False) for tap in (module.__dict__.get("_observer"), *hooks))
+
+
 def _grad_dtype(policy: Policy | None) -> torch.dtype | None:
     return None if policy is None else policy.grad_dtype
 

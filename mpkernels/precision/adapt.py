@@ -13,6 +13,7 @@ import itertools
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ class Adapt:
         margin = self.margin_bits
         if isinstance(margin, bool) or not isinstance(margin, Real) or not 0 <= margin < math.inf:
             raise ValueError(f"Adapt: margin_bits must be a number of 0 or more, got {margin!r}")
-        if isinstance(self.ladder, str) or len(self.ladder) < 2:
+        if not isinstance(self.ladder, Sequence) or isinstance(self.ladder, str) or len(self.ladder) < 2:
             raise ValueError(f"Adapt: ladder must have two policies or more, got {self.ladder!r}")
         policies = self.policies
         for lower, upper in itertools.pairwise(policies):
@@ -106,7 +107,7 @@ class Adaptation:
         self.layers = {
             tap.row: _Layer(tap, rung, rung)
             for tap in taps
-            if tap.has_node and (rung := self._rung(tap.module.policy)) is not None
+            if hasattr(tap.module, "adopt") and (rung := self._rung(tap.module.policy)) is not None
         }
         if not self.layers:
             names = ", ".join(map(str, self.ladder))

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Taps: what a watch puts on layers, to write the largest magnitudes of their tensors into a table on the device."""
 
+import functools
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -40,7 +42,7 @@ class Tap:
     ) -> None:  # fmt: skip
         self.name, self.module, self.table, self.row, self.clock = name, module, table, row, clock
         self.raise_ = None if table is None else raise_of(table)
-        self.has_node = hasattr(module, "adopt")  # linear_act's, which can be asked for grad_x
+        self.has_node = False  # linear_act's as that of the output, which can be asked for grad_x
         self.position: int | None = None
         self.dtype: torch.dtype | None = None
         self.adapts, self.reads_operands, self.may_be_captured = False, False, True
@@ -48,17 +50,22 @@ class Tap:
     def __reduce__(self):
         return Tap, ()
 
+    @property
+    def is_watching(self) -> bool:
+        return self.table is not None
+
     def register(self) -> list:
-        """Handles to remove it by. An MPLinear asks it without a hook."""
-        if type(self.module).forward is MPLinear.forward and "forward" not in vars(self.module):
+        """Handles to remove it by, which hold no module. An MPLinear asks it without a hook."""
+        cls, is_replaced = type(self.module), "forward" in vars(self.module)
+        self.has_node = not is_replaced and (cls.forward is MPLinear.forward or cls.__name__ == "MPConv1D")
+        if not is_replaced and cls.forward is MPLinear.forward:
             self.module._observer = self
-            return [self]
+            return [_Observing(weakref.ref(self.module))]
         return [self.module.register_forward_pre_hook(self.before), self.module.register_forward_hook(self.after)]
 
-    def remove(self) -> None:
-        vars(self.module).pop("_observer", None)
-
     def before(self, module: nn.Module, args: tuple) -> tuple | None:
+        if self.table is None:
+            return _remove_hooks_of(self, module)
         if not args or not isinstance(args[0], torch.Tensor):
             return None
         x = self.enter(module, args[0])
@@ -71,7 +78,7 @@ class Tap:
 
     def enter(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """What the layer is to read: x, or where no node can be asked a view, whose gradient is the one that it alone gives."""
-        asks_node = self.has_node and type(x) is torch.Tensor and not x.is_nested and not torch.compiler.is_compiling()
+        asks_node = self.has_node and type(x) is torch.Tensor and not torch.compiler.is_compiling()
         if (asks_node and not self.reads_operands) or self.table is None or not counts(module):
             return x
         if self.reads_operands:
@@ -118,6 +125,26 @@ class Tap:
             self.raise_(self.table, self.row, column, values)
 
 
+class _Observing(NamedTuple):
+    """The handle of an MPLinear's observer, as torch's of a hook."""
+
+    module: weakref.ref
+
+    def remove(self) -> None:
+        if (module := self.module()) is not None:
+            vars(module).pop("_observer", None)
+
+
+def _remove_hooks_of(tap: object, module: nn.Module) -> None:
+    """From a copy of a module, whose hooks were copied with it and do nothing there."""
+    if torch.compiler.is_compiling():
+        return
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", hook) is tap]:
+            del hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 class _GradX(torch.autograd.Function):
     """x, and what of its gradient goes into a row."""
 
@@ -137,19 +164,27 @@ class _GradX(torch.autograd.Function):
 
 def raise_of(table: torch.Tensor) -> Callable[..., None]:
     """(table, row, column, values). On a CPU one op instead of torch's five, the most of what a watch costs small layers."""
-    return _raise_native if is_native(table) else _raise
+    return raise_native() if is_native(table) else _raise
 
 
 def is_native(table: torch.Tensor) -> bool:
     return table.is_cpu and native.why_not() is None
 
 
-def _raise_native(table: torch.Tensor, row: int, column: int, values: torch.Tensor, *, ignores_minus_inf: bool = False) -> None:
-    if type(values) is not torch.Tensor or values.is_nested:
-        values = _plain(values)
-    if not values.is_contiguous():
-        values = values.contiguous()
-    torch.ops.mpkernels_C.amax_.default(values, table, row * COLUMNS + column, ignores_minus_inf)
+@functools.cache
+def raise_native() -> Callable[..., None]:
+    """Once the library is loaded; what a call looks up costs small layers as much as the op."""
+    amax_ = torch.ops.mpkernels_C.amax_.default
+
+    def raise_(table: torch.Tensor, row: int, column: int, values: torch.Tensor, *, ignores_minus_inf: bool = False) -> None:
+        if type(values) is not torch.Tensor:
+            values = _plain(values)
+        try:
+            amax_(values, table, row * COLUMNS + column, ignores_minus_inf)
+        except NotImplementedError:  # a nested tensor, not a jagged one, which is of a class of its own
+            amax_(_plain(values), table, row * COLUMNS + column, ignores_minus_inf)
+
+    return raise_
 
 
 def _raise(table: torch.Tensor, row: int, column: int, values: torch.Tensor, *, ignores_minus_inf: bool = False) -> None:
@@ -173,31 +208,45 @@ def _plain(values: torch.Tensor) -> torch.Tensor:
     return values.values() if values.is_nested else local(values)
 
 
+_LOOKED_AT = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of 8 bits torch has no maximum
+
+
 class InputTap:
     """The hook that looks at what a model is given, but for the -inf of attention masks; a copy of it does nothing."""
 
     def __init__(self, table: torch.Tensor | None = None) -> None:
-        self.table, self.raise_ = table, None if table is None else raise_of(table)
+        self.table = table
+        if table is not None:
+            self.raise_, self.device = raise_of(table), table.device
 
     def __reduce__(self):
         return InputTap, ()
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.table is None or not counts(module):
+        if self.table is None:
+            return _remove_hooks_of(self, module)
+        if not counts(module):
             return
         raise_ = _raise_traced if torch.compiler.is_compiling() else self.raise_
         for given in (*args, *kwargs.values()):
             for values in (given,) if type(given) is torch.Tensor else tensors_of(given):
-                looked_at = values.is_floating_point() and values.dtype.itemsize > 1  # of 8 bits torch has no maximum
-                if looked_at and values.device == self.table.device:
+                if values.dtype in _LOOKED_AT and values.device == self.device:
                     raise_(self.table, 0, DATA, values, ignores_minus_inf=True)
 
 
-def end_step(table: torch.Tensor, last: torch.Tensor, scale: torch.Tensor | None) -> None:
-    """Move `table` to `last`, with the loss scale of the step, and begin anew."""
-    if is_native(table) and (scale is None or scale.is_cpu):
-        torch.ops.mpkernels_C.end_step_.default(table, last, scale, SCALE, NOTHING)
-        return
+def end_step_of(table: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]:
+    """(table, last, scale): move `table` to `last`, with the loss scale of the step, and begin anew."""
+    if not is_native(table):
+        return _end_step
+    end_step_ = torch.ops.mpkernels_C.end_step_.default
+
+    def end_step(table: torch.Tensor, last: torch.Tensor, scale: torch.Tensor | None) -> None:
+        end_step_(table, last, scale if scale is None or scale.is_cpu else scale.cpu(), SCALE, NOTHING)
+
+    return end_step
+
+
+def _end_step(table: torch.Tensor, last: torch.Tensor, scale: torch.Tensor | None) -> None:
     if scale is not None:
         table[0, SCALE].copy_(scale)
     last.copy_(table)

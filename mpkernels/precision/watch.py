@@ -3,6 +3,7 @@
 
 import itertools
 import math
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -13,11 +14,12 @@ from torch import distributed, nn
 from mpkernels.amp import GradScaler
 from mpkernels.amp.skip_watch import copy_to_host
 from mpkernels.nn.convert.linears import why_not
+from mpkernels.nn.linear import is_watched
 from mpkernels.precision import watch_report
 from mpkernels.precision.adapt import LAG, Adapt, Adaptation
 from mpkernels.precision.capture import check_is_module, is_linear
 from mpkernels.precision.tables import shown
-from mpkernels.precision.taps import COLUMNS, NOTHING, InputTap, Tap, end_step
+from mpkernels.precision.taps import COLUMNS, NOTHING, InputTap, Tap, end_step_of
 from mpkernels.precision.watch_report import WatchReport
 
 
@@ -55,7 +57,11 @@ def watch(
 
 
 class Watch:
-    """What `mpk.watch` returns. Everything it has put on the model is gone after `close()`, or after its `with` block."""
+    """What `mpk.watch` returns. Everything it has put on the model is gone after `close()`, or after its `with` block.
+
+    It lives as long as what it was given: the scaler, or the optimizer without one. With neither, keep it: once it is garbage,
+    it is closed.
+    """
 
     def __init__(self, model: nn.Module, optimizer, scaler: GradScaler | None, adapt: Adapt | None, process_group) -> None:
         found = list(_watched(model))
@@ -70,18 +76,20 @@ class Watch:
         least_scale = None if scaler is None else scaler._min_scale
         self._adaptation = None if adapt is None else Adaptation(adapt, self._taps, least_scale)
         self._pending: deque[_OnHost] = deque()  # tables of the last steps, with adapt
-        self._scaler, self._group, self._steps, self._is_open = scaler, process_group, 0, True
+        self._scaler, self._group, self._steps = scaler, process_group, 0
         self._notes = [note for _, _, note in found]
-        self._table, self._last = table, table.clone()
+        self._table, self._last, self._move_table = table, table.clone(), end_step_of(table)
         self._order: list[int] | None = None  # the rows as layers were first called; None: no step has ended
-        self._handles = [model.register_forward_pre_hook(InputTap(table), with_kwargs=True)]
+        handles = [model.register_forward_pre_hook(InputTap(table), with_kwargs=True)]
         for tap in self._taps:
             tap.adapts, tap.may_be_captured = adapt is not None, adapt is None or not table.is_cuda
-            self._handles += tap.register()
+            handles += tap.register()
         if scaler is not None:
             scaler._layer_watch = self
         if optimizer is not None and (scaler is None or not scaler.is_enabled()):
-            self._handles.append(optimizer.register_step_post_hook(lambda *_: self._end_step(None)))
+            handles.append(optimizer.register_step_post_hook(lambda *_: self._end_step(None)))
+        self._remove_hooks = weakref.finalize(self, _remove, handles)  # which hold no module: it would never be garbage
+        self._remove_hooks.atexit = False
 
     # ----- public ---------------------------------------------------------------
 
@@ -97,12 +105,9 @@ class Watch:
 
     def close(self) -> None:
         """Take every hook off the model, the optimizer and the scaler; again, it does nothing."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._remove_hooks()
         if self._scaler is not None and self._scaler._layer_watch is self:
             self._scaler._layer_watch = None
-        self._is_open = False
 
     def __enter__(self) -> "Watch":
         self._check_is_open()
@@ -151,7 +156,7 @@ class Watch:
             self._table.masked_fill_(self._table.isnan(), math.nan)
             bits = self._table.view(torch.int64 if self._table.dtype == torch.float64 else torch.int32)
             distributed.all_reduce(bits, distributed.ReduceOp.MAX, self._group)
-        end_step(self._table, self._last, scale)
+        self._move_table(self._table, self._last, scale)
         if self._order is None:
             self._order = self._current_order()
             if self._group is not None:  # where layers are called by what the data is, ranks have other orders
@@ -168,15 +173,15 @@ class Watch:
         rows = self._pending.popleft().read().tolist()
         return self._adaptation.decide(self._steps, self._steps - LAG, rows, self._order)
 
-    def _sentence(self, has_ended: bool) -> str:
-        """What was the first inf or NaN of the step, which has ended or is about to. Waits for the device."""
+    def _sentence(self, has_ended: bool) -> str | None:
+        """What was the first inf or NaN of the step, which has ended or is about to; None without one. Waits for the device."""
         rows = (self._last if has_ended else self._table).tolist()
-        return watch_report.sentence(self._taps, rows, self._current_order()) or "out and grad_x of every linear are finite"
+        return watch_report.sentence(self._taps, rows, self._current_order())
 
     # ----- inside ---------------------------------------------------------------
 
     def _check_is_open(self) -> None:
-        if not self._is_open:
+        if not self._remove_hooks.alive:
             raise RuntimeError("watch: it is closed: make a new one with mpk.watch(model, ...)")
 
     def _check_state(self, state: dict[str, Any]) -> None:
@@ -216,6 +221,11 @@ class Watch:
             return self._order
         taps = sorted(self._taps, key=lambda tap: math.inf if tap.position is None else tap.position)
         return [tap.row for tap in taps]
+
+
+def _remove(handles: list) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 class _OnHost:
@@ -261,9 +271,7 @@ def _watched(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 def _check_not_watched(found: list[tuple[str, nn.Module, str]], scaler: GradScaler | None) -> None:
     for name, module, _ in found:
-        hooks = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
-        taps = [tap for tap in (getattr(module, "_observer", None), *hooks) if isinstance(tap, Tap)]
-        if any(tap.table is not None for tap in taps):
+        if is_watched(module):
             raise RuntimeError(f"watch: {shown(name)} is watched already: close() that watch first")
     if scaler is not None and scaler._layer_watch is not None:
         raise RuntimeError("watch: the scaler has a watch already: close() that first, or give each model its scaler")

@@ -397,6 +397,7 @@ def test_adapt_looks_at_operands_of_what_it_raised():
         (dict(margin_bits=-1), "margin_bits must be a number of 0 or more"),
         (dict(margin_bits=math.nan), "margin_bits must be a number of 0 or more"),
         (dict(ladder=("mixed_float16",)), "ladder must have two policies or more"),
+        (dict(ladder=5), "ladder must have two policies or more, got 5"),
         (dict(ladder="mixed_float16"), "ladder must have two policies or more"),
         (dict(ladder=("mixed_fp16", "float32")), "did you mean 'mixed_float16'"),
         (dict(ladder=("float32", "mixed_float16")), "ladder must go up: mixed_float16 has no wider range than float32"),
