@@ -13,13 +13,12 @@ from mpkernels.optim.optimizer import Optimizer
 MOST = 0.75  # of all gradients: that many are not finite where the forward made inf or NaN
 
 HOW_TO_SEARCH = (
-    "check that the inputs and the loss are finite; torch.autograd.set_detect_anomaly(True), or forward hooks that look at "
-    "isfinite(), find the operation"
+    "check that the inputs and the loss are finite; mpkernels.find_nonfinite(model, step) names the first module that is not"
 )
 
 
-def report(optimizer: torch.optim.Optimizer, first_layer: Callable[[], str] | None = None) -> str:
-    """See `GradScaler.overflow_report`. first_layer: what a watch says of the step."""
+def report(optimizer: torch.optim.Optimizer, first_layer: Callable[[], str | None] | None = None) -> str:
+    """See `GradScaler.overflow_report`. first_layer: where a watch says that it began, None where all it saw is finite."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"overflow_report needs an optimizer of mpkernels.optim, which counts what it reads, got {_full_name(optimizer)}: "
@@ -31,7 +30,10 @@ def report(optimizer: torch.optim.Optimizer, first_layer: Callable[[], str] | No
     grad_scale = read.stats[0].grad_scale
     scale = "none" if grad_scale is None else f"{grad_scale.item():.9g}"
     head = f"step {read.steps_called} skipped at scale {scale}: "
-    lines = _lines(read) if first_layer is None else [first_layer(), *_lines(read)]
+    named = None if first_layer is None else first_layer()
+    lines = _lines(read, is_found=named is not None)
+    if first_layer is not None:
+        lines = [named or "out and grad_x of every linear are finite", *lines]
     return "\n".join(head + line for line in lines)
 
 
@@ -48,11 +50,12 @@ def _instead(optimizer) -> str:
     return f"train with mpkernels.optim.{name if name in ('AdamW', 'Adam', 'Lion', 'SGD') else 'AdamW'}"
 
 
-def _lines(read: LastRead) -> list[str]:
+def _lines(read: LastRead, is_found: bool) -> list[str]:
     """One line where it began in the forward, else a line for each gradient that is not finite, in order of backward.
 
     What forward makes inf or NaN reaches the last layer's gradient, and from there most others: a ReLU may stop it. Under a
-    loss that is linear in the output it reaches the weights alone, through the inputs of their layers.
+    loss that is linear in the output it reaches the weights alone, through the inputs of their layers. is_found: it is known
+    where it began.
     """
     names = read.names
     order = {key: i for i, key in enumerate(names)}
@@ -76,9 +79,8 @@ def _lines(read: LastRead) -> list[str]:
         return bad
     many = "all" if len(bad) == len(found) else f"{len(bad) - 1} of"
     too = f", and {many} {others} other gradients have inf or NaN too" if others else ""
-    return [
-        f"{bad[0]}{too}: this began in the forward, the loss or the data, unless the scale is far too large: {HOW_TO_SEARCH}"
-    ]
+    where = f": this began in the forward, the loss or the data, unless the scale is far too large: {HOW_TO_SEARCH}"
+    return [f"{bad[0]}{too}{'' if is_found else where}"]
 
 
 def _counted(stats) -> Iterator[tuple[torch.Tensor, int, float]]:

@@ -1148,7 +1148,7 @@ def test_overflow_report_without_names():
 
 SEARCH = (
     ": this began in the forward, the loss or the data, unless the scale is far too large: check that the inputs and the loss "
-    "are finite; torch.autograd.set_detect_anomaly(True), or forward hooks that look at isfinite(), find the operation"
+    "are finite; mpkernels.find_nonfinite(model, step) names the first module that is not"
 )
 
 
