@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """check_batch_invariant: whether a row has the same bits whatever the other rows are and however many."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from mpkernels.precision.report import Report
 SIZES = (1, 2, 3, 7, 17, 33)
 
 
-def check_batch_invariant(model: nn.Module, x: Any, *, sizes: Sequence[int] = SIZES) -> Report:
+def check_batch_invariant(model: nn.Module, x: Any, *, sizes: Iterable[int] = SIZES) -> Report:
     """Run `model` on all rows of `x` and on the first M of them, for each M, and compare the rows bit for bit.
 
     x: a tensor (n, ...), a tuple of arguments or a dict of keyword arguments; tensors whose first dimension is that of the
@@ -27,11 +27,12 @@ def check_batch_invariant(model: nn.Module, x: Any, *, sizes: Sequence[int] = SI
     check_is_module("check_batch_invariant", model)
     x = dict(x) if isinstance(x, Mapping) else x  # a tokenizer's is of another class
     n = _rows(x)
-    if not all(isinstance(m, int) and not isinstance(m, bool) and m > 0 for m in sizes):
-        raise ValueError(f"check_batch_invariant: sizes must be natural numbers, got {sizes!r}")
+    given, sizes = sizes, tuple(sizes) if isinstance(sizes, Iterable) else ()
+    if not isinstance(given, Iterable) or not all(isinstance(m, int) and not isinstance(m, bool) and m > 0 for m in sizes):
+        raise ValueError(f"check_batch_invariant: sizes must be several natural numbers, got {given!r}")
     chosen = sorted(m for m in set(sizes) if m < n)
     if not chosen:
-        raise ValueError(f"check_batch_invariant: x has {n} rows, and none of the sizes {tuple(sizes)} is smaller")
+        raise ValueError(f"check_batch_invariant: x has {n} rows, and none of the sizes {sizes} is smaller")
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise RuntimeError(f"check_batch_invariant: {name or 'the model'} is a dropout that is on: call model.eval() first")

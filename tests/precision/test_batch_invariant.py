@@ -153,8 +153,8 @@ def test_batch_invariant_refuses(x):
     model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got function"):
         mpk.check_batch_invariant(lambda x: x, x)
-    for sizes in ((0,), (1.5,), (True,), (-3, 2)):
-        with pytest.raises(ValueError, match="sizes must be natural numbers"):
+    for sizes in ((0,), (1.5,), (True,), (-3, 2), 3, "3"):
+        with pytest.raises(ValueError, match="sizes must be several natural numbers, got"):
             mpk.check_batch_invariant(model, x, sizes=sizes)
     with pytest.raises(ValueError, match="x has 1 rows, and none of the sizes"):
         mpk.check_batch_invariant(model, x[:1])
