@@ -53,7 +53,7 @@ def prove(
     out: a file for the verdicts besides the user's cache, which MPKERNELS_VERDICTS may name elsewhere. mps: also where
     NVIDIA's MPS serves several processes, which a kernel that fails would take with it.
     What crashed before is tried again. A process that has chosen its kernels already keeps them.
-    Raises RuntimeError under torch.compile, in CUDA graph capture, under MPS, and while another process proves.
+    Raises RuntimeError under torch.compile, in CUDA graph capture, under MPS, on Windows, and while another process proves.
     """
     device = _device(device)
     _refuse(device, mps)
@@ -85,9 +85,7 @@ def _not_now(op: str, backend: str, device: torch.device, note: str) -> dict[str
 
 
 def _device(device) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"prove: device must be a CPU or a GPU of NVIDIA, got {device}")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -98,6 +96,8 @@ def _device(device) -> torch.device:
 def _refuse(device: torch.device, mps: bool) -> None:
     if torch.compiler.is_compiling():
         raise RuntimeError("prove: cannot run under torch.compile; call it before")
+    if not hasattr(os, "killpg"):  # Windows
+        raise RuntimeError("prove: ends a process that hangs with all that it started, which this system cannot: use Linux")
     if device.type != "cuda":
         return
     if torch.cuda.is_current_stream_capturing():
