@@ -14,9 +14,10 @@ import mpkernels
 from tests.paths import ROOT
 
 DOCS = ROOT / "docs"
-PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "mpkernels" / "tuned" / "README.md"])
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "mpkernels" / "tuned" / "README.md", ROOT / "hub" / "CARD.md"])
 WIDTH = 128
-TOP = ("bench", "csrc", "docs", "examples", "mpkernels", "tests", "tools", ".ci")  # folders that a path in a page begins with
+# Folders that a path in a page begins with.
+TOP = ("bench", "csrc", "docs", "examples", "hub", "mpkernels", "notebooks", "tests", "tools", ".ci", ".github")
 
 
 def name(path: Path) -> str:

@@ -9,7 +9,7 @@ from mpkernels.ops.linear_act.epilogues import Activation
 from mpkernels.runtime.op import Implementation, Op
 from mpkernels.runtime.tuned_table import GemmKey
 
-_PACKAGE = "mpkernels.ops.linear_act"
+_PACKAGE = __package__
 _IMPLEMENTATIONS = (
     Implementation("native", ("cpu",), module="cpu"),
     Implementation("native", ("cuda",), module="sm90", sm=90, saves_mask=True),
