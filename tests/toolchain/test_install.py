@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What setup.py and make say where something is missing, what make installs for what, and when it makes the venv anew."""
 
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,6 +64,15 @@ def test_setup_builds_python_alone_in_isolation():
     assert (result.returncode, result.stdout) == (0, "mpkernels\n")
     assert "only the slower Python version is built" in result.stderr
     assert "pip install --no-build-isolation ." in result.stderr
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_setup_builds_python_alone_elsewhere(system):
+    """The library is C++ for Linux: another system needs neither torch nor a compiler to install."""
+    before = f"import setuptools, sysconfig; sysconfig.get_config_vars(); {NO_TORCH}; sys.platform = {system!r}"
+    result = setup(before, CXX="nowhere/g++")
+    assert (result.returncode, result.stdout) == (0, "mpkernels\n")
+    assert result.stderr == "mpkernels: the C++ library is built on Linux only; this is the slower Python version.\n"
 
 
 TOOLKIT = """
@@ -150,23 +161,34 @@ def test_make_checks_the_compiler_before_the_venv(project):
 
 @needs_make
 def test_make_installs_what_a_target_needs_once(project):
-    """The demo's packages for what runs the library, others for what tests it and for the site; all under the constraints."""
+    """The demo's packages for what runs the library, others for what tests it, for wheels and for the site; each under the
+    constraints."""
     (demo,) = project("python3.11", "build")[2]
     assert project("python3.11", "build")[2] == []
-    (rest,) = project("python3.11", "wheel")[2][:-1]  # the last is `pip wheel` itself
+    (package,) = project("python3.11", "wheel")[2][:-1]  # the last is `pip wheel` itself
+    (rest,) = project("python3.11", "mutants")[2]
     (site,) = project("python3.11", "docs")[2]
     begin = "install --disable-pip-version-check -c constraints.txt "
-    assert demo.startswith(begin)
-    assert rest.startswith(begin)
-    assert site.startswith(begin)
-    demo, rest, site = (set(line.removeprefix(begin).split()) for line in (demo, rest, site))
-    assert {"torch", "scikit-learn"} <= demo
-    assert {"pytest", "ruff", "transformers"} <= rest
-    assert "mkdocs-material" in site
-    assert not demo & rest | (demo | rest) & site
-    assert demo | rest | site == {
-        line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
-    }
+    assert all(line.startswith(begin) for line in (demo, package, rest, site))
+    groups = [set(line.removeprefix(begin).split()) for line in (demo, package, rest, site)]
+    for group, some in zip(groups, ({"torch", "scikit-learn"}, {"auditwheel"}, {"pytest", "ruff"}, {"mkdocs-material"})):
+        assert some <= group
+    constrained = [line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
+    assert sorted(itertools.chain(*groups)) == sorted(constrained)
+
+
+@needs_make
+def test_make_takes_another_torch(project):
+    """In a venv of its own, under the constraints but for torch and the Triton that it asks for."""
+    assert project("python3.11", "build")[0] == 0
+    (project.venv / "left").touch()
+    (demo,) = project("python3.11", "build", "TORCH=2.11.0")[2]
+    assert not (project.venv / "left").exists()
+    constraints = (project.venv.parent / demo.split(" -c ")[1].split()[0]).read_text()
+    assert "\ntorch==2.11.0\n" in constraints
+    assert "triton" not in re.sub(r"^#.*", "", constraints, flags=re.M)
+    assert "\nnumpy==" in constraints
+    assert project("python3.11", "build", "TORCH=2.11.0")[2] == []
 
 
 @needs_make
@@ -190,7 +212,7 @@ def test_make_wheel_takes_the_newest_toolkit_of_cuda_12(tmp_path, toolkits, take
     for version in toolkits:
         (tmp_path / f"cuda-{version}").mkdir()
     command = ["make", "-n", "wheel", f"TOOLKITS={tmp_path}/cuda-12.[4-9]", f"PYTHON={sys.executable}"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.replace("\\\n", "")
     line = next(line for line in said.splitlines() if "pip wheel" in line)
     home = f"{tmp_path}/cuda-{taken}" if taken else ""
     assert line.startswith(f'CUDA_HOME="${{CUDA_HOME:-{home}}}" ')

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "mpkernels"
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PACKAGE.rglob("*.py")
 }
-PYTHON = [p for folder in ("mpkernels", "tests", "bench", "examples", "tools") for p in (ROOT / folder).rglob("*.py")]
+PYTHON = [p for folder in ("mpkernels", "tests", "bench", "examples", "tools", "hub") for p in (ROOT / folder).rglob("*.py")]
 NATIVE = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".cuh", ".h")]
 MOST_LINES, MOST_LINES_OF_A_CLASS = 350, 250
 
@@ -220,8 +220,8 @@ def test_layout_native_headers(path):
 
 def texts() -> list:
     """Sources and pages; not this file, which has the words."""
-    kinds = (".py", ".cpp", ".cu", ".cuh", ".h", ".sh", ".toml", ".md")
-    folders = ("mpkernels", "csrc", "tests", "bench", "tools", "docs", "examples", ".ci")
+    kinds = (".py", ".cpp", ".cu", ".cuh", ".h", ".sh", ".toml", ".md", ".yml", ".ipynb")
+    folders = ("mpkernels", "csrc", "tests", "bench", "tools", "docs", "examples", "hub", "notebooks", ".ci", ".github")
     found = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in kinds]
     return sorted({*found, *ROOT.glob("*.md"), *ROOT.glob("*.py"), ROOT / "Makefile"} - {Path(__file__).resolve()})
 
