@@ -74,19 +74,15 @@ def test_hub_builds_every_source(made):
     assert re.fullmatch(r"mpkernels_[0-9a-f]{10}_C", names.pop())
 
 
-def test_hub_universal_trains_beside_the_package(made, tmp_path):
-    """README's example by ops of a name of their own, with Triton or torch's own ops."""
-    example = EXAMPLE.replace("import torch, mpkernels as mpk", "import torch; mpk = module")
-    said = load(made / "universal" / "torch-ext" / "mpkernels", f"{example}\nprint(mpk.why_not('native'))", tmp_path)
+@pytest.mark.sweep
+def test_hub_universal_trains_and_proves_beside_the_package(made, tmp_path):
+    """README's example by ops of a name of their own; the process of a proof loads the same copy."""
+    script = EXAMPLE.replace("import torch, mpkernels as mpk", "import torch; mpk = module")
+    script += "\nprint(mpk.why_not('native'))\nrows = mpk.prove('cpu')\nprint({row['state'] for row in rows}, len(rows) > 5)"
+    said = load(made / "universal" / "torch-ext" / "mpkernels", script, tmp_path)
     assert said[0] == "the last step was taken"
     assert said[1].startswith("not built")
-
-
-@pytest.mark.sweep
-def test_hub_universal_proves_itself(made, tmp_path):
-    """The process of a proof loads the same copy."""
-    script = 'rows = module.prove("cpu")\nprint({row["state"] for row in rows}, len(rows) > 5)'
-    assert load(made / "universal" / "torch-ext" / "mpkernels", script, tmp_path) == ["{'right'} True"]
+    assert said[2] == "{'right'} True"
 
 
 @pytest.mark.release
