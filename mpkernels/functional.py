@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack, handle_torch_function, has_torch_function_variadic
 from torch.utils._device import DeviceContext
 
+from mpkernels.ops.linear_act import float8
 from mpkernels.ops.linear_act import linear_act as _linear_act
 from mpkernels.ops.linear_act.call import FusedBackwardLink
 from mpkernels.ops.linear_act.checks import refuse_what_is_no_tensor
@@ -118,6 +119,14 @@ def forward(
         compute_dtype, grad_dtype = policy.compute_dtype, policy.grad_dtype
         out_dtype = out_dtype or policy.output_dtype or _output_dtype(x, weight, policy)
         batch_invariant, accumulate_grad = policy.batch_invariant, policy.accumulate_grad
+    if policy is not None and policy.float8:
+        if weight_copy is not None:
+            raise RuntimeError(f"linear_act: policy {policy} quantizes the weight itself and takes no weight_copy")
+        recipe = float8.Recipe(compute_dtype, policy.dgrad_dtype, policy.wgrad_dtype, policy.scaling == "row")
+        return float8.linear_act(
+            x, weight, bias, activation=activation, recipe=recipe, out_dtype=out_dtype, grad_dtype=grad_dtype,
+            batch_invariant=batch_invariant, accumulate_grad=accumulate_grad,
+        )  # fmt: skip
     return _linear_act(
         x, weight, bias, weight_copy,
         activation=activation, compute_dtype=compute_dtype, out_dtype=out_dtype, grad_dtype=grad_dtype,

@@ -129,9 +129,12 @@ class MPLinear(nn.Linear):
         return out
 
     def _weight_copy(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """`weight`, the layer's, in the compute dtype where one is kept. Only eager training reads the optimizer's."""
+        """`weight`, the layer's, in the compute dtype where one is kept. Only eager training reads the optimizer's.
+
+        None is kept in eight bits: there are two of those, whose scales are known when all of the weight was read.
+        """
         policy = self.policy
-        if policy is None or torch.compiler.is_compiling() or not isinstance(weight, torch.Tensor):
+        if policy is None or policy.float8 or torch.compiler.is_compiling() or not isinstance(weight, torch.Tensor):
             return None  # no Tensor: what torch.fx traces by
         if torch._C._get_tracing_state() is not None:
             return None  # torch.jit.trace would keep it as a constant
@@ -183,11 +186,12 @@ def cached_weights(model: Model) -> Iterator[Model]:
     """Inside, every MPLinear (and Conv1D) of `model` casts its weight once, not at each call: for evaluation and sampling.
 
     A write that torch can see (load_state_dict, no_grad in-place) makes the cast anew; a write through `.data` does not.
-    Of weights made under `torch.inference_mode()` it sees none: they are cast at each call.
+    Of weights made under `torch.inference_mode()` it sees none: they are cast at each call. So are, that is quantized, those
+    of `mixed_float8`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {model!r}")
-    layers = [m for m in model.modules() if hasattr(m, "_weight_copy") and m.policy is not None]
+    layers = [m for m in model.modules() if hasattr(m, "_weight_copy") and m.policy is not None and not m.policy.float8]
     try:
         for layer in layers:
             weight = layer._parameters.get("weight")  # None: it is made anew at each look

@@ -82,8 +82,11 @@ def follows_input(linear: MPLinear) -> bool:
 
 
 def narrows(linear: MPLinear, reader: MPLinear | None, wide: torch.dtype) -> bool:
-    """Whether the reader would cast a `wide` output to what the linear computes in: then it is given that."""
-    if reader is None or reader.policy is None or not follows_input(linear):
+    """Whether the reader would cast a `wide` output to what the linear computes in: then it is given that.
+
+    What a reader quantizes stays wide: its scale is not known before all of it is there.
+    """
+    if reader is None or reader.policy is None or not follows_input(linear) or linear.policy.float8:
         return False
     dtype = linear.policy.compute_dtype
     return reader.policy.compute_dtype == dtype and dtype.itemsize < wide.itemsize

@@ -17,7 +17,7 @@ from tests.dispatch_count import Counting
 from tests.linear_act_cases import same_bits
 
 f16, f32, f64 = torch.float16, torch.float32, torch.float64
-POLICIES = ("float32", "mixed_float16", "mixed_bfloat16", "float16,grad=float32")
+POLICIES = ("float32", "mixed_float16", "mixed_bfloat16", "float16,grad=float32", "mixed_float8")
 MICRO_BATCHES = 3
 
 

@@ -17,12 +17,15 @@ import mpkernels as mpk
 from mpkernels.policy import Policy
 
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
 NAMES = {
     "float64": (f64, f64),
     "float32": (f32, f32),
     "mixed_float32": (f64, f32),
     "mixed_float16": (f32, f16),
     "mixed_bfloat16": (f32, bf16),
+    "mixed_float8": (f32, e4m3),
+    "mixed_float8_hybrid": (f32, e4m3),
     "float16": (f16, f16),
     "bfloat16": (bf16, bf16),
 }
@@ -71,7 +74,11 @@ def test_policy_fields_in_any_order(combination, order, space):
     assert Policy.parse(",".join(parts)) == Policy(*combination)
 
 
-@given(st.sampled_from(sorted(NAMES)), st.sampled_from([None, *SHORT]), st.sampled_from([None, *SHORT]))
+@given(
+    st.sampled_from([name for name in sorted(NAMES) if "float8" not in name]),
+    st.sampled_from([None, *SHORT]),
+    st.sampled_from([None, *SHORT]),
+)
 def test_policy_name_followed_by_fields(name, output, grad):
     text = name + "".join(f",{key}={SHORT[d]}" for key, d in (("output", output), ("grad", grad)) if d is not None)
     if allowed(*NAMES[name], grad):
@@ -107,7 +114,8 @@ def test_policy_refuses_combinations(combination):
 @pytest.mark.parametrize(
     "text",
     [
-        "mixed_fp16", "half", "Float32", "float8", "", "float32,float16", "param=float32,mixed_float16", "weight=float32",
+        "mixed_fp16", "half", "Float32", "float8", "mixed_float8,scaling=block", "float8_e4m3fn", "",
+        "float32,float16", "param=float32,mixed_float16", "weight=float32",
         "param=fp32,compute=float16", "param=float32,compute=", "=float32", "param", "param_dtype=float32", "mixed_float16,",
         "mixed_float16;grad=float16", "param=int64,compute=int64", "mixed_float16,grad=None",
     ],
@@ -116,7 +124,7 @@ def test_policy_refuses_text(text):
     """The message has what was given and everything that is allowed."""
     with pytest.raises(ValueError, match=re.escape(repr(text))) as refused:
         Policy.parse(text)
-    for word in (*NAMES, "param=", "compute=", "output=", "grad="):
+    for word in (*NAMES, "param=", "compute=", "output=", "grad=", "scaling=", "dgrad=", "wgrad="):
         assert word in str(refused.value)
 
 
@@ -136,10 +144,13 @@ def test_policy_refuses_what_is_no_text(value):
 
 
 @pytest.mark.parametrize("field", ["param_dtype", "compute_dtype", "output_dtype", "grad_dtype"])
-@pytest.mark.parametrize("value", [torch.int64, torch.complex64, torch.float8_e4m3fn, "float32", 1], ids=str)
+@pytest.mark.parametrize("value", [torch.int64, torch.complex64, torch.float8_e8m0fnu, e4m3, "float32", 1], ids=str)
 def test_policy_refuses_dtypes(field, value):
     fields = {"param_dtype": f32, "compute_dtype": f32} | {field: value}
-    with pytest.raises(ValueError, match=f"{field} must be one of float64, float32, float16, bfloat16, got"):
+    if (field, value) == ("compute_dtype", e4m3):
+        return
+    eight = ", float8_e4m3fn, float8_e5m2" if field == "compute_dtype" else ""
+    with pytest.raises(ValueError, match=f"{field} must be one of float64, float32, float16, bfloat16{eight}, got"):
         Policy(**fields)
 
 
@@ -147,6 +158,93 @@ def test_policy_refuses_dtypes(field, value):
 def test_policy_needs_both_dtypes(field):
     with pytest.raises(ValueError, match=f"{field} must be one of"):
         Policy(**{"param_dtype": f32, "compute_dtype": f32} | {field: None})
+
+
+# ----- eight bits ---------------------------------------------------------------
+
+EIGHT = [
+    dict(zip(("grad_dtype", "output_dtype", "batch_invariant", "scaling", "dgrad_dtype", "wgrad_dtype"), values, strict=True))
+    for values in product(
+        (None, bf16, f32), (None, f16), (False, True), (None, "row", "tensor"), (None, e4m3, e5m2), (None, f32)
+    )
+    if not (values[2] and values[3] == "tensor") and not (values[0] == bf16 and values[5] == f32)
+]
+
+
+@pytest.mark.parametrize("compute", [e4m3, e5m2])
+def test_policy_of_eight_bits_round_trip(compute):
+    for fields in EIGHT:
+        policy = Policy(f32, compute, **fields)
+        assert policy.float8
+        assert policy.mixed
+        assert Policy.parse(str(policy)) == policy
+        assert str(Policy.parse(str(policy))) == str(policy)
+
+
+@pytest.mark.parametrize(
+    "text, fields",
+    [
+        ("mixed_float8", ("row", e4m3, bf16)),
+        ("mixed_float8_hybrid", ("tensor", e5m2, bf16)),
+        ("param=float32,compute=float8_e5m2", ("row", e5m2, bf16)),
+        ("mixed_float8,wgrad=float32", ("row", e4m3, f32)),
+        ("mixed_float8 , scaling=tensor", ("tensor", e4m3, bf16)),
+    ],
+)
+def test_policy_of_eight_bits_says_all_of_it(text, fields):
+    policy = Policy.parse(text)
+    assert (policy.scaling, policy.dgrad_dtype, policy.wgrad_dtype) == fields
+
+
+@pytest.mark.parametrize(
+    "text, printed",
+    [
+        ("mixed_float8,scaling=row", "mixed_float8"),
+        ("mixed_float8,scaling=tensor,dgrad=float8_e5m2", "mixed_float8_hybrid"),
+        ("mixed_float8_hybrid,scaling=row", "mixed_float8,dgrad=float8_e5m2"),
+        ("mixed_float8,batch_invariant,grad=bfloat16", "mixed_float8,grad=bfloat16,batch_invariant"),
+    ],
+)
+def test_policy_of_eight_bits_is_printed_by_the_nearest_name(text, printed):
+    assert str(Policy.parse(text)) == printed
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"param_dtype": bf16}, "is for parameters in float32, got torch.bfloat16"),
+        ({"param_dtype": f64}, "is for parameters in float32"),
+        ({"output_dtype": f64}, "output_dtype float64 is more than"),
+        ({"grad_dtype": f16}, "grad_dtype torch.float16 is narrower than wgrad_dtype torch.bfloat16"),
+        ({"grad_dtype": bf16, "wgrad_dtype": f32}, "is narrower than wgrad_dtype torch.float32"),
+        ({"wgrad_dtype": f16}, "wgrad_dtype must be one of bfloat16, float32, got torch.float16"),
+        ({"dgrad_dtype": bf16}, "dgrad_dtype must be one of float8_e4m3fn, float8_e5m2, got"),
+        ({"scaling": "block"}, "scaling must be one of row, tensor, got 'block'"),
+        ({"scaling": "tensor", "batch_invariant": True}, "batch_invariant needs scaling='row'"),
+        ({"compute_dtype": f16, "scaling": "row"}, "scaling is for a compute_dtype of float8_e4m3fn or float8_e5m2, got"),
+        ({"compute_dtype": f16, "dgrad_dtype": e5m2}, "dgrad_dtype is for a compute_dtype of"),
+        ({"compute_dtype": f16, "wgrad_dtype": bf16}, "wgrad_dtype is for a compute_dtype of"),
+    ],
+)
+def test_policy_of_eight_bits_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Policy(**{"param_dtype": f32, "compute_dtype": e4m3} | fields)
+
+
+@pytest.mark.parametrize(
+    "text, meant",
+    [
+        *((text, "'mixed_float8'") for text in ("fp8", "float8", "e4m3", "FP8", "mixed_fp8", "torch.float8_e4m3fn", "8-mixed")),
+        *((text, "'mixed_float8_hybrid'") for text in ("e5m2", "fp8_hybrid", "float8_e5m2", "torch.float8_e5m2")),
+        ("mixed_float8,dgrad=e5m2", "'dgrad=float8_e5m2'"), ("mixed_float8,wgrad=bf16", "'wgrad=bfloat16'"),
+        ("mixed_float8,scaling=rows", "'scaling=row'"), ("param=fp8", "'compute=float8_e4m3fn'"),
+        ("mixed_float16,grad=fp8", "'compute=float8_e4m3fn'"),
+    ],
+)  # fmt: skip
+def test_policy_of_eight_bits_says_what_may_be_meant(text, meant):
+    with pytest.raises(ValueError, match="unknown policy") as caught:
+        Policy.parse(text)
+    assert str(caught.value).endswith(f"; did you mean {meant}?")
 
 
 # ----- FSDP2 ---------------------------------------------------------------
@@ -164,6 +262,8 @@ def test_policy_needs_both_dtypes(field):
         ("float16", (f16, f32, None)),
         ("bfloat16,grad=bfloat16", (bf16, bf16, None)),
         ("float16,grad=float32", (f16, f32, None)),
+        ("mixed_float8", (None, f32, None)),
+        ("mixed_float8_hybrid,output=bfloat16,grad=float32", (None, f32, bf16)),
     ],
 )
 def test_policy_to_fsdp(text, expected):
@@ -275,7 +375,7 @@ def test_policy_that_is_unknown_says_what_may_be_meant(text, meant):
     assert mpk.Policy.parse(meant.split("'")[1]) if "_" in meant and "mixed" in meant else True
 
 
-@pytest.mark.parametrize("text", ["float8", "O2", "", "x", "mixed_float16,=", "grad=mixed"])
+@pytest.mark.parametrize("text", ["O2", "", "x", "mixed_float16,=", "grad=mixed"])
 def test_policy_that_is_unknown_does_not_guess_wildly(text):
     with pytest.raises(ValueError, match="unknown policy") as caught:
         Policy.parse(text)

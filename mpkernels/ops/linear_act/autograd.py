@@ -94,13 +94,7 @@ def _grads(ctx, wanted: Grads, grad_out) -> Grads:
         call = call._replace(prev_saved=prev_saved, **fused)
     if ctx.accumulate_grad and wanted.weight:
         call = call._replace(grad_weight_sum=accumulate.weight_grad(ctx, call))
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        grads = _LinearActBackward.apply(*call)  # which refuses to be differentiated
-    else:
-        grads = backward_op.run(call)
-    if call.grad_weight_sum is not None:
-        move_versions([call.grad_weight_sum])
-    grad_x, grad_weight, grad_bias, grad_prev_bias = grads
+    grad_x, grad_weight, grad_bias, grad_prev_bias = once_differentiable(run_backward, *call)
     if ctx.on_grads is not None:
         ctx.on_grads(grad_x if wants_x else None, grad_weight if wanted.weight else None)
     return Grads(
@@ -111,12 +105,28 @@ def _grads(ctx, wanted: Grads, grad_out) -> Grads:
     )
 
 
-class _LinearActBackward(torch.autograd.Function):
+def run_backward(*args):
+    """The results of `linear_act_backward` for the fields of a BackwardCall."""
+    call = BackwardCall(*args)
+    grads = backward_op.run(call)
+    if call.grad_weight_sum is not None:
+        move_versions([call.grad_weight_sum])
+    return grads
+
+
+def once_differentiable(backward, *args):
+    """backward(*args), which refuses to be differentiated."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _OnceDifferentiable.apply(backward, *args)
+    return backward(*args)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args):
-        return backward_op.run(BackwardCall(*args))
+    def forward(backward, *args):
+        return backward(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -139,12 +149,16 @@ _NO_GRADS = ForwardCall(*[None] * len(ForwardCall._fields))
 def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     call = ForwardCall(*inputs)
-    if call.is_scaled:
-        raise RuntimeError("linear_act: operands with scales have no derivatives, those of a layer with a Policy have")
-    _keep(ctx, call, _needs_grad(ctx).weight, *output)
+    ctx.is_scaled = call.is_scaled
+    if not call.is_scaled:
+        _keep(ctx, call, _needs_grad(ctx).weight, *output)
 
 
 def _backward(ctx, grad_out, grad_saved, grad_x_compute):
+    if ctx.is_scaled:
+        raise RuntimeError(
+            "linear_act: a call with scales is not differentiable, a layer whose Policy computes in eight bits is"
+        )
     needs = _needs_grad(ctx)
     grads = _grads(ctx, Grads(needs.x, needs.weight, needs.bias, needs.prev_bias), grad_out)
     return tuple(_NO_GRADS._replace(**grads._asdict()))

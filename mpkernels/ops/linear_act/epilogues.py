@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from mpkernels.ops.common.cast import cast
+from mpkernels.runtime.op import Op
 
 
 class Activation(enum.IntEnum):
@@ -169,6 +170,8 @@ def activation_backward(activation, saved, grad, compute_dtype):
     if backward_ is None:
         return _select(saved, grad)
     acc = acc_dtype(compute_dtype)
+    if Op.is_tracing():  # of a new tensor vmap does not know that it is one of a batch, of one made of both it does
+        return backward_(torch.where(saved == 0, grad, grad).to(acc), saved.to(acc))
     out = torch.empty(grad.shape, dtype=acc, device=grad.device).copy_(grad)
     for segment, z in zip(_segments(out), _segments(saved.contiguous()), strict=True):
         backward_(segment, z.to(acc))

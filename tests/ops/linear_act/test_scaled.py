@@ -280,7 +280,6 @@ def scaled(**changed):
         ({"weight_copy": torch.ones(5, 8, dtype=bf16)}, "a weight with a scale has no weight_copy"),
         ({"activation_grad_fused": True}, "no fused backward"),
         ({"prev_bias": torch.ones(8)}, "no fused backward"),
-        ({"bias": torch.ones(5, requires_grad=True)}, "operands with scales have no derivatives"),
         ({"activation": 9}, "activation must be one of"),
         ({"save": 2}, "save must be 0 or 1"),
     ],
@@ -288,6 +287,12 @@ def scaled(**changed):
 def test_scaled_refuses(changed, message):
     with pytest.raises(RuntimeError, match=message):
         scaled(**changed)
+
+
+def test_scaled_has_no_backward():
+    out = scaled(bias=torch.ones(5, requires_grad=True))[0]
+    with pytest.raises(RuntimeError, match="a call with scales is not differentiable"):
+        out.sum().backward()
 
 
 def test_scaled_is_as_its_fake(scaling, generator):

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers whose policy computes in eight bits: values, gradients and what is kept, and where they run."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import mpkernels as mpk
+from mpkernels.ops.linear_act import Activation, activation_of
+from mpkernels.ops.linear_act.epilogues import activation_backward
+from mpkernels.ops.quantize import reference
+from tests import bounds
+from tests.linear_act_cases import same_bits
+
+bf16, f16, f32, e4m3, e5m2 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2
+ROW, HYBRID = "mixed_float8", "mixed_float8_hybrid"
+POLICIES = (ROW, HYBRID, "mixed_float8,scaling=tensor,wgrad=float32,grad=float32", "param=float32,compute=float8_e5m2")
+ACTIVATIONS = (None, "relu", "relu2", "gelu", "gelu_tanh", "silu")
+
+
+def decoded(x, dtype, axis, policy):
+    """q * scale as the reference has them: exact in bf16."""
+    q, scale = reference.quantize(x.detach(), dtype, axis if policy.scaling == "row" else None)
+    return (q * scale).to(bf16)
+
+
+def run(layer, x, grad_out):
+    """(out, grad_x, grad_weight, grad_bias) of a call."""
+    x = x.detach().requires_grad_()
+    layer.zero_grad()
+    out = layer(x)
+    out.backward(grad_out)
+    return out.detach(), x.grad, layer.weight.grad, None if layer.bias is None else layer.bias.grad
+
+
+@pytest.mark.usefixtures("by_eager_and_auto")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("text", POLICIES)
+def test_float8_layer_matches_reference(text, activation, generator):
+    """out and grad_x within bound 1 of the exact sums of what quantize makes of operands; grad_weight as in 16 bits."""
+    policy, code = mpk.Policy.parse(text), activation_of(activation)
+    for M, N, K, dtype in ((33, 48, 64, f32), (5, 7, 130, f16), (64, 3, 17, bf16)):
+        layer = mpk.MPLinear(K, N, activation=activation, policy=text)
+        x, grad_out = torch.randn(M, K, generator=generator).to(dtype), torch.randn(M, N, generator=generator).to(dtype)
+        out, grad_x, grad_weight, grad_bias = run(layer, x, grad_out)
+        assert (out.dtype, grad_x.dtype, grad_weight.dtype, grad_bias.dtype) == (dtype, dtype, f32, f32)
+        q_x = decoded(x, policy.compute_dtype, -1, policy)
+        bounds.check_forward(out, q_x, decoded(layer.weight, policy.compute_dtype, 1, policy), layer.bias.detach(), code, bf16)
+        grad_z = grad_out
+        if code == Activation.RELU:
+            grad_z = torch.where(out > 0, grad_out, 0)
+        elif code != Activation.NONE:
+            z = mpk.functional.linear_act(x, layer.weight, layer.bias, policy=f"{text},output=bfloat16").detach()
+            grad_z = activation_backward(code, z, grad_out, bf16)
+        q_grad = decoded(grad_z, policy.dgrad_dtype, -1, policy)
+        q_weight = decoded(layer.weight, policy.compute_dtype, 0, policy)
+        bounds.check_forward(grad_x, q_grad, q_weight.t(), None, Activation.NONE, bf16)
+        wgrad = policy.wgrad_dtype
+        bounds.check_backward((None, grad_weight, grad_bias), grad_z, q_x.to(wgrad), layer.weight.detach(), None, wgrad)
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 0, 3), (2, 3)])
+@pytest.mark.parametrize("text", POLICIES[:2])
+def test_float8_layer_leading_dimensions(text, leading, generator):
+    layer = mpk.MPLinear(12, 5, activation="relu", policy=text)
+    x, grad_out = torch.randn(*leading, 12, generator=generator), torch.randn(*leading, 5, generator=generator)
+    grads = run(layer, x, grad_out)
+    flat = run(layer, x.reshape(-1, 12), grad_out.reshape(-1, 5))
+    for got, expected in zip(grads, flat, strict=True):
+        assert same_bits(got.reshape(expected.shape), expected)
+
+
+def test_float8_small_gradients_arrive(generator):
+    """Of 1e-8 an fp32 weight gradient is that of the 16-bit product, to the rounding of x alone."""
+    layer, x = mpk.MPLinear(64, 48, bias=False, policy=ROW), torch.randn(32, 64, generator=generator)
+    grad_out = torch.full((32, 48), 1e-8)
+    _, grad_x, grad_weight, _ = run(layer, x, grad_out)
+    exact = grad_out.double().T @ x.double()
+    assert (grad_weight - exact).norm() <= 2.0**-4 * exact.norm()
+    assert (grad_x - grad_out.double() @ layer.weight.double()).norm() <= 2.0**-3 * grad_x.norm()
+
+
+@pytest.mark.parametrize("where", ["x", "weight", "grad_out"])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_float8_not_finite_stays_visible(where, bad, activation, generator):
+    layer, x = mpk.MPLinear(24, 16, activation=activation, policy=ROW), torch.randn(8, 24, generator=generator)
+    grad_out = torch.ones(8, 16)
+    with torch.no_grad():
+        {"x": x, "weight": layer.weight, "grad_out": grad_out}[where][3, 5] = bad
+        layer.bias.fill_(10)  # so that a ReLU lets all of it through
+    out, grad_x, grad_weight, _ = run(layer, x, grad_out)
+    assert out.isnan().any() == (where != "grad_out")
+    assert not grad_weight.isfinite().all() or where == "weight"
+    assert grad_x.isnan().any() == (where != "x" or activation == "gelu")
+
+
+def test_float8_overflow_skips_the_step_and_is_named(generator):
+    model = mpk.convert(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), ROW)
+    optimizer, scaler = mpk.optim.AdamW(model.named_parameters(), lr=0.1), mpk.GradScaler()
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(6, 8, generator=generator)
+    x[2, 3] = math.inf
+    scaler.scale(model(x).square().mean()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.last_step_skipped
+    assert "2.bias has 4 non-finite of 4" in scaler.overflow_report(optimizer)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_float8_sequence_is_its_layers(generator):
+    """No activation is narrowed between layers that quantize, and no backward is fused."""
+    torch.manual_seed(0)
+    mlp = mpk.MPMLP([24, 32, 16, 4], policy=ROW)
+    layers = [module for module in mlp if isinstance(module, mpk.MPLinear)]
+    x, grad_out = torch.randn(9, 24, generator=generator), torch.randn(9, 4, generator=generator)
+    out = mlp(x)
+    out.backward(grad_out)
+    grads = [p.grad.clone() for p in mlp.parameters()]
+    mlp.zero_grad()
+    h = x
+    for layer in layers:
+        h = layer(h)
+    h.backward(grad_out)
+    assert same_bits(out, h)
+    assert all(same_bits(a, p.grad) for a, p in zip(grads, mlp.parameters(), strict=True))
+
+
+def test_float8_trains_as_bfloat16_does(generator):
+    """A regression, paired: the final loss of eight bits is at most a tenth above that of 16."""
+    final = {}
+    for text in ("mixed_bfloat16", ROW, HYBRID):
+        torch.manual_seed(0)
+        model = mpk.convert(nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)), text)
+        optimizer = mpk.optim.AdamW(model.named_parameters(), lr=3e-3)
+        x = torch.randn(256, 16)
+        y = torch.tanh(x @ torch.randn(16, 4) / 4)
+        for _ in range(100):
+            loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        final[text] = loss.item()
+    assert final[ROW] <= 1.1 * final["mixed_bfloat16"]
+    assert final[HYBRID] <= 1.1 * final["mixed_bfloat16"]
+
+
+# ----- what is kept ---------------------------------------------------------------
+
+
+def kept_bytes(layer, x) -> int:
+    """What backward holds besides the parameters, each tensor once."""
+    kept, parameters = {}, {p.untyped_storage().data_ptr() for p in layer.parameters()}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = layer(x)
+    assert out.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("K", [64, 512])
+def test_float8_keeps_half_of_what_16_bits_keep(K, generator):
+    x = torch.randn(128, K, generator=generator).requires_grad_()
+    kept = {text: kept_bytes(mpk.MPLinear(K, 96, policy=text), x) for text in ("mixed_float16", *POLICIES)}
+    assert kept["mixed_float16"] == 2 * 128 * K
+    for text in POLICIES:
+        assert kept[text] <= 0.55 * kept["mixed_float16"], text
+
+
+def test_float8_relu_keeps_a_bit(generator):
+    x = torch.randn(128, 64, generator=generator).requires_grad_()
+    plain, relu = (kept_bytes(mpk.MPLinear(64, 256, activation=a, policy=ROW), x) for a in (None, "relu"))
+    assert relu - plain == 128 * 256 // 8
+
+
+def test_float8_keeps_what_is_wanted(generator):
+    x = torch.randn(8, 64, generator=generator).requires_grad_()
+    layer = mpk.MPLinear(64, 32, policy=ROW).requires_grad_(False)
+    assert kept_bytes(layer, x) == 0
+    (grad_x,) = torch.autograd.grad(layer(x).sum(), x)
+    assert grad_x.shape == x.shape
+    layer.bias.requires_grad_()
+    layer(x.detach()).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((32,), 8.0))
+
+
+# ----- where it runs ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [ROW, HYBRID])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_float8_compiles(text, activation, generator):
+    layer = mpk.MPLinear(24, 16, activation=activation, policy=text)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (5, 9):
+        x, grad_out = torch.randn(rows, 24, generator=generator), torch.randn(rows, 16, generator=generator)
+        assert all(same_bits(a, b) for a, b in zip(run(compiled, x, grad_out), run(layer, x, grad_out), strict=True))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_float8_exports_and_traces(strict, generator):
+    layer, x = mpk.MPLinear(24, 16, activation="relu", policy=ROW), torch.randn(5, 24, generator=generator)
+    exported = torch.export.export(layer, (x,), strict=strict).module()
+    assert same_bits(exported(2 * x), layer(2 * x))
+    if not strict:
+        assert same_bits(torch.jit.trace(layer, (x,))(2 * x), layer(2 * x))
+        assert same_bits(torch.fx.symbolic_trace(layer)(2 * x), layer(2 * x))
+
+
+def test_float8_under_transforms(generator):
+    layer, x = mpk.MPLinear(24, 16, activation="gelu", policy=ROW), torch.randn(5, 24, generator=generator)
+    parameters = dict(layer.named_parameters())
+    loss = lambda p, x: torch.func.functional_call(layer, p, (x,)).square().sum()
+    grads = torch.func.grad(loss)(parameters, x)
+    loss(parameters, x).backward()
+    assert all(same_bits(grads[name], p.grad) for name, p in layer.named_parameters())
+    samples = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i in range(5):
+        one = torch.func.grad(loss)(parameters, x[i])
+        assert all(torch.allclose(samples[name][i], one[name]) for name in parameters)
+    eye = torch.eye(16).unsqueeze(1).expand(16, 5, 16)
+    x.requires_grad_()
+    batched = torch.autograd.grad(layer(x), x, eye, is_grads_batched=True)[0]
+    assert same_bits(batched[3], torch.autograd.grad(layer(x), x, eye[3])[0])
+
+
+def test_float8_refuses_a_second_derivative(generator):
+    layer, x = mpk.MPLinear(24, 16, policy=ROW), torch.randn(5, 24, generator=generator).requires_grad_()
+    (grad_x,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        grad_x.sum().backward()
+
+
+def test_float8_under_autocast(generator):
+    layer, x = mpk.MPLinear(24, 16, policy=ROW), torch.randn(5, 24, generator=generator)
+    with torch.autocast("cpu", dtype=bf16):
+        out = layer(x)
+    assert same_bits(out, mpk.functional.linear_act(x, layer.weight, layer.bias, policy=f"{ROW},output=bfloat16"))
+
+
+def test_float8_jagged_rows(generator):
+    layer, rows = mpk.MPLinear(24, 16, policy=ROW), [torch.randn(n, 24, generator=generator) for n in (3, 5)]
+    out = layer(torch.nested.nested_tensor(rows, layout=torch.jagged))
+    assert same_bits(out.values(), layer(torch.cat(rows)))
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_float8_batch_invariant(rows, generator):
+    layer, x = mpk.MPLinear(200, 16, policy=f"{ROW},batch_invariant"), torch.randn(70, 200, generator=generator)
+    assert same_bits(layer(x[:rows]), layer(x)[:rows])
+
+
+def test_float8_has_no_copies(generator):
+    """Nothing is kept of a weight from call to call: not by an optimizer, nor in the state_dict, nor in cached_weights."""
+    model = mpk.convert(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), {"*": ROW, "2": "mixed_bfloat16"})
+    assert list(model.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    optimizer, x = mpk.optim.AdamW(model.named_parameters()), torch.randn(6, 8, generator=generator)
+    for _ in range(2):
+        model(x).sum().backward()
+        optimizer.step()
+    assert [copy.tensor.shape for copy in mpk.runtime.compute_copy.of_model(model)] == [(4, 16)]
+    with mpk.cached_weights(model.eval()), torch.no_grad():
+        before = model(x)
+        assert same_bits(before, model(x))
+    assert same_bits(before, model(x))
+    assert str(mpk.convert_report(model)).count(ROW) == 1
+    again = copy.deepcopy(model)
+    assert same_bits(again(x), model(x))
+
+
+def test_float8_refuses():
+    x, weight = torch.ones(3, 8), torch.ones(4, 8)
+    with pytest.raises(RuntimeError, match="quantizes the weight itself and takes no weight_copy"):
+        mpk.functional.linear_act(x, weight, policy=ROW, weight_copy=weight.to(bf16))
+    with pytest.raises(RuntimeError, match=r"x must be float16, bfloat16 or float32, got torch.float64"):
+        mpk.functional.linear_act(x.double(), weight, policy=ROW)
+    with pytest.raises(RuntimeError, match="x has last dimension 8, weight expects 7"):
+        mpk.functional.linear_act(x, weight[:, :7], policy=ROW)
+    with pytest.raises(RuntimeError, match="bias must have shape"):
+        mpk.functional.linear_act(x, weight, torch.ones(3), policy=ROW)
