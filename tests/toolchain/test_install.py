@@ -161,9 +161,7 @@ def test_make_checks_the_compiler_before_the_venv(project):
 
 @needs_make
 def test_make_installs_what_a_target_needs_once(project):
-    """The demo's packages for what runs the library, others for what tests it, for wheels, the site and the examples; each under
-    the
-    constraints."""
+    """The demo's packages for what runs the library, others for tests, wheels, the site and examples; all constrained."""
     (demo,) = project("python3.11", "build")[2]
     assert project("python3.11", "build")[2] == []
     (package,) = project("python3.11", "wheel")[2][:-1]  # the last is `pip wheel` itself
