@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from mpkernels.ops.common.cast import cast
+from mpkernels.ops.linear_act.call import BackwardCall
 from mpkernels.ops.linear_act.epilogues import Activation, pack_mask, unpack_mask
 from mpkernels.testing import bounds
 from mpkernels.testing.case import Case
@@ -16,6 +17,7 @@ ROWS, COLUMNS = (1, 8, 127, 128, 129, 257, 1000), (8, 72, 264, 520)
 UNEVEN = (33, 50, 41)  # which not every kernel takes
 FEW = ((33, 50, 40), (1, 8, 72), (129, 72, 264))  # M, N, K
 KINDS = ("plain", "special", "strided", "misaligned")
+_SUM = BackwardCall._fields.index("grad_weight_sum")
 LARGE = (32776, 65544, 8)  # more than 2^31 outputs
 _SIZES = {  # M, K, N of a race; in 1 GB with what flushes the cache
     True: ((16, 32, 24), (64, 64, 64), (8, 128, 64), (128, 32, 32)),
@@ -131,6 +133,36 @@ def backward(few: bool, full: bool) -> Iterator[Case]:
         grad_dtype = dtype if i % 2 else f32
         arguments = functools.partial(_backward_arguments, (M, N, K), dtype, grad_dtype, activation, below, kind)
         yield Case(_named(M, N, K, dtype, kind), arguments, _check_backward, call=(dtype, dtype, activation, N, K))
+    yield from _accumulated(few)
+
+
+def _accumulated(few: bool) -> Iterator[Case]:
+    """The gradient of the weight is added to what is there, which may begin at any element of a larger buffer."""
+    shapes = FEW[:1] if few else ((33, 264, 520), (257, 72, 264), (1000, 520, 72), (4099, 128, 128), UNEVEN)
+    for i, (M, N, K) in enumerate(shapes):
+        for dtype in (f16, bf16):
+            made = functools.partial(_backward_arguments, (M, N, K), dtype, f32, Activation.NONE, Activation.NONE, "plain")
+            arguments = functools.partial(_with_sum, made, (N, K), i % 2)
+            name, call = _named(M, N, K, dtype, "accumulated"), (dtype, dtype, Activation.NONE, N, K)
+            yield Case(name, arguments, _check_accumulated, written=(_SUM,), call=call)
+
+
+def _with_sum(made, shape, shift, memory, random) -> tuple:
+    return *made(memory, random), memory.put(_matrix(*shape, f32, random, "plain"), shift=shift)
+
+
+def _check_accumulated(before, after, results, device) -> None:
+    assert results[1].numel() == 0, "grad_weight is returned, although it was added"
+    grad_out, x, weight, _, _, _, compute_dtype, *_ = before
+    v = bounds.accumulator_roundoff(device, compute_dtype)
+    bounds.check_backward((results[0], None, results[2]), grad_out, x, weight, None, compute_dtype, v, random_sign=True)
+    check_sum(after[_SUM], before[_SUM], grad_out, x, compute_dtype, v)
+
+
+def check_sum(after, before, grad_z, x, compute_dtype: torch.dtype, acc_roundoff: float) -> None:
+    """`before` plus grad_z.T @ x, within the bounds of a product to which a bias is added."""
+    operands = grad_z.reshape(-1, grad_z.shape[-1]).t(), x.reshape(-1, x.shape[-1]).t()
+    bounds.check_forward(after, *operands, before, Activation.NONE, compute_dtype, acc_roundoff, random_sign=True)
 
 
 def _backward_arguments(shape, dtype, grad_dtype, activation, below, kind, memory, random) -> tuple:

@@ -10,6 +10,7 @@ import torch
 from mpkernels.ops.linear_act.epilogues import pack_mask
 from mpkernels.runtime.resolve import ops
 from mpkernels.testing import bounds, cases, checks
+from mpkernels.testing.linear_act_cases import _SUM
 from mpkernels.testing.memory import GUARD, Memory
 from tests import wrong_kernels
 
@@ -192,6 +193,19 @@ def test_checks_notice_a_mask_that_multiplies(wrong):
         return right(grad_out, x, weight, copy, saved, activation, *rest)
 
     assert "special" in wrong("linear_act_backward", change)
+
+
+@pytest.mark.parametrize(("mistake", "found"), [("not added", "bound 1"), ("added twice", "bound 1"), ("returned", "returned")])
+def test_checks_notice_a_wrong_sum(mistake, found, wrong):
+    def change(right, arguments):
+        grad_x, grad_weight, *others = right(*arguments)
+        if len(arguments) > _SUM:
+            product = right(*arguments[:_SUM])[1]
+            grad_weight = product if mistake == "returned" else grad_weight
+            arguments[_SUM].add_(product, alpha={"not added": -1, "added twice": 1, "returned": 0}[mistake])
+        return grad_x, grad_weight, *others
+
+    assert found in wrong("linear_act_backward", change)
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,13 @@ f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 # bytes at once needs it and nowhere else.
 SIZES = ("M", "N", "K")
 STRIDES = ("stride_am", "stride_ak", "stride_bk", "stride_bn")
-HEAVY = ("prev", "sums", "non_relu", "prev non_relu")
+NON_RELU = ("non_relu", "prev non_relu")
+HEAVY = ("prev", "sums", "added", *NON_RELU)
 ROLES = {
     "fprop": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:1", "i32:16"), strict=True)),
     "dgrad": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:16", "i32:1"), strict=True)),
     "wgrad": dict(zip(SIZES + STRIDES, ("i32:16", "i32:16", "i32", "i32:1", "i32:16", "i32:16", "i32:1"), strict=True)),
+    "added": dict(zip(SIZES + STRIDES, ("i32:16", "i32:16", "i32", "i32:1", "i32:16", "i32:16", "i32:1"), strict=True)),
     "prev": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:16", "i32:1"), strict=True)),
     "sums": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:16", "i32:1"), strict=True)),
     "non_relu": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:1", "i32:16"), strict=True)),
@@ -34,8 +36,8 @@ def cases(sm: int, every: bool):
         candidates = tile_config.tiles(sm, a, b, role != "any", role in HEAVY)
         for tile in candidates if every else dict.fromkeys((candidates[0], candidates[-1])):
             yield _gemm(role, a, b, out, tile)
-        if role in ("fprop", "dgrad", "wgrad", "prev", "sums") and a == b and sm in tile_config.TMA_SMS and a.itemsize == 2:
-            candidates = tile_config.tma_tiles(sm, out, triton.specializes() and role not in HEAVY)
+        if role not in ("any", *NON_RELU) and a == b and sm in tile_config.TMA_SMS and a.itemsize == 2:
+            candidates = tile_config.tma_tiles(sm, out, triton.specializes() and role not in ("prev", "sums"))
             for tile in candidates if every else candidates[:1]:
                 yield _gemm_tma(role, a, out, tile)
     yield _select(f16, torch.int32, f16, f32)
@@ -71,13 +73,14 @@ def _gemms(every: bool):
         yield from (("prev non_relu", bf16, bf16, bf16), ("prev non_relu", f64, f64, f64))
         yield from (("non_relu", bf16, f32, bf16), ("non_relu", f32, f32, f32), ("non_relu", f64, f64, f64))
         yield from (("wgrad", bf16, bf16, bf16), ("wgrad", f32, f32, f32), ("wgrad", f64, f64, f64))
+        yield from (("added", f16, f16, f32), ("added", bf16, bf16, f32), ("added", f32, f32, f32))
         yield from (("any", f16, f16, f16), ("any", f16, f64, f16), ("any", bf16, f64, bf16), ("any", f64, f64, bf16))
 
 
 def _gemm(role, a, b, out, tile):
     """fprop has bias, ReLU and mask, the gradients none of them; `any` is fprop on odd sizes and strides; `prev` is dgrad
-    with the pass of the previous layer, by a mask, `sums` without its activation; `non_relu` has GELU, which keeps the
-    preactivation."""
+    with the pass of the previous layer, by a mask, `sums` without its activation; `added` is wgrad that is added to a sum;
+    `non_relu` has GELU, which keeps the preactivation."""
     forward = role in ("fprop", "any", "non_relu")
     non_relu = role.endswith("non_relu")
     role = role.removesuffix(" non_relu")
@@ -97,6 +100,7 @@ def _gemm(role, a, b, out, tile):
     constexprs = {name: getattr(tile, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")}
     activation = int(Activation.GELU if non_relu else Activation.RELU)
     constexprs |= {"ACTIVATION": activation * forward, "PREV_ACTIVATION": activation * (role == "prev")}
+    constexprs |= {"ACCUMULATE": role == "added"}
     constexprs |= {name: None for name in pointers if name not in present}
     return gemm_kernel, signature, constexprs, {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
@@ -107,10 +111,11 @@ def _gemm_tma(role, operand, out, tile):
     signature |= dict(M="i32", N="i32", K="i32", stride_a="i32", stride_b="i32", stride_bias="i32:1", stride_mask="i32")
     signature |= dict(stride_sm="i32", stride_sn="i32:1")
     present = {"bias_ptr": "*fp32:16", "mask_ptr": "*i32:16"} if forward else {}
-    present |= {"partial_ptr": "*fp32:16"} if role in HEAVY else {}
+    present |= {"partial_ptr": "*fp32:16"} if role in ("prev", "sums") else {}
     present |= {"prev_ptr": "*i32:16"} if role == "prev" else {}
     signature |= present
-    constexprs = asdict(tile) | {"A_IS_KM": role == "wgrad", "B_IS_NK": forward, "RELU": forward}
+    constexprs = asdict(tile) | {"A_IS_KM": role in ("wgrad", "added"), "B_IS_NK": forward, "RELU": forward}
+    constexprs |= {"ACCUMULATE": role == "added"}
     options = {name: constexprs.pop(name) for name in ("num_warps", "num_stages")}
     pointers = ("bias_ptr", "mask_ptr", "prev_ptr", "partial_ptr")
     constexprs |= {name: None for name in pointers if name not in present}

@@ -34,6 +34,13 @@ def main() -> None:
     names = ["select_kernel", "sum_kernel", "gemm_tma_kernel", "sum_kernel", "gemm_tma_kernel"]
     assert [launch.name for launch in again(backward)] == names
 
+    # A sum that wgrad is added to, and one that is not at a multiple of 16 bytes.
+    stored, room = again(backward)[-1], torch.zeros(72 * 64 + 1)
+    for sum_, name in ((room[:-1].view(72, 64), "gemm_tma_kernel"), (room[1:].view(72, 64), "gemm_kernel")):
+        added = again(lambda sum_=sum_: triton.linear_act_backward(call._replace(grad_weight_sum=sum_)))[-1]
+        assert added.name == name
+        assert added.function != stored.function
+
     # A view whose rows are not at multiples of 16 bytes, a bias that is not: each has a kernel of its own.
     moved = torch.randn(136, 66).half()[:, 1:65]
     assert [launch.name for launch in again(lambda: forward(moved))] == ["gemm_kernel"]

@@ -22,7 +22,7 @@ CUBIC = tl.constexpr(0.044715)
 def gemm_kernel(
     a_ptr, b_ptr, bias_ptr, out_ptr, mask_ptr, preactivation_ptr, saved_ptr, partial_ptr, M, N, K,
     stride_am, stride_ak, stride_bk, stride_bn, stride_bias, stride_mask, stride_sm, stride_sn,
-    ACTIVATION: tl.constexpr, PREV_ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr, PREV_ACTIVATION: tl.constexpr, ACCUMULATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """out (M, N), contiguous, = round(act(a (M, K) @ b (K, N) + bias)): fprop with weight.T as b, dgrad, wgrad.
@@ -30,7 +30,7 @@ def gemm_kernel(
     b is rounded to a's dtype as it is loaded. bias_ptr, mask_ptr (of the op's contract) and preactivation_ptr (M, N) may be
     None.
     dgrad for the previous layer: out is times the slope of its activation at saved_ptr, and partial_ptr (tiles of M, N) takes
-    the unrounded sums of each tile's columns; both may be None.
+    the unrounded sums of each tile's columns; both may be None. ACCUMULATE: wgrad is added to what is in out.
     """
     # ----- map program to tile: GROUP_M rows of tiles share columns of b in L2
     pid = tl.program_id(0)
@@ -74,8 +74,11 @@ def gemm_kernel(
         sums = tl.sum(tl.where(row_inside[:, None], acc, 0.0), axis=0)  # behind the edge 0 * inf is NaN
         tl.store(partial_ptr + pid_m.to(tl.int64) * N + columns, sums, mask=column_inside)
     out = acc.to(out_ptr.dtype.element_ty)  # round: accumulator -> out_dtype
+    out_ptrs = out_ptr + rows[:, None] * N + columns[None, :]
+    if ACCUMULATE:
+        out += tl.load(out_ptrs, mask=inside, other=0.0)
     # ----- store
-    tl.store(out_ptr + rows[:, None] * N + columns[None, :], out, mask=inside)
+    tl.store(out_ptrs, out, mask=inside)
     if mask_ptr is not None:
         words = _pack(tl.where(out <= 0, 0, 1), BLOCK_M, BLOCK_N)  # NaN is 1
         word = first_column // 32 + tl.arange(0, BLOCK_N // 32)

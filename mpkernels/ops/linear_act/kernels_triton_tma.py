@@ -14,7 +14,8 @@ from mpkernels.ops.linear_act.kernels_triton import _pack, select
 def gemm_tma_kernel(
     a_ptr, b_ptr, bias_ptr, out_ptr, mask_ptr, prev_ptr, partial_ptr, M, N, K,
     stride_a, stride_b, stride_bias, stride_mask, stride_sm, stride_sn,
-    A_IS_KM: tl.constexpr, B_IS_NK: tl.constexpr, RELU: tl.constexpr, SPECIALIZE: tl.constexpr, SUBTILES: tl.constexpr,
+    A_IS_KM: tl.constexpr, B_IS_NK: tl.constexpr, RELU: tl.constexpr, ACCUMULATE: tl.constexpr, SPECIALIZE: tl.constexpr,
+    SUBTILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """out (M, N), contiguous, = round(act(a (M, K) @ b (K, N) + bias)): fprop, dgrad and wgrad, as gemm_kernel.
@@ -22,7 +23,7 @@ def gemm_tma_kernel(
     a and b are of one 16-bit dtype, rows of 16-byte pitch. A_IS_KM: a lies in memory as (K, M), wgrad's grad_z;
     B_IS_NK: b lies there as (N, K), fprop's weight. bias_ptr and mask_ptr may be None.
     dgrad for the previous layer: out is selected by the mask at prev_ptr, and partial_ptr (tiles of M, N) takes the unrounded
-    sums of each tile's columns; both may be None.
+    sums of each tile's columns; both may be None. ACCUMULATE: wgrad is added to what is in out.
     SPECIALIZE: a producer warp loads while consumer warps multiply. SUBTILES: parts (1 or 2) in which a tile is stored; the
     half of its staging memory that two save holds one more stage of operands.
     """
@@ -48,17 +49,17 @@ def gemm_tma_kernel(
         if SUBTILES == 1:
             _finish(
                 acc, bias_ptr, out_desc, mask_ptr, prev_ptr, partial_ptr, M, N, row, column, stride_bias, stride_mask,
-                stride_sm, stride_sn, RELU,
+                stride_sm, stride_sn, RELU, ACCUMULATE,
             )  # fmt: skip
         else:
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART_N)), (0, 2, 1)))
             _finish(
                 left, bias_ptr, out_desc, mask_ptr, prev_ptr, partial_ptr, M, N, row, column, stride_bias, stride_mask,
-                stride_sm, stride_sn, RELU,
+                stride_sm, stride_sn, RELU, ACCUMULATE,
             )  # fmt: skip
             _finish(
                 right, bias_ptr, out_desc, mask_ptr, prev_ptr, partial_ptr, M, N, row, column + PART_N, stride_bias,
-                stride_mask, stride_sm, stride_sn, RELU,
+                stride_mask, stride_sm, stride_sn, RELU, ACCUMULATE,
             )  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def _operand(ptr, rows, K, stride, IS_TRANSPOSED: tl.constexpr, BLOCK_ROWS: tl.c
 @triton.jit
 def _finish(
     acc, bias_ptr, out_desc, mask_ptr, prev_ptr, partial_ptr, M, N, row, column, stride_bias, stride_mask,
-    stride_sm, stride_sn, RELU: tl.constexpr,
+    stride_sm, stride_sn, RELU: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """Bias, activation, selection, sums, rounding and stores of a part of a tile that begins at (row, column)."""
     BLOCK_M: tl.constexpr = acc.shape[0]
@@ -91,6 +92,8 @@ def _finish(
         sums = tl.sum(tl.where((rows < M)[:, None], acc, 0.0), axis=0)  # behind the edge 0 * inf is NaN
         tl.store(partial_ptr + (row // BLOCK_M).to(tl.int64) * N + columns, sums, mask=columns < N)
     out = acc.to(out_desc.dtype)  # round: accumulator -> out_dtype
+    if ACCUMULATE:
+        out += out_desc.load([row, column])
     out_desc.store([row, column], out)
     if mask_ptr is not None:
         words = _pack(tl.where(out <= 0, 0, 1), BLOCK_M, BLOCK_N)  # NaN is 1

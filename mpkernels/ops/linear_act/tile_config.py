@@ -144,7 +144,7 @@ class Plan(NamedTuple):
 
 def plan(
     sm: int, programs: int, specializes: bool, a: Operand, b: Operand, out: Operand, tuned: tuple | None = None, *,
-    fuses_prev=False, non_relu_activation=False, batch_invariant=False,
+    fuses_prev=False, non_relu_activation=False, batch_invariant=False, accumulates=False,
 ) -> Plan:  # fmt: skip
     """The kernel for out (M, N) = a (M, K) @ b (K, N) on a GPU that has room for `programs` persistent programs.
 
@@ -152,12 +152,12 @@ def plan(
     one has to serve, this Triton does not specialize, or a file says anything else.
     fuses_prev: the epilogue selects by the mask of the previous layer and sums columns: Triton 3.7 and 3.9 fail to specialize
     that. non_relu_activation: it has a slope, or an activation other than ReLU; by pointers alone. batch_invariant: one tile
-    for every M, another may sum in another order.
+    for every M, another may sum in another order. accumulates: the epilogue adds to what is in `out`, which it reads.
     """
     M, N = out.shape
     rows = INVARIANT_M if batch_invariant else M
     by_tma = not non_relu_activation and tma_why_not(sm, a, b, out) is None
-    heavy_epilogue = fuses_prev or non_relu_activation
+    heavy_epilogue = fuses_prev or non_relu_activation or accumulates
     found = candidates(sm, specializes and not fuses_prev, a, b, out, by_tma, heavy_epilogue)
     tile = _tile(tuned, by_tma)
     if tile not in found + candidates(sm, False, a, b, out, by_tma, heavy_epilogue):

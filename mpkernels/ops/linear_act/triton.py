@@ -13,7 +13,7 @@ import functools
 import torch
 
 from mpkernels.ops.common.cast import cast
-from mpkernels.ops.linear_act import epilogues, passes
+from mpkernels.ops.linear_act import epilogues
 from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
 from mpkernels.ops.linear_act.epilogues import Activation, acc_dtype, empty_saved, mask_pitch
 from mpkernels.ops.linear_act.tile_config import TMA_SMS, Operand, plan
@@ -81,8 +81,9 @@ def linear_act_backward(call: BackwardCall):
             grad_prev_bias = None if sums is None else _sum(sums, call.grad_prev_bias_dtype)
         if wants_weight:
             tile = _tuned(device, "wgrad", M, N, K, 0, compute_dtype, call.grad_weight_dtype)
-            grad_weight, _ = _gemm(grad_z.t(), _rows(call.x, M, K), call.grad_weight_dtype, tile)
-            grad_weight = passes.add_to_sum(call, grad_weight)
+            added_to = call.grad_weight_sum
+            grad_weight, _ = _gemm(grad_z.t(), _rows(call.x, M, K), call.grad_weight_dtype, tile, add_to=added_to)
+            grad_weight = grad_weight if added_to is None else None
     return grad_x, grad_weight, grad_bias, grad_prev_bias
 
 
@@ -154,21 +155,23 @@ def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
 
 def _gemm(
     a, b, out_dtype, tile=None, *, bias=None, activation=0, saved=None, prev=None, prev_activation=0, sums=False,
-    batch_invariant=False,
+    batch_invariant=False, add_to=None,
 ):  # fmt: skip
     """(round(act(a @ b + bias)), None) for a (M, K) and b (K, N) of any stride; `saved` is filled where it is given.
 
     prev: what the previous layer saved, by whose activation's gradient the result is multiplied. sums: the second is then the
-    sums of its columns, unrounded, of each row of tiles.
+    sums of its columns, unrounded, of each row of tiles. add_to: a contiguous matrix of `out_dtype` that the result is added to
+    and that is returned, or None.
     """
     (M, K), N = a.shape, b.shape[1]
-    out = a.new_empty((M, N), dtype=out_dtype)
+    out = a.new_empty((M, N), dtype=out_dtype) if add_to is None else add_to
     casts = b.dtype != a.dtype and a.dtype.itemsize == 2 and (M >= CAST_FIRST or batch_invariant)
     if casts and _device(a.device)[0] in TMA_SMS:
         b = cast(b, a.dtype)
     if batch_invariant and (a.stride() != (K, 1) or a.data_ptr() % 16):
         a = a.clone(memory_format=torch.contiguous_format)  # so that how it lies does not decide, either
-    kinds = (_kind(a), _kind(b), out_dtype, _kind(bias), _kind(prev))
+    misalignment = None if add_to is None else out.data_ptr() % 16
+    kinds = (_kind(a), _kind(b), out_dtype, misalignment, _kind(bias), _kind(prev))
     launch = _gemm_launch(a.device, *kinds, saved is not None, activation, prev_activation, sums, tile, batch_invariant)
     partial = a.new_empty((-(-M // launch.constants["BLOCK_M"]), N), dtype=acc_dtype(a.dtype)) if sums else None
     if out.numel() == 0:
@@ -183,24 +186,26 @@ def _gemm(
 
 @functools.lru_cache(maxsize=4096)
 def _gemm_launch(
-    device, a, b, out_dtype, bias, prev, saves, activation, prev_activation, sums, tile, batch_invariant
+    device, a, b, out_dtype, misalignment, bias, prev, saves, activation, prev_activation, sums, tile, batch_invariant
 ) -> _Launch:
-    """For tensors of these kinds."""
+    """For tensors of these kinds; misalignment: of what is added to, or None."""
     a, b = Operand(*a), Operand(*b)
     (M, K), N = a.shape, b.shape[1]
     non_relu = activation > Activation.RELU or (prev is not None and prev[0] != torch.int32)
     chosen = plan(
-        *_device(device), a, b, Operand(out_dtype, (M, N), (N, 1), 0), tile,
+        *_device(device), a, b, Operand(out_dtype, (M, N), (N, 1), misalignment or 0), tile,
         fuses_prev=sums or prev is not None, non_relu_activation=non_relu, batch_invariant=batch_invariant,
+        accumulates=misalignment is not None,
     )  # fmt: skip
     stride_bias = 0 if bias is None else bias[2][0]
     stride_mask = mask_pitch(N) if saves and activation == Activation.RELU else 0
     strides_prev = (0, 0) if prev is None else prev[2]
+    constants = {"ACCUMULATE": misalignment is not None} | chosen.options
     if chosen.by_tma:
         numbers = (M, N, K, a.pitch, b.pitch, stride_bias, stride_mask, *strides_prev)
-        return _Launch(tma.gemm_tma_kernel, chosen.grid, numbers, {"RELU": bool(activation)} | chosen.options, by_tma=True)
+        return _Launch(tma.gemm_tma_kernel, chosen.grid, numbers, {"RELU": bool(activation)} | constants, by_tma=True)
     numbers = (M, N, K, *a.stride, *b.stride, stride_bias, stride_mask, *strides_prev)
-    constants = {"ACTIVATION": activation, "PREV_ACTIVATION": prev_activation} | chosen.options
+    constants |= {"ACTIVATION": activation, "PREV_ACTIVATION": prev_activation}
     return _Launch(kernels.gemm_kernel, chosen.grid, numbers, constants)
 
 

@@ -548,6 +548,9 @@ def test_linear_act_plan_of_richer_epilogues(sm):
         plan = tile_config.plan(sm, 132, True, *big, **how)
         assert not plan.by_tma
         assert plan.options["BLOCK_M"] * plan.options["BLOCK_N"] <= tile_config.LARGEST_HEAVY
+    assert tile_config.plan(sm, 132, True, *big, accumulates=True) == tile_config.plan(sm, 132, True, *big)
+    odd = tile_config.plan(sm, 132, True, *big[:2], big[2]._replace(dtype=f32, misalignment=4), accumulates=True)
+    assert odd.options["BLOCK_M"] * odd.options["BLOCK_N"] <= tile_config.LARGEST_HEAVY
 
 
 @pytest.mark.parametrize(

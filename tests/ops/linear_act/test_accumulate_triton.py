@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight gradients that linear_act adds in Triton: on a GPU, or through Triton's interpreter (test_triton_interpreter.py)."""
+
+import pytest
+import torch
+
+from mpkernels.ops.linear_act import Activation, triton
+from mpkernels.ops.linear_act.call import BackwardCall
+from mpkernels.testing.linear_act_cases import check_sum
+from tests import bounds
+from tests.linear_act_cases import same_bits
+
+INTERPRETED = pytest.importorskip("triton").knobs.runtime.interpret
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1, which test_triton_interpreter.py sets", allow_module_level=True)
+if INTERPRETED:
+    from tests.toolchain import triton_interpreter
+
+    triton_interpreter.install()
+
+f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
+ALIGNED, ODD = (40, 72, 96), (7, 33, 41)  # M, N, K
+CASES = [
+    *((dtype, ALIGNED, shift, shift % 4 == 0) for dtype in (f16, bf16) for shift in (0, 1, 4)),
+    (f16, ODD, 0, False), (f16, ODD, 3, False), (f16, (0, 16, 24), 0, False), (f32, ALIGNED, 0, False), (f32, ODD, 1, False),
+]  # fmt: skip
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.mark.parametrize("dtype, sizes, shift, by_tma", CASES, ids=str)
+def test_linear_act_adds_grad_weight(dtype, sizes, shift, by_tma, generator, device, monkeypatch):
+    """With the bits of a product that is added afterwards, wherever in a buffer the sum lies, and nothing beside it written."""
+    M, N, K = sizes
+    grad_out, x = (torch.randn(M, n, generator=generator).to(device, dtype) for n in (N, K))
+    weight, before = (torch.randn(N, K, generator=generator).to(device) for _ in range(2))
+    call = BackwardCall(grad_out, x, weight, None, None, Activation.NONE, dtype, dtype, f32, f32, [False, True, True])
+    _, product, bias, _ = triton.linear_act_backward(call)
+    room = torch.full((shift + N * K + 8,), torch.nan, device=device)
+    total = room[shift : shift + N * K].view(N, K).copy_(before)
+    launches, launch = [], triton._gemm_launch
+    monkeypatch.setattr(triton, "_gemm_launch", lambda *args: launches.append(launch(*args)) or launches[-1])
+    _, nothing, grad_bias, _ = triton.linear_act_backward(call._replace(grad_weight_sum=total))
+    assert nothing is None
+    assert same_bits(total, before + product)
+    assert same_bits(grad_bias, bias)
+    assert room.isnan().sum() == shift + 8
+    if INTERPRETED:
+        assert [launch.by_tma for launch in launches] == [by_tma]
+    check_sum(total, before, grad_out, x, dtype, bounds.accumulator_roundoff(device, dtype))
+
+
+def test_linear_act_adds_in_tiles_of_two_parts(generator, device):
+    """The largest tile of the descriptor kernel is stored in two parts."""
+    rows, columns = (64, 128) if INTERPRETED else (4096, 4096)
+    grad_z, x = (torch.randn(32, n, generator=generator).to(device, f16) for n in (rows, columns))
+    before = torch.randn(rows, columns, generator=generator).to(device, f16)
+    product, _ = triton._gemm(grad_z.t(), x, f16)
+    total, _ = triton._gemm(grad_z.t(), x, f16, add_to=before.clone())
+    assert same_bits(total, before + product)
