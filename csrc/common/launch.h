@@ -22,6 +22,12 @@ namespace mpk {
 // NOTE: torch's own check needs a symbol that a CPU-only torch does not have.
 inline void check_cuda(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "CUDA error: ", cudaGetErrorString(error)); }
 
+inline bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status;
+  check_cuda(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
 // A list of the kernels, made while the library is loaded.
 class KnownKernel {
  public:

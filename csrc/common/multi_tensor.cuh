@@ -45,18 +45,18 @@ struct TensorTable {
 
   bool is_full() const { return count == kCapacity; }
 
-  // The index at which the caller writes `data` and dtypes.
+  // The index at which the caller writes `data` and dtypes. A tensor without elements owns a chunk too, of none.
   int add(int64_t row_in_call, int64_t elements) {
     numel[count] = elements;
     first_chunk[count] = chunks;
     row[count] = static_cast<int32_t>(row_in_call);
-    chunks += static_cast<int32_t>((elements + chunk_length - 1) / chunk_length);
+    chunks += std::max(static_cast<int32_t>((elements + chunk_length - 1) / chunk_length), 1);
     return count++;
   }
 
   MPK_HOST_DEVICE int64_t end_chunk(int tensor) const { return tensor + 1 < count ? first_chunk[tensor + 1] : chunks; }
 
-  // The last tensor that starts at or before `chunk`: those without elements own no chunk.
+  // Of the last tensor that starts at or before `chunk`.
   MPK_HOST_DEVICE TensorChunk find(int chunk) const {
     int low = 0, high = count;
     while (high - low > 1) {

@@ -1,11 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// grad_stats_ on the GPU: chunks, then tensors, then the verdict. Every sum has an order of its own, whatever block is first.
+// grad_stats_ on the GPU: a block for each chunk; the last block of a tensor sums its chunks, the last of the call gives the
+// verdict. Every sum has an order of its own, whatever block is first or last.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <map>
+#include <mutex>
+#include <utility>
+
 #include "../common/dtype.h"
 #include "../common/factor.h"
+#include "../common/last_block.cuh"
 #include "../common/launch.h"
 #include "../common/multi_tensor.cuh"
 #include "../common/stream.h"
@@ -18,7 +24,7 @@ namespace {
 
 constexpr int kLanes = 32;
 constexpr int kInFlight = 4;           // 16-byte loads of a thread
-constexpr int64_t kMostChunks = 4096;  // or the reduction of one large tensor, by one warp, takes longer than its chunks
+constexpr int64_t kMostChunks = 4096;  // or the sum of one large tensor's, by one block, takes as long as its chunks
 
 __device__ Stats from_lane_above(const Stats& stats, int distance) {
   Stats other;
@@ -46,15 +52,50 @@ __device__ Stats reduce_block(const Stats& share) {
   return reduce_warp(sum);
 }
 
-// ----- chunks -----
+// The sum of what blocks have found, by a block, in its thread 0: of each thread kAtOnce sums in a fixed order, for which as
+// many loads are on their way.
+__device__ Stats sum_of_blocks(const Stats* from, int64_t count) {
+  constexpr int kAtOnce = 2;
+  Stats sums[kAtOnce] = {};
+#pragma unroll 1
+  for (int64_t i = threadIdx.x; i < count; i += kAtOnce * kThreads) {
+    Stats next[kAtOnce] = {};
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (i + k * kThreads < count) next[k] = load_of_blocks(from + i + k * kThreads);
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) sums[k].merge(next[k]);
+  }
+  sums[0].merge(sums[1]);
+  return reduce_block(sums[0]);
+}
 
-using StatsTable = TensorTable<1, 64>;
+// ----- the argument -----
+
+struct Verdict {
+  const float* grad_scale;  // null: 1
+  float* found_inf;
+  double* amax;
+  int64_t* nonfinite;
+  double* grad_norm;  // null where it is not asked for
+  int64_t amax_stride, nonfinite_stride;
+
+  __device__ float scale() const { return grad_scale == nullptr ? 1 : *grad_scale; }
+};
 
 struct StatsArguments {
-  Stats* chunks;
-  StatsTable tensors;
+  Verdict verdict;
+  Stats* chunks;      // of this launch
+  Stats* rows;        // of the call; nonfinite is 1 where the tensor overflows
+  int64_t row_count;  // 0 if another launch of the call follows
+  unsigned* tickets;  // of each tensor, and one of the launch
+  TensorTable<1, 128> tensors;
 };
 static_assert(sizeof(StatsArguments) <= kArgumentBytes);
+constexpr int kTickets = kMostTensors + 1;
+
+// ----- chunks -----
 
 // The largest magnitude, as bits and with NaN above inf. Two 16-bit numbers at a time: shifted to the upper end of a word, of
 // which the lower half decides nothing, so that each takes two instructions.
@@ -173,85 +214,51 @@ __device__ Stats stats_of(const char* data, int64_t begin, int64_t end) {
 }
 
 template <bool kNorm>
-__global__ void __launch_bounds__(kThreads) chunk_kernel(MPK_GRID_CONSTANT(StatsArguments) a) {
-  // map block to chunk
-  const TensorChunk chunk = a.tensors.find(blockIdx.x);
-  const char* grad = a.tensors.data[0][chunk.tensor];
-  const ScalarType dtype = a.tensors.grad_dtype[chunk.tensor];
-
-  // load / accumulate
-  Stats stats;
-  if (dtype == ScalarType::Half) {
-    stats = stats_of<Half, kNorm>(grad, chunk.begin, chunk.end);
-  } else if (dtype == ScalarType::BFloat16) {
-    stats = stats_of<BFloat16, kNorm>(grad, chunk.begin, chunk.end);
-  } else if (dtype == ScalarType::Float) {
-    stats = stats_of<float, kNorm>(grad, chunk.begin, chunk.end);
-  } else {
-    stats = stats_of<double, kNorm>(grad, chunk.begin, chunk.end);
-  }
-
-  // store
-  stats = reduce_block(stats);
-  if (threadIdx.x == 0) a.chunks[blockIdx.x] = stats;
+__device__ Stats stats_of(const char* grad, ScalarType dtype, int64_t begin, int64_t end) {
+  if (dtype == ScalarType::Half) return stats_of<Half, kNorm>(grad, begin, end);
+  if (dtype == ScalarType::BFloat16) return stats_of<BFloat16, kNorm>(grad, begin, end);
+  if (dtype == ScalarType::Float) return stats_of<float, kNorm>(grad, begin, end);
+  return stats_of<double, kNorm>(grad, begin, end);
 }
 
-// ----- tensors -----
+// ----- tensors and the verdict, by the last block of each -----
 
-struct Verdict {
-  const float* grad_scale;  // null: 1
-  float* found_inf;
-  double* amax;
-  int64_t* nonfinite;
-  double* grad_norm;  // null where it is not asked for
-  int64_t amax_stride, nonfinite_stride;
-
-  __device__ float scale() const { return grad_scale == nullptr ? 1 : *grad_scale; }
-};
-
-// A warp for each tensor. kAtOnce sums in a fixed order: as many chunks of each lane are on their way from memory.
-__global__ void __launch_bounds__(kThreads) tensor_kernel(MPK_GRID_CONSTANT(StatsArguments) a, Verdict verdict, Stats* rows) {
-  const int i = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  if (i >= a.tensors.count) return;
-  constexpr int kAtOnce = 4;
-  const int64_t begin = a.tensors.first_chunk[i], end = a.tensors.end_chunk(i);
-  Stats sums[kAtOnce] = {};
-  for (int64_t chunk = begin; chunk < end; chunk += kAtOnce * kLanes) {
-    Stats next[kAtOnce] = {};
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int64_t mine = chunk + k * kLanes + lane;
-      if (mine < end) next[k] = a.chunks[mine];
-    }
-    __threadfence_block();  // or the compiler puts off the loads
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) sums[k].merge(next[k]);
-  }
-  sums[0].merge(sums[1]);
-  sums[2].merge(sums[3]);
-  sums[0].merge(sums[2]);
-  const Stats stats = reduce_warp(sums[0]);
-  if (lane != 0) return;
+__device__ void finish_tensor(const StatsArguments& a, int i) {
+  const Stats stats = sum_of_blocks(a.chunks + a.tensors.first_chunk[i], a.tensors.end_chunk(i) - a.tensors.first_chunk[i]);
+  if (threadIdx.x != 0) return;
+  const Verdict& verdict = a.verdict;
   const int64_t row = a.tensors.row[i];
   const double inv = inv_scale(verdict.scale());
   const bool is_double = a.tensors.grad_dtype[i] == ScalarType::Double;
   const bool too_large = is_double ? overflows<double>(stats.amax, inv) : overflows<float>(stats.amax, inv);
   verdict.amax[row * verdict.amax_stride] = stats.amax;
   verdict.nonfinite[row * verdict.nonfinite_stride] = stats.nonfinite;
-  rows[row] = {stats.amax, stats.squares, stats.nonfinite > 0 || too_large};
+  store_for_blocks(a.rows + row, {stats.amax, stats.squares, stats.nonfinite > 0 || too_large});
 }
 
-// ----- verdict -----
-
-// One block. nonfinite of a row is 1 where the tensor overflows.
-__global__ void __launch_bounds__(kThreads) verdict_kernel(Verdict verdict, const Stats* rows, int64_t count) {
-  Stats total{};
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) total.merge(rows[i]);
-  total = reduce_block(total);
+__device__ void finish_call(const StatsArguments& a) {
+  const Stats total = sum_of_blocks(a.rows, a.row_count);
   if (threadIdx.x != 0) return;
-  const float scale = verdict.scale();
-  *verdict.found_inf = !is_good_scale(scale) || total.nonfinite > 0;
-  if (verdict.grad_norm != nullptr) *verdict.grad_norm = total.norm(inv_scale(scale));
+  const float scale = a.verdict.scale();
+  *a.verdict.found_inf = !is_good_scale(scale) || total.nonfinite > 0;
+  if (a.verdict.grad_norm != nullptr) *a.verdict.grad_norm = total.norm(inv_scale(scale));
+}
+
+template <bool kNorm>
+__global__ void __launch_bounds__(kThreads) stats_kernel(MPK_GRID_CONSTANT(StatsArguments) a) {
+  // map block to chunk
+  const TensorChunk chunk = a.tensors.find(blockIdx.x);
+  const int i = chunk.tensor;
+
+  // load / accumulate
+  const Stats share = stats_of<kNorm>(a.tensors.data[0][i], a.tensors.grad_dtype[i], chunk.begin, chunk.end);
+
+  // store
+  const Stats stats = reduce_block(share);
+  if (threadIdx.x == 0) store_for_blocks(a.chunks + blockIdx.x, stats);
+  if (!is_last_block(a.tickets + i, a.tensors.end_chunk(i) - a.tensors.first_chunk[i])) return;
+  finish_tensor(a, i);
+  if (is_last_block(a.tickets + kMostTensors, a.tensors.count) && a.row_count > 0) finish_call(a);
 }
 
 // ----- on the host -----
@@ -269,44 +276,60 @@ Tensor scratch(const Tensor& like, int64_t count) {
   return torch::stable::new_empty(like, {count * static_cast<int64_t>(sizeof(S))}, ScalarType::Byte);
 }
 
-void launch_table(StatsArguments& a, const Tensor& like, const Verdict& verdict, Stats* rows, cudaStream_t stream) {
-  const Tensor chunks = scratch<Stats>(like, std::max(a.tensors.chunks, 1));
+// kTickets of a launch, 0 before and after it: the stream's, whose launches follow one another. A CUDA graph can be replayed
+// beside the stream that it was captured in, and has its own.
+Tensor tickets_for(const Tensor& like, cudaStream_t stream) {
+  const auto make = [&] {
+    const Tensor tickets = scratch<unsigned>(like, kTickets);
+    check_cuda(cudaMemsetAsync(tickets.mutable_data_ptr(), 0, kTickets * sizeof(unsigned), stream));
+    return tickets;
+  };
+  if (is_capturing(stream)) return make();
+  static std::mutex mutex;
+  static auto& of_streams = *new std::map<std::pair<int32_t, cudaStream_t>, Tensor>;  // at exit CUDA may be gone before it
+  const std::lock_guard<std::mutex> lock(mutex);
+  const std::pair<int32_t, cudaStream_t> key{like.get_device_index(), stream};
+  const auto found = of_streams.find(key);
+  return found != of_streams.end() ? found->second : of_streams.emplace(key, make()).first->second;
+}
+
+void launch_table(StatsArguments& a, const Tensor& like, cudaStream_t stream) {
+  const Tensor chunks = scratch<Stats>(like, a.tensors.chunks);
   a.chunks = static_cast<Stats*>(chunks.mutable_data_ptr());
-  if (a.tensors.chunks > 0 && verdict.grad_norm != nullptr) {
-    launch<chunk_kernel<true>>(a.tensors.chunks, kThreads, 0, stream, a);
-  } else if (a.tensors.chunks > 0) {
-    launch<chunk_kernel<false>>(a.tensors.chunks, kThreads, 0, stream, a);
+  if (a.verdict.grad_norm != nullptr) {
+    launch<stats_kernel<true>>(a.tensors.chunks, kThreads, 0, stream, a);
+  } else {
+    launch<stats_kernel<false>>(a.tensors.chunks, kThreads, 0, stream, a);
   }
-  constexpr int kTensorsPerBlock = kThreads / kLanes;
-  launch<tensor_kernel>((a.tensors.count + kTensorsPerBlock - 1) / kTensorsPerBlock, kThreads, 0, stream, a, verdict, rows);
 }
 
 void grad_stats_(Tensor grads_, std::optional<Tensor> grad_scale, Tensor found_inf, Tensor amax, Tensor nonfinite,
                  std::optional<Tensor> grad_norm) {
   const TensorList grads("grads", grads_);
   const OnDevice device(found_inf);
-  const Verdict verdict{grad_scale ? grad_scale->const_data_ptr<float>() : nullptr,
-                        found_inf.mutable_data_ptr<float>(),
-                        amax.mutable_data_ptr<double>(),
-                        nonfinite.mutable_data_ptr<int64_t>(),
-                        grad_norm ? grad_norm->mutable_data_ptr<double>() : nullptr,
-                        amax.stride(0),
-                        nonfinite.stride(0)};
-  const Tensor totals = scratch<Stats>(found_inf, grads.size());
-  Stats* rows = static_cast<Stats*>(totals.mutable_data_ptr());
+  const Tensor rows = scratch<Stats>(found_inf, grads.size()), tickets = tickets_for(found_inf, device.stream());
   StatsArguments a;
+  a.verdict = {grad_scale ? grad_scale->const_data_ptr<float>() : nullptr,
+               found_inf.mutable_data_ptr<float>(),
+               amax.mutable_data_ptr<double>(),
+               nonfinite.mutable_data_ptr<int64_t>(),
+               grad_norm ? grad_norm->mutable_data_ptr<double>() : nullptr,
+               amax.stride(0),
+               nonfinite.stride(0)};
+  a.rows = static_cast<Stats*>(rows.mutable_data_ptr());
+  a.tickets = static_cast<unsigned*>(tickets.mutable_data_ptr());
   const int64_t length = chunk_length(grads);
   a.tensors.clear(length);
   for (int64_t row = 0; row < grads.size(); ++row) {
     const int i = a.tensors.add(row, grads.numel(row));
     a.tensors.grad_dtype[i] = grads.dtype(row);
     a.tensors.data[0][i] = grads.data(row);
-    if (!a.tensors.is_full()) continue;
-    launch_table(a, found_inf, verdict, rows, device.stream());
+    const bool is_last = row + 1 == grads.size();
+    if (!a.tensors.is_full() && !is_last) continue;
+    a.row_count = is_last ? grads.size() : 0;
+    launch_table(a, found_inf, device.stream());
     a.tensors.clear(length);
   }
-  if (a.tensors.count > 0) launch_table(a, found_inf, verdict, rows, device.stream());
-  launch<verdict_kernel>(1, kThreads, 0, device.stream(), verdict, static_cast<const Stats*>(rows), grads.size());
 }
 
 }  // namespace

@@ -67,9 +67,7 @@ const T* address_of(const std::optional<Tensor>& tensor) {
 }
 
 void refuse_frozen_lr(const char* op, cudaStream_t stream) {
-  cudaStreamCaptureStatus status;
-  check_cuda(cudaStreamIsCapturing(stream, &status));
-  STD_TORCH_CHECK(status == cudaStreamCaptureStatusNone, op,
+  STD_TORCH_CHECK(!is_capturing(stream), op,
                   ": lr is on the CPU and would be frozen in the CUDA graph; pass it as a tensor on the device");
 }
 

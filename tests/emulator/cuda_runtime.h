@@ -48,9 +48,15 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace host {
 
-void sync_block();
+bool sync_block(bool value);  // whether that of any thread is true
 void sync_warp(const char* where);
 void check_access(const void* address, size_t bytes, bool is_store);
+
+// Fences of the GPU's memory, by the thread: what it stored for other blocks, before its atomic, and after it what they stored.
+void on_store_for_blocks();
+void on_load_of_blocks();
+void on_atomic();
+void fence();
 
 // 32 bytes per lane that the other lanes read: write the own slot, sync_warp, read other slots, end_exchange.
 void* exchange_slot(unsigned lane);
@@ -79,8 +85,17 @@ T exchange(T value, unsigned from, const char* where) {
 
 }  // namespace host
 
-inline void __syncthreads() { host::sync_block(); }
-inline void __threadfence_block() {}  // one fiber at a time
+inline void __syncthreads() { host::sync_block(false); }
+inline int __syncthreads_or(int value) { return host::sync_block(value != 0); }
+inline void __threadfence() { host::fence(); }
+
+// NOTE: only for a ticket that other blocks' stores and loads are ordered by.
+inline unsigned atomicInc(unsigned* address, unsigned most) {
+  host::on_atomic();
+  const unsigned old = *address;
+  *address = old >= most ? 0 : old + 1;
+  return old;
+}
 
 // The value of the lane `delta` above, or the lane's own if there is none.
 template <class T>
@@ -110,6 +125,19 @@ void __stcs(T* to, T value) {
   std::memcpy(to, &value, sizeof(T));
 }
 
+// NOTE: only of memory that the kernel's host allocates for its blocks, which the tests do not declare.
+template <class T>
+T __ldcg(const T* from) {
+  host::on_load_of_blocks();
+  return *from;
+}
+
+template <class T>
+void __stcg(T* to, T value) {
+  host::on_store_for_blocks();
+  *to = value;
+}
+
 // ----- from the host -----
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
@@ -136,6 +164,7 @@ struct cudaLaunchConfig_t {
 };
 
 const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream);
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
 
 // Entry points of the driver, by name.

@@ -47,6 +47,7 @@ struct Fiber {
   ClusterPhase cluster_phase;
   const char* waits_at;
   unsigned exchanges;
+  bool unreleased, unacquired;  // stores for other blocks, an atomic, with no __threadfence since
   Block* block;
 };
 
@@ -122,10 +123,12 @@ void resume(unsigned fiber) {
 
 // ----- barriers -----
 
-void open_block_if_full(Block& block) {
-  if (block.live == 0 || block.waiting < block.live) return;
+bool open_block_if_full(Block& block) {
+  if (block.live == 0 || block.waiting < block.live) return false;
   block.waiting = 0;
+  block.was_any = std::exchange(block.any, false);
   wake(block.queue);
+  return true;
 }
 
 // Ended threads count as arrived.
@@ -181,6 +184,7 @@ void start_threads() {
       fiber.ended = false;
       fiber.cluster_phase = ClusterPhase::kOutside;
       fiber.exchanges = 0;
+      fiber.unreleased = fiber.unacquired = false;
       fiber.block = &block;
       ready.push_back(i);
     }
@@ -322,15 +326,17 @@ uint32_t random_number() { return random_order(); }
 
 // ----- what kernels call -----
 
-void sync_block() {
+bool sync_block(bool value) {
+  if (fibers[current].unacquired) fail("__syncthreads after an atomic with no __threadfence since");
   Block& block = current_block();
-  if (++block.waiting == block.live) {
-    block.waiting = 0;
-    wake(block.queue);
+  ++block.waiting;
+  block.any |= value;
+  if (open_block_if_full(block)) {
     yield();
   } else {
     wait_in(block.queue, "__syncthreads");
   }
+  return block.was_any;
 }
 
 void sync_warp(const char* where) {
@@ -411,6 +417,19 @@ void check_access(const void* pointer, size_t bytes, bool is_store) {
   check_range(pointer, bytes, is_store);
 }
 
+void on_store_for_blocks() { fibers[current].unreleased = true; }
+
+void on_load_of_blocks() {
+  if (fibers[current].unacquired) fail("a load of what other blocks stored after an atomic with no __threadfence since");
+}
+
+void on_atomic() {
+  if (fibers[current].unreleased) fail("an atomic after stores for other blocks with no __threadfence since");
+  fibers[current].unacquired = true;
+}
+
+void fence() { fibers[current].unreleased = fibers[current].unacquired = false; }
+
 bool is_known(const void* address) { return range_of(reinterpret_cast<uintptr_t>(address)) != nullptr; }
 
 cudaError_t set_max_shared(const void* kernel, int bytes) {
@@ -444,6 +463,13 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, size_t arg
 }  // namespace host
 
 const char* cudaGetErrorString(cudaError_t) { return host::failure.c_str(); }
+
+// Counted as the launch that it is.
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  ++host::counts.launches;
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = host::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;

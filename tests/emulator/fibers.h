@@ -36,7 +36,8 @@ struct Block {
   unsigned first, threads, live;  // fibers
   uint8_t* shared;                // dynamic
   size_t shared_bytes;
-  unsigned waiting = 0;  // at __syncthreads
+  unsigned waiting = 0;               // at __syncthreads
+  bool any = false, was_any = false;  // of their values: so far, and at the last barrier
   Queue queue;
   std::vector<Warp> warps;
   NamedBarrier named[16];

@@ -51,9 +51,30 @@ __global__ void writes_past_the_end(unsigned* out) { __stcs(out + threadIdx.x + 
 
 __global__ void reads_unaligned(unsigned* out) { __ldcs(reinterpret_cast<uint4*>(out + threadIdx.x % 16)); }
 
+// A ticket with what the block stored not released, and with what the others stored not acquired.
+__global__ void releases_nothing(unsigned* out) {
+  if (threadIdx.x > 0) return;
+  __stcg(out + 1, 7u);
+  atomicInc(out, 1);
+}
+
+__global__ void acquires_nothing(unsigned* out) {
+  if (threadIdx.x > 0) return;
+  atomicInc(out, 1);
+  __ldcg(out + 1);
+}
+
+__global__ void acquires_nothing_for_block(unsigned* out) {
+  if (threadIdx.x == 0) atomicInc(out, 1);
+  __syncthreads();
+}
+
 using Kernel = void (*)(unsigned*);
-constexpr Kernel kKernels[] = {reads_after_barrier, adds_lanes,          reads_too_early, hangs,
-                               reads_past_the_end,  writes_past_the_end, reads_unaligned};
+constexpr Kernel kKernels[] = {reads_after_barrier, adds_lanes,
+                               reads_too_early,     hangs,
+                               reads_past_the_end,  writes_past_the_end,
+                               reads_unaligned,     releases_nothing,
+                               acquires_nothing,    acquires_nothing_for_block};
 
 }  // namespace
 

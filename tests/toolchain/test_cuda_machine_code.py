@@ -16,10 +16,9 @@ from mpkernels.runtime import native
 ARCHITECTURES = (75, 80, 90)
 # Kernels by what their names contain; those of a rule of csrc/optimizer_update are update_kernel<Rule, ...>.
 RULES = ("Adamw", "Sgd", "Lion")  # their memory traffic is loads and stores of 16 bytes
-VECTOR_LOADS = (*RULES, "chunk_kernel")
+VECTOR_LOADS = (*RULES, "stats_kernel")
 KERNELS = {  # how many there are for each architecture
-    "Adamw": 16, "Sgd": 6, "Lion": 4, "chunk_kernel": 2, "tensor_kernel": 1, "verdict_kernel": 1, "advance_kernel": 1,
-    "update_scale_kernel": 1,
+    "Adamw": 16, "Sgd": 6, "Lion": 4, "stats_kernel": 2, "advance_kernel": 1, "update_scale_kernel": 1,
 }  # fmt: skip
 NARROW_MOMENTS = "BFloat16"  # in a kernel's name: moments of half the master's width, read and written 8 bytes at a time
 DTYPES = 4
@@ -158,7 +157,7 @@ def test_cuda_skip_comes_before_any_other_load(sm):
 
 def test_cuda_stats_loads_are_in_flight_together(sm):
     """Of each thread three or four vectors of a gradient, whatever its dtype, with the norm and without."""
-    for name, parts in blocks(sm, "chunk_kernel").items():
+    for name, parts in blocks(sm, "stats_kernel").items():
         loops = [part for part in parts if sum(".128" in opcode for opcode, _ in part) == 4]
         assert len(loops) >= DTYPES, name  # fp64 a second time, scaled, for a norm
         assert min(loads_in_flight(part, ".128") for part in loops) >= 3, name
@@ -166,7 +165,7 @@ def test_cuda_stats_loads_are_in_flight_together(sm):
 
 def test_cuda_stats_take_few_instructions_an_element(sm):
     """Without the norm: reading 16-bit gradients is then bound by memory and not by arithmetic."""
-    ((_, parts),) = [(n, p) for n, p in blocks(sm, "chunk_kernel").items() if "ILb0E" in n]
+    ((_, parts),) = [(n, p) for n, p in blocks(sm, "stats_kernel").items() if "ILb0E" in n]
     elements = 4 * 16 // 2
     shifts = lambda part: sum(opcode.startswith(("SHF", "IMAD.SHL", "IMAD.U32")) for opcode, _ in part)
     loops = [p for p in parts if sum(".128" in opcode for opcode, _ in p) == 4 and shifts(p) >= elements]
@@ -174,10 +173,13 @@ def test_cuda_stats_take_few_instructions_an_element(sm):
     assert all(len(part) <= MOST_PER_ELEMENT * elements for part in loops), [len(part) / elements for part in loops]
 
 
-def test_cuda_stats_of_a_tensor_load_four_chunks_at_once(sm):
-    """Each lane of the warp that sums a tensor has four chunks, of three numbers each, on their way."""
-    (parts,) = blocks(sm, "tensor_kernel").values()
-    assert max(loads_in_flight(part, ".64") for part in parts) >= 12
+def test_cuda_stats_are_summed_by_the_last_block(sm):
+    """Two tickets, each between fences; whoever sums has two results of other blocks, of three numbers each, on their way."""
+    for name, parts in blocks(sm, "stats_kernel").items():
+        code = [opcode for part in parts for opcode, _ in part]
+        assert sum(opcode.startswith("ATOMG") and ".INC" in opcode for opcode in code) == 2, name
+        assert sum(opcode.startswith("MEMBAR") for opcode in code) == 4, name
+        assert sum(loads_in_flight(part, ".64.STRONG.GPU") >= 6 for part in parts) >= 2, name
 
 
 def test_cuda_library_needs_no_driver():
