@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <memory>
@@ -26,5 +27,12 @@ class OnDevice {
 
 // Whether kernels can read it.
 bool is_on_device(const torch::stable::Tensor& tensor);
+
+// Memory for `count` S on the device of `like`, of torch's allocator, which in a CUDA graph belongs to the graph.
+template <class S>
+torch::stable::Tensor scratch(const torch::stable::Tensor& like, int64_t count) {
+  const int64_t bytes = count * static_cast<int64_t>(sizeof(S));
+  return torch::stable::new_empty(like, {bytes}, torch::headeronly::ScalarType::Byte);
+}
 
 }  // namespace mpk

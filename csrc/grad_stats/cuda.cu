@@ -3,7 +3,6 @@
 // verdict. Every sum has an order of its own, whatever block is first or last.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <map>
 #include <mutex>
@@ -268,12 +267,6 @@ int64_t chunk_length(const TensorList& grads) {
   int64_t total = 0;
   for (int64_t i = 0; i < grads.size(); ++i) total += grads.numel(i);
   return kChunkUnit * std::max<int64_t>((total + kChunkUnit * kMostChunks - 1) / (kChunkUnit * kMostChunks), 1);
-}
-
-// Memory of torch's allocator, which in a CUDA graph belongs to the graph.
-template <class S>
-Tensor scratch(const Tensor& like, int64_t count) {
-  return torch::stable::new_empty(like, {count * static_cast<int64_t>(sizeof(S))}, ScalarType::Byte);
 }
 
 // kTickets of a launch, 0 before and after it: the stream's, whose launches follow one another. A CUDA graph can be replayed

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The update of every rule on the GPU: one launch over many tensors, every byte read and written once.
+// The update of every rule on the GPU: one launch over many tensors, every byte read and written once, behind a small one for
+// what the elements of each tensor share.
 
 #include <torch/csrc/stable/library.h>
 
@@ -11,18 +12,47 @@ namespace {
 
 constexpr int kBlocksPerSm = 2;  // at least; asked for more, the compiler spills
 
-template <class Options, int kStates>
-struct UpdateArguments {
+// ----- scalars -----
+
+template <class Rule, class T>
+struct ScalarsArguments {
+  static constexpr size_t kOtherBytes = sizeof(StepInputs) + sizeof(typename Rule::Options) + 2 * sizeof(void*);
+  static constexpr int kCapacity = (kArgumentBytes - kOtherBytes) / sizeof(float*);
+
   StepInputs step;
-  Options options;  // lr is read on the device
-  TensorTable<kFirstState + kStates, sizeof(StepInputs) + sizeof(Options) + 32> tensors;
+  typename Rule::Options options;  // lr is read on the device
+  typename Rule::template Scalars<T>* scalars;
+  int64_t count;
+  float* steps[kCapacity];
 };
 
-template <class Rule, class Variant>
-using ArgumentsOf = UpdateArguments<typename Rule::Options, Variant::kStates>;
+// A thread for each tensor: its scalars, in fp64, which is slow, and its step taken. The updates are launched after it.
+template <class Rule, class T>
+__global__ void __launch_bounds__(kThreads) scalars_kernel(MPK_GRID_CONSTANT(ScalarsArguments<Rule, T>) a) {
+  if (!a.step.taken()) return;
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i >= a.count) return;
+  typename Rule::Options options = a.options;
+  options.lr = a.step.lr();
+  const float steps_taken = *a.steps[i];  // the optimizer's own count, fp32, which stays at 2^24 as torch's does
+  a.scalars[i] = typename Rule::template Scalars<T>(options, a.step.factor(), steps_taken);
+  *a.steps[i] = steps_taken + 1;
+}
+
+// ----- the update -----
+
+template <class Scalars, int kStates>
+struct UpdateArguments {
+  StepInputs step;
+  const Scalars* scalars;  // by the row of a tensor
+  TensorTable<kFirstState + kStates, sizeof(StepInputs) + 64> tensors;
+};
+
+template <class Rule, class Variant, class T>
+using ArgumentsOf = UpdateArguments<typename Rule::template Scalars<T>, Variant::kStates>;
 
 template <class Rule, class Variant, class T, class S>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) update_kernel(MPK_GRID_CONSTANT(ArgumentsOf<Rule, Variant>) a) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) update_kernel(MPK_GRID_CONSTANT(ArgumentsOf<Rule, Variant, T>) a) {
   // skip before any other load
   if (!a.step.taken()) return;
 
@@ -31,32 +61,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) update_kernel(MPK_GRID
   const TensorChunk chunk = tensors.find(blockIdx.x);
   const int i = chunk.tensor;
 
-  // scalars, once a block: fp64 is slow
-  using Scalars = typename Rule::template Scalars<T>;
-  __shared__ Scalars scalars;
-  if (threadIdx.x == 0) {
-    typename Rule::Options options = a.options;
-    options.lr = a.step.lr();
-    scalars = Scalars(options, a.step.factor(), steps_taken(tensors, i));
-  }
-  __syncthreads();
-
   // load / update / store
-  update_chunk<T>(TensorUpdate<Variant, Scalars, T, S>(tensors, i, scalars), chunk);
-}
-
-struct AdvanceArguments {
-  static constexpr int kCapacity = (kArgumentBytes - sizeof(StepInputs) - sizeof(int64_t)) / sizeof(float*);
-
-  StepInputs step;
-  int64_t count;
-  float* steps[kCapacity];
-};
-
-// One block, after the last launch of the update: no other block reads the counts any more.
-__global__ void __launch_bounds__(kThreads) advance_kernel(MPK_GRID_CONSTANT(AdvanceArguments) a) {
-  if (!a.step.taken()) return;
-  for (int64_t i = threadIdx.x; i < a.count; i += kThreads) *a.steps[i] += 1;
+  using Scalars = typename Rule::template Scalars<T>;
+  update_chunk<T>(TensorUpdate<Variant, Scalars, T, S>(tensors, i, a.scalars[tensors.row[i]]), chunk);
 }
 
 // ----- on the host -----
@@ -90,13 +97,19 @@ StepInputs step_inputs(const UpdateCall<Rule>& call, cudaStream_t stream) {
   return in;
 }
 
-void advance_steps(const TensorList& steps, const StepInputs& in, cudaStream_t stream) {
-  AdvanceArguments a;
-  a.step = in;
-  for (int64_t begin = 0; begin < steps.size(); begin += a.count) {
-    a.count = std::min<int64_t>(steps.size() - begin, a.kCapacity);
-    for (int64_t i = 0; i < a.count; ++i) a.steps[i] = reinterpret_cast<float*>(steps.data(begin + i));
-    launch<advance_kernel>(1, kThreads, 0, stream, a);
+// scalars[j] of the tensor rows[j].
+template <class Rule, class T>
+void launch_scalars(const UpdateCall<Rule>& call, const StepInputs& step, const std::vector<int64_t>& rows,
+                    typename Rule::template Scalars<T>* scalars, cudaStream_t stream) {
+  ScalarsArguments<Rule, T> a;
+  static_assert(sizeof(a) <= kArgumentBytes);
+  a.step = step;
+  a.options = call.options;
+  for (size_t begin = 0; begin < rows.size(); begin += a.count) {
+    a.scalars = scalars + begin;
+    a.count = std::min<int64_t>(rows.size() - begin, a.kCapacity);
+    for (int64_t j = 0; j < a.count; ++j) a.steps[j] = reinterpret_cast<float*>(call.lists.steps.data(rows[begin + j]));
+    launch<scalars_kernel<Rule, T>>(static_cast<unsigned>((a.count + kThreads - 1) / kThreads), kThreads, 0, stream, a);
   }
 }
 
@@ -115,22 +128,23 @@ void for_each_dtypes(const UpdateLists& lists, const F& launch_as) {
   if (!rows[3].empty()) launch_as(double{}, BFloat16{}, rows[3]);
 }
 
-// Fills the table with the tensors of `rows` and calls go() whenever it is full and at the end.
+// Fills the table with the tensors of `rows`, whose row in it is their place there, and calls go() whenever it is full and at
+// the end.
 template <class Table, class Go>
 void for_each_table(Table& table, const std::vector<int64_t>& rows, const UpdateLists& lists, const Go& go) {
   const auto flush = [&] {
-    if (table.chunks > 0) go();
+    if (table.count > 0) go();
     table.clear(kChunkUnit);
   };
   table.clear(kChunkUnit);
-  for (const int64_t row : rows) {
-    const int i = table.add(row, lists.masters.numel(row));
+  for (size_t j = 0; j < rows.size(); ++j) {
+    const int64_t row = rows[j];
+    const int i = table.add(j, lists.masters.numel(row));
     table.grad_dtype[i] = lists.grads.dtype(row);
     table.copy_dtype[i] = lists.copies.dtype(row);
     table.data[kMaster][i] = lists.masters.data(row);
     table.data[kGrad][i] = lists.grads.data(row);  // never written
     table.data[kCopy][i] = lists.copies.numel(row) ? lists.copies.data(row) : nullptr;
-    table.data[kStep][i] = lists.steps.data(row);
     for (size_t k = 0; k < lists.states.size(); ++k) table.data[kFirstState + k][i] = lists.states[k].data(row);
     if (table.is_full()) flush();
   }
@@ -145,20 +159,24 @@ struct CudaUpdate {
     const StepInputs step = step_inputs(call, device.stream());
     Rule::with_variant(call.options, call.lists.states.size(),
                        [&](auto variant) { launch_variant<decltype(variant)>(call, step, device.stream()); });
-    advance_steps(call.lists.steps, step, device.stream());
     return true;
   }
 
  private:
   template <class Variant>
   static void launch_variant(const UpdateCall<Rule>& call, const StepInputs& step, cudaStream_t stream) {
-    ArgumentsOf<Rule, Variant> a;
-    static_assert(sizeof(a) <= kArgumentBytes);
-    a.step = step;
-    a.options = call.options;
     for_each_dtypes(call.lists, [&](auto t, auto s, const std::vector<int64_t>& rows) {
-      using S = std::conditional_t<Variant::kStates == 0, decltype(t), decltype(s)>;
-      constexpr auto kKernel = update_kernel<Rule, Variant, decltype(t), S>;
+      using T = decltype(t);
+      using S = std::conditional_t<Variant::kStates == 0, T, decltype(s)>;
+      using Scalars = typename Rule::template Scalars<T>;
+      const Tensor memory = scratch<Scalars>(call.on, rows.size());
+      Scalars* const scalars = static_cast<Scalars*>(memory.mutable_data_ptr());
+      launch_scalars<Rule, T>(call, step, rows, scalars, stream);
+      ArgumentsOf<Rule, Variant, T> a;
+      static_assert(sizeof(a) <= kArgumentBytes);
+      a.step = step;
+      a.scalars = scalars;
+      constexpr auto kKernel = update_kernel<Rule, Variant, T, S>;
       for_each_table(a.tensors, rows, call.lists, [&] { launch<kKernel>(a.tensors.chunks, kThreads, 0, stream, a); });
     });
   }

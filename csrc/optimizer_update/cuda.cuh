@@ -38,7 +38,7 @@ struct StepInputs {
 };
 
 // The lists of a table, in their order; the states are the last.
-enum UpdateList { kMaster, kGrad, kCopy, kStep, kFirstState };
+enum UpdateList { kMaster, kGrad, kCopy, kFirstState };
 
 // Gradients and copies have their dtype asked for at run time, once a vector: a kernel for each combination would be twenty
 // kernels for one, and a launch for each.
@@ -238,12 +238,6 @@ __device__ inline void update_chunk(const Update& update, const TensorChunk& chu
   update_vectors<N, 2>(update, body, tail);
 #pragma unroll 1
   for (int part = 0; part < 2; ++part) update_vectors<1, 2>(update, part ? tail : chunk.begin, part ? chunk.end : body);
-}
-
-// How many steps tensor i of a table has taken: the optimizer's own count, fp32, which stays at 2^24 as torch's does.
-template <class Table>
-__device__ inline float steps_taken(const Table& table, int i) {
-  return *reinterpret_cast<const float*>(table.data[kStep][i]);
 }
 
 }  // namespace mpk

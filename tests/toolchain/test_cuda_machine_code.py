@@ -18,7 +18,7 @@ ARCHITECTURES = (75, 80, 90)
 RULES = ("Adamw", "Sgd", "Lion")  # their memory traffic is loads and stores of 16 bytes
 VECTOR_LOADS = (*RULES, "stats_kernel")
 KERNELS = {  # how many there are for each architecture
-    "Adamw": 16, "Sgd": 6, "Lion": 4, "stats_kernel": 2, "advance_kernel": 1, "update_scale_kernel": 1,
+    "scalars_kernel": 6, "Adamw": 16, "Sgd": 6, "Lion": 4, "stats_kernel": 2, "update_scale_kernel": 1,
 }  # fmt: skip
 NARROW_MOMENTS = "BFloat16"  # in a kernel's name: moments of half the master's width, read and written 8 bytes at a time
 DTYPES = 4
@@ -149,10 +149,20 @@ def wide_accesses(code: list[str]) -> tuple[int, int]:
 def test_cuda_skip_comes_before_any_other_load(sm):
     """A skipped step reads found_inf and grad_scale and ends."""
     for name, code in instructions(sm).items():
-        if kind(name) in (*RULES, "advance_kernel"):
+        if kind(name) in (*RULES, "scalars_kernel"):
             before = [op.split(".")[0] for op in code[: code.index("EXIT")]]
             assert before.count("LDG") == 2, name
             assert not {"STG", "LD", "ST", "BAR"} & set(before), name
+
+
+def test_cuda_update_of_fp32_has_no_fp64_arithmetic(sm):
+    """What a tensor's elements share is computed in fp64 once, by a thread of another kernel."""
+    for name, code in instructions(sm).items():
+        fp64 = [op for op in code if op.startswith(("DMUL", "DADD", "DFMA"))]
+        if kind(name) in RULES:
+            assert (not fp64) == ("VariantILi" in name and "EEff" in name or "EfN" in name or "VariantEff" in name), name
+        elif kind(name) == "scalars_kernel":
+            assert fp64, name
 
 
 def test_cuda_stats_loads_are_in_flight_together(sm):
