@@ -35,6 +35,14 @@ __device__ __forceinline__ void store_shared(void* shared, float first, float se
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address(shared)), "f"(first), "f"(second) : "memory");
 }
 
+// 16 bytes, at a multiple of 16, as four words.
+__device__ __forceinline__ void load_shared(const void* shared, uint32_t (&words)[4]) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(shared_address(shared))
+               : "memory");
+}
+
 // Four 8 x 8 matrices of 16-bit elements, by a whole warp. Lane l passes the address of row l % 8 of matrix l / 8, 16 bytes at
 // a multiple of 16; its value i holds the elements (l / 4, 2 (l % 4)) and (l / 4, 2 (l % 4) + 1) of matrix i.
 __device__ __forceinline__ void stmatrix_x4(void* shared, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
@@ -178,6 +186,9 @@ __device__ __forceinline__ T shuffle_xor(T value, int lanes) {
   return __shfl_xor_sync(~0u, value, lanes);
 }
 
+// What the lanes of the warp stored to shared memory before is visible to all of them.
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+
 // Registers per thread of the calling warpgroup, a multiple of 8.
 template <int N>
 __device__ __forceinline__ void setmaxnreg_inc() {
@@ -217,6 +228,20 @@ __device__ __forceinline__ uint32_t pack_relu(float lo, float hi) {
     asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));  // round: fp32 -> bf16
   }
   return packed;
+}
+
+// `word` with bits `bit` and `bit + 1` set where the low and the high of two packed values of type T are nonzero, NaN included.
+template <class T, int bit>
+__device__ __forceinline__ void set_nonzero(uint32_t& word, uint32_t packed) {
+  if constexpr (std::is_same_v<T, Half>) {
+    asm("{\n.reg .pred lo, hi;\nsetp.neu.f16x2 lo|hi, %1, %2;\n@lo or.b32 %0, %0, %3;\n@hi or.b32 %0, %0, %4;\n}"
+        : "+r"(word)
+        : "r"(packed), "r"(0), "n"(1u << bit), "n"(2u << bit));
+  } else {
+    asm("{\n.reg .pred lo, hi;\nsetp.neu.bf16x2 lo|hi, %1, %2;\n@lo or.b32 %0, %0, %3;\n@hi or.b32 %0, %0, %4;\n}"
+        : "+r"(word)
+        : "r"(packed), "r"(0), "n"(1u << bit), "n"(2u << bit));
+  }
 }
 
 // ----- WGMMA -----

@@ -132,20 +132,25 @@ __global__ void probe_stmatrix(MPK_GRID_CONSTANT(Probe) a) {
   show(shared, a.out, 4096);
 }
 
-// For two values of `in` per thread: pack and pack_relu of both types, relu of each.
+// For two values of `in` per thread: pack and pack_relu of both types, relu of each, and which of the packed are nonzero.
 __global__ void probe_round(MPK_GRID_CONSTANT(Probe) a) {
   float pair[2];
   for (int i = 0; i < 2; ++i) {
     const uint32_t bits = __ldg(a.in + threadIdx.x * 2 + i);
     memcpy(&pair[i], &bits, sizeof(bits));
   }
-  uint32_t* const to = a.out + threadIdx.x * 6;
+  uint32_t* const to = a.out + threadIdx.x * 8;
   __stcs(to + 0, sm90::pack<Half>(pair[0], pair[1]));
   __stcs(to + 1, sm90::pack<BFloat16>(pair[0], pair[1]));
   __stcs(to + 2, sm90::pack_relu<Half>(pair[0], pair[1]));
   __stcs(to + 3, sm90::pack_relu<BFloat16>(pair[0], pair[1]));
   __stcs(to + 4, bits_of(sm90::relu(pair[0])));
   __stcs(to + 5, bits_of(sm90::relu(pair[1])));
+  uint32_t nonzero[2] = {};
+  sm90::set_nonzero<Half, 3>(nonzero[0], sm90::pack<Half>(pair[0], pair[1]));
+  sm90::set_nonzero<BFloat16, 3>(nonzero[1], sm90::pack<BFloat16>(pair[0], pair[1]));
+  __stcs(to + 6, nonzero[0]);
+  __stcs(to + 7, nonzero[1]);
 }
 
 // A fresh mbarrier lets parity 1 pass; then two blocks arrive at each other's mbarrier and their own. Shows ranks, a shuffle,

@@ -115,7 +115,7 @@ def _others() -> dict[str, Probe]:
     pairs = np.concatenate([values, nans, random])
     return {
         "stmatrix": Probe("stmatrix", (), pairs, _untouched(1024)),
-        "round": Probe("round", (), pairs, _untouched(128 * 6)),
+        "round": Probe("round", (), pairs, _untouched(128 * 8)),
         "cluster": Probe("cluster", (), pairs, _untouched(2 * 128 * 2)),
     }
 

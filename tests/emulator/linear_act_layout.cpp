@@ -19,8 +19,6 @@ void layout_acc(int thread, int j, int half, int* at) {
   at[2] = mpk::acc_index(j, half);
 }
 
-uint32_t layout_nonzero_pair(uint32_t packed) { return mpk::nonzero_pair(packed); }
-
 uint32_t layout_word_bits(int64_t left) { return mpk::word_bits(left); }
 
 void layout_grouped_tile(int index, int rows, int columns, int group, int* at) {

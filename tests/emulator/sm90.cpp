@@ -530,6 +530,12 @@ void store_shared(void* shared, const void* value, uint32_t bytes) {
   std::memcpy(at(here(), address, bytes), value, bytes);
 }
 
+void load_shared(const void* shared, uint32_t (&words)[4]) {
+  const uint32_t address = shared_address(shared);
+  if (address % sizeof(words) != 0) fail("a load of shared memory at no multiple of its size");
+  std::memcpy(words, at(here(), address, sizeof(words)), sizeof(words));
+}
+
 // Lane 8 i + r passes the address of row r of matrix i; value i of lane l is pair l % 4 of row l / 4 of matrix i.
 void stmatrix_x4(void* row, const uint32_t (&matrices)[4]) {
   if (shared_address(row) % 16 != 0) fail("stmatrix at no multiple of 16 bytes");

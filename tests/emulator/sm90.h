@@ -18,6 +18,7 @@ uint32_t shared_address(const void* shared);
 unsigned cluster_rank();
 
 void stmatrix_x4(void* row, const uint32_t (&matrices)[4]);
+void load_shared(const void* shared, uint32_t (&words)[4]);
 void store_shared(void* shared, const void* value, uint32_t bytes);
 void fence_proxy_async();
 

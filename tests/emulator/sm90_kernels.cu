@@ -110,6 +110,16 @@ __global__ void dump_pack(const Arguments& g) {
   std::memcpy(g.halves + 2 * blockDim.x + 2 * i, &positive, sizeof(positive));
 }
 
+// Every pattern of 16 bits beside another one: bits 5 and 6 of a word.
+template <class T>
+__global__ void dump_nonzero(const Arguments& g) {
+  for (uint32_t i = threadIdx.x; i < 0x10000; i += blockDim.x) {
+    uint32_t word = 1;
+    sm90::set_nonzero<T, 5>(word, i | (i * 0x9e37u & 0xffff) << 16);
+    g.halves[i] = static_cast<uint16_t>(word);
+  }
+}
+
 // ----- WGMMA -----
 
 // A product twice: overwriting, then accumulating. Shared memory is given as an image; the fragments are dumped.
@@ -406,6 +416,7 @@ extern "C" const char* host_run_kernel(const Case& c) {
     if (name == "store") run(store_box, 1, 64, box);
     if (name == "stmatrix") run(dump_stmatrix, 1, 32, 512);
     if (name == "pack") run(c.bf16 ? dump_pack<BFloat16> : dump_pack<Half>, 1, 128, 0);
+    if (name == "nonzero") run(c.bf16 ? dump_nonzero<BFloat16> : dump_nonzero<Half>, 1, 128, 0);
     if (name == "wgmma") {
       run(c.bf16 ? wgmma_kernel<BFloat16>(c.n, c.trans_a, c.trans_b) : wgmma_kernel<Half>(c.n, c.trans_a, c.trans_b), 1, 128,
           box);

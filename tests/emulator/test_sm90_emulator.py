@@ -169,6 +169,17 @@ def test_pack_rounds_to_nearest_even(dtype, generator):
     np.testing.assert_array_equal(halves.view(dtype).double().numpy(), [plain, positive])
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_nonzero_of_every_value(dtype):
+    """All 65536 patterns in either half, either sign of zero, subnormals and NaN included."""
+    words = torch.zeros(0x10000, dtype=torch.int16)
+    assert run("nonzero", halves=words, bf16=dtype == torch.bfloat16) == ""
+    low = torch.arange(0x10000, dtype=torch.int32)
+    nonzero = lambda bits: ~(bits.short().view(dtype).float() == 0)
+    expected = 1 + 32 * nonzero(low) + 64 * nonzero(low * 0x9E37 & 0xFFFF)
+    assert torch.equal(words.int(), expected.int())
+
+
 # ----- WGMMA ----------------------------------------------------------------------------------------
 
 

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // The epilogue of the sm_90a GEMM, by each consumer warpgroup for its 64 rows: bias and ReLU with its mask (fprop), or the mask
 // of the previous layer and column sums (dgrad); one rounding; a TMA store through shared memory, which drains while the next
-// tile is multiplied. The accumulator is taken in epilogue tiles of 64 columns.
+// tile is multiplied. The accumulator is taken in epilogue tiles of 64 columns; the mask is read off what is staged of them.
 
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "common/sm90.cuh"
-#include "common/vector.cuh"
 #include "gemm_arguments.h"
 #include "layout.h"
 #include "pipeline.cuh"
@@ -21,6 +21,12 @@ namespace mpk {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 constexpr int kEpilogueN = 64;  // columns of an epilogue tile
+
+// f(std::integral_constant<int, i>()) for each i.
+template <class F, int... i>
+__device__ __forceinline__ void for_each_constant(const F& f, std::integer_sequence<int, i...>) {
+  (f(std::integral_constant<int, i>()), ...);
+}
 
 // Where a consumer thread is: its warpgroup among the consumers, itself in the warpgroup.
 struct ThreadCoord {
@@ -64,12 +70,6 @@ struct OutFragment {
     }
   }
 
-  // The mask's two bits of the values i and i + 1, after rounding.
-  __device__ uint32_t nonzero(const AccFragment& acc, int i) const {
-    if constexpr (kPacked) return nonzero_pair(packed[i / 2]);
-    return static_cast<uint32_t>(!(acc.at[i] <= 0)) | static_cast<uint32_t>(!(acc.at[i + 1] <= 0)) << 1;
-  }
-
   // Into staging memory, as boxes of the output's tensor map: 128 bytes of columns each.
   __device__ void write(uint8_t* staging, const AccFragment& acc, const ThreadCoord& at) const {
 #pragma unroll
@@ -90,52 +90,43 @@ struct OutFragment {
   }
 };
 
-// ----- bias -----
-
-template <class T>
-__device__ __forceinline__ float element(const char* data, int64_t i) {
-  Elements<T, 1> one;
-  load<LoadReadOnly>(reinterpret_cast<const T*>(data) + i, one);
-  return convert<float>(one.at[0]);
-}
-
-__device__ __forceinline__ float bias_at(const GemmArguments& g, int column) {
-  if (g.bias == nullptr || column >= g.N) return 0;
-  const int64_t i = column * g.bias_stride;
-  if (g.bias_dtype == ScalarType::Half) return element<Half>(g.bias, i);
-  if (g.bias_dtype == ScalarType::BFloat16) return element<BFloat16>(g.bias, i);
-  if (g.bias_dtype == ScalarType::Float) return element<float>(g.bias, i);
-  return element<double>(g.bias, i);
-}
-
 // ----- mask -----
 
-// Butterfly reduce-scatter by OR across the quad: each lane has bits of four words, lane q gets all bits of word q.
-__device__ __forceinline__ uint32_t reduce_scatter_words(const uint32_t (&words)[4], int quad_lane) {
-  const bool high = quad_lane & 2, odd = quad_lane & 1;
-  uint32_t mine[2];
+// A word of the mask: of row `row` of the epilogue tile as it is staged, the columns from 32 half on.
+template <class Out>
+__device__ __forceinline__ uint32_t staged_mask_word(const uint8_t* staging, int row, int half) {
+  uint32_t parts[2] = {};              // so that one instruction need not wait for the one before
+  const auto set_bits = [&](auto c) {  // of the 16 bytes c
+    constexpr int kChunk = decltype(c)::value;
+    uint32_t words[4];
+    uint32_t& part = parts[kChunk % 2];
+    if constexpr (sizeof(Out) == 2) {
+      sm90::load_shared(staging + swizzled(row, half * 4 + kChunk), words);
+      sm90::set_nonzero<Out, 8 * kChunk>(part, words[0]);
+      sm90::set_nonzero<Out, 8 * kChunk + 2>(part, words[1]);
+      sm90::set_nonzero<Out, 8 * kChunk + 4>(part, words[2]);
+      sm90::set_nonzero<Out, 8 * kChunk + 6>(part, words[3]);
+    } else {
+      sm90::load_shared(staging + half * kBoxBytes + swizzled(row, kChunk), words);
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    mine[i] = (high ? words[2 + i] : words[i]) | sm90::shuffle_xor(high ? words[i] : words[2 + i], 2);
-  }
-  return (odd ? mine[1] : mine[0]) | sm90::shuffle_xor(odd ? mine[0] : mine[1], 1);
+      for (int i = 0; i < 4; ++i) {
+        if (!(c10::bit_cast<float>(words[i]) <= 0)) part |= 1u << (4 * kChunk + i);
+      }
+    }
+  };
+  for_each_constant(set_bits, std::make_integer_sequence<int, 2 * sizeof(Out)>());
+  return parts[0] | parts[1];
 }
 
-// fprop: the epilogue tile whose first element is (row, column).
+// fprop: the epilogue tile whose first element is (row, column), a word by each thread, of the rows that its warp staged.
 template <class Out>
-__device__ __forceinline__ void write_mask(const GemmArguments& g, const OutFragment<Out>& out, const AccFragment& acc,
-                                           const ThreadCoord& at, int row, int column) {
-  uint32_t words[4] = {};  // of the thread's two rows, two words each
-#pragma unroll
-  for (int j = 0; j < kEpilogueN / 8; ++j) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      words[2 * half + j / 4] |= out.nonzero(acc, acc_index(j, half)) << (acc_column(at.thread, j) % 32);
-    }
-  }
-  const uint32_t word = reduce_scatter_words(words, at.quad_lane);
-  row += acc_row(at.thread, at.quad_lane / 2);
-  column += at.quad_lane % 2 * 32;
+__device__ __forceinline__ void write_mask(const GemmArguments& g, const uint8_t* staging, const ThreadCoord& at, int row,
+                                           int column) {
+  sm90::sync_warp();  // the warp's rows are staged
+  const int staged_row = at.warp * 16 + at.lane % 16, half = at.lane / 16;
+  const uint32_t word = staged_mask_word<Out>(staging, staged_row, half);
+  row += staged_row;
+  column += half * 32;
   if (row < g.M && column < g.N) {
     __stcs(g.mask + row * g.mask_pitch + column / 32, word & word_bits(g.N - column));
   }
@@ -144,10 +135,14 @@ __device__ __forceinline__ void write_mask(const GemmArguments& g, const OutFrag
 // dgrad: the previous layer's mask for one row of a tile; all ones without a mask, zero outside of the matrix.
 template <int kWords>
 __device__ __forceinline__ void read_mask(const GemmArguments& g, int row, int column, uint32_t (&words)[kWords]) {
+  const int inside = row < g.M ? (g.N - column + 31) / 32 : 0;  // words
+  const uint32_t* const from = g.mask + row * g.mask_pitch + column / 32;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) words[i] = i < inside ? ~0u : 0;
+  if (g.mask == nullptr) return;
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
-    const bool inside = row < g.M && column + 32 * i < g.N;
-    words[i] = !inside ? 0 : g.mask == nullptr ? ~0u : __ldg(g.mask + row * g.mask_pitch + column / 32 + i);
+    if (i < inside) words[i] = __ldg(from + i);
   }
 }
 
@@ -164,8 +159,8 @@ __device__ __forceinline__ void reduce_scatter(float* sum, int lane, int distanc
   }
 }
 
-// sums[warp * kEpilogueN + column] = the column's sum over the 16 rows of the warp.
-__device__ __forceinline__ void sum_columns(const AccFragment& acc, const ThreadCoord& at, float* sums) {
+// sums[warp][column] = the column's sum over the 16 rows of the warp.
+__device__ __forceinline__ void sum_columns(const AccFragment& acc, const ThreadCoord& at, float (&sums)[4][kEpilogueN]) {
   float sum[kEpilogueN / 4];  // of column 8 (i / 2) + 2 quad_lane + i % 2
 #pragma unroll
   for (int i = 0; i < kEpilogueN / 4; ++i) sum[i] = acc.at[i / 2 * 4 + i % 2] + acc.at[i / 2 * 4 + 2 + i % 2];
@@ -173,7 +168,7 @@ __device__ __forceinline__ void sum_columns(const AccFragment& acc, const Thread
   reduce_scatter<4>(sum, at.lane, 8);
   reduce_scatter<2>(sum, at.lane, 4);
   const int j = (at.lane & 16 ? 4 : 0) + (at.lane & 8 ? 2 : 0) + (at.lane & 4 ? 1 : 0);
-  float* const to = sums + at.warp * kEpilogueN + acc_column(at.thread, j);
+  float* const to = sums[at.warp] + acc_column(at.thread, j);
   to[0] = sum[0];
   to[1] = sum[1];
 }
@@ -186,13 +181,10 @@ struct MaskFragment {
   uint32_t words[2][kRole == Role::kDgrad ? BLOCK_N / 32 : 1];
 };
 
-// What the epilogue reads, requested before the main loop, which hides the latency.
+// What the epilogue reads of global memory, requested before the main loop, which hides the latency.
 template <Role kRole, int BLOCK_N>
 __device__ __forceinline__ void load_epilogue(const GemmArguments& g, const ThreadCoord& at, const WorkTile& tile,
-                                              float* vector, MaskFragment<kRole, BLOCK_N>& mask) {
-  if constexpr (kRole == Role::kFprop) {
-    for (int i = at.thread; i < BLOCK_N; i += kWarpgroup) vector[i] = bias_at(g, tile.column + i);
-  }
+                                              MaskFragment<kRole, BLOCK_N>& mask) {
   if constexpr (kRole == Role::kDgrad) {
     const int first_row = at.first_row();
 #pragma unroll
@@ -202,9 +194,10 @@ __device__ __forceinline__ void load_epilogue(const GemmArguments& g, const Thre
   }
 }
 
+// bias: fprop, of the tile's columns.
 template <Role kRole, class Out, int BLOCK_N>
 __device__ __forceinline__ void store_epilogue(const GemmArguments& g, const ThreadCoord& at, const WorkTile& tile,
-                                               SharedStorage<BLOCK_N>& shared, float* vector,
+                                               SharedStorage<BLOCK_N>& shared, const float* bias,
                                                const MaskFragment<kRole, BLOCK_N>& mask, const float (&acc)[BLOCK_N / 2]) {
   const int first_row = at.first_row();
   constexpr int kBoxes = kEpilogueN * sizeof(Out) / kRowBytes;    // of an epilogue tile
@@ -214,14 +207,14 @@ __device__ __forceinline__ void store_epilogue(const GemmArguments& g, const Thr
     uint8_t* const staging = shared.staging[at.warpgroup] + c % kBuffers * kBoxes * kBoxBytes;
     const int column = tile.column + c * kEpilogueN;
     if (at.thread == 0) sm90::tma_store_wait_read<kBuffers - 1>();
-    at.sync_warpgroup();  // the buffer is free, and the bias has been written
+    at.sync_warpgroup();  // the buffer is free
 
     AccFragment values;
 #pragma unroll
     for (int i = 0; i < kEpilogueN / 2; ++i) {
       values.at[i] = acc[c * kEpilogueN / 2 + i];
       const int j = i / 4, half = i / 2 % 2;
-      if constexpr (kRole == Role::kFprop) values.at[i] += vector[c * kEpilogueN + acc_column(at.thread, j) + i % 2];
+      if constexpr (kRole == Role::kFprop) values.at[i] += bias[c * kEpilogueN + acc_column(at.thread, j) + i % 2];
       if constexpr (kRole == Role::kDgrad) {
         const uint32_t bit = mask.words[half][c * 2 + j / 4] >> (acc_column(at.thread, j) % 32 + i % 2) & 1;
         values.at[i] = bit ? values.at[i] : 0;
@@ -231,10 +224,10 @@ __device__ __forceinline__ void store_epilogue(const GemmArguments& g, const Thr
     out.round(values, kRole == Role::kFprop && g.relu);
     out.write(staging, values, at);
     if constexpr (kRole == Role::kFprop) {
-      if (g.mask != nullptr) write_mask(g, out, values, at, tile.row + first_row, column);
+      if (g.mask != nullptr) write_mask<Out>(g, staging, at, tile.row + first_row, column);
     }
     if constexpr (kRole == Role::kDgrad) {
-      if (g.column_sums != nullptr) sum_columns(values, at, vector);
+      if (g.column_sums != nullptr) sum_columns(values, at, shared.sums[at.warpgroup]);
     }
 
     sm90::fence_proxy_async();
@@ -250,7 +243,7 @@ __device__ __forceinline__ void store_epilogue(const GemmArguments& g, const Thr
       const int row = tile.row + first_row;
       if (g.column_sums != nullptr && at.thread < kEpilogueN && row < g.M && column + at.thread < g.N) {
         float sum = 0;
-        for (int warp = 0; warp < 4; ++warp) sum += vector[warp * kEpilogueN + at.thread];
+        for (int warp = 0; warp < 4; ++warp) sum += shared.sums[at.warpgroup][warp][at.thread];
         __stcs(g.column_sums + row / kWarpgroupRows * static_cast<int64_t>(g.N) + column + at.thread, sum);
       }
     }

@@ -28,8 +28,10 @@ constexpr bool is_b_transposed(Role role) { return role != Role::kFprop; }
 constexpr int kBlockM = 128, kBlockK = 64;
 constexpr int kWarpgroup = 128, kConsumerWarpgroups = 2;
 constexpr int kGemmThreads = kWarpgroup * (1 + kConsumerWarpgroups);
+constexpr int kDescribers = kWarpgroup - 32;                   // threads of the producer, beside the warp that loads
 constexpr int kWarpgroupRows = kBlockM / kConsumerWarpgroups;  // of a consumer; of one row of column sums of dgrad
 constexpr int kMaxCluster = 2;                                 // blocks that share a tile column of b
+constexpr int kTileStages = 2;                                 // descriptions of tiles in flight
 constexpr int kGroupM = 8;                                     // tile rows of a band in the tile order
 
 // A workspace of split-K holds whole clusters of tiles, one split below the other.

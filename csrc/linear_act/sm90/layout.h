@@ -45,12 +45,6 @@ MPK_HOST_DEVICE constexpr int acc_index(int j, int half) { return 4 * j + 2 * ha
 
 // ----- the mask: bit j of word w of a row is column 32 w + j -----
 
-// Bits 0 and 1: whether the low and the high of two packed 16-bit values are nonzero, NaN included.
-MPK_HOST_DEVICE constexpr uint32_t nonzero_pair(uint32_t packed) {
-  const uint32_t carried = (packed & 0x7fff7fffu) + 0x7fff7fffu;  // into the sign bits
-  return (carried >> 15 & 1u) | (carried >> 30 & 2u);
-}
-
 // The bits of a word that lie inside the matrix, which has `left` columns from the word's first on.
 MPK_HOST_DEVICE constexpr uint32_t word_bits(int64_t left) {
   return left >= 32 ? ~0u : left <= 0 ? 0u : (1u << static_cast<uint32_t>(left)) - 1u;

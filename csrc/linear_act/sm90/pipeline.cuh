@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pipeline between the producer warpgroup and the consumer warpgroups: shared memory of the operand stages, a full and an
-// empty mbarrier per stage, and the state with which either side walks through them.
+// The pipelines between the producer warpgroup and the consumer warpgroups: shared memory of the operand stages and of the
+// descriptions of tiles, a full and an empty mbarrier per stage, and the state with which either side walks through them.
 //
-//   producer: wait(empty), expect bytes at full, TMA      consumer: wait(full), WGMMA, arrive at empty
+//   operands   producer, warp 0: wait(empty), expect bytes at full, TMA     consumer: wait(full), WGMMA, arrive at empty
+//   tiles      producer, warps 1-3: wait(empty), store, arrive at full      consumer: wait(full), all of the tile, arrive at
+//   empty
 
 #pragma once
 
@@ -13,6 +15,7 @@
 #include "common/sm90.cuh"
 #include "gemm_arguments.h"
 #include "layout.h"
+#include "tile_scheduler.cuh"
 
 namespace mpk {
 
@@ -28,8 +31,13 @@ struct SharedStorage {
   uint8_t a[kStages][kBlockM * kRowBytes];
   uint8_t b[kStages][BLOCK_N * kRowBytes];
   uint8_t staging[kConsumerWarpgroups][kStagingBytes];
-  float vectors[kConsumerWarpgroups][256];  // fprop: the tile's bias; dgrad: column sums of four warps, 64 columns
+  union {
+    float bias[kTileStages][BLOCK_N];        // fprop, of a tile
+    float sums[kConsumerWarpgroups][4][64];  // dgrad, of 64 columns by each warp
+  };
+  WorkTile tiles[kTileStages];
   sm90::Barrier full[kStages], empty[kStages];
+  sm90::Barrier tile_full[kTileStages], tile_empty[kTileStages];
 };
 static_assert(sizeof(SharedStorage<256>) <= kMaxSharedBytes && sizeof(SharedStorage<128>) <= kMaxSharedBytes);
 
@@ -55,6 +63,10 @@ __device__ void init_barriers(const GemmArguments& g, SharedStorage<BLOCK_N>& sh
   for (int stage = 0; stage < SharedStorage<BLOCK_N>::kStages; ++stage) {
     sm90::barrier_init(&shared.full[stage], 1);
     sm90::barrier_init(&shared.empty[stage], kConsumerWarpgroups * kWarpgroup / 32 * g.cluster);
+  }
+  for (int stage = 0; stage < kTileStages; ++stage) {
+    sm90::barrier_init(&shared.tile_full[stage], kDescribers);
+    sm90::barrier_init(&shared.tile_empty[stage], kConsumerWarpgroups);
   }
   sm90::fence_barrier_init();
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which output tiles a block of the persistent grid computes, and in which order. The producer and the consumer warpgroups each
-// run a scheduler of their own and get the same sequence.
+// Which output tiles a block of the persistent grid computes, and in which order. The thread that loads operands and the warps
+// that describe tiles to the consumers each run a scheduler of their own and get the same sequence.
 
 #pragma once
 
@@ -14,13 +14,14 @@
 
 namespace mpk {
 
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
 struct WorkTile {
   int row, column;  // of the tile's first element
   int out_row;      // where the result is written: with split-K, in the split's part of the workspace
   Range k_blocks;
+  bool exists;  // false behind the last tile
 };
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // The blocks of a cluster take tiles one above the other, so that they share the columns of b.
 template <int BLOCK_N>
@@ -33,10 +34,11 @@ class PersistentTileScheduler {
         columns_(static_cast<int>(ceil_div(g.N, BLOCK_N))),
         next_(static_cast<int>(blockIdx.x) / g.cluster) {}
 
-  // False when there is no further tile.
+  // Whether there is a further tile.
   __device__ bool next(WorkTile& tile) {
     const int tiles = rows_ * columns_;
-    if (next_ >= tiles * g_.splits) return false;
+    tile.exists = next_ < tiles * g_.splits;
+    if (!tile.exists) return false;
     const int split = next_ / tiles;
     const TileCoord at = grouped_tile(next_ % tiles, rows_, columns_, kGroupM);
     tile.row = (at.row * g_.cluster + rank_) * kBlockM;

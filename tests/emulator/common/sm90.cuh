@@ -28,6 +28,8 @@ inline void store_shared(void* shared, float first, float second) {
   host::store_shared(shared, values, sizeof(values));
 }
 
+inline void load_shared(const void* shared, uint32_t (&words)[4]) { host::load_shared(shared, words); }
+
 inline void stmatrix_x4(void* shared, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
   host::stmatrix_x4(shared, {m0, m1, m2, m3});
 }
@@ -85,6 +87,8 @@ T shuffle_xor(T value, int lanes) {
   return __shfl_xor_sync(~0u, value, lanes);
 }
 
+inline void sync_warp() { host::sync_warp("__syncwarp"); }
+
 template <int N>
 void setmaxnreg_inc() {
   static_assert(N >= 24 && N <= 256 && N % 8 == 0);
@@ -115,6 +119,14 @@ uint32_t pack(float lo, float hi) {
 template <class T>
 uint32_t pack_relu(float lo, float hi) {
   return pack<T>(lo < 0 ? 0.0f : lo, hi < 0 ? 0.0f : hi);
+}
+
+// Unordered or not equal: NaN is nonzero, and neither sign of zero is.
+template <class T, int bit>
+void set_nonzero(uint32_t& word, uint32_t packed) {
+  static_assert(std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>);
+  if ((packed & 0x7fffu) != 0) word |= 1u << bit;
+  if ((packed & 0x7fff0000u) != 0) word |= 2u << bit;
 }
 
 // ----- WGMMA -----

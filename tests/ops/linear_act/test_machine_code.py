@@ -2,6 +2,7 @@
 """The machine code of linear_act's kernels in the built library: Hopper's instructions, registers only, nothing serialized."""
 
 import functools
+import itertools
 import re
 from collections import Counter
 
@@ -108,6 +109,25 @@ def test_linear_act_gemm_rounds_once_and_keeps_nan(kernel):
         assert families(kernel)["STSM"] == width // 16
         assert sum(found[op] for op in relu) == (width // 4 if FPROP in kernel else 0)
     assert families(kernel)["FMNMX"] == found["FMNMX.NAN"]
+
+
+# Instructions of an epilogue tile of 64 columns, from one TMA store to the next (of fp32, two), by role: 16-bit and fp32.
+MOST_OF_AN_EPILOGUE_TILE = {FPROP: (195, 250), DGRAD: (225, 230), WGRAD: (45, 50)}
+MOST_BEFORE_THE_LOOP = {FPROP: 50, DGRAD: 200, WGRAD: 50}  # from the wait for a tile to the first HGMMA
+
+
+def test_linear_act_gemm_exposes_few_instructions(kernel):
+    lines = code("sm_90a")[kernel]
+    (role,) = [role for role in MOST_OF_AN_EPILOGUE_TILE if role in kernel]
+    is_fp32 = "EfLi" in kernel
+    stores = [i for i, line in enumerate(lines) if line.startswith("UTMASTG")][:: 1 + is_fp32]
+    width = int(re.search(r"Li(\d+)", kernel).group(1))
+    assert len(stores) == width // 64
+    longest = max(after - before for before, after in itertools.pairwise(stores))
+    assert longest <= MOST_OF_AN_EPILOGUE_TILE[role][is_fp32]
+    wait = next(i for i, line in enumerate(lines) if line.startswith("SYNCS.PHASECHK"))
+    first = next(i for i, line in enumerate(lines) if line.startswith("HGMMA"))
+    assert first - wait <= MOST_BEFORE_THE_LOOP[role], "coordinates and bias are the producer's work"
 
 
 def test_linear_act_gemm_registers(kernel):

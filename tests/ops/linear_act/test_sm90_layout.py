@@ -20,7 +20,7 @@ def layout(tmp_path_factory) -> ctypes.CDLL:
     source = ROOT / "tests/emulator/linear_act_layout.cpp"
     subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", source, "-o", path], check=True)
     library = ctypes.CDLL(str(path))
-    library.layout_swizzled.restype = library.layout_nonzero_pair.restype = library.layout_word_bits.restype = ctypes.c_uint32
+    library.layout_swizzled.restype = library.layout_word_bits.restype = ctypes.c_uint32
     library.layout_descriptor.restype = library.layout_descriptor_step.restype = ctypes.c_uint64
     return library
 
@@ -80,20 +80,6 @@ def test_layout_fragments_cover_the_accumulator_once(layout, columns):
         assert index == 4 * j + 2 * half
         seen[row, column : column + 2] += 1
     assert (seen == 1).all()
-
-
-@pytest.mark.parametrize("dtype", (np.float16, "bfloat16"))
-def test_layout_nonzero_pair_of_every_value(layout, dtype):
-    """All 65536 patterns, either sign of zero and NaN included, each in the low and in the high half."""
-    bits = np.arange(65536, dtype=np.uint32)
-    value = bits.astype(np.uint16).view(np.float16) if dtype == np.float16 else (bits << 16).view(np.float32)
-    expected = ~(value == 0)
-    got = np.array([layout.layout_nonzero_pair(int(b)) for b in bits])
-    assert (got == expected).all()
-    got = np.array([layout.layout_nonzero_pair(int(b) << 16) for b in bits])
-    assert (got == expected * 2).all()
-    assert layout.layout_nonzero_pair(0x7FFF7FFF) == 3
-    assert layout.layout_nonzero_pair(0x80008000) == 0
 
 
 def test_layout_word_bits(layout):

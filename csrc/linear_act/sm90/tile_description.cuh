@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the consumers need of a tile beside its operands: where it lies, and in fprop its bias. The warps of the producer
+// warpgroup that load no operands work it out while the consumers multiply the tiles before, up to kTileStages ahead.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/sm90.cuh"
+#include "common/vector.cuh"
+#include "gemm_arguments.h"
+#include "pipeline.cuh"
+#include "tile_scheduler.cuh"
+
+namespace mpk {
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+template <class T>
+__device__ __forceinline__ float element(const char* data, int64_t i) {
+  Elements<T, 1> one;
+  load<LoadReadOnly>(reinterpret_cast<const T*>(data) + i, one);
+  return convert<float>(one.at[0]);
+}
+
+__device__ __forceinline__ float bias_at(const GemmArguments& g, int column) {
+  if (g.bias == nullptr || column >= g.N) return 0;
+  const int64_t i = column * g.bias_stride;
+  if (g.bias_dtype == ScalarType::Half) return element<Half>(g.bias, i);
+  if (g.bias_dtype == ScalarType::BFloat16) return element<BFloat16>(g.bias, i);
+  if (g.bias_dtype == ScalarType::Float) return element<float>(g.bias, i);
+  return element<double>(g.bias, i);
+}
+
+// All tiles of this block and the one behind them, which does not exist. `thread` is one of kDescribers.
+template <Role kRole, int BLOCK_N>
+__device__ void describe_tiles(const GemmArguments& g, SharedStorage<BLOCK_N>& shared, int thread) {
+  PipelineState<kTileStages> state;
+  PersistentTileScheduler<BLOCK_N> scheduler(g);
+  WorkTile tile;
+  do {
+    scheduler.next(tile);
+    sm90::barrier_wait(&shared.tile_empty[state.stage], state.phase ^ 1);
+    if (thread == 0) shared.tiles[state.stage] = tile;
+    if constexpr (kRole == Role::kFprop) {
+      for (int i = thread; tile.exists && i < BLOCK_N; i += kDescribers) {
+        shared.bias[state.stage][i] = bias_at(g, tile.column + i);
+      }
+    }
+    sm90::barrier_arrive(&shared.tile_full[state.stage]);
+    state.advance();
+  } while (tile.exists);
+}
+
+#endif  // sm_90a or the host
+
+}  // namespace mpk
