@@ -1,8 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 # Install the wheel in dist/ with every supported torch under every Python that is here, and run the tests of ops and layers from
-# it, outside the checkout. Downloads gigabytes: part of `make release`. For less: PYTHONS=3.11 TORCHES=2.13.0, and what pytest
-# is to run in ARGUMENTS. A pair without a torch is left out, and said; exit 1 where tests fail or no pair was tested.
+# it, outside the checkout. Downloads gigabytes: part of `make release`. For less: PYTHONS=3.11 TORCHES=2.13.0 TESTS=tests/nn.
+# A pair without a torch is left out, and said; exit 1 where tests fail or no pair was tested.
 set -u
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -28,7 +28,7 @@ check() {
         return
     fi
     if ! (cd "$work/outside" && "$work/venv/bin/python" -m mpkernels && "$work/venv/bin/python" -m pytest -n "${MAX_JOBS:-2}" \
-        ${ARGUMENTS:-tests/ops tests/nn -m "not sweep and not release"}) >"$work/log" 2>&1; then
+        ${TESTS:-tests/ops tests/nn} -m "not sweep and not release") >"$work/log" 2>&1; then
         tail -n 50 "$work/log" >&2
         printf "FAILED: "
     fi

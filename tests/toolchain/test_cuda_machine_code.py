@@ -184,7 +184,7 @@ def test_cuda_stats_take_few_instructions_an_element(sm):
 
 
 def test_cuda_stats_are_summed_by_the_last_block(sm):
-    """Two tickets, each between fences; the block that sums has two results of other blocks, of three numbers each, on their way."""
+    """Two tickets, each between fences; the block that sums has two results of others, of three numbers each, on their way."""
     for name, parts in blocks(sm, "stats_kernel").items():
         code = [opcode for part in parts for opcode, _ in part]
         assert sum(opcode.startswith("ATOMG") and ".INC" in opcode for opcode in code) == 2, name
