@@ -114,11 +114,11 @@ def forward(
         return _over_values(x, lambda values: forward(values, weight, bias, weight_copy, activation, policy))
     if policy is None:
         compute_dtype = out_dtype = _common_dtype(x, weight, bias)
-        grad_dtype, batch_invariant, accumulate_grad = None, False, False
+        grad_dtype, batch_invariant, accumulate_grad, saved_dtype = None, False, False, None
     else:
         compute_dtype, grad_dtype = policy.compute_dtype, policy.grad_dtype
         out_dtype = out_dtype or policy.output_dtype or _output_dtype(x, weight, policy)
-        batch_invariant, accumulate_grad = policy.batch_invariant, policy.accumulate_grad
+        batch_invariant, accumulate_grad, saved_dtype = policy.batch_invariant, policy.accumulate_grad, policy.saved_dtype
     if policy is not None and policy.float8:
         if weight_copy is not None:
             raise RuntimeError(f"linear_act: policy {policy} quantizes the weight itself and takes no weight_copy")
@@ -130,7 +130,8 @@ def forward(
     return _linear_act(
         x, weight, bias, weight_copy,
         activation=activation, compute_dtype=compute_dtype, out_dtype=out_dtype, grad_dtype=grad_dtype,
-        batch_invariant=batch_invariant, accumulate_grad=accumulate_grad, prev=prev, next=next,
+        batch_invariant=batch_invariant, accumulate_grad=accumulate_grad, saved_dtype=saved_dtype, prev=prev,
+        next=next,
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ PolicyName = Literal[
     "float64,batch_invariant", "float32,batch_invariant", "mixed_float32,batch_invariant", "mixed_float16,batch_invariant",
     "mixed_bfloat16,batch_invariant", "mixed_float8,batch_invariant", "float16,batch_invariant", "bfloat16,batch_invariant",
     "float32,accumulate_grad", "mixed_float16,accumulate_grad", "mixed_bfloat16,accumulate_grad",
-    "mixed_float8,accumulate_grad",
+    "mixed_float8,accumulate_grad", "mixed_float16,saved=float8_e4m3fn", "mixed_bfloat16,saved=float8_e4m3fn",
     "mixed_float32,grad=float32", "mixed_float16,grad=float16", "mixed_bfloat16,grad=bfloat16",
 ]  # fmt: skip
 _ALLOWED: dict[str, dict[str, Any]] = {  # field: what it may be, as texts have it
@@ -50,6 +50,7 @@ _ALLOWED: dict[str, dict[str, Any]] = {  # field: what it may be, as texts have 
     "scaling": {"row": "row", "tensor": "tensor"},
     "dgrad_dtype": _FLOAT8,
     "wgrad_dtype": {"bfloat16": torch.bfloat16, "float32": torch.float32},
+    "saved_dtype": {"float8_e4m3fn": torch.float8_e4m3fn},
 }
 _SHORT = {field.removesuffix("_dtype"): field for field in _ALLOWED}
 _OF_EIGHT_BITS = ("scaling", "dgrad_dtype", "wgrad_dtype")
@@ -76,15 +77,17 @@ class Policy:
     the result has the same bits whatever the other rows are and however many; slower, for training and sampling to agree.
     accumulate_grad: where `weight.grad` is there, backward adds to it as it computes, in fp32, and autograd gets nothing to
     add: half of the traffic and no temporary, for gradient accumulation. Where a hook or a watch, say, looks at the weight's
-    gradient, autograd adds. Not for threads that run backward at once.
+    gradient, autograd adds. Not for threads that run backward at once. saved_dtype: float8_e4m3fn keeps x for backward in
+    eight bits with a scale per row, and so the preactivation of what is no ReLU, of which it keeps a bit; None: as computed.
 
     A compute_dtype of 8 bits, float8_e4m3fn or float8_e5m2, is for parameters in float32, and is that of x and weight. Then
     scaling: "row" (None) for a scale per row of each operand, "tensor" for one; dgrad_dtype: the gradient in the product
     that gives grad_x, None for compute_dtype; wgrad_dtype: both operands of the product that gives grad_weight, bfloat16
-    (None) or float32.
+    (None) or float32. What is kept of x is the operand itself.
     Raises ValueError for a dtype that a field cannot have, a `compute_dtype` wider than `param_dtype`, a `grad_dtype`
     narrower than `compute_dtype` (for 8 bits: than `wgrad_dtype`), `accumulate_grad` of gradients that are not fp32, fields
-    of 8 bits without such a `compute_dtype`, and `batch_invariant` with one scale for a tensor.
+    of 8 bits without such a `compute_dtype`, `saved_dtype` without one of 16 bits, and `batch_invariant` with one scale for
+    a tensor.
     """
 
     param_dtype: torch.dtype
@@ -96,6 +99,7 @@ class Policy:
     scaling: Literal["row", "tensor"] | None = None
     dgrad_dtype: torch.dtype | None = None
     wgrad_dtype: torch.dtype | None = None
+    saved_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         for name in _WORDS:
@@ -110,6 +114,8 @@ class Policy:
             self._settle_float8()
         elif given := [name for name in _OF_EIGHT_BITS if getattr(self, name) is not None]:
             raise ValueError(f"{given[0]} is for a compute_dtype of {' or '.join(_FLOAT8)}, got {self.compute_dtype}")
+        if self.saved_dtype is not None and self.compute_dtype.itemsize != 2:
+            raise ValueError(f"saved_dtype is for a compute_dtype of float16 or bfloat16, got {self.compute_dtype}")
         if self.compute_dtype.itemsize > self.param_dtype.itemsize:
             raise ValueError(
                 f"compute_dtype {self.compute_dtype} is wider than param_dtype {self.param_dtype}: store in it too"
@@ -173,7 +179,8 @@ class Policy:
                 raise ValueError(
                     f"unknown policy {text!r}: expected one of {', '.join(_NAMED)}, or "
                     f"param=, compute=, output=, grad= with one of {', '.join(_DTYPES)}; {' and '.join(_WORDS)} may follow; "
-                    f"of compute={' or '.join(_FLOAT8)} scaling=, dgrad=, wgrad={_did_you_mean(part.strip())}"
+                    f"of compute={' or '.join(_FLOAT8)} scaling=, dgrad=, wgrad=; of 16 bits saved="
+                    f"{_did_you_mean(part.strip())}"
                 )
         if missing := {"param_dtype", "compute_dtype"} - values.keys():
             raise ValueError(

@@ -11,6 +11,9 @@ Backward can do the streaming pass of the previous layer, whose output is x, in 
 
 Then prev_grad_z stands where grad_x does, and the previous layer, called with `activation_grad_fused`, takes it as it is.
 
+With `saved_dtype` x and the preactivation are kept for backward in eight bits with a scale for each row, as quantize makes
+them, and are decoded there; of a ReLU its mask is kept. out is what it is without, grad_x too but for those activations.
+
 Operands may be 8-bit floats, q, with scales, powers of two, as quantize makes them. A scaled call has a forward alone:
 
     out = round(act((x @ weight.T) * x_scale * weight_scale + bias))            everything before the rounding in fp32
@@ -80,12 +83,13 @@ __all__ = [
 
 def linear_act(
     x, weight, bias=None, weight_copy=None, *, activation, compute_dtype, out_dtype, grad_dtype=None,
-    batch_invariant=False, accumulate_grad=False, prev: FusedBackwardLink | None = None, next: FusedBackwardLink | None = None,
+    batch_invariant=False, accumulate_grad=False, saved_dtype=None,
+    prev: FusedBackwardLink | None = None, next: FusedBackwardLink | None = None,
 ):  # fmt: skip
     """`out` (*, N) in `out_dtype`; see the module. Differentiable once in x, weight and bias.
 
     activation: an Activation. grad_dtype: dtype of the gradients of weight and bias; None means their own.
-    accumulate_grad: whether backward may add to `weight.grad` in place, see accumulate.py.
+    accumulate_grad: whether backward may add to `weight.grad` in place, see accumulate.py. saved_dtype: see the module.
     next: filled, and then has to be the `prev` of the one call that reads `out`; gradients are wrong otherwise.
     """
     if type(weight) not in PLAIN and is_dtensor(weight):
@@ -93,6 +97,8 @@ def linear_act(
 
         sharding.check(weight, bias, activation, out_dtype)
     call = ForwardCall(x, weight, bias, weight_copy, int(activation), compute_dtype, out_dtype, 0, batch_invariant, grad_dtype)
+    if saved_dtype is not None:
+        call = call._replace(saved_dtype=saved_dtype)
     if prev is not None and prev.activation_grad_fused:
         call = call._replace(prev_saved=prev.saved, prev_activation=int(prev.activation), prev_bias=prev.bias)
     direct = is_direct(call)
@@ -104,7 +110,7 @@ def linear_act(
     if torch._C._get_tracing_state() is not None:  # of torch.jit.trace
         return _by_dispatcher(call, next, kernel.saves_mask)
     with_grad, transforms = torch.is_grad_enabled(), torch._C._are_functorch_transforms_active()
-    if with_grad and (activation > Activation.RELU or kernel.saves_mask):
+    if with_grad and (activation > Activation.RELU or kernel.saves_mask or saved_dtype is not None):
         call = _saving(call, next, kernel.saves_mask)
     requires_grad = weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
     if transforms or (with_grad and (requires_grad or prev is not None)) or torch.autograd.forward_ad._current_level >= 0:
@@ -142,9 +148,11 @@ def _in_aten(batch_invariant: bool):
 
 
 def _saving(call: ForwardCall, next: FusedBackwardLink | None, saves_mask: bool) -> ForwardCall:
-    """`call`, of which there may be a backward. Only kernels write a ReLU's mask: torch selects faster by `out` itself."""
-    save = call.activation != Activation.NONE and (call.activation != Activation.RELU or saves_mask)
-    fused = next is not None and saves_mask
+    """`call`, of which there may be a backward. Only kernels write a ReLU's mask: torch selects faster by `out` itself, which
+    in eight bits would have to be kept beside what is kept."""
+    in_eight_bits = call.saved_dtype is not None
+    save = call.activation != Activation.NONE and (call.activation != Activation.RELU or saves_mask or in_eight_bits)
+    fused = next is not None and saves_mask and not (in_eight_bits and call.activation > Activation.RELU)
     return call._replace(save=int(save), activation_grad_fused=fused) if save or fused else call
 
 

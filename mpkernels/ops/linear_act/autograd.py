@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from mpkernels.ops.linear_act import accumulate
+from mpkernels.ops.linear_act import accumulate, eight_bits
 from mpkernels.ops.linear_act.call import BackwardCall, ForwardCall
 from mpkernels.ops.linear_act.epilogues import Activation
 from mpkernels.ops.linear_act.schema import backward_op, forward_op
@@ -64,7 +64,12 @@ def _keep(ctx, call: ForwardCall, wants_weight: bool, out, saved, x_compute) -> 
     kept_x = None
     if wants_weight:
         kept_x = x if x.dtype == call.compute_dtype else x_compute
-    ctx.save_for_backward(kept_x, weight, call.weight_copy, kept, call.prev_saved)
+    scales = ()
+    if call.saved_dtype is not None:
+        kept_x, x_scale = eight_bits.encode(kept_x, call.saved_dtype)
+        kept, scale = eight_bits.encode(kept, call.saved_dtype) if activation > Activation.RELU else (kept, None)
+        scales = x_scale, scale
+    ctx.save_for_backward(kept_x, weight, call.weight_copy, kept, call.prev_saved, *scales)
     ctx.set_materialize_grads(False)
     ctx.activation, ctx.activation_grad_fused, ctx.prev_activation = (
         activation,
@@ -87,7 +92,9 @@ def _grads(ctx, wanted: Grads, grad_out) -> Grads:
     output_mask = [wants_x, wanted.weight, wanted.bias and not ctx.activation_grad_fused]
     if grad_out is None or not any(output_mask):
         return Grads(None, None, None, None)
-    x, weight, weight_copy, saved, prev_saved = ctx.saved_tensors
+    x, weight, weight_copy, saved, prev_saved, *scales = ctx.saved_tensors
+    if scales:
+        x, saved = (eight_bits.decode(t, s, ctx.dtypes[0]) for t, s in zip((x, saved), scales, strict=True))
     call = BackwardCall(grad_out, x, weight, weight_copy, saved, ctx.activation, *ctx.dtypes, output_mask)
     if wants_x and (ctx.prev_activation != Activation.NONE or grad_prev_bias_dtype is not None):
         fused = {"prev_activation": ctx.prev_activation, "grad_prev_bias_dtype": grad_prev_bias_dtype}

@@ -33,7 +33,10 @@ class CallKey(NamedTuple):
 
 
 class ForwardCall(NamedTuple):
-    """A call of `linear_act`. activation_grad_fused and the three after it are of the fused backward: see FusedBackwardLink."""
+    """A call of `linear_act`. activation_grad_fused and the three after it are of the fused backward: see FusedBackwardLink.
+
+    saved_dtype: what its derivative keeps x and the preactivation in, with scales by row; None: as they are.
+    """
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -51,6 +54,7 @@ class ForwardCall(NamedTuple):
     prev_bias: torch.Tensor | None = None
     x_scale: torch.Tensor | None = None
     weight_scale: torch.Tensor | None = None
+    saved_dtype: torch.dtype | None = None
 
     @property
     def is_scaled(self) -> bool:
@@ -100,6 +104,7 @@ class ForwardCall(NamedTuple):
             and (copy is None or (copy.shape == weight_shape and copy.dtype == self.compute_dtype))
             and self.activation in _ACTIVATIONS
             and self.save in (0, 1)
+            and (self.saved_dtype is None or self.saved_dtype in FLOAT8_DTYPES)
             and (not self.prev_activation or fits(self.prev_saved, self.prev_activation, shape, device))
             and (prev_bias is None or prev_bias.shape == shape[-1:])
         )
@@ -123,7 +128,7 @@ class ForwardCall(NamedTuple):
             and (bias is None or bias.shape == weight_shape[:1])
             and self.activation in _ACTIVATIONS
             and self.save in (0, 1)
-            and self.weight_copy is self.prev_saved is self.prev_bias is None
+            and self.weight_copy is self.prev_saved is self.prev_bias is self.saved_dtype is None
             and not (self.activation_grad_fused or self.prev_activation)
         )
 

@@ -21,6 +21,8 @@ def check_forward(call: ForwardCall) -> None:
         _check_tensors(op, x=x, weight=weight, **tensors)
         _check_devices(op, x=x, weight=weight, **tensors)
         _check_dtypes(op, compute_dtype=call.compute_dtype, out_dtype=call.out_dtype)
+        if call.saved_dtype not in (None, *FLOAT8_DTYPES):
+            raise RuntimeError(f"{op}: saved_dtype must be {_listed(FLOAT8_DTYPES)}, got {call.saved_dtype}")
     else:
         _check_scaled(op, call)
     _check_weight(op, call)
@@ -84,6 +86,8 @@ def _check_scaled(op: str, call: ForwardCall) -> None:
     _check_dtypes(op, out_dtype=call.out_dtype)
     if call.compute_dtype != x.dtype:
         raise RuntimeError(f"{op}: compute_dtype must be that of an x with a scale, {x.dtype}, got {call.compute_dtype}")
+    if call.saved_dtype is not None:
+        raise RuntimeError(f"{op}: a call with scales has no backward and no saved_dtype")
     if call.weight_copy is not None:
         raise RuntimeError(f"{op}: a weight with a scale has no weight_copy")
     if call.activation_grad_fused or call.prev_activation or call.prev_saved is not None or call.prev_bias is not None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from mpkernels.ops import quantize
-from mpkernels.ops.linear_act import accumulate, passes
+from mpkernels.ops.linear_act import accumulate, eight_bits, passes
 from mpkernels.ops.linear_act.autograd import once_differentiable, run_backward
 from mpkernels.ops.linear_act.call import BackwardCall, ForwardCall
 from mpkernels.ops.linear_act.epilogues import Activation, activation_backward
@@ -111,7 +111,7 @@ def _gradients(grad_out, q_x, x_scale, saved, weight, activation, recipe: Recipe
         call = ForwardCall(q_grad, q_weight.t(), None, None, Activation.NONE, recipe.dgrad_dtype, grad_x_dtype, 0, **scales)
         grad_x, _, _ = forward_op.run(call)
     if wants_weight or wants_bias:
-        x = None if q_x is None else decode(q_x, x_scale, recipe.wgrad_dtype)
+        x = eight_bits.decode(q_x, x_scale, recipe.wgrad_dtype)
         mask = [False, wants_weight, wants_bias]
         call = BackwardCall(
             grad_z, x, weight, None, None, Activation.NONE, recipe.wgrad_dtype, grad_x_dtype, *grad_dtypes, mask
@@ -120,8 +120,3 @@ def _gradients(grad_out, q_x, x_scale, saved, weight, activation, recipe: Recipe
             call = call._replace(grad_weight_sum=sum_of(call))
         _, grad_weight, grad_bias, _ = run_backward(*call)
     return grad_x, grad_weight if wants_weight else None, grad_bias if wants_bias else None
-
-
-def decode(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """q * scale in `dtype`, exact in bf16 and fp32 above their subnormals."""
-    return q.to(dtype) * scale.to(dtype)

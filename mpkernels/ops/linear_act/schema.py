@@ -27,7 +27,7 @@ forward_op = Op(
     "linear_act(Tensor x, Tensor weight, Tensor? bias, Tensor? weight_copy, int activation, ScalarType compute_dtype, "
     "ScalarType out_dtype, int save, bool batch_invariant=False, ScalarType? grad_dtype=None, "
     "bool activation_grad_fused=False, Tensor? prev_saved=None, int prev_activation=0, Tensor? prev_bias=None, "
-    "Tensor? x_scale=None, Tensor? weight_scale=None) "
+    "Tensor? x_scale=None, Tensor? weight_scale=None, ScalarType? saved_dtype=None) "
     "-> (Tensor out, Tensor saved, Tensor x_compute)",
     _PACKAGE,
     _IMPLEMENTATIONS,
