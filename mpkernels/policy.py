@@ -154,6 +154,11 @@ class Policy:
         """Whether operands have 8 bits, and scales."""
         return self.compute_dtype in _FLOAT8.values()
 
+    @property
+    def range_dtype(self) -> torch.dtype:
+        """The format whose range operands have: of 8 bits with scales, powers of two in fp32, it is that of bfloat16."""
+        return torch.bfloat16 if self.float8 else self.compute_dtype
+
     @classmethod
     def parse(cls, text: "str | Policy") -> "Policy":
         """A policy from its name (`"mixed_float16"`) or its fields (`"param=float32,compute=float16,output=float32"`).

@@ -232,7 +232,7 @@ class Adaptation:
 
 
 def _end(policy: Policy) -> float:
-    return torch.finfo(policy.compute_dtype).max
+    return torch.finfo(policy.range_dtype).max
 
 
 def _grad_dtype(policy: Policy) -> torch.dtype:

@@ -149,9 +149,7 @@ def _families(policies: Sequence[Policy]) -> list[list[int]]:
 def _allowed(rows: list[list[PolicyRow]], family: list[int], loss_scale: float) -> list[int]:
     """The policies that keep all linears of a group in range; if there is none, the one with the widest arithmetic."""
     kept = [i for i in family if all(problem(row[i], loss_scale) is None for row in rows)]
-    wide = max(
-        family, key=lambda i: (torch.finfo(rows[0][i].policy.compute_dtype).max, rows[0][i].policy.compute_dtype.itemsize)
-    )
+    wide = max(family, key=lambda i: (torch.finfo(rows[0][i].policy.range_dtype).max, rows[0][i].policy.compute_dtype.itemsize))
     return kept or [wide]
 
 

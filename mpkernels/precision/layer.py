@@ -59,8 +59,8 @@ def cost_of(rows: Iterable[PolicyRow]) -> str:
 
 def formats(policy: Policy) -> dict[str, torch.dtype]:
     """The format of each tensor under `policy`."""
-    found = dict.fromkeys((*FORWARD, *BACKWARD), policy.compute_dtype)
-    found["out"] = policy.output_dtype or policy.compute_dtype
+    found = dict.fromkeys((*FORWARD, *BACKWARD), policy.range_dtype)
+    found["out"] = policy.output_dtype or policy.range_dtype
     found["grad_weight"] = policy.grad_dtype or policy.param_dtype
     return found
 
@@ -193,14 +193,16 @@ class Layer:
         weight, rows = self.weight, sum(self.rows)
         N, K = weight.shape
         parameters = N * K + (0 if self.module.bias is None else N)
-        compute = policy.compute_dtype.itemsize
+        compute, result = policy.compute_dtype.itemsize, policy.range_dtype.itemsize
         ranges = self.ranges.of(policy)
-        held = parameters * policy.param_dtype.itemsize + (N * K * compute if policy.mixed else 0) + rows * K * compute
+        held = parameters * policy.param_dtype.itemsize + (N * K * compute if policy.mixed and not policy.float8 else 0)
+        held += rows * K * (policy.saved_dtype or policy.compute_dtype).itemsize
         of = formats(policy)
         products = {
             "out": compute * (rows * K + N * K) + rows * N * of["out"].itemsize,
-            "grad_x": compute * (rows * N + N * K + rows * K),
-            "grad_weight": compute * (rows * N + rows * K) + N * K * of["grad_weight"].itemsize,
+            "grad_x": compute * (rows * N + N * K) + result * rows * K,
+            "grad_weight": (policy.wgrad_dtype or policy.compute_dtype).itemsize * (rows * N + rows * K)
+            + N * K * of["grad_weight"].itemsize,
         }
         names = ("out", *(name for name in ("grad_x", "grad_weight") if name in self.computed))
         return PolicyRow(
@@ -258,7 +260,7 @@ class _Exact:
             products = (self._stored_x.abs() @ self.weight.abs().t()).double()
             self._magnitudes = products, self.x.abs().sum(1, keepdim=True), self.wide.abs().sum(1), self.wide_bias.abs()
         products, row, column, bias = self._magnitudes
-        (ux, sx), (uw, sw) = (_rounding(d, policy.compute_dtype) for d in (x_dtype, stored))
+        (ux, sx), (uw, sw) = (_rounding(t.dtype, policy.compute_dtype, t) for t in (self._stored_x, self.weight))
         ub, sb = _rounding(stored, policy.param_dtype)
         v = 2.0**-53 if policy.compute_dtype == torch.float64 else _accumulator(self.x.device, policy.compute_dtype)
         acc_least = 2.0**-1074 if policy.compute_dtype == torch.float64 else 2.0**-149
@@ -275,8 +277,10 @@ class _Exact:
 
 
 def _accumulator(device: torch.device, compute: torch.dtype) -> float:
-    """Tensor cores truncate inside a block."""
-    return 2.0**-23 if device.type == "cuda" and compute.itemsize == 2 else 2.0**-24
+    """Tensor cores truncate inside a block, of 8-bit operands to 14 bits."""
+    if device.type != "cuda" or compute.itemsize > 2:
+        return 2.0**-24
+    return 2.0**-23 if compute.itemsize == 2 else 2.0**-13
 
 
 def _unit(dtype: torch.dtype) -> float:
@@ -287,8 +291,15 @@ def _least(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).tiny * torch.finfo(dtype).eps
 
 
-def _rounding(stored: torch.dtype, dtype: torch.dtype) -> tuple[float, float]:
-    """(relative, absolute) error of a rounding to `dtype` of what is stored: none to what holds it."""
+def _rounding(stored: torch.dtype, dtype: torch.dtype, values: torch.Tensor | None = None) -> tuple[float, float]:
+    """(relative, absolute) error of a rounding to `dtype` of what is stored: none to what holds it.
+
+    values: to 8 bits what is rounded, whose scale is at most that of its largest.
+    """
+    if dtype.itemsize == 1:
+        amax = float(values.abs().max()) if values.numel() else 0.0
+        scale = 2.0 ** max(math.ceil(math.log2(amax / torch.finfo(dtype).max)), -126) if 0 < amax < math.inf else 1.0
+        return _unit(dtype), scale * _least(dtype) / 2
     return (0.0, 0.0) if torch.promote_types(stored, dtype) == dtype else (_unit(dtype), _least(dtype) / 2)
 
 

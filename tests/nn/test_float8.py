@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import mpkernels as mpk
+from mpkernels.nn.convert import report
 from mpkernels.ops.linear_act import Activation, activation_of
 from mpkernels.ops.linear_act.epilogues import activation_backward
 from mpkernels.ops.quantize import reference
@@ -287,3 +288,38 @@ def test_float8_refuses():
         mpk.functional.linear_act(x, weight[:, :7], policy=ROW)
     with pytest.raises(RuntimeError, match="bias must have shape"):
         mpk.functional.linear_act(x, weight, torch.ones(3), policy=ROW)
+
+
+# ----- what convert_report says ---------------------------------------------------------------
+
+
+def test_float8_report_on_what_emulates():
+    model = mpk.convert(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)), {"*": ROW, "1": "float32"})
+    assert str(mpk.convert_report(model)).splitlines()[-1] == (
+        "8-bit operands: cpu decodes them and multiplies in more bits, which saves memory and takes no less time"
+    )
+    assert "8-bit operands" not in str(mpk.convert_report(mpk.convert(model, "mixed_float16")))
+
+
+@pytest.mark.parametrize(
+    "K, N, text, is_small",
+    [
+        (1024, 8192, ROW, True), (8192, 2048, ROW, True), (2048, 4096, ROW, True), (4096, 4096, ROW, False),
+        (2048, 8192, ROW, False), (512, 512, HYBRID, False), (512, 512, "mixed_float16", False),
+    ],
+)  # fmt: skip
+def test_float8_report_on_what_multiplies(K, N, text, is_small, monkeypatch):
+    monkeypatch.setattr(report, "multiplies_in_8_bits", lambda device: True)
+    with torch.device("meta"):
+        model = mpk.convert(nn.Sequential(nn.Linear(K, N)), text)
+    (row,) = mpk.convert_report(model)
+    assert (f"{K} x {N}: below the sizes at which 8 bits pay on an H100" in row.note) == is_small
+    assert "8-bit operands" not in str(mpk.convert_report(model))
+
+
+@pytest.mark.parametrize("capability, multiplies", [((7, 5), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_float8_report_asks_the_gpu(capability, multiplies, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert report.multiplies_in_8_bits(torch.device("cuda")) == (multiplies and torch.version.hip is None)
+    assert not report.multiplies_in_8_bits(torch.device("cpu"))

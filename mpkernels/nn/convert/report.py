@@ -18,6 +18,9 @@ HINT = (
 )
 
 
+EMULATED = "8-bit operands: {} decodes them and multiplies in more bits, which saves memory and takes no less time"
+
+
 @dataclass(frozen=True)
 class Row:
     """What became of one linear."""
@@ -34,7 +37,7 @@ class Row:
 
 
 class Report(tuple[Row, ...]):
-    """The rows, one for each linear of the model; prints as a table, with a hint below where it may help."""
+    """The rows, one for each linear of the model; prints as a table, with hints below where they may help."""
 
     hint = ""
 
@@ -49,7 +52,7 @@ def convert_report(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a Module, got {type(model).__name__}")
-    rows, hint = [], ""
+    rows, hint, emulating = [], "", {}
     for name, linear in linears(model):
         notes = list(getattr(vars(linear).get("_before"), "notes", ()))
         if not hasattr(linear, "adopt"):
@@ -66,10 +69,33 @@ def convert_report(model: nn.Module) -> Report:
         if linear.policy is not None and linear.policy.param_dtype != linear.weight.dtype:
             stored, policys = _short(linear.weight.dtype), _short(linear.policy.param_dtype)
             notes.append(f"its weight is {stored}, the policy's parameters are {policys}")
+        if linear.policy is not None and linear.policy.float8:
+            if multiplies_in_8_bits(linear.weight.device):
+                notes += _too_small_for_8_bits(linear)
+            else:
+                emulating[linear.weight.device.type] = None
         rows.append(Row(name, True, linear.policy, activation, "; ".join(notes)))
     report = Report(rows)
-    report.hint = hint
+    report.hint = "\n".join(filter(None, (hint, *map(EMULATED.format, emulating))))
     return report
+
+
+def multiplies_in_8_bits(device: torch.device) -> bool:
+    """Whether its tensor cores take two 8-bit floats: NVIDIA GPUs from sm_89 on."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _too_small_for_8_bits(linear: nn.Module) -> list[str]:
+    """Scales by row cost more than the product saves on an H100 below these sizes.
+
+    Source: torchao.float8, `_auto_filter_for_recipe`, 2026-11.
+    """
+    N, K = linear.out_features, linear.in_features
+    if linear.policy.scaling == "row" and (N <= 2048 or K <= 1024 or (N <= 4096 and K <= 2048)):
+        return [f"{K} x {N}: below the sizes at which 8 bits pay on an H100"]
+    return []
 
 
 def _in_sequential(sequential: nn.Sequential, i: int, name: str) -> tuple[str | None, list[str]]:
