@@ -27,7 +27,10 @@ from tqdm import tqdm
 
 import mpkernels as mpk
 
-POLICIES = ("float64", "float32", "mixed_float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16")
+POLICIES = (
+    "float64", "float32", "mixed_float32", "mixed_float16", "mixed_bfloat16", "mixed_float8", "mixed_float8_hybrid", "float16",
+    "bfloat16",
+)  # fmt: skip
 TORCH_RECIPES = {"torch_fp32": None, "torch_autocast_fp16": torch.float16, "torch_autocast_bf16": torch.bfloat16}
 WIDTHS = (64, 128, 128, 10)
 BATCH, LR = 64, 2e-3

@@ -14,7 +14,10 @@ from torch.nn.functional import mse_loss
 
 import mpkernels as mpk
 
-POLICIES = ("float64", "float32", "mixed_float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16")
+POLICIES = (
+    "float64", "float32", "mixed_float32", "mixed_float16", "mixed_bfloat16", "mixed_float8", "mixed_float8_hybrid", "float16",
+    "bfloat16",
+)  # fmt: skip
 EPOCHS, BATCH = 10, 10
 
 

@@ -6,7 +6,7 @@ import contextvars
 import difflib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -100,6 +100,7 @@ class Policy:
     dgrad_dtype: torch.dtype | None = None
     wgrad_dtype: torch.dtype | None = None
     saved_dtype: torch.dtype | None = None
+    float8: bool = field(init=False, repr=False, compare=False, default=False)  # whether operands have 8 bits, and scales
 
     def __post_init__(self) -> None:
         for name in _WORDS:
@@ -110,6 +111,7 @@ class Policy:
             if value not in allowed.values() and not (value is None and name not in ("param_dtype", "compute_dtype")):
                 hint = "; names are for Policy.parse" if isinstance(value, str) and allowed is not _ALLOWED["scaling"] else ""
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{hint}")
+        object.__setattr__(self, "float8", self.compute_dtype in _FLOAT8.values())
         if self.float8:
             self._settle_float8()
         elif given := [name for name in _OF_EIGHT_BITS if getattr(self, name) is not None]:
@@ -148,11 +150,6 @@ class Policy:
     def mixed(self) -> bool:
         """Whether storage and arithmetic differ."""
         return self.param_dtype != self.compute_dtype
-
-    @property
-    def float8(self) -> bool:
-        """Whether operands have 8 bits, and scales."""
-        return self.compute_dtype in _FLOAT8.values()
 
     @property
     def range_dtype(self) -> torch.dtype:

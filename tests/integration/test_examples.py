@@ -14,7 +14,10 @@ from mpkernels import Policy
 from tests.paths import ROOT
 
 EXAMPLES = ROOT / "examples"
-POLICIES = ("float64", "float32", "mixed_float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16")
+EIGHT_BITS = ("mixed_float8", "mixed_float8_hybrid")
+POLICIES = (
+    "float64", "float32", "mixed_float32", "mixed_float16", "mixed_bfloat16", *EIGHT_BITS, "float16", "bfloat16",
+)  # fmt: skip
 TORCH_RECIPES = ("torch_fp32", "torch_autocast_fp16", "torch_autocast_bf16")
 NARROW = tuple(name for name in POLICIES if Policy.parse(name).compute_dtype.itemsize == 2)
 TERMINAL = 120  # columns
@@ -64,6 +67,7 @@ def test_examples_digits_bytes(quick):
         "mixed_float32": (8, 8, 0, 16),
         "mixed_float16": (4, 4, 0, 8),
         "mixed_bfloat16": (4, 4, 0, 8),
+        **dict.fromkeys(EIGHT_BITS, (4, 4, 0, 8)),
         "float16": (2, 2, 4, 8),
         "bfloat16": (2, 2, 4, 8),
     }
@@ -74,6 +78,8 @@ def test_examples_digits_bytes(quick):
         assert 0.98 * copies.get(name, 0) <= found["copies"] <= copies.get(name, 0), name
     for name in NARROW:
         assert rows[name]["saved_bytes_per_sample"] < 0.6 * rows["float32"]["saved_bytes_per_sample"]
+    for name in EIGHT_BITS:
+        assert rows[name]["saved_bytes_per_sample"] < 0.65 * rows["mixed_float16"]["saved_bytes_per_sample"]
 
 
 def test_examples_digits_output(quick):
@@ -96,9 +102,9 @@ def test_examples_digits_every_implementation(quick):
 
 
 @pytest.mark.sweep
-def test_examples_digits_16_bit_policies_learn_like_fp32(tmp_path):
-    _, rows = digits(tmp_path, "--policies", "float32", *NARROW)
-    for name in NARROW:
+def test_examples_digits_narrow_policies_learn_like_fp32(tmp_path):
+    _, rows = digits(tmp_path, "--policies", "float32", *NARROW, *EIGHT_BITS)
+    for name in NARROW + EIGHT_BITS:
         assert len(rows[name]["test_accuracies"]) == 3
         assert rows[name]["test_accuracy"] >= rows["float32"]["test_accuracy"] - 0.01, name
         assert rows[name]["steps"] > 3 * 100

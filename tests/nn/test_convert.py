@@ -365,7 +365,7 @@ def test_policy_objects_and_mappings_of_them():
         ({"*": "float16", "4": "mixed_float16"}, (), ValueError, "float16, mixed_float16 do not go together"),
         ({"*": "float16", "4": "bfloat16"}, (), ValueError, "float16, bfloat16 do not go together"),
         ({"*": "float16", "4": "float8"}, (), ValueError, "unknown policy 'float8'"),
-        ("mixed_float8", (), ValueError, "unknown policy 'mixed_float8': expected one of"),
+        ("mixed_float4", (), ValueError, "unknown policy 'mixed_float4': expected one of"),
         (None, (), TypeError, "policy must be a Policy or a string, got NoneType"),
     ],
 )

@@ -29,7 +29,7 @@ def snapshot(model) -> list:
 # ----- refused ----------------------------------------------------------------------
 
 BAD_POLICIES = [
-    ("mixed_float8", ValueError, "unknown policy 'mixed_float8': expected one of float64, .*mixed_float16"),
+    ("mixed_float4", ValueError, "unknown policy 'mixed_float4': expected one of float64, .*mixed_float16"),
     ("mixed_float16,width=float16", ValueError, "expected one of .* or param=, compute=, output=, grad="),
     ("param=float16,compute=float32", ValueError, "compute_dtype torch.float32 is wider than param_dtype torch.float16"),
     ("mixed_float32,grad=float16", ValueError, "grad_dtype torch.float16 is narrower than compute_dtype torch.float32"),

@@ -158,7 +158,7 @@ def test_strided_and_empty_inputs(generator):
         ({"x": torch.ones(2, 4).to_sparse()}, RuntimeError, "sparse"),
         ({"x": torch.ones(2, 4, device="meta")}, RuntimeError, "x is on meta but weight is on cpu"),
         ({"activation": "tanh"}, ValueError, 'activation must be None or one of "relu", .*"silu", got \'tanh\''),
-        ({"policy": "mixed_float8"}, ValueError, "mixed_float8.*expected one of"),
+        ({"policy": "mixed_float4"}, ValueError, "mixed_float4.*expected one of"),
         ({"policy": 16}, TypeError, "policy must be a Policy or a string, got int"),
     ],
 )
