@@ -15,7 +15,6 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 PACKAGE, CSRC = ROOT / "mpkernels", ROOT / "csrc"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TORCH = re.search(r"torch>=([\d.]+)", " ".join(PROJECT["dependencies"]))[1]
