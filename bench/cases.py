@@ -87,15 +87,19 @@ class Step(Case):
 
 @dataclass(frozen=True)
 class Training(Case):
-    """Whole training steps of a model in bench/models.py: forward, loss, backward, optimizer. compiled: as for Mlp."""
+    """Whole training steps of a model in bench/models.py: forward, loss, backward, optimizer. compiled: as for Mlp.
+
+    parts: micro-batches that the batch is cut into, whose gradients accumulate.
+    """
 
     model: str
     compiled: bool = False
+    parts: int = 1
     op: str = field(default="training", init=False)
 
     @property
     def name(self) -> str:
-        return f"training/{self.model}"
+        return f"training/{self.model}" + f"/{self.parts} micro-batches" * (self.parts > 1)
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,7 @@ def _steps():
 def _trainings():
     yield Training("digits", compiled=True, quick=BOTH)
     yield Training("mlp", quick=BOTH)
+    yield Training("mlp", parts=4)
     for model in ("mlp6", "dlrm", "vit_tiny", "bert_tiny", "gpt2_tiny"):
         yield Training(model, quick=CPU, devices=CPU)
     for model in ("mlp6_wide", "dlrm_wide", "vit_b", "bert_base", "gpt2_small"):

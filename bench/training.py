@@ -27,23 +27,27 @@ LOSSES = 6  # that every implementation gets to: two steps for its memory, one t
 Step = Callable[[], torch.Tensor]
 
 
-def loop(model, optimizer, scaler, inputs, targets, context=contextlib.nullcontext, entropy=cross_entropy) -> Step:
-    """One training step as every recipe but the classical has it; returns the loss."""
+def loop(model, optimizer, scaler, inputs, targets, context=contextlib.nullcontext, entropy=cross_entropy, parts=1) -> Step:
+    """One training step as every recipe but the classical has it, in so many micro-batches; returns the loss."""
+    batches = list(zip(*(tensor.chunk(parts) for tensor in (*inputs, targets)), strict=True))
 
     def step():
-        with context():
-            out = model(*inputs)
-        loss = entropy(out.float().flatten(0, -2), targets.flatten())
-        scaler.scale(loss).backward()
+        losses = []
+        for *inputs, targets in batches:
+            with context():
+                out = model(*inputs)
+            loss = entropy(out.float().flatten(0, -2), targets.flatten()) / parts
+            scaler.scale(loss).backward()
+            losses.append(loss.detach())
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        return loss.detach()
+        return sum(losses)
 
     return step
 
 
-def ours(name, device, policy: str, *, compiled=False, autocast=False, watch: dict | None = None) -> Step:
+def ours(name, device, policy: str, *, compiled=False, autocast=False, watch: dict | None = None, parts=1) -> Step:
     """watch: the options of a watch, None without one."""
     model, inputs, targets = models.make(name, device)
     model = mpk.convert(model, policy)
@@ -55,16 +59,16 @@ def ours(name, device, policy: str, *, compiled=False, autocast=False, watch: di
     if watch is not None:
         mpk.watch(model, optimizer, scaler, **watch)
     context = functools.partial(torch.autocast, device.type, narrow) if autocast else contextlib.nullcontext
-    return loop(torch.compile(model) if compiled else model, optimizer, scaler, inputs, targets, context)
+    return loop(torch.compile(model) if compiled else model, optimizer, scaler, inputs, targets, context, parts=parts)
 
 
-def by_torch(name, device, narrow: torch.dtype | None, *, compiled=False, onednn=False, entropy=cross_entropy) -> Step:
+def by_torch(name, device, narrow: torch.dtype | None, *, compiled=False, onednn=False, entropy=cross_entropy, parts=1) -> Step:
     """fp32 parameters; autocast and GradScaler as torch's documentation has them, AdamW with the fused kernel."""
     model, inputs, targets = models.make(name, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=narrow == torch.float16)
     context = contextlib.nullcontext if narrow is None else functools.partial(torch.autocast, device.type, narrow)
-    step = loop(torch.compile(model) if compiled else model, optimizer, scaler, inputs, targets, context, entropy)
+    step = loop(torch.compile(model) if compiled else model, optimizer, scaler, inputs, targets, context, entropy, parts)
 
     def switched():
         with onednn_fp32():
@@ -109,6 +113,17 @@ def with_liger(name, device, narrow: torch.dtype) -> Step:
 def recipes(case: Training, device: torch.device) -> dict[str, tuple]:
     """name: (what makes its step, its arguments, what torch's own GEMMs multiply in)."""
     f16, bf16, f32, on_gpu = torch.float16, torch.bfloat16, torch.float32, device.type == "cuda"
+    if case.parts > 1:
+        of_parts = {"parts": case.parts}
+        return {
+            OURS: (ours, ("mixed_float16,accumulate_grad",), of_parts, f32),
+            f"{OURS}, autograd adds": (ours, ("mixed_float16",), of_parts, f32),
+            f"{OURS} mixed_bfloat16": (ours, ("mixed_bfloat16,accumulate_grad",), of_parts, f32),
+            f"{OURS} mixed_bfloat16, autograd adds": (ours, ("mixed_bfloat16",), of_parts, f32),
+            "torch fp32": (by_torch, (None,), of_parts, f32),
+            "torch autocast bf16": (by_torch, (bf16,), of_parts, bf16),
+            "torch autocast fp16": (by_torch, (f16,), of_parts, f16),
+        }
     found = {
         OURS: (ours, ("mixed_float16",), {}, f32),
         f"{OURS} float16": (ours, ("float16",), {}, f32),

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mpkernels as mpk
+from mpkernels.ops.linear_act import eager
 from mpkernels.ops.linear_act.epilogues import Activation, name_of
 from tests import bounds
 from tests.dispatch_count import Counting
@@ -82,6 +83,44 @@ def test_accumulate_grad_of_many_blocks():
     batches = inputs(700, 520)
     for grad, expected in zip(accumulate(module, batches), accumulate(plain, batches), strict=True):
         assert same_bits(grad, expected)
+
+
+def of_backward(policy: str) -> tuple[int, list[int]]:
+    """How often a tensor is added to another in the backward of a second micro-batch, and bytes of what is allocated there."""
+    module, (first, second, _) = layer(policy, N=256, K=512, bias=False), inputs(64, 512)
+    accumulate(module, [first])
+    loss = module(second).square().sum()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss.backward()
+    events = profile.profiler.kineto_results.events()
+    return sum(e.name() == "aten::add_" for e in events), [e.nbytes() for e in events if e.name() == "[memory]"]
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_accumulate_grad_moves_half_of_the_bytes(backend, monkeypatch):
+    """Not the product of N x K, written and read once more each, beside the sum: nothing so large comes up."""
+    if backend == "native" and not mpk.is_available("native"):
+        pytest.skip(mpk.why_not("native"))
+    monkeypatch.setenv("MPKERNELS_BACKEND", f"linear_act={backend},linear_act_backward={backend}")
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
+    monkeypatch.setattr(eager, "BLOCK_ELEMENTS", 64 * 64)
+    product = 256 * 512 * 4
+    additions, allocated = of_backward("mixed_float16")
+    assert additions == 1
+    assert allocated.count(product) == 1
+    additions, allocated = of_backward("mixed_float16,accumulate_grad")
+    assert additions == (0 if backend == "native" else 512 // 64)
+    assert max(allocated) < product // 2
+
+
+def test_accumulate_grad_by_blocks_of_torchs_ops(monkeypatch):
+    monkeypatch.setenv("MPKERNELS_BACKEND", "linear_act=eager,linear_act_backward=eager")
+    monkeypatch.setattr(eager, "BLOCK_ELEMENTS", 64 * 8)
+    for policy in POLICIES:
+        modules = [layer(name, K=150) for name in (f"{policy},accumulate_grad", policy)]
+        batches = inputs(8, 150, dtype=modules[0].weight.dtype)
+        sums = [accumulate(module, batches) for module in modules]
+        assert all(same_bits(*pair) for pair in zip(*sums, strict=True))
 
 
 def test_accumulate_grad_of_layers_whose_backward_is_joined():

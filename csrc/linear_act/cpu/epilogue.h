@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The epilogue of the CPU GEMM: scales of the operands, bias, the saved preactivation, activation and the one rounding, of a
-// block of accumulators.
+// The epilogue of the CPU GEMM: scales of the operands, bias, the saved preactivation, activation, the one rounding, or the sum
+// of earlier results, of a block of accumulators.
 
 #pragma once
 
@@ -16,8 +16,8 @@
 namespace mpk {
 namespace {
 
-MPK_CLONES void add(float* z, const float* bias, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) z[i] += bias[i];
+MPK_CLONES void add(float* z, const float* other, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) z[i] += other[i];
 }
 
 MPK_CLONES void scale(float* z, float by, const float* by_column, int64_t n) {
@@ -65,6 +65,14 @@ class Output {
     widen_bias_ = find_cast(bias->scalar_type(), ScalarType::Float);
   }
 
+  // The same for a result that is added to what is in `out`.
+  static Output sum(const Tensor& out) {
+    STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float, "what is added to must be fp32");
+    Output result(out);
+    result.adds_ = true;
+    return result;
+  }
+
   bool has_size(int64_t rows, int64_t columns) const { return rows_ == rows && pitch_ == columns; }
 
   // out[row + i, column + j] = round(act(acc[i * pitch + j] * a_scale[row + i] * b_scale[column + j] + bias[column + j])).
@@ -78,6 +86,7 @@ class Output {
       const int64_t at = (row + i) * pitch_ + column;
       if (saved_ != nullptr) round_saved_(z, saved_ + at * saved_size_, columns);  // round: fp32 -> saved
       if (activate_ != nullptr) activate_(z, columns);
+      if (adds_) add(z, reinterpret_cast<const float*>(data_) + at, columns);
       round_(z, data_ + at * size_, columns);  // round: fp32 -> out
     }
   }
@@ -87,6 +96,7 @@ class Output {
   char* data_;
   int64_t size_;
   Cast round_;
+  bool adds_ = false;
   void (*activate_)(float* z, int64_t n);
   char* saved_ = nullptr;
   int64_t saved_size_ = 0;

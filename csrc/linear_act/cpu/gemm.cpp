@@ -168,10 +168,10 @@ bool is_like(const std::optional<Tensor>& tensor, const Tensor& like) {
 }
 
 // Any subset of the gradients. saved: the preactivation, of a ReLU its output; grad_z: memory for the gradient of the
-// preactivation, which the products read.
+// preactivation, which the products read. adds_grad_weight: to what is in grad_weight.
 void linear_act_gradients(Tensor grad_out, std::optional<Tensor> saved, int64_t activation, std::optional<Tensor> x,
                           Tensor weight, ScalarType compute_dtype, std::optional<Tensor> grad_z, std::optional<Tensor> grad_x,
-                          std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias) {
+                          std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias, bool adds_grad_weight) {
   STD_TORCH_CHECK(grad_out.dim() == 2 && is_like(grad_out, grad_out) && is_like(saved, grad_out) && is_like(grad_z, grad_out),
                   "grad_out, saved and grad_z must be matrices of one size whose rows have no gaps");
   STD_TORCH_CHECK((activation == 0) == !saved, "an activation needs what it saved");
@@ -188,7 +188,8 @@ void linear_act_gradients(Tensor grad_out, std::optional<Tensor> saved, int64_t 
   }
   if (grad_weight) {
     STD_TORCH_CHECK(x, "grad_weight needs x");
-    multiply(isa, bf16_dot, a.transposed(), Matrix("x", *x, compute_dtype, isa).transposed(), Output(*grad_weight));
+    const Output out = adds_grad_weight ? Output::sum(*grad_weight) : Output(*grad_weight);
+    multiply(isa, bf16_dot, a.transposed(), Matrix("x", *x, compute_dtype, isa).transposed(), out);
   }
 }
 

@@ -103,17 +103,19 @@ def _gradients(call: BackwardCall, grad_x_dtype: torch.dtype):
     z, transposed = grad if grad_z is None else grad_z, call.operand.t()
     later = wants_x and _is_for_onednn(z, transposed, compute_dtype, grad_x_dtype)
     grad_x = grad.new_empty((grad.shape[0], K), dtype=grad_x_dtype) if wants_x and not later else None
-    grad_weight = grad.new_empty((N, K), dtype=call.grad_weight_dtype) if wants_weight else None
+    grad_weight, adds = call.grad_weight_sum, call.grad_weight_sum is not None
+    if wants_weight and not adds:
+        grad_weight = grad.new_empty((N, K), dtype=call.grad_weight_dtype)
     grad_bias = grad.new_empty(N, dtype=call.grad_bias_dtype) if wants_bias else None
     x = _readable(passes.rows(call.x), compute_dtype) if wants_weight else None
     weight = _readable(call.operand, compute_dtype)
     torch.ops.mpkernels_C.linear_act_gradients.default(
-        grad, saved, call.activation, x, weight, compute_dtype, grad_z, grad_x, grad_weight, grad_bias
+        grad, saved, call.activation, x, weight, compute_dtype, grad_z, grad_x, grad_weight, grad_bias, adds
     )
     if later:
         grad_x = _multiply(z, transposed, compute_dtype, grad_x_dtype)
     grad_x = None if grad_x is None else passes.as_grad_x(call, grad_x)
-    return grad_x, passes.add_to_sum(call, grad_weight), grad_bias
+    return grad_x, None if adds else grad_weight, grad_bias
 
 
 def _saved(call: BackwardCall, grad: torch.Tensor) -> torch.Tensor | None:

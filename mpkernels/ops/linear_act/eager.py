@@ -35,14 +35,17 @@ def linear_act(call: ForwardCall):
 
 
 def linear_act_backward(call: BackwardCall):
-    return passes.backward(_matmul_nt, call)
+    return passes.backward(_matmul_nt, call, functools.partial(_matmul_nt, added_to=call.grad_weight_sum))
 
 
 def _matmul_nt(
     a, b, compute_dtype, out_dtype, *, bias=None, activation=Activation.NONE, preactivation=None, batch_invariant=False,
-    scales=None,
+    scales=None, added_to=None,
 ):  # fmt: skip
-    """round(act(a @ b.T + bias)) as passes.py has it; b is cast and multiplied a block of rows at a time."""
+    """round(act(a @ b.T + bias)) as passes.py has it; b is cast and multiplied a block of rows at a time.
+
+    added_to: where there are several blocks, each is added to it, and it is returned.
+    """
     a, b = (t.contiguous() if overlaps(t) else t for t in (a, b))  # oneDNN has no words for what lies in itself
     if scales is not None:
         return _matmul_nt_scaled(a, b, scales, bias, activation, preactivation, out_dtype, batch_invariant)
@@ -69,12 +72,14 @@ def _matmul_nt(
     if b.dtype == acc or rows >= N:
         z = linear(a, cast(b, compute_dtype).to(acc), bias)
         return finish(z, activation, preactivation, out_dtype)
-    out = a.new_empty((a.shape[0], N), dtype=out_dtype)
+    out = a.new_empty((a.shape[0], N), dtype=out_dtype) if added_to is None else added_to
     for n in range(0, N, rows):
         block = _rows(b, n, rows, compute_dtype, acc)
         z = linear(a, block, None if bias is None else bias[n : n + rows])
         saved = None if preactivation is None else preactivation[:, n : n + rows]
-        out[:, n : n + rows] = finish(z, activation, saved, out_dtype)
+        z = finish(z, activation, saved, out_dtype)
+        columns = out[:, n : n + rows]
+        columns.copy_(z) if added_to is None else columns.add_(z)
     return out
 
 

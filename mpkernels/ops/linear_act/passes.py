@@ -28,7 +28,8 @@ def forward(multiply, call: ForwardCall):
     return out if x.dim() == 2 else out.view(*x.shape[:-1], N), saved, x_compute
 
 
-def backward(multiply, call: BackwardCall):
+def backward(multiply, call: BackwardCall, wgrad=None):
+    """wgrad: `multiply` for grad_weight, which may add to the sum of `call` itself, and returns that then."""
     compute_dtype, acc = call.compute_dtype, acc_dtype(call.compute_dtype)
     wants_x, wants_weight, wants_bias = call.output_mask
     grad_z = rows(call.grad_out)
@@ -44,7 +45,8 @@ def backward(multiply, call: BackwardCall):
             grad_x, grad_prev_bias = prev_backward(call, grad_x)
         grad_x = as_grad_x(call, cast(grad_x, call.grad_x_dtype))
     if wants_weight:
-        grad_weight = add_to_sum(call, multiply(grad_z.t(), rows(call.x).t(), compute_dtype, call.grad_weight_dtype))
+        grad_weight = (wgrad or multiply)(grad_z.t(), rows(call.x).t(), compute_dtype, call.grad_weight_dtype)
+        grad_weight = add_to_sum(call, grad_weight)
     return grad_x, grad_weight, grad_bias, grad_prev_bias
 
 
@@ -55,11 +57,12 @@ def prev_backward(call: BackwardCall, grad_x):
     return grad_x, None if call.grad_prev_bias_dtype is None else cast(grad_x.sum(0), call.grad_prev_bias_dtype)
 
 
-def add_to_sum(call: BackwardCall, grad_weight: torch.Tensor | None) -> torch.Tensor | None:
-    """grad_weight, or None where it was added to what `call` sums it in."""
+def add_to_sum(call: BackwardCall, grad_weight: torch.Tensor) -> torch.Tensor | None:
+    """grad_weight, or None where `call` has a sum for it: there it is added, where it is not that sum itself."""
     if call.grad_weight_sum is None:
         return grad_weight
-    call.grad_weight_sum.add_(grad_weight)
+    if grad_weight is not call.grad_weight_sum:
+        call.grad_weight_sum.add_(grad_weight)
     return None
 
 
