@@ -14,7 +14,10 @@ PAGE = Path(__file__).with_name("formats.md")
 FORMATS = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
 )  # fmt: skip
-POLICIES = ("float64", "float32", "mixed_float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16")
+POLICIES = (
+    "float64", "float32", "mixed_float32", "mixed_float16", "mixed_bfloat16", "mixed_float8", "mixed_float8_hybrid", "float16",
+    "bfloat16",
+)  # fmt: skip
 
 INTRODUCTION = """\
 <!-- Written by docs/make_formats.py: change that, not this. -->
@@ -26,8 +29,9 @@ becomes 0. The significand counts the hidden bit.
 """
 
 NOTES = """\
-fp16 and bf16 are the same size: fp16 has 8 times the precision, bf16 the range of fp32. float8 is what
-`mpkernels.functional.quantize` writes: no policy here uses it. e4m3fn has no infinity; e5m2 has one.
+fp16 and bf16 are the same size: fp16 has 8 times the precision, bf16 the range of fp32. float8 is for operands of products
+that have a scale, under `mixed_float8` and `mixed_float8_hybrid`, and for what is kept for backward. e4m3fn has no infinity;
+e5m2 has one.
 """
 
 EIGHT_BITS = """\
@@ -50,7 +54,26 @@ What becomes of a number that is too large:
 | `quantize`, either format | cannot be: the scale is that of this very tensor | scale and q are NaN | scale and q are NaN |
 
 An inf that becomes {e4m3_max} hides an overflow from the loss scaler, which then neither skips the step nor backs off. Here all
-that shares the scale is NaN.
+that shares the scale is NaN, and so is what a layer computes from it: the scaler, or `skip_nonfinite=True` of an optimizer,
+skips that step and its report names the parameter. Without either the NaN goes into the weights, as it does in 16 bits.
+
+What a layer does with eight bits, all of it from the same ops:
+
+| | `mixed_float8` | `mixed_float8_hybrid` |
+| --- | --- | --- |
+| `out = x @ weight.T` | e4m3fn, a scale for each row of x and of weight | e4m3fn, one scale for x, one for weight |
+| `grad_x = grad_z @ weight` | e4m3fn, a scale for each row of grad_z, each column of weight | grad_z in e5m2, one scale each |
+| `grad_weight = grad_z.T @ x` | bf16, of x as it was kept | the same |
+| kept for backward | x in eight bits; a bit per output of a ReLU, 16 of another activation | the same |
+
+- Scales are made from the very tensor, in each call. Products are summed unscaled in fp32; both scales multiply the sum,
+  the bias is added, the activation applied, and the output rounded once.
+- A row of the result depends on its own row of x alone with scales by row, which `batch_invariant` therefore takes, and not
+  with one scale for a tensor.
+- The weight is quantized in each call, along K and again along N in backward: no copy of it is kept from step to step.
+- `mixed_float16,saved=float8_e4m3fn` computes in 16 bits and keeps x, and the preactivation of what is no ReLU, in eight bits
+  with scales by row. Its output is that of `mixed_float16` bit for bit; `grad_weight` is made of x as it was kept. fp16 ends at
+  65504, which eight bits round up to 65536: it is decoded to 65504 again.
 """
 
 POLICY_NOTES = """\
@@ -107,12 +130,13 @@ def policy_table() -> str:
     for policy_name in POLICIES:
         policy = Policy.parse(policy_name)
         param, compute = policy.param_dtype, policy.compute_dtype
+        operands = name(compute) if policy.dgrad_dtype in (None, compute) else f"{name(compute)}, {name(policy.dgrad_dtype)}"
         wide = torch.promote_types(param, torch.float32)
         holder = "the parameter" if wide == param else f"{name(wide)}, kept by the optimizer"
         output = "that of the input" if policy.mixed else name(param)
-        sums = torch.promote_types(compute, torch.float32)
+        sums = torch.promote_types(policy.wgrad_dtype or compute, torch.float32)
         rows.append((
-            f"`{policy_name}`", name(param), name(compute), name(sums), output, name(policy.grad_dtype or param), holder,
+            f"`{policy_name}`", name(param), operands, name(sums), output, name(policy.grad_dtype or param), holder,
         ))  # fmt: skip
     return table("policy | parameters | operands | sums | output | weight gradients | master", rows)
 

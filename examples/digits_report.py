@@ -87,11 +87,8 @@ def served_by(run, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, str]:
         return {}
     device, policy = batch[0].device, run.policy
     compute, master = policy.compute_dtype, torch.promote_types(policy.param_dtype, torch.float32)
-    forward, backward = mpk.ops.linear_act.forward_op, mpk.ops.linear_act.backward_op
-    served = {
-        forward.name: forward.backend(device, compute),
-        backward.name: backward.backend(device, policy.wgrad_dtype or compute),
-    }
+    linears = ((mpk.ops.linear_act.forward_op, compute), (mpk.ops.linear_act.backward_op, policy.wgrad_dtype or compute))
+    served = {op.name: op.backend(device, dtype) for op, dtype in linears}
     if gemm := gemm_by(lambda: run.step(*batch), device):
         served = {name: f"{backend} ({gemm})" for name, backend in served.items()}
     served["adamw_"] = mpk.ops.optimizer_update.adamw_.backend(device, master)

@@ -38,7 +38,7 @@ def by_ddp(policy: str) -> nn.Module:
 
 
 def gradients_are_the_mean_of_ranks(rank, wrap):
-    """Bit for bit: the sum of two numbers of fp32 is one rounding, whoever adds them."""
+    """Bit for bit: the sum of two numbers of fp32 is one rounding, in either order."""
     for policy in (*POLICIES, SAVED) if wrap is by_ddp else POLICIES:
         model, grads = wrap(policy), []
         for other in range(WORLD):
