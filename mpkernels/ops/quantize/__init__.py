@@ -14,8 +14,8 @@ Shapes and dtypes
 
 Numerics
     x / scale is rounded once, to nearest even, from the exact value. With u = 2^-4 (e4m3fn) or 2^-3 (e5m2) and s = 2^-9 or
-    2^-16, the least subnormal: |q * scale - x| <= u |x| + scale * s / 2. Zeros keep their sign. The cast is the op's own:
-    q has the same bits by every backend and in every version of torch, whose casts differ in what they do beyond the largest.
+    2^-16, the least subnormal: |q * scale - x| <= u |x| + scale * s / 2. Zeros keep their sign. q has the same bits by every
+    backend and in every version of torch, whose own casts differ in what they do beyond the largest, where none is asked for.
     A sum has no part in it: one order is as good as another, and a row has the same bits whatever the other rows are.
     `dequantize` multiplies in fp32, which is exact but for fp32's own limits: a subnormal product is rounded, and of the
     largest fp32 numbers one that rounds up to 2^128 is inf, as in bf16.

@@ -8,10 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import mpkernels as mpk
 from mpkernels.ops.quantize import FORMATS, NAN, op, reference
 from tests import bounds
+from tests.dispatch_count import Counting
 from tests.steps import force, targets
 
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -187,6 +189,16 @@ def test_quantize_any_layout(dtype, device, generator):
     for x in views:
         for axis in (None, 0, 1, -1):
             check(x, dtype, axis)
+
+
+@pytest.mark.parametrize("axis", [None, 0, -1])
+@pytest.mark.parametrize("source", [f16, bf16, f32])
+def test_quantize_eager_reads_and_writes_little(source, axis, dtype):
+    """x three times, the quotient in fp32 and q: of each number, on a GPU that no kernel was proven on."""
+    with FakeTensorMode(), Counting() as counted:
+        x = torch.empty((512, 1024), dtype=source, device="cuda")
+        op.function("eager")(x, dtype, axis)
+    assert counted.bytes_of(x.numel()) == x.numel() * (3 * x.itemsize + 2 * 4 + 3)
 
 
 def test_quantize_leaves_its_input(dtype, device):
