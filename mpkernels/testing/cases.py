@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cases of each op: the same for the proof on a GPU, `python -m mpkernels` and the tests."""
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
 
-from mpkernels.testing import linear_act_cases, quantize_cases, step_cases, update_cases
+from mpkernels.testing import linear_act_cases, quantize_cases, scaled_cases, step_cases, update_cases
 from mpkernels.testing.case import Case
 
 
 def of(op: str, *, few: bool, full: bool = False) -> Iterator[Case]:
     """Cases of an op; `few`: small ones, for a CPU and for interpreters."""
     families = {
-        "linear_act": linear_act_cases.forward,
+        "linear_act": lambda *which: itertools.chain(linear_act_cases.forward(*which), scaled_cases.forward(*which)),
         "linear_act_backward": linear_act_cases.backward,
         "grad_stats_": step_cases.grad_stats,
         "adamw_": update_cases.adamw,

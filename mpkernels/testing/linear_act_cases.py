@@ -44,7 +44,7 @@ def _families(few: bool, full: bool) -> Iterator[tuple[int, tuple[int, int, int]
             yield i, (M, N, K), dtype, kind
 
 
-def _named(M, N, K, dtype, kind) -> str:
+def named(M, N, K, dtype, kind) -> str:
     return f"M={M} N={N} K={K} {str(dtype).removeprefix('torch.')} {kind}"
 
 
@@ -59,7 +59,7 @@ def _matrix(rows: int, columns: int, dtype: torch.dtype, random: torch.Generator
     return values
 
 
-def _vector(length: int, dtype: torch.dtype, random: torch.Generator) -> torch.Tensor:
+def vector(length: int, dtype: torch.dtype, random: torch.Generator) -> torch.Tensor:
     return torch.randn((length,), generator=random, dtype=f32, device="cpu").to(dtype)
 
 
@@ -72,11 +72,11 @@ def forward(few: bool, full: bool) -> Iterator[Case]:
         out_dtype = f32 if i % 4 == 1 else dtype
         bias_dtype = (f32, dtype, None)[i % 3]
         arguments = functools.partial(_forward_arguments, (M, N, K), dtype, out_dtype, bias_dtype, activation, kind)
-        yield Case(_named(M, N, K, dtype, kind), arguments, _check_forward, call=(dtype, out_dtype, activation, N, K))
+        yield Case(named(M, N, K, dtype, kind), arguments, _check_forward, call=(dtype, out_dtype, activation, N, K))
     yield from _batch_invariant(few)
     if full:
         arguments = functools.partial(_forward_arguments, LARGE, f16, f16, f32, Activation.RELU, "plain")
-        name = _named(*LARGE, f16, "of more than 2^31 outputs")
+        name = named(*LARGE, f16, "of more than 2^31 outputs")
         yield Case(name, arguments, _check_last_rows, call=(f16, f16, Activation.RELU, *LARGE[1:]))
 
 
@@ -86,7 +86,7 @@ def _batch_invariant(few: bool) -> Iterator[Case]:
         for dtype in (f16, bf16):
             made = functools.partial(_forward_arguments, (M, N, K), dtype, f32, f32, Activation.RELU, "plain")
             arguments = lambda memory, random, made=made: (*made(memory, random), True)
-            name, call = _named(M, N, K, dtype, "batch_invariant"), (dtype, f32, Activation.RELU, N, K)
+            name, call = named(M, N, K, dtype, "batch_invariant"), (dtype, f32, Activation.RELU, N, K)
             yield Case(name, arguments, _check_forward, call=call, parts=_row_by_row)
 
 
@@ -101,7 +101,7 @@ def _forward_arguments(shape, dtype, out_dtype, bias_dtype, activation, kind, me
     shift = int(kind == "misaligned")
     x = memory.put(_matrix(M, K, dtype, random, kind), shift=shift)
     weight = memory.put(_matrix(N, K, dtype, random, "plain"), shift=shift)
-    bias = None if bias_dtype is None else memory.put(_vector(N, bias_dtype, random), shift=shift)
+    bias = None if bias_dtype is None else memory.put(vector(N, bias_dtype, random), shift=shift)
     return x, weight, bias, None, int(activation), dtype, out_dtype, int(activation == Activation.RELU)
 
 
@@ -110,6 +110,10 @@ def _check_forward(before, after, results, device) -> None:
     out, saved, _ = results
     v = bounds.accumulator_roundoff(device, compute_dtype)
     bounds.check_forward(out, x, weight, bias, activation, compute_dtype, v, random_sign=True)
+    check_saved_mask(out, saved)
+
+
+def check_saved_mask(out: torch.Tensor, saved: torch.Tensor) -> None:
     if saved.numel():
         bits = unpack_mask(saved, saved.shape[1] * 32)
         assert torch.equal(bits[:, : out.shape[1]], ~(out <= 0)), "the mask is not that of the output"
@@ -132,7 +136,7 @@ def backward(few: bool, full: bool) -> Iterator[Case]:
         below = Activation.NONE if i % 4 == 3 else Activation.RELU
         grad_dtype = dtype if i % 2 else f32
         arguments = functools.partial(_backward_arguments, (M, N, K), dtype, grad_dtype, activation, below, kind)
-        yield Case(_named(M, N, K, dtype, kind), arguments, _check_backward, call=(dtype, dtype, activation, N, K))
+        yield Case(named(M, N, K, dtype, kind), arguments, _check_backward, call=(dtype, dtype, activation, N, K))
     yield from _accumulated(few)
 
 
@@ -143,7 +147,7 @@ def _accumulated(few: bool) -> Iterator[Case]:
         for dtype in (f16, bf16):
             made = functools.partial(_backward_arguments, (M, N, K), dtype, f32, Activation.NONE, Activation.NONE, "plain")
             arguments = functools.partial(_with_sum, made, (N, K), i % 2)
-            name, call = _named(M, N, K, dtype, "accumulated"), (dtype, dtype, Activation.NONE, N, K)
+            name, call = named(M, N, K, dtype, "accumulated"), (dtype, dtype, Activation.NONE, N, K)
             yield Case(name, arguments, _check_accumulated, written=(_SUM,), call=call)
 
 

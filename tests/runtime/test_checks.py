@@ -160,6 +160,26 @@ def test_checks_notice_a_wrong_forward(kernel, wrong):
     assert "bound" in wrong("linear_act", change)
 
 
+SCALED = [name for name in vars(wrong_kernels) if name.startswith("scaled_")]
+
+
+@pytest.mark.parametrize("kernel", ["sound_scaled", *SCALED])
+def test_checks_notice_a_wrong_scaled_forward(kernel, wrong):
+    def change(right, arguments):
+        x, weight, bias, _, activation, _, out_dtype, save, *others = arguments
+        if x.dtype.itemsize > 1 or others[0]:  # batch_invariant, which a product of torch is not
+            return right(*arguments)
+        x_scale, weight_scale = others[-2:]
+        out = getattr(wrong_kernels, kernel)(x, x_scale, weight, weight_scale, bias, activation, out_dtype)
+        return out, pack_mask(out) if save else x.new_empty(0, dtype=torch.int32), x.new_empty(0)
+
+    found = wrong("linear_act", change)
+    if kernel == "sound_scaled":
+        assert found is None
+    else:
+        assert "bound" in found or "not exact" in found
+
+
 def test_checks_notice_rows_that_depend_on_others(wrong):
     """Right to a rounding, but summed in another order for one row: not what batch_invariant guarantees."""
 
@@ -350,6 +370,7 @@ def test_checks_on_a_gpu_ask_streams_and_graphs(name, where, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
     @contextlib.contextmanager
     def on(stream):

@@ -18,9 +18,14 @@ _IMPLEMENTATIONS = (
 )
 
 
-def _covers(key: CallKey) -> bool:
+def _covers_backward(key: CallKey) -> bool:
     """Cases of a proof compute in 16 bits, without an activation or with a ReLU: see mpkernels/testing/linear_act_cases.py."""
     return key.activation <= Activation.RELU and key.dtype.itemsize == 2
+
+
+def _covers_forward(key: CallKey) -> bool:
+    """Those of forward in 8 bits too."""
+    return key.activation <= Activation.RELU and key.dtype.itemsize <= 2
 
 
 forward_op = Op(
@@ -36,7 +41,7 @@ forward_op = Op(
     check=checks.check_forward,
     fake=checks.fake_forward,
     fill=checks.fill_forward,
-    covers=_covers,
+    covers=_covers_forward,
     dtype=torch.float16,
 )
 backward_op = Op(
@@ -51,7 +56,7 @@ backward_op = Op(
     check=checks.check_backward,
     fake=checks.fake_backward,
     fill=checks.fill_backward,
-    covers=_covers,
+    covers=_covers_backward,
     dtype=torch.float16,
 )
 flops.register()
