@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 from mpkernels.ops.linear_act import Activation
+from mpkernels.ops.linear_act.tile_config import Float8
 from tests.paths import ROOT
 from tests.toolchain.triton_aot import SHARED_LIMIT, TENSOR_CORES
 
@@ -64,17 +65,33 @@ def check(row: dict) -> None:
         assert row["maxima_that_drop_nan"] == [], row
     if row["signature"].get("a_ptr", "").startswith(("*fp16", "*bf16")):
         assert any(row["opcodes"][opcode] for opcode in TENSOR_CORES), row
+    if row["constexprs"].get("FLOAT8"):
+        check_float8(row)
     if row["name"] == "gemm_tma_kernel":
         check_tma(row)
 
 
 def check_tma(row: dict) -> None:
     """Operands and result go by TMA, the products by the generation's own tensor cores and none by an older one's."""
-    opcodes, own = row["opcodes"], {90: "HGMMA", 100: "UTCHMMA"}[row["sm"]]
-    assert [opcode for opcode in TENSOR_CORES if opcodes[opcode]] == [own], row
+    opcodes = row["opcodes"]
+    if not row["constexprs"]["FLOAT8"]:
+        own = {90: "HGMMA", 100: "UTCHMMA"}[row["sm"]]
+        assert [opcode for opcode in TENSOR_CORES if opcodes[opcode]] == [own], row
     assert opcodes["UTMALDG"] > 0, row
     assert opcodes["UTMASTG"] > 0, row
     assert row["specialized"] == row["constexprs"]["SPECIALIZE"], row  # Triton leaves it out without a word
+
+
+def check_float8(row: dict) -> None:
+    """The products by the tensor cores of 8-bit floats, unconverted, where there are any; where those keep 14 bits, every sum
+    of at most 128 of K added in fp32."""
+    opcodes, constants, own = row["opcodes"], row["constexprs"], {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}
+    assert [opcode for opcode in TENSOR_CORES if opcodes[opcode]] == [own.get(row["sm"], "HMMA")], row
+    assert opcodes["F2FP.F16.E"] == 0, row
+    assert (constants["FLOAT8"] == Float8.PROMOTED) == (row["sm"] in (89, 90)), row
+    if constants["FLOAT8"] == Float8.PROMOTED:
+        assert constants["BLOCK_K"] <= 128, row
+        assert opcodes["FADD"] >= constants["BLOCK_M"] * constants["BLOCK_N"] // (32 * row["options"]["num_warps"]), row
 
 
 @pytest.mark.parametrize("sm", [80, 90])

@@ -27,9 +27,9 @@ from triton.compiler import ASTSource
 # Bytes of shared memory that one block may ask for, by architecture.
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 
-# Tensor cores by generation, and TMA's loads and stores.
-TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "DMMA")
-OPCODES = (*TENSOR_CORES, "UTMALDG", "UTMASTG")
+# Tensor cores by generation, of 8-bit floats too, TMA's loads and stores, additions in fp32, conversions of 8-bit floats.
+TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "DMMA", "QMMA", "QGMMA", "UTCQMMA")
+OPCODES = (*TENSOR_CORES, "UTMALDG", "UTMASTG", "FADD", "F2FP.F16.E")
 
 
 @dataclass

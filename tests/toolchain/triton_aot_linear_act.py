@@ -9,8 +9,9 @@ from mpkernels.ops.linear_act import Activation, tile_config, triton
 from mpkernels.ops.linear_act.kernels_triton import gemm_kernel, select_kernel, sum_kernel
 from mpkernels.ops.linear_act.kernels_triton_tma import gemm_tma_kernel
 
-NAMES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32"}
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+NAMES = {f16: "*fp16", bf16: "*bf16", f32: "*fp32", f64: "*fp64", torch.int32: "*i32", e4m3: "*fp8e4nv", e5m2: "*fp8e5"}
 
 # Sizes, and strides of a and b: x and weight.T; grad_z and weight; grad_z.T and x. Aligned where moving 16
 # bytes at once needs it and nowhere else.
@@ -35,11 +36,12 @@ def cases(sm: int, every: bool):
     for role, a, b, out in _gemms(every):
         candidates = tile_config.tiles(sm, a, b, role != "any", role in HEAVY)
         for tile in candidates if every else dict.fromkeys((candidates[0], candidates[-1])):
-            yield _gemm(role, a, b, out, tile)
-        if role not in ("any", *NON_RELU) and a == b and sm in tile_config.TMA_SMS and a.itemsize == 2:
-            candidates = tile_config.tma_tiles(sm, out, triton.specializes() and role not in ("prev", "sums"))
+            yield _gemm(role, a, b, out, tile, sm)
+        by_tma = a.itemsize == 1 or (a.itemsize == 2 and a == b)
+        if role not in ("any", *NON_RELU) and by_tma and sm in tile_config.TMA_SMS:
+            candidates = tile_config.tma_tiles(sm, a, out, triton.specializes() and role not in ("prev", "sums"))
             for tile in candidates if every else candidates[:1]:
-                yield _gemm_tma(role, a, out, tile)
+                yield _gemm_tma(role, a, b, out, tile, sm)
     yield _select(f16, torch.int32, f16, f32)
     yield _select(bf16, f32, bf16, f32)
     yield _sum(f32, f16)
@@ -52,8 +54,10 @@ def cases(sm: int, every: bool):
 def _gemms(every: bool):
     """(role, dtypes of a, b and out)."""
     yield from (("fprop", f16, f16, f16), ("fprop", bf16, f32, bf16), ("wgrad", f16, f16, f32), ("prev", f16, f16, f16))
-    yield ("non_relu", f16, f16, f16)
+    yield from (("non_relu", f16, f16, f16), ("fprop", e4m3, e4m3, bf16))
     if every:
+        yield from (("fprop", e5m2, e4m3, f32), ("fprop", e4m3, e5m2, f16), ("non_relu", e4m3, e4m3, bf16))
+        yield from (("any", e4m3, e4m3, bf16), ("any", e5m2, e4m3, f32))
         yield from (
             ("fprop", bf16, bf16, bf16),
             ("fprop", f16, f16, f32),
@@ -77,7 +81,19 @@ def _gemms(every: bool):
         yield from (("any", f16, f16, f16), ("any", f16, f64, f16), ("any", bf16, f64, bf16), ("any", f64, f64, bf16))
 
 
-def _gemm(role, a, b, out, tile):
+def _scales(a, sm):
+    """The dtypes of what 8-bit operands have besides, and the constants of all."""
+    if a.itemsize > 1:
+        return {}, {"FLOAT8": 0, "a_scale_ptr": None, "b_scale_ptr": None}
+    return {"a_scale_ptr": "*fp32:16", "b_scale_ptr": "*fp32:16"}, {"FLOAT8": int(tile_config.float8(sm))}
+
+
+def _name(operand, sm):
+    decoded = operand == e4m3 and tile_config.float8(sm) == tile_config.Float8.DECODED
+    return "*u8" if decoded else NAMES[operand]
+
+
+def _gemm(role, a, b, out, tile, sm):
     """fprop has bias, ReLU and mask, the gradients none of them; `any` is fprop on odd sizes and strides; `prev` is dgrad
     with the pass of the previous layer, by a mask, `sums` without its activation; `added` is wgrad that is added to a sum;
     `non_relu` has GELU, which keeps the preactivation."""
@@ -86,12 +102,18 @@ def _gemm(role, a, b, out, tile):
     role = role.removesuffix(" non_relu")
     wide = "*fp64:16" if a == f64 else "*fp32:16"
     align = "" if role == "any" else ":16"
-    signature = {"a_ptr": NAMES[a] + align, "b_ptr": NAMES[b] + align, "out_ptr": NAMES[out] + align}
+    scales, constants = _scales(a, sm)
+    signature = {"a_ptr": _name(a, sm) + align, "b_ptr": _name(b, sm) + align, "out_ptr": NAMES[out] + align} | scales
     signature |= ROLES[role] | {"stride_bias": "i32", "stride_mask": "i32", "stride_sm": "i32", "stride_sn": "i32:1"}
+    signature |= {"stride_as": "i32:1", "stride_bs": "i32"}
+    if scales:  # K lies along memory, whatever the rest
+        signature |= {"stride_ak": "i32:1", "stride_bk": "i32:1"}
     pointers = ("bias_ptr", "mask_ptr", "preactivation_ptr", "saved_ptr", "partial_ptr")
     present = {}
     if forward:
-        present = {"bias_ptr": "*fp32:16"} | ({"preactivation_ptr": NAMES[a] + ":16"} if non_relu else {"mask_ptr": "*i32:16"})
+        present = {"bias_ptr": "*fp32:16"} | (
+            {"preactivation_ptr": NAMES[bf16 if scales else a] + ":16"} if non_relu else {"mask_ptr": "*i32:16"}
+        )
     if role in ("prev", "sums"):
         present = {"partial_ptr": wide}
     if role == "prev":
@@ -101,13 +123,15 @@ def _gemm(role, a, b, out, tile):
     activation = int(Activation.GELU if non_relu else Activation.RELU)
     constexprs |= {"ACTIVATION": activation * forward, "PREV_ACTIVATION": activation * (role == "prev")}
     constexprs |= {"ACCUMULATE": role == "added"}
-    constexprs |= {name: None for name in pointers if name not in present}
+    constexprs |= {name: None for name in pointers if name not in present} | constants
     return gemm_kernel, signature, constexprs, {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
-def _gemm_tma(role, operand, out, tile):
+def _gemm_tma(role, a, b, out, tile, sm):
     forward = role == "fprop"
-    signature = {"a_ptr": NAMES[operand] + ":16", "b_ptr": NAMES[operand] + ":16", "out_ptr": NAMES[out] + ":16"}
+    scales, constants = _scales(a, sm)
+    signature = {"a_ptr": NAMES[a] + ":16", "b_ptr": NAMES[b] + ":16", "out_ptr": NAMES[out] + ":16"} | scales
+    signature |= dict(stride_as="i32:1", stride_bs="i32")
     signature |= dict(M="i32", N="i32", K="i32", stride_a="i32", stride_b="i32", stride_bias="i32:1", stride_mask="i32")
     signature |= dict(stride_sm="i32", stride_sn="i32:1")
     present = {"bias_ptr": "*fp32:16", "mask_ptr": "*i32:16"} if forward else {}
@@ -118,7 +142,7 @@ def _gemm_tma(role, operand, out, tile):
     constexprs |= {"ACCUMULATE": role == "added"}
     options = {name: constexprs.pop(name) for name in ("num_warps", "num_stages")}
     pointers = ("bias_ptr", "mask_ptr", "prev_ptr", "partial_ptr")
-    constexprs |= {name: None for name in pointers if name not in present}
+    constexprs |= {name: None for name in pointers if name not in present} | constants
     return gemm_tma_kernel, signature, constexprs, options
 
 

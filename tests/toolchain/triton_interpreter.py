@@ -119,8 +119,16 @@ def _patch_casts() -> None:
 
 
 def _dot_in_fp64(self, a, b, d, *options):
-    total = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)).astype(d.data.dtype)
+    total = np.matmul(_in_fp64(a), _in_fp64(b)).astype(d.data.dtype)
     return _Handle(total + d.data, d.dtype.scalar)
+
+
+def _in_fp64(operand) -> np.ndarray:
+    """Of 8-bit floats the interpreter holds bits."""
+    dtype = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}.get(operand.dtype.scalar)
+    if dtype is None:
+        return operand.data.astype(np.float64)
+    return torch.from_numpy(np.ascontiguousarray(operand.data)).view(dtype).double().numpy()
 
 
 def _rounding(operation):

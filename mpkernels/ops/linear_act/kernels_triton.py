@@ -8,8 +8,10 @@ import triton
 import triton.language as tl
 
 from mpkernels.ops.linear_act.epilogues import Activation
+from mpkernels.ops.linear_act.tile_config import Float8
 
 NONE, RELU, RELU2, GELU, GELU_TANH, SILU = (tl.constexpr(int(a)) for a in Activation)
+NO_FLOAT8, PLAIN, PROMOTED, DECODED = (tl.constexpr(int(how)) for how in Float8)
 STEEP = tl.constexpr(1000.0)  # from here on slopes of gelu and silu are 0 or 1, and at infinity their formulas are NaN
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 ONE_OVER_SQRT_TWO_PI = tl.constexpr(0.3989422804014327)
@@ -20,15 +22,17 @@ CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def gemm_kernel(
-    a_ptr, b_ptr, bias_ptr, out_ptr, mask_ptr, preactivation_ptr, saved_ptr, partial_ptr, M, N, K,
-    stride_am, stride_ak, stride_bk, stride_bn, stride_bias, stride_mask, stride_sm, stride_sn,
-    ACTIVATION: tl.constexpr, PREV_ACTIVATION: tl.constexpr, ACCUMULATE: tl.constexpr,
+    a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, out_ptr, mask_ptr, preactivation_ptr, saved_ptr, partial_ptr, M, N, K,
+    stride_am, stride_ak, stride_bk, stride_bn, stride_as, stride_bs, stride_bias, stride_mask, stride_sm, stride_sn,
+    ACTIVATION: tl.constexpr, PREV_ACTIVATION: tl.constexpr, ACCUMULATE: tl.constexpr, FLOAT8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """out (M, N), contiguous, = round(act(a (M, K) @ b (K, N) + bias)): fprop with weight.T as b, dgrad, wgrad.
 
     b is rounded to a's dtype as it is loaded. bias_ptr, mask_ptr (of the op's contract) and preactivation_ptr (M, N) may be
     None.
+    FLOAT8: of tile_config; a and b are 8-bit floats, the bytes of e4m3fn where they are decoded, and a_scale (M,) and
+    b_scale (N,) their scales; None otherwise.
     dgrad for the previous layer: out is times the slope of its activation at saved_ptr, and partial_ptr (tiles of M, N) takes
     the unrounded sums of each tile's columns; both may be None. ACCUMULATE: wgrad is added to what is in out.
     """
@@ -54,12 +58,16 @@ def gemm_kernel(
         inside = depth < K - start
         a = tl.load(a_ptrs, mask=row_inside[:, None] & inside[None, :], other=0.0)
         b = tl.load(b_ptrs, mask=inside[:, None] & column_inside[None, :], other=0.0)
-        b = b.to(a.dtype)  # round: weight's dtype -> compute dtype
         # ----- multiply-accumulate
-        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+        if FLOAT8 == NO_FLOAT8:
+            b = b.to(a.dtype)  # round: weight's dtype -> compute dtype
+        acc = multiply(a, b, acc, FLOAT8)
         a_ptrs += step * stride_ak
         b_ptrs += step * stride_bk
     # ----- epilogue
+    if a_scale_ptr is not None:
+        acc *= tl.load(a_scale_ptr + rows * stride_as, mask=row_inside, other=0.0)[:, None]
+        acc *= tl.load(b_scale_ptr + columns * stride_bs, mask=column_inside, other=0.0)[None, :]
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns * stride_bias, mask=column_inside, other=0.0)
         acc += bias.to(acc.dtype)[None, :]
@@ -86,6 +94,31 @@ def gemm_kernel(
         words &= ((1 << bits) - 1).to(tl.int32)[None, :]  # the others may be NaN's
         inside = row_inside[:, None] & (bits > 0)[None, :]
         tl.store(mask_ptr + rows[:, None] * stride_mask + word[None, :], words, mask=inside)
+
+
+@triton.jit
+def multiply(a, b, acc, FLOAT8: tl.constexpr):
+    """acc + a @ b."""
+    if FLOAT8 == DECODED:
+        a, b = as_fp16(a), as_fp16(b)
+    if FLOAT8 == PROMOTED:
+        acc += tl.dot(a, b, max_num_imprecise_acc=a.shape[1])
+    else:
+        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+    return acc
+
+
+@triton.jit
+def as_fp16(q):
+    """An 8-bit float as fp16, exactly: e5m2 is the upper byte of one; the bits of e4m3fn are 2**-8 times the number there."""
+    # NOTE: one return: Triton compiles what follows a return.
+    bits = q.to(tl.uint8, bitcast=True).to(tl.uint16)
+    if q.dtype == tl.uint8:
+        number = (((bits & 0x7F) << 7) | ((bits & 0x80) << 8)).to(tl.float16, bitcast=True) * 256.0
+        result = tl.where((bits & 0x7F) == 0x7F, float("nan"), number)
+    else:
+        result = (bits << 8).to(tl.float16, bitcast=True)
+    return result
 
 
 @triton.jit

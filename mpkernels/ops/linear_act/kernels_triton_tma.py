@@ -7,20 +7,20 @@ A descriptor fills what lies behind an edge with zeros and clips what is stored 
 import triton
 import triton.language as tl
 
-from mpkernels.ops.linear_act.kernels_triton import _pack, select
+from mpkernels.ops.linear_act.kernels_triton import _pack, multiply, select
 
 
 @triton.jit
 def gemm_tma_kernel(
-    a_ptr, b_ptr, bias_ptr, out_ptr, mask_ptr, prev_ptr, partial_ptr, M, N, K,
-    stride_a, stride_b, stride_bias, stride_mask, stride_sm, stride_sn,
-    A_IS_KM: tl.constexpr, B_IS_NK: tl.constexpr, RELU: tl.constexpr, ACCUMULATE: tl.constexpr, SPECIALIZE: tl.constexpr,
-    SUBTILES: tl.constexpr,
+    a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, out_ptr, mask_ptr, prev_ptr, partial_ptr, M, N, K,
+    stride_a, stride_b, stride_as, stride_bs, stride_bias, stride_mask, stride_sm, stride_sn,
+    A_IS_KM: tl.constexpr, B_IS_NK: tl.constexpr, RELU: tl.constexpr, ACCUMULATE: tl.constexpr,
+    FLOAT8: tl.constexpr, SPECIALIZE: tl.constexpr, SUBTILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """out (M, N), contiguous, = round(act(a (M, K) @ b (K, N) + bias)): fprop, dgrad and wgrad, as gemm_kernel.
 
-    a and b are of one 16-bit dtype, rows of 16-byte pitch. A_IS_KM: a lies in memory as (K, M), wgrad's grad_z;
+    a and b are of one 16-bit dtype or 8-bit floats, rows of 16-byte pitch. A_IS_KM: a lies in memory as (K, M), wgrad's grad_z;
     B_IS_NK: b lies there as (N, K), fprop's weight. bias_ptr and mask_ptr may be None.
     dgrad for the previous layer: out is selected by the mask at prev_ptr, and partial_ptr (tiles of M, N) takes the unrounded
     sums of each tile's columns; both may be None. ACCUMULATE: wgrad is added to what is in out.
@@ -44,22 +44,22 @@ def gemm_tma_kernel(
             a = a_desc.load([k, row]).T if A_IS_KM else a_desc.load([row, k])
             b = b_desc.load([column, k]).T if B_IS_NK else b_desc.load([k, column])
             # ----- multiply-accumulate
-            acc = tl.dot(a, b, acc)
+            acc = multiply(a, b, acc, FLOAT8)
         # ----- epilogue, store
         if SUBTILES == 1:
             _finish(
-                acc, bias_ptr, out_desc, mask_ptr, prev_ptr, partial_ptr, M, N, row, column, stride_bias, stride_mask,
-                stride_sm, stride_sn, RELU, ACCUMULATE,
+                acc, a_scale_ptr, b_scale_ptr, bias_ptr, out_desc, mask_ptr, prev_ptr, partial_ptr, M, N, row, column,
+                stride_as, stride_bs, stride_bias, stride_mask, stride_sm, stride_sn, RELU, ACCUMULATE,
             )  # fmt: skip
         else:
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART_N)), (0, 2, 1)))
             _finish(
-                left, bias_ptr, out_desc, mask_ptr, prev_ptr, partial_ptr, M, N, row, column, stride_bias, stride_mask,
-                stride_sm, stride_sn, RELU, ACCUMULATE,
+                left, a_scale_ptr, b_scale_ptr, bias_ptr, out_desc, mask_ptr, prev_ptr, partial_ptr, M, N, row, column,
+                stride_as, stride_bs, stride_bias, stride_mask, stride_sm, stride_sn, RELU, ACCUMULATE,
             )  # fmt: skip
             _finish(
-                right, bias_ptr, out_desc, mask_ptr, prev_ptr, partial_ptr, M, N, row, column + PART_N, stride_bias,
-                stride_mask, stride_sm, stride_sn, RELU, ACCUMULATE,
+                right, a_scale_ptr, b_scale_ptr, bias_ptr, out_desc, mask_ptr, prev_ptr, partial_ptr, M, N, row,
+                column + PART_N, stride_as, stride_bs, stride_bias, stride_mask, stride_sm, stride_sn, RELU, ACCUMULATE,
             )  # fmt: skip
 
 
@@ -74,13 +74,16 @@ def _operand(ptr, rows, K, stride, IS_TRANSPOSED: tl.constexpr, BLOCK_ROWS: tl.c
 
 @triton.jit
 def _finish(
-    acc, bias_ptr, out_desc, mask_ptr, prev_ptr, partial_ptr, M, N, row, column, stride_bias, stride_mask,
-    stride_sm, stride_sn, RELU: tl.constexpr, ACCUMULATE: tl.constexpr,
+    acc, a_scale_ptr, b_scale_ptr, bias_ptr, out_desc, mask_ptr, prev_ptr, partial_ptr, M, N, row, column,
+    stride_as, stride_bs, stride_bias, stride_mask, stride_sm, stride_sn, RELU: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Bias, activation, selection, sums, rounding and stores of a part of a tile that begins at (row, column)."""
+    """Scales, bias, activation, selection, sums, rounding and stores of a part of a tile that begins at (row, column)."""
     BLOCK_M: tl.constexpr = acc.shape[0]
     BLOCK_N: tl.constexpr = acc.shape[1]
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+    if a_scale_ptr is not None:
+        acc *= tl.load(a_scale_ptr + rows.to(tl.int64) * stride_as, mask=rows < M, other=0.0)[:, None]
+        acc *= tl.load(b_scale_ptr + columns.to(tl.int64) * stride_bs, mask=columns < N, other=0.0)[None, :]
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns.to(tl.int64) * stride_bias, mask=columns < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]

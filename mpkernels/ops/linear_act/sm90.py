@@ -5,6 +5,10 @@ Backward is one streaming pass (select, grad_bias) and two launches of the same 
 for the previous layer. Same inputs, same bits: no atomics; where the sum over M is split, the parts are fp32 and are added
 in order.
 
+8-bit operands are Triton's: WGMMA keeps about 14 bits of their sums, which have to be added in fp32 every 128 of K. That takes
+a second set of accumulators, for which a 128 x 256 tile has no registers, and a wait for each k-block where this pipeline
+keeps a group in flight: another main loop.
+
 What TMA asks of a matrix: rows that are contiguous and start at multiples of 16 bytes. So K and N are multiples of 8 (else
 the call is refused: that is Triton's), and an operand that lies otherwise is copied once.
 """

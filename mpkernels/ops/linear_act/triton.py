@@ -16,7 +16,7 @@ from mpkernels.ops.common.cast import cast
 from mpkernels.ops.linear_act import epilogues
 from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
 from mpkernels.ops.linear_act.epilogues import Activation, acc_dtype, empty_saved, mask_pitch
-from mpkernels.ops.linear_act.tile_config import TMA_SMS, Operand, plan
+from mpkernels.ops.linear_act.tile_config import TMA_SMS, Float8, Operand, float8, plan
 from mpkernels.runtime import tuned_table
 from mpkernels.runtime.resolve import triton_why_not
 
@@ -36,22 +36,21 @@ SELECT_ROWS = 256  # summed by one program of the select pass
 
 
 def why_not(key: CallKey) -> str | None:
-    reason = triton_why_not(key.device) or epilogues.why_not("triton", key.activation)
-    return reason or (f"has no {key.dtype}" if key.dtype.itemsize == 1 else None)
+    return triton_why_not(key.device) or epilogues.why_not("triton", key.activation)
 
 
 def linear_act(call: ForwardCall):
     x, activation, compute_dtype = call.x, call.activation, call.compute_dtype
     (*lead, K), N, M = x.shape, call.weight.shape[0], x.shape[:-1].numel()
     x_compute = None if x.dtype == compute_dtype else cast(x, compute_dtype)
-    saved = empty_saved(x, N, activation, compute_dtype) if call.save and activation else None
+    saved = empty_saved(x, N, activation, call.preactivation_dtype) if call.save and activation else None
     b = call.operand
     gemm = ("fprop", M, N, K, activation, compute_dtype, b.dtype, call.out_dtype)
     with torch.cuda.device_of(x):
         out, _ = _gemm(
             _rows(x if x_compute is None else x_compute, M, K), b.t(), call.out_dtype,
             None if call.batch_invariant else _tuned(x.device, *gemm), bias=call.bias, activation=int(activation), saved=saved,
-            batch_invariant=call.batch_invariant,
+            batch_invariant=call.batch_invariant, scales=(_flat(call.x_scale), _flat(call.weight_scale)),
         )  # fmt: skip
     return out if x.dim() == 2 else out.view(*lead, N), saved, x_compute
 
@@ -90,6 +89,11 @@ def linear_act_backward(call: BackwardCall):
 def _rows(tensor, rows, columns):
     """`tensor` as a matrix."""
     return tensor if tensor.dim() == 2 else tensor.reshape(rows, columns)
+
+
+def _flat(scale):
+    """A scale (*, 1) or () as a vector."""
+    return None if scale is None else scale.reshape(scale.numel())
 
 
 def _matrix(saved, activation, rows, columns):
@@ -155,10 +159,11 @@ def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
 
 def _gemm(
     a, b, out_dtype, tile=None, *, bias=None, activation=0, saved=None, prev=None, prev_activation=0, sums=False,
-    batch_invariant=False, add_to=None,
+    batch_invariant=False, add_to=None, scales=(None, None),
 ):  # fmt: skip
     """(round(act(a @ b + bias)), None) for a (M, K) and b (K, N) of any stride; `saved` is filled where it is given.
 
+    scales: of 8-bit floats a and b, vectors of one or of M and N.
     prev: what the previous layer saved, by whose activation's gradient the result is multiplied. sums: the second is then the
     sums of its columns, unrounded, of each row of tiles. add_to: a contiguous matrix of `out_dtype` that the result is added to
     and that is returned, or None.
@@ -168,25 +173,54 @@ def _gemm(
     casts = b.dtype != a.dtype and a.dtype.itemsize == 2 and (M >= CAST_FIRST or batch_invariant)
     if casts and _device(a.device)[0] in TMA_SMS:
         b = cast(b, a.dtype)
+    if a.dtype.itemsize == 1:
+        a, b = _for_float8(a, b.t(), _device(a.device)[0])
     if batch_invariant and (a.stride() != (K, 1) or a.data_ptr() % 16):
         a = a.clone(memory_format=torch.contiguous_format)  # so that how it lies does not decide, either
     misalignment = None if add_to is None else out.data_ptr() % 16
-    kinds = (_kind(a), _kind(b), out_dtype, misalignment, _kind(bias), _kind(prev))
+    kinds = (_kind(a), _kind(b), *map(_kind, scales), out_dtype, misalignment, _kind(bias), _kind(prev))
     launch = _gemm_launch(a.device, *kinds, saved is not None, activation, prev_activation, sums, tile, batch_invariant)
     partial = a.new_empty((-(-M // launch.constants["BLOCK_M"]), N), dtype=acc_dtype(a.dtype)) if sums else None
     if out.numel() == 0:
         return out, partial
     if launch.by_tma:
-        contextvars.copy_context().run(_launch_tma, launch, a, b, bias, out, saved, prev, partial)
+        contextvars.copy_context().run(_launch_tma, launch, a, b, *scales, bias, out, saved, prev, partial)
     else:
         mask, preactivation = (saved, None) if activation == Activation.RELU else (None, saved)
-        launch(a, b, bias, out, mask, preactivation, prev, partial)
+        launch(a, b, *scales, bias, out, mask, preactivation, prev, partial)
     return out, partial
+
+
+def _for_float8(a, b, sm: int):
+    """8-bit a (M, K) and b (N, K) with K along memory, as tensor cores read them, and of a dtype that Triton has on `sm`."""
+    a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b))
+    if float8(sm) == Float8.DECODED:
+        a, b = (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in (a, b))
+    return a, b.t()
+
+
+def _stride(vector: tuple | None) -> int:
+    """Of a kind; 0 where one number serves all."""
+    return 0 if vector is None or vector[1] == (1,) else vector[2][0]
 
 
 @functools.lru_cache(maxsize=4096)
 def _gemm_launch(
-    device, a, b, out_dtype, misalignment, bias, prev, saves, activation, prev_activation, sums, tile, batch_invariant
+    device,
+    a,
+    b,
+    a_scale,
+    b_scale,
+    out_dtype,
+    misalignment,
+    bias,
+    prev,
+    saves,
+    activation,
+    prev_activation,
+    sums,
+    tile,
+    batch_invariant,
 ) -> _Launch:
     """For tensors of these kinds; misalignment: of what is added to, or None."""
     a, b = Operand(*a), Operand(*b)
@@ -197,14 +231,15 @@ def _gemm_launch(
         fuses_prev=sums or prev is not None, non_relu_activation=non_relu, batch_invariant=batch_invariant,
         accumulates=misalignment is not None,
     )  # fmt: skip
+    strides_scale = (_stride(a_scale), _stride(b_scale))
     stride_bias = 0 if bias is None else bias[2][0]
     stride_mask = mask_pitch(N) if saves and activation == Activation.RELU else 0
     strides_prev = (0, 0) if prev is None else prev[2]
     constants = {"ACCUMULATE": misalignment is not None} | chosen.options
     if chosen.by_tma:
-        numbers = (M, N, K, a.pitch, b.pitch, stride_bias, stride_mask, *strides_prev)
+        numbers = (M, N, K, a.pitch, b.pitch, *strides_scale, stride_bias, stride_mask, *strides_prev)
         return _Launch(tma.gemm_tma_kernel, chosen.grid, numbers, {"RELU": bool(activation)} | constants, by_tma=True)
-    numbers = (M, N, K, *a.stride, *b.stride, stride_bias, stride_mask, *strides_prev)
+    numbers = (M, N, K, *a.stride, *b.stride, *strides_scale, stride_bias, stride_mask, *strides_prev)
     constants |= {"ACTIVATION": activation, "PREV_ACTIVATION": prev_activation}
     return _Launch(kernels.gemm_kernel, chosen.grid, numbers, constants)
 

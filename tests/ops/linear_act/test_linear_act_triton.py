@@ -459,7 +459,7 @@ def test_linear_act_tuned_tiles_are_checked_written_and_used(generator, device, 
     """A tile that nothing else chooses, to tell it: raced, written, read by the next process, launched."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     other, tma_tiles = tile_config.TmaTile(32, 32, 32, 4, 1), tile_config.tma_tiles
-    monkeypatch.setattr(tile_config, "tma_tiles", lambda sm, out, specializes: (other,))
+    monkeypatch.setattr(tile_config, "tma_tiles", lambda sm, operand, out, specializes: (other,))
     tune = importlib.import_module("mpkernels.tune")
     found = {(device, tuned_table.gemm_key(*p)): 24 for p in (
         ("fprop", 24, 40, 16, Activation.RELU, f16, f16, f16), ("backward", 24, 40, 16, Activation.RELU, f16, f16, f16, f16),
