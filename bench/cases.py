@@ -66,6 +66,22 @@ class Quantize(Case):
 
 
 @dataclass(frozen=True)
+class Float8(Case):
+    """A linear in float8_e4m3fn with scales by row; x: (M, K), weight: (N, K). direction: forward, of operands that are
+    quantized, or both, of a layer."""
+
+    direction: str
+    M: int
+    K: int
+    N: int
+    op: str = field(default="float8", init=False)
+
+    @property
+    def name(self) -> str:
+        return f"float8/{self.direction}/{self.M}x{self.K}x{self.N}"
+
+
+@dataclass(frozen=True)
 class Step(Case):
     """scaler.step and scaler.update of an optimizer on `parameters` in `tensors` equal tensors. kind: plain, clip or skipped.
 
@@ -150,6 +166,14 @@ def _linear_acts():
             yield from (LinearAct(direction, *shape, d, EVERY_MODE, devices=CUDA) for d in ("float16", "bfloat16"))
 
 
+def _float8s():
+    """On a GPU from where eight bits are said to pay on."""
+    for direction in ("forward", "both"):
+        yield from (Float8(direction, *shape, devices=CPU) for shape in (_CPU_SHAPES[1], _CPU_SHAPES[2], _CPU_SHAPES[4]))
+        for shape in ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 16384), (4096, 1024, 4096), (512, 1024, 4096)):
+            yield Float8(direction, *shape, quick=CUDA if shape == (4096, 4096, 4096) else (), devices=CUDA)
+
+
 def _steps():
     million = 10**6
     for parameters in (10 * million, 50 * million):
@@ -201,6 +225,7 @@ _EVERYTHING = (
     Quantize(1024, 4096, devices=CPU),
     Quantize(4096, 4096, devices=CUDA),
     Quantize(16384, 4096, devices=CUDA),
+    *_float8s(),
     *_steps(),
     *_trainings(),
     *(

@@ -185,6 +185,12 @@ SECTIONS = {  # title: (the ops it shows, a sentence on it, its table)
     ),
     "Forward and backward": (("linear_act",), "", lambda rows: tables.ratios(rows, "linear_act", prefix="linear_act/both/")),
     "Chains": (("mlp",), "Four layers, forward and backward, fp32 parameters.", lambda rows: tables.ratios(rows, "mlp")),
+    "Eight bits": (
+        ("quantize", "float8"),
+        "A matrix quantized by rows; the product of e4m3 operands; forward and backward of a layer of `mixed_float8`.\n"
+        "The roof of a product is that of bf16.",
+        lambda rows: tables.ratios(rows, "quantize", "float8"),
+    ),
     "Optimizer step": (
         ("step",),
         "`scaler.step(opt)` and `scaler.update()` together, the launch overhead of every tensor included.",

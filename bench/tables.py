@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from bench import targets
 from bench.implementation import OURS
 
-EVERY_OP = ("linear_act", "mlp", "step", "training", "overhead")
+EVERY_OP = ("linear_act", "mlp", "step", "training", "overhead", "quantize", "float8")
 
 
 def markdown(header: list[str], lines: Iterable[list[str]]) -> str:

@@ -111,6 +111,8 @@ _FUSED, _MKL = "oneDNN on fp32 copies, ReLU fused", "MKL on fp32 copies"
 _CLASSICAL, _FP32 = "classical fp16 recipe", "fp32 parameters"
 _AUTOCAST, _BY_HAND = "torch autocast fp16", "torch fp16 model, fp32 masters"
 _MODELS = ("training/mlp6_wide", "training/dlrm_wide", "training/vit_b", "training/bert_base", "training/gpt2_small")
+_FLOAT8 = tuple(case.name for case in select("cuda", ["float8"], "*/both/*") if min(case.K, case.N) >= 4096)
+_IN_BF16 = f"{OURS} bfloat16"
 _LARGE = ("step/float16/plain/1e8in300", "step/float16/plain/1e9in300")
 
 TARGETS = {
@@ -127,6 +129,7 @@ TARGETS = {
         Target("step of 100 small tensors, us", "the clock", ("overhead/step of 100",), 150, microseconds),
     ),
     "cuda": (
+        Target("a layer in eight bits, K and N from 4096", _IN_BF16, _FLOAT8, 1 / 1.15, time_over(_IN_BF16)),
         Target("AdamW step, bytes over time", "a device copy", _LARGE, 0.90, share_of_copy, at_least=True),
         Target("AdamW step", "fp32 parameters, weights cast", _LARGE, 1 / 1.40, time_over("fp32 parameters, weights cast")),
         Target("AdamW step", _CLASSICAL, _LARGE, 1 / 1.50, time_over(_CLASSICAL)),

@@ -11,7 +11,7 @@ import torch
 
 from bench import compare, figures, plots, report, rows, step, tables, targets
 from bench.__main__ import check
-from bench.cases import CASES, LinearAct, Mlp, Quantize, Step, select
+from bench.cases import CASES, Float8, LinearAct, Mlp, Quantize, Step, select
 from bench.implementation import OURS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -23,6 +23,7 @@ SMALL = (
     ),
     Mlp(8, 32),
     Quantize(33, 70),
+    *(Float8(direction, 37, 96, 32) for direction in ("forward", "both")),
     *(Step(30_000, 3, grads, kind) for grads in ("float16", "float32") for kind in ("clip", "skipped")),
     Step(30_000, 3, optimizer="lion"),
 )
@@ -151,10 +152,15 @@ def test_bench_peak_of_a_gpt_says_what_is_not_measured():
     ]
 
 
+WITHOUT_ROWS = ("Eight bits",)  # of a CPU, so far
+
+
 def test_bench_page_has_every_table():
     rows = report.current_rows()["zen3"]
     text = report.benchmarks("zen3", rows)
-    assert all(f"## {title}\n" in text and table(rows) in text for title, (_, _, table) in report.SECTIONS.items())
+    sections = {title: table for title, (_, _, table) in report.SECTIONS.items() if title not in WITHOUT_ROWS}
+    assert all(f"## {title}\n" in text and table(rows) in text for title, table in sections.items())
+    assert not any(f"## {title}\n" in text for title in WITHOUT_ROWS)
     assert "## Optimizer step" not in report.benchmarks("zen3", [row for row in rows if row["op"] != "step"])
 
 
@@ -170,9 +176,9 @@ def test_bench_plots_rows_of_a_gpu():
     """Rows with the names of `--quick` on a GPU are enough for every plot, and for every table."""
     rows = []
     for case in select("cuda", quick=True):
-        like = next(
-            row for row in report.current_rows()["zen3"] if row["op"] == case.op and row["implementation"] == "mpkernels"
-        )
+        op = "linear_act" if case.op == "float8" else case.op
+        like = next(row for row in report.current_rows()["zen3"] if row["op"] == op and row["implementation"] == "mpkernels")
+        like |= {"op": case.op}
         for name in NAMED | {"torch float16"}:
             rows.append(like | {"case": case.name, "implementation": name, "clock": "GPU events", "peak_bytes": 1, "gb_s": 1.0})
     drawn = [name for name, text in plots.draw({"h200": rows}, report.NAMES) if "<svg" in text]
