@@ -21,6 +21,15 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
 
 
+class Block(nn.Module):
+    def __init__(self, activation):
+        super().__init__()
+        self.up, self.down, self.activation = nn.Linear(6, 8), nn.Linear(8, 6), activation
+
+    def forward(self, x):
+        return self.down(self.activation(self.up(x)))
+
+
 def snapshot(model) -> list:
     """All that convert may change: class, attributes and children of every module, the bits of the parameters."""
     modules = [
@@ -522,57 +531,6 @@ def test_wide_gradients_of_narrow_parameters():
     model(torch.ones(2, 6)).float().sum().backward()
     assert {p.dtype for p in model.parameters()} == {torch.float16}
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
-
-
-# ----- what the report says ----------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    def __init__(self, activation):
-        super().__init__()
-        self.up, self.down, self.activation = nn.Linear(6, 8), nn.Linear(8, 6), activation
-
-    def forward(self, x):
-        return self.down(self.activation(self.up(x)))
-
-
-@pytest.mark.parametrize("activation", [torch.relu, nn.functional.gelu, torch.tanh, torch.Tensor.relu_])
-def test_activations_in_a_forward_are_the_models(activation):
-    """Nothing is read out of it: another function may stand there at the next call. The report has a hint."""
-    model = mpk.convert(Block(activation), "float32")
-    x = torch.randn(3, 6)
-    expected = model.down(activation(model.up(x)))
-    assert torch.equal(model(x), expected)
-    model.activation = torch.sigmoid
-    assert torch.equal(model(x), model.down(torch.sigmoid(model.up(x))))
-    report = mpk.convert_report(model)
-    assert [(row.activation, row.note) for row in report] == [(None, "")] * 2
-    assert str(report).splitlines()[2].startswith("hint: activations that a forward() calls itself run apart")
-    own = nn.ModuleList([mpk.MPLinear(6, 8, activation="relu")])
-    assert "hint" not in str(mpk.convert_report(mpk.convert(own)))
-
-
-def test_report_says_what_runs_with_a_linear_and_what_does_not():
-    model = nn.Sequential(
-        nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6), nn.GELU("tanh"), nn.Linear(6, 6), nn.SiLU(),
-        nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.ReLU(),
-    )  # fmt: skip
-    mpk.convert(model)
-    model[11].register_forward_hook(lambda *args: None)
-    rows = {row.name: (row.activation, row.note) for row in mpk.convert_report(model)}
-    apart = '{} runs apart: MPLinear(activation="{}") would fuse it'
-    assert rows == {
-        "0": ("relu", "output float16: only 2 reads it"),
-        "2": (None, "its " + apart.format("GELU", "gelu")),
-        "4": (None, "its " + apart.format("GELU", "gelu_tanh")),
-        "6": (None, "its " + apart.format("SiLU", "silu")),
-        "8": (None, ""),
-        "10": (None, "its " + apart.format("ReLU", "relu")),
-    }
-    half = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)).half()
-    assert [row.note for row in mpk.convert_report(mpk.convert(half, "mixed_float16"))] == [
-        "its weight is float16, the policy's parameters are float32"
-    ] * 2
 
 
 # ----- what it leaves behind ----------------------------------------------------------------------

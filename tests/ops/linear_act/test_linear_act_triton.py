@@ -19,37 +19,17 @@ from mpkernels.ops.linear_act.call import CallKey
 from mpkernels.ops.linear_act.epilogues import empty_mask
 from mpkernels.runtime import tuned_table
 from mpkernels.testing import checks, linear_act_cases
-from tests import bounds
+from tests import bounds, triton_target
 from tests import linear_act_cases as cases
 from tests.levels import each_once
 from tests.linear_act_cases import DTYPES, Case, backward, bits_of, forward, same_bits
 
-INTERPRETED = pytest.importorskip("triton").knobs.runtime.interpret
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("needs a GPU or TRITON_INTERPRET=1, which test_triton_interpreter.py sets", allow_module_level=True)
-if INTERPRETED:
-    from tests.toolchain import triton_interpreter
-
-    triton_interpreter.install()
+INTERPRETED = triton_target.INTERPRETED
+device, _force_triton = triton_target.device, triton_target.forcing("linear_act", "linear_act_backward")
+test_interpreter_computes_bf16_by_value = triton_target.test_interpreter_computes_bf16_by_value
 
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cpu" if INTERPRETED else "cuda")
-
-
-@pytest.fixture(autouse=True)
-def _force_triton(monkeypatch):
-    monkeypatch.setenv("MPKERNELS_BACKEND", "linear_act=triton,linear_act_backward=triton")
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="of the interpreter")
-def test_interpreter_computes_bf16_by_value():
-    """First, and not to be skipped there: without it no bf16 test below means anything."""
-    triton_interpreter.check()
 
 
 def test_linear_act_runs_in_triton(device):

@@ -12,40 +12,18 @@ from mpkernels.ops import grad_stats, update_scale
 from mpkernels.ops.common import triton_table as table
 from mpkernels.ops.optimizer_update import adamw_, lion_, sgd_
 from mpkernels.testing import checks, step_cases
-from tests import bounds, steps
+from tests import bounds, steps, triton_target
 from tests.ops.grad_stats import test_grad_stats
 from tests.ops.optimizer_update import test_inputs, test_rules, test_skips, test_state_dtype
 from tests.ops.optimizer_update.rules import ADAMW, LION, RULES, SGD
 from tests.ops.update_scale import test_update_scale
 from tests.steps import BAD_SCALES, BAD_VALUES, DTYPES, Problem, raw, scalar
 
-triton = pytest.importorskip("triton")
-INTERPRETED = triton.knobs.runtime.interpret
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("needs a GPU or TRITON_INTERPRET=1, which test_triton_interpreter.py sets", allow_module_level=True)
-if INTERPRETED:
-    from tests.toolchain import triton_interpreter
-
-    triton_interpreter.install()
+device, _force_triton = triton_target.device, triton_target.forcing("adamw_", "sgd_", "lion_", "grad_stats_", "update_scale_")
+test_interpreter_computes_bf16_by_value = triton_target.test_interpreter_computes_bf16_by_value
 
 updates = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 SIZES = (1, 2, 7, 31, 64, 257, table.BLOCK + 1)
-
-
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cpu" if INTERPRETED else "cuda")
-
-
-@pytest.fixture(autouse=True)
-def _force_triton(monkeypatch):
-    monkeypatch.setenv("MPKERNELS_BACKEND", "adamw_=triton,sgd_=triton,lion_=triton,grad_stats_=triton,update_scale_=triton")
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="of the interpreter")
-def test_interpreter_computes_bf16_by_value():
-    """First, and not to be skipped there: without it no bf16 test below means anything."""
-    triton_interpreter.check()
 
 
 @pytest.mark.parametrize("what", ["parameter", "gradient"])

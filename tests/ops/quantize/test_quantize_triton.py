@@ -9,40 +9,19 @@ import torch
 
 from mpkernels.ops.quantize import FORMATS, op
 from mpkernels.testing import checks
+from tests import triton_target
 from tests.ops.quantize import test_quantize as cases
 
-triton = pytest.importorskip("triton")
-INTERPRETED = triton.knobs.runtime.interpret
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("needs a GPU or TRITON_INTERPRET=1, which test_triton_interpreter.py sets", allow_module_level=True)
-if INTERPRETED:
-    from tests.toolchain import triton_interpreter
-
-    triton_interpreter.install()
+device, _force_triton = triton_target.device, triton_target.forcing("quantize")
+test_interpreter_computes_bf16_by_value = triton_target.test_interpreter_computes_bf16_by_value
 
 f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
 SHAPES = ((), (1,), (3, 1), (1, 3), (33, 65), (4, 5, 7), (1, 4500), (4500, 1), (70, 3), (2, 20, 70))
 
 
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cpu" if INTERPRETED else "cuda")
-
-
 @pytest.fixture(params=FORMATS, ids=["e4m3", "e5m2"])
 def dtype(request):
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def _force_triton(monkeypatch):
-    monkeypatch.setenv("MPKERNELS_BACKEND", "quantize=triton")
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="of the interpreter")
-def test_interpreter_computes_bf16_by_value():
-    """First, and not to be skipped there: without it no bf16 test below means anything."""
-    triton_interpreter.check()
 
 
 def test_quantize_passes_the_proof(device):
