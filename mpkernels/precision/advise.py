@@ -61,6 +61,7 @@ def advise(
         else:
             for tensor, values in (("x", call.x), ("out", call.out), ("grad_out", call.grad_out)):
                 others[call.name].add(tensor, values)
+                others[call.name].add_scaled(tensor, values)
 
     loss = capture(model, step, modules, analyse)
     tuned = tuned_table.entries(next(iter(layers.values())).weight.device)

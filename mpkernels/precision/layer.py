@@ -8,22 +8,16 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from mpkernels import functional
-from mpkernels.ops.linear_act.epilogues import activation_of
 from mpkernels.policy import Policy
 from mpkernels.precision.capture import Call
-from mpkernels.precision.ranges import Range, RangeCounter
+from mpkernels.precision.exact import Exact, scale_of
+from mpkernels.precision.ranges import BLOCK, Range, RangeCounter, ScaledCounter
 from mpkernels.precision.seconds import seconds
 
 FORWARD, BACKWARD = ("x", "weight", "out"), ("grad_out", "grad_x", "grad_weight")
-BLOCK = 1 << 18  # elements of the widest tensor of a block of rows, of which some ten in fp64 live at a time
-_ACTIVATIONS = {
-    None: lambda z: z, "relu": torch.relu, "relu2": lambda z: torch.relu(z).square(), "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "silu": F.silu,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,13 +25,14 @@ class PolicyRow:
     """What one policy makes of one linear. Gradients are those times `loss_scale`.
 
     range: by tensor, against the format that the policy gives it; `out` against the compute dtype where the policy has no
-    output_dtype, since it is that under autocast and between linears. error: relative, in norm, of out, and of grad_x and
-    grad_weight where backward computes them, against fp64 on what was not rounded. loss_change: `<grad_out, out - exact>`,
-    the first order of what the loss changes by. noise: what it would be with random signs,
-    `sqrt(sum((grad_out * (out - exact))**2))`. bound_ratio: the largest error of an element of out, in units of the bound
-    that follows from the roundings; None where something overflows. max_loss_scale: the largest power of two that no
-    gradient overflows with. bytes: parameters, their copy and what is saved for backward. traffic: bytes that the products
-    of a step read and write. seconds: of its forward and gradients, where this machine's tuned table has them, else None.
+    output_dtype, since it is that under autocast and between linears; where operands have 8 bits and scales, `out` and
+    `grad_x` against bfloat16. error: relative, in norm, of out, and of grad_x and grad_weight where backward computes
+    them, against fp64 on what was not rounded. loss_change: `<grad_out, out - exact>`, the first order of what the loss
+    changes by. noise: what it would be with random signs, `sqrt(sum((grad_out * (out - exact))**2))`. bound_ratio: the
+    largest error of an element of out, in units of the bound that follows from the roundings; None where something
+    overflows. max_loss_scale: the largest power of two that no gradient overflows with. bytes: parameters, their copy and
+    what is saved for backward, scales included. traffic: bytes that the products of a step read and write. seconds: of its
+    forward and gradients, where this machine's tuned table has them, else None.
     """
 
     policy: Policy
@@ -59,29 +54,52 @@ def cost_of(rows: Iterable[PolicyRow]) -> str:
 
 def formats(policy: Policy) -> dict[str, torch.dtype]:
     """The format of each tensor under `policy`."""
-    found = dict.fromkeys((*FORWARD, *BACKWARD), policy.range_dtype)
+    found = dict.fromkeys((*FORWARD, *BACKWARD), policy.compute_dtype)
     found["out"] = policy.output_dtype or policy.range_dtype
+    found["grad_x"], found["grad_out"] = policy.range_dtype, policy.dgrad_dtype or policy.compute_dtype
     found["grad_weight"] = policy.grad_dtype or policy.param_dtype
     return found
+
+
+SCALED = ("x", "weight", "grad_out")  # the operands
 
 
 class Ranges:
     """The ranges of the tensors of a module over its calls."""
 
     def __init__(self, policies: list[Policy], loss_scale: float):
+        scales = {name: loss_scale if name in BACKWARD else 1.0 for name in (*FORWARD, *BACKWARD)}
         self.by_tensor = {
-            name: RangeCounter([formats(p)[name] for p in policies], loss_scale if name in BACKWARD else 1.0)
-            for name in (*FORWARD, *BACKWARD)
+            name: RangeCounter([formats(p)[name] for p in policies if not _is_scaled(p, name)], scale)
+            for name, scale in scales.items()
         }
+        self.scaled = {
+            (name, formats(p)[name], p.scaling): ScaledCounter(formats(p)[name], p.scaling, scales[name])
+            for p in policies for name in SCALED if _is_scaled(p, name)
+        }  # fmt: skip
 
     def add(self, name: str, values: torch.Tensor | None) -> None:
         if values is not None and values.numel():
             for block in values.reshape(-1).split(BLOCK):
                 self.by_tensor[name].add(block.double())
 
+    def add_scaled(self, name: str, values: torch.Tensor | None) -> None:
+        """An operand as a whole, for the policies that scale it; a row is what the last dimension holds."""
+        if values is not None and values.numel():
+            for (of, *_), counter in self.scaled.items():
+                if of == name:
+                    counter.add(values.reshape(-1, values.shape[-1] if values.dim() else 1))
+
     def of(self, policy: Policy) -> MappingProxyType[str, Range]:
-        found = {n: c.range(formats(policy)[n]) for n, c in self.by_tensor.items() if c.elements}
-        return MappingProxyType(found)
+        dtypes = formats(policy)
+        return MappingProxyType({
+            name: counter.range(dtypes[name], self.scaled.get((name, dtypes[name], policy.scaling)))
+            for name, counter in self.by_tensor.items() if counter.elements
+        })  # fmt: skip
+
+
+def _is_scaled(policy: Policy, name: str) -> bool:
+    return policy.float8 and name in SCALED
 
 
 @dataclass
@@ -122,32 +140,39 @@ class Layer:
         x, grad = call.x.reshape(M, K), None if call.grad_out is None else call.grad_out.reshape(M, N)
         if not self.rows:
             self.ranges.add("weight", weight)
+            self.ranges.add_scaled("weight", weight)
+        self.ranges.add_scaled("x", x)
+        self.ranges.add_scaled("grad_out", grad)
         self.rows.append(M)
         self.x_dtype, self.has_gradient = x.dtype, self.has_gradient or grad is not None
         wanted = {"grad_x": call.wants_grad_x, "grad_weight": self.module.weight.requires_grad}
         wanted = {name for name, is_wanted in wanted.items() if is_wanted and grad is not None}
         self.computed |= wanted
-        exact = _Exact(weight, bias, self.activation, wanted)
+        exact = Exact(weight, bias, self.activation, wanted)
+        of_tensor = [p for p in self.policies if p.scaling == "tensor"]
+        wholes = {p: self._run(p, exact, x, _times(grad, self.loss_scale)) for p in of_tensor}
+        exact.tensor_scales = {p: (scale_of(x, p, None), scale_of(weight, p, None)) for p in of_tensor}
         totals: list[torch.Tensor | None] = [None] * len(self.policies)
         size = max(BLOCK // max(N, K, 1), min(N, K) // 4, 1)  # next to the weight a quarter of it is little
         for rows in range(0, M, size):
-            is_last = rows + size >= M
-            self._add_block(exact, x[rows : rows + size], None if grad is None else grad[rows : rows + size], totals, is_last)
+            at, is_last = slice(rows, rows + size), rows + size >= M
+            parts = {p: _part(whole, at, is_last) for p, whole in wholes.items()}
+            self._add_block(exact, x[at], None if grad is None else grad[at], parts, totals, is_last)
         if "grad_weight" in wanted:
             self.ranges.add("grad_weight", exact.grad_weight)
             self.norms["grad_weight"] += _square(exact.grad_weight)
 
-    def _add_block(self, exact: "_Exact", x, grad, totals: list[torch.Tensor | None], is_last: bool) -> None:
-        """totals: the gradients of the weight under each policy, of the blocks before this one."""
+    def _add_block(self, exact: "Exact", x, grad, parts: dict[Policy, tuple], totals: list[torch.Tensor | None], is_last: bool):
+        """parts: of policies with one scale for a tensor. totals: gradients of the weight, of the blocks before this one."""
         exact.run(x, grad)
         for name in ("x", "out", "grad_out", "grad_x"):
             self.ranges.add(name, getattr(exact, name))
         for name in ("out", "grad_x"):
             values = getattr(exact, name)
             self.norms[name] += 0.0 if values is None else _square(values)
-        scaled = None if grad is None else grad * self.loss_scale
+        scaled = _times(grad, self.loss_scale)
         for i, (policy, found) in enumerate(zip(self.policies, self.sums, strict=True)):
-            out, grads = self._run(policy, exact, x, scaled)
+            out, grads = parts[policy] if policy in parts else self._run(policy, exact, x, scaled)
             wrong = out.double().sub_(exact.out)
             square = _square(wrong)
             found.wrong["out"] += square
@@ -169,12 +194,12 @@ class Layer:
                     found.wrong["grad_weight"] += _distance(total, self.loss_scale, exact.grad_weight)
                 totals[i] = None if is_last else total
 
-    def _run(self, policy: Policy, exact: "_Exact", x, scaled) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _run(self, policy: Policy, exact: "Exact", x, scaled) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """out, and the gradients that are wanted, of the op under `policy`; with parameters of 16 bits, of them rounded.
 
         scaled: the gradient of the output times the loss scale; so are those that come of it.
         """
-        narrow = policy.param_dtype.itemsize == 2
+        narrow = policy.param_dtype.itemsize == 2 or policy.float8  # which has no operands in fp64
         x, weight, bias = (
             t if t is None or not narrow else t.to(policy.param_dtype) for t in (x, exact.weight, exact.bias)
         )  # fmt: skip
@@ -193,16 +218,17 @@ class Layer:
         weight, rows = self.weight, sum(self.rows)
         N, K = weight.shape
         parameters = N * K + (0 if self.module.bias is None else N)
-        compute, result = policy.compute_dtype.itemsize, policy.range_dtype.itemsize
+        compute = policy.compute_dtype.itemsize
         ranges = self.ranges.of(policy)
-        held = parameters * policy.param_dtype.itemsize + (N * K * compute if policy.mixed and not policy.float8 else 0)
-        held += rows * K * (policy.saved_dtype or policy.compute_dtype).itemsize
-        of = formats(policy)
+        saved = policy.saved_dtype or policy.compute_dtype
+        scales = 0 if saved.itemsize > 1 else 4 * (len(self.rows) if policy.scaling == "tensor" else rows)
+        copy = N * K * compute if policy.mixed and not policy.float8 else 0  # of 8 bits none is kept
+        held = parameters * policy.param_dtype.itemsize + copy + rows * K * saved.itemsize + scales
+        of, in_wgrad = formats(policy), (policy.wgrad_dtype or policy.compute_dtype).itemsize
         products = {
             "out": compute * (rows * K + N * K) + rows * N * of["out"].itemsize,
-            "grad_x": compute * (rows * N + N * K) + result * rows * K,
-            "grad_weight": (policy.wgrad_dtype or policy.compute_dtype).itemsize * (rows * N + rows * K)
-            + N * K * of["grad_weight"].itemsize,
+            "grad_x": compute * (rows * N + N * K) + rows * K * of["grad_x"].itemsize,
+            "grad_weight": in_wgrad * (rows * N + rows * K) + N * K * of["grad_weight"].itemsize,
         }
         names = ("out", *(name for name in ("grad_x", "grad_weight") if name in self.computed))
         return PolicyRow(
@@ -212,95 +238,24 @@ class Layer:
             loss_change=sums.loss_change if self.has_gradient else None,
             noise=math.sqrt(sums.noise) if self.has_gradient else None,
             bound_ratio=sums.bound_ratio,
-            max_loss_scale=_max_loss_scale(ranges, self.loss_scale),
+            max_loss_scale=_max_lossscale_of(ranges, self.loss_scale),
             bytes=held,
             traffic=sum(products[name] for name in names),
             seconds=seconds(tuned, policy, self.rows, weight, self.x_dtype, self.activation) if self.has_gradient else None,
         )
 
 
-class _Exact:
-    """The layer in fp64, on a block of rows at a time."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None, wanted: set[str]):
-        self.weight, self.bias, self.activation, self.wanted = weight, bias, activation, wanted
-        self.wide = weight.double()
-        self.wide_bias = weight.new_zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
-        self.grad_weight = torch.zeros_like(self.wide) if "grad_weight" in wanted else None
-        self.x = self.z = self.out = self.grad_out = self.grad_x = None
-
-    def run(self, x: torch.Tensor, grad: torch.Tensor | None) -> None:
-        self.x, self.grad_out = x.double(), None if grad is None else grad.double()
-        self.out = self.z = torch.addmm(self.wide_bias, self.x, self.wide.t())
-        grad_z = self.grad_out
-        if self.activation is not None:
-            with torch.enable_grad():
-                z = self.z.detach().requires_grad_()
-                out = _ACTIVATIONS[self.activation](z)
-            self.out = out.detach()
-            if grad is not None:
-                grad_z = torch.autograd.grad(out, z, grad_z)[0]
-        self.grad_x = grad_z @ self.wide if "grad_x" in self.wanted else None
-        if "grad_weight" in self.wanted:
-            self.grad_weight.addmm_(grad_z.t(), self.x)
-        self._magnitudes = None
-        self._stored_x = x
-
-    def bound_ratio(self, policy: Policy, x_dtype: torch.dtype, out_dtype: torch.dtype, wrong: torch.Tensor) -> float:
-        """The largest `|out - exact| / bound`. bound: the roundings of operands, of the sum of K products, and of the store.
-
-        Each operand is off by u of it and half a least subnormal s where it is narrowed, and a sum of n terms by gamma_n of
-        their magnitudes; an activation passes that on and adds its own. For the preactivation, P = |x| @ |weight.T|:
-        (1 + gamma) ((1 + ux) (1 + uw) P + (1 + ux) sw |x| 1 + (1 + uw) sx |weight| 1 + K sx sw) - P, and so for the bias.
-        """
-        from mpkernels.testing.bounds import after_activation
-
-        K, stored = self.x.shape[1], self.weight.dtype
-        if self._magnitudes is None:
-            products = (self._stored_x.abs() @ self.weight.abs().t()).double()
-            self._magnitudes = products, self.x.abs().sum(1, keepdim=True), self.wide.abs().sum(1), self.wide_bias.abs()
-        products, row, column, bias = self._magnitudes
-        (ux, sx), (uw, sw) = (_rounding(t.dtype, policy.compute_dtype, t) for t in (self._stored_x, self.weight))
-        ub, sb = _rounding(stored, policy.param_dtype)
-        v = 2.0**-53 if policy.compute_dtype == torch.float64 else _accumulator(self.x.device, policy.compute_dtype)
-        acc_least = 2.0**-1074 if policy.compute_dtype == torch.float64 else 2.0**-149
-        gamma = (K + 2) * v / (1 - (K + 2) * v)
-        exact = 1 / (1 - (K + 1) * _unit(stored))  # what the sums of `products` may have been rounded down by
-        off = products * ((gamma + (1 + gamma) * (ux + uw + ux * uw)) * exact)
-        off += (1 + gamma) * (1 + ux) * sw * row
-        off += (1 + gamma) * (1 + uw) * sx * column + (ub + gamma * (1 + ub)) * bias
-        off += (1 + gamma) * (K * sx * sw + sb) + K * acc_least
-        off = after_activation(off, self.z, activation_of(self.activation), v)
-        uo, so = _unit(out_dtype), _least(out_dtype)
-        bound = off.mul_(1 + uo).add_(self.out.abs(), alpha=uo).add_(so)
-        return float(torch.div(wrong, bound, out=bound).abs_().max()) if wrong.numel() else 0.0
+def _times(grad: torch.Tensor | None, loss_scale: float) -> torch.Tensor | None:
+    return None if grad is None else grad * loss_scale
 
 
-def _accumulator(device: torch.device, compute: torch.dtype) -> float:
-    """Tensor cores truncate inside a block, of 8-bit operands to 14 bits."""
-    if device.type != "cuda" or compute.itemsize > 2:
-        return 2.0**-24
-    return 2.0**-23 if compute.itemsize == 2 else 2.0**-13
-
-
-def _unit(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps / 2
-
-
-def _least(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).tiny * torch.finfo(dtype).eps
-
-
-def _rounding(stored: torch.dtype, dtype: torch.dtype, values: torch.Tensor | None = None) -> tuple[float, float]:
-    """(relative, absolute) error of a rounding to `dtype` of what is stored: none to what holds it.
-
-    values: to 8 bits what is rounded, whose scale is at most that of its largest.
-    """
-    if dtype.itemsize == 1:
-        amax = float(values.abs().max()) if values.numel() else 0.0
-        scale = 2.0 ** max(math.ceil(math.log2(amax / torch.finfo(dtype).max)), -126) if 0 < amax < math.inf else 1.0
-        return _unit(dtype), scale * _least(dtype) / 2
-    return (0.0, 0.0) if torch.promote_types(stored, dtype) == dtype else (_unit(dtype), _least(dtype) / 2)
+def _part(whole: tuple[torch.Tensor, dict[str, torch.Tensor]], rows: slice, is_last: bool) -> tuple:
+    """Of what a whole call has given, that of some rows; the gradient of the weight comes with the last."""
+    out, grads = whole
+    found = {"grad_x": grads["grad_x"][rows]} if "grad_x" in grads else {}
+    if is_last and "grad_weight" in grads:
+        found["grad_weight"] = grads["grad_weight"]
+    return out[rows], found
 
 
 def _wide(policy: Policy) -> torch.dtype:
@@ -326,7 +281,7 @@ def _relative(wrong: float, norm: float) -> float:
     return math.sqrt(wrong / norm) if norm else (0.0 if not wrong else math.inf)
 
 
-def _max_loss_scale(ranges, loss_scale: float) -> float | None:
+def _max_lossscale_of(ranges, loss_scale: float) -> float | None:
     """None without gradients, and where they are all 0 or not finite."""
     room = [ranges[n].margin_bits for n in BACKWARD if n in ranges]
     if not room or not math.isfinite(min(room)):

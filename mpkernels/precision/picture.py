@@ -45,7 +45,8 @@ def _svg(rows: list) -> str:
     ranges = [r for row in rows for r in next(iter(row.policies.values())).range.values()]
     ends = [math.log2(v) for r in ranges for v in (r.amax, r.min_nonzero) if 0 < v < math.inf]
     low, high = math.floor(min([-26.0, *ends])) - 1, math.ceil(max([17.0, *ends])) + 1
-    formats = sorted({r.format for row in rows for p in row.policies.values() for r in p.range.values()}, key=str)
+    judged = [r for row in rows for p in row.policies.values() for r in p.range.values()]
+    formats = sorted({r.format for r in judged if r.scaling is None}, key=str)  # a scale moves the others to where they fit
 
     def x(exponent: float) -> float:
         return LEFT + WIDTH * (min(max(exponent, low), high) - low) / (high - low)

@@ -3,8 +3,13 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+
+from mpkernels import functional
+
+BLOCK = 1 << 18  # elements that are counted at a time, of which some ten in fp64 live then
 
 
 @dataclass(frozen=True)
@@ -14,7 +19,8 @@ class Range:
     amax: NaN where the tensor has one. min_nonzero: 0 where all are 0. zero_share, subnormal_share: of all elements, those
     that are not 0 and are rounded to 0, or to a subnormal. norm_lost: the share of the norm that is rounded to 0.
     overflows: how many become inf, or are inf or NaN already. margin_bits: how often the largest may double before it
-    overflows; negative where it does.
+    overflows; negative where it does. scaling: of a format of 8 bits, whether its values are divided by a scale per "row" or
+    by one for the "tensor" before; then nothing finite overflows, and margin_bits is that of float32, which has the scale.
     """
 
     format: torch.dtype
@@ -25,6 +31,7 @@ class Range:
     norm_lost: float
     overflows: int
     margin_bits: float
+    scaling: Literal["row", "tensor"] | None = None
 
 
 def overflow_from(dtype: torch.dtype) -> float:
@@ -63,13 +70,38 @@ class RangeCounter:
             if not amax < info.max:
                 counts.large += int((~(magnitudes < overflow_from(dtype))).sum())
 
-    def range(self, dtype: torch.dtype) -> Range:
-        counts, n = self.counts[dtype], max(self.elements, 1)
-        margin = math.log2(torch.finfo(dtype).max / self.amax) if 0 < self.amax < math.inf else math.inf
+    def range(self, dtype: torch.dtype, scaled: "ScaledCounter | None" = None) -> Range:
+        """scaled: what has counted `dtype` with scales."""
+        counts, n = self.counts[dtype] if scaled is None else scaled.counts, max(self.elements, 1)
+        end = torch.finfo(dtype if scaled is None else torch.float32).max
+        margin = math.log2(end / self.amax) if 0 < self.amax < math.inf else math.inf
         margin = -math.inf if math.isnan(self.amax) or self.amax == math.inf else margin
         norm_lost = math.sqrt(counts.lost / self.norm) if 0 < self.norm < math.inf else 0.0
         least = 0.0 if self.least == math.inf else self.least
-        return Range(dtype, self.amax, least, counts.zero / n, counts.subnormal / n, norm_lost, counts.large, margin)
+        scaling = None if scaled is None else scaled.scaling
+        return Range(dtype, self.amax, least, counts.zero / n, counts.subnormal / n, norm_lost, counts.large, margin, scaling)
+
+
+class ScaledCounter:
+    """Counts of an operand in 8 bits by the op itself, with a scale per row or one for the tensor."""
+
+    def __init__(self, dtype: torch.dtype, scaling: Literal["row", "tensor"], loss_scale: float = 1.0):
+        self.dtype, self.scaling, self.loss_scale, self.counts = dtype, scaling, loss_scale, _Counts()
+
+    def add(self, values: torch.Tensor) -> None:
+        """values: (rows, n), before the loss scale, of which nothing but the counts of a norm depends."""
+        if not values.numel():
+            return
+        q, _ = functional.quantize(values.float(), self.dtype, -1 if self.scaling == "row" else None)
+        rows = max(BLOCK // values.shape[1], 1)
+        for x, bits in zip(values.split(rows), q.split(rows), strict=True):
+            size = bits.float().abs_()
+            is_zero = (size == 0) & (x != 0)
+            lost = x[is_zero].double().mul_(self.loss_scale)
+            self.counts.lost += float(lost.dot(lost))
+            self.counts.zero += len(lost)
+            self.counts.subnormal += int(((size > 0) & (size < torch.finfo(self.dtype).tiny)).sum())
+            self.counts.large += int((~x.isfinite()).sum())
 
 
 @dataclass

@@ -37,6 +37,8 @@ def _problem(name: str, found: Range, row: PolicyRow, loss_scale: float) -> str 
             f"; its gradients stay in range up to a loss scale of {safe:g}" if safe is not None and safe > loss_scale else ""
         )
         lost = f"loses {100 * found.norm_lost:.3g} % of its norm to 0 {where} (amax {found.amax:.3g})"
+        if found.scaling is not None:
+            return f"{name} {lost}, below what {_name(found.format)} holds with {_scales(found)}"
         return f"{name} {lost}, {_name(found.format)} begins at {info.tiny * info.eps:.3g}{remedy}"
     return None
 
@@ -45,14 +47,23 @@ def addition(row: PolicyRow) -> str:
     """What the layer adds to the loss."""
     if row.noise is None or row.loss_change is None:
         return "no gradient came to it, so that what it adds to the loss is unknown"
-    return f"adds {row.loss_change:.1e} to the loss, give or take {row.noise:.1e}"
+    adds = f"adds {row.loss_change:.1e} to the loss, give or take {row.noise:.1e}"
+    if not row.policy.float8:
+        return adds
+    errors = ", ".join(f"{name} {100 * error:.2g} %" for name, error in row.error.items())
+    return f"{adds}; errors with {_scales(row.range['x'])}: {errors}"
 
 
 def tightest(row: PolicyRow) -> str:
     """The tensor that has the least room in its format."""
     name, found = min(row.range.items(), key=lambda item: item[1].margin_bits)
     where = "backward" if name in BACKWARD else "forward"
-    return f"{name} reaches {found.amax:.3g} in {where}, {_name(found.format)} ends at {_end(found.format)}"
+    ends = f"has {_scales(found)}" if found.scaling is not None else f"ends at {_end(found.format)}"
+    return f"{name} reaches {found.amax:.3g} in {where}, {_name(found.format)} {ends}"
+
+
+def _scales(found: Range) -> str:
+    return "a scale per row" if found.scaling == "row" else "one scale for the tensor"
 
 
 def _name(dtype: torch.dtype) -> str:

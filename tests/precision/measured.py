@@ -37,7 +37,7 @@ class InPolicy(nn.Module):
         return mpk.functional.linear_act(x.to(dtype), weight.to(dtype), bias, policy=self.policy).double()
 
 
-def loss_changes(name: str, rows: int, dtype: torch.dtype) -> Iterator[tuple[str, float, float]]:
+def loss_changes(name: str, rows: int, dtype: torch.dtype, formats=FORMATS) -> Iterator[tuple[str, float, float]]:
     """(format, predicted, measured) changes of the loss, of each linear in each format with all others in fp64.
 
     dtype: of the model that advise is given. What float32 itself adds is known of a model in fp64 alone.
@@ -46,7 +46,7 @@ def loss_changes(name: str, rows: int, dtype: torch.dtype) -> Iterator[tuple[str
     model, (inputs, labels) = case.model(), case.data(rows)
     wide = copy.deepcopy(model).double()
     loss = lambda model: F.cross_entropy(models.logits(model, inputs).flatten(0, -2), labels.flatten())
-    formats = FORMATS if dtype == torch.float64 else FORMATS[1:]
+    formats = [p for p in formats if dtype == torch.float64 or p != "float32"]
     advice = mpk.advise(wide if dtype == torch.float64 else model, loss, policies=formats, loss_budget=1e9)
     with torch.no_grad():
         exact = loss(wide).item()
@@ -84,9 +84,9 @@ def _random_call(rng: random.Random) -> tuple[nn.Linear, torch.Tensor]:
     return linear, x
 
 
-def bound_ratios(seed: int, layers: int) -> Iterator[tuple[str, str | None, float | None]]:
+def bound_ratios(seed: int, layers: int, of=OF_BOUND) -> Iterator[tuple[str, str | None, float | None]]:
     """(policy, activation, error in units of the bound) of random layers under every policy; None where something overflows."""
-    rng, policies = random.Random(seed), [mpk.Policy.parse(p) for p in OF_BOUND]
+    rng, policies = random.Random(seed), [mpk.Policy.parse(p) for p in of]
     torch.manual_seed(seed)
     for _ in range(layers):
         linear, x = _random_call(rng)

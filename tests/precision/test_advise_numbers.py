@@ -18,7 +18,8 @@ import mpkernels as mpk
 from mpkernels.precision import choose
 from mpkernels.precision.capture import Call
 from mpkernels.precision.choose import Option
-from mpkernels.precision.layer import Layer, _Exact
+from mpkernels.precision.exact import Exact
+from mpkernels.precision.layer import Layer
 from mpkernels.precision.ranges import RangeCounter
 from mpkernels.runtime import tuned_table
 from tests import models
@@ -71,7 +72,7 @@ def test_advise_bound_is_of_one_rounding():
     """The same output, rounded once more to the format's neighbour, is beyond it."""
     linear, x = mpk.MPLinear(64, 32, activation="gelu"), torch.randn(16, 64)
     policy = mpk.Policy.parse("float32,output=bfloat16")
-    exact = _Exact(linear.weight.detach(), linear.bias.detach(), "gelu", set())
+    exact = Exact(linear.weight.detach(), linear.bias.detach(), "gelu", set())
     exact.run(x, None)
     out = exact.out.to(torch.bfloat16)
     ratio = lambda out: exact.bound_ratio(policy, x.dtype, out.dtype, out.double() - exact.out)
