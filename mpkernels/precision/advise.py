@@ -28,9 +28,11 @@ def advise(
     """Run one step of training, measure each linear under each policy, and choose one for each of them.
 
     step: runs one forward on real data and returns the loss, a scalar with a graph, not scaled. policies: names or Policies,
-    of parameters as the model has them or of 16 bits. Gradients are judged times `loss_scale`.
+    of parameters as the model has them or of 16 bits; of operands in 8 bits too, by the error that is left with their scales.
+    Gradients are judged times `loss_scale`.
     Each call of a linear is analysed in fp64 when its gradient arrives: the range of its tensors in the formats of each
-    policy, the error of the policy's own arithmetic, and the first order of what that does to the loss. See `PolicyRow`.
+    policy, the error of the policy's own arithmetic, and the first order of what that does to the loss. See `PolicyRow`. On a
+    GPU errors are those of at most 256 rows of a call, which stand for all, and ranges are seen in the model's dtype.
     Chosen is, for each linear, what stays in range (nothing overflows, less than 1 % of a gradient's norm becomes 0), so that
     the noise of all together is at most `loss_budget` (None: a thousandth of the loss, or what the widest policies add), and
     their bytes at most `memory`. Of what is left, the least time where `mpk.tune` has measured all of them, else the fewest

@@ -15,18 +15,21 @@ _ACTIVATIONS = {
 
 
 class Exact:
-    """The layer in fp64, on a block of rows at a time."""
+    """The layer in fp64, on a block of rows at a time. dtype: another, in which nothing is exact but ranges are seen."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None, wanted: set[str]):
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None, wanted: set[str],
+        dtype: torch.dtype = torch.float64,
+    ):  # fmt: skip
         self.weight, self.bias, self.activation, self.wanted = weight, bias, activation, wanted
-        self.wide = weight.double()
-        self.wide_bias = weight.new_zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
+        self.wide = weight.to(dtype)
+        self.wide_bias = weight.new_zeros(len(weight), dtype=dtype) if bias is None else bias.to(dtype)
         self.grad_weight = torch.zeros_like(self.wide) if "grad_weight" in wanted else None
         self.x = self.z = self.out = self.grad_out = self.grad_x = None
         self.tensor_scales: dict[Policy, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def run(self, x: torch.Tensor, grad: torch.Tensor | None) -> None:
-        self.x, self.grad_out = x.double(), None if grad is None else grad.double()
+        self.x, self.grad_out = x.to(self.wide.dtype), None if grad is None else grad.to(self.wide.dtype)
         self.out = self.z = torch.addmm(self.wide_bias, self.x, self.wide.t())
         grad_z = self.grad_out
         if self.activation is not None:

@@ -17,6 +17,7 @@ from mpkernels.precision.exact import Exact, scale_of
 from mpkernels.precision.ranges import BLOCK, Range, RangeCounter, ScaledCounter
 from mpkernels.precision.seconds import seconds
 
+SAMPLE = 256  # rows of a call that a GPU computes in fp64
 FORWARD, BACKWARD = ("x", "weight", "out"), ("grad_out", "grad_x", "grad_weight")
 
 
@@ -148,34 +149,57 @@ class Layer:
         wanted = {"grad_x": call.wants_grad_x, "grad_weight": self.module.weight.requires_grad}
         wanted = {name for name, is_wanted in wanted.items() if is_wanted and grad is not None}
         self.computed |= wanted
+        size = max(BLOCK // max(N, K, 1), min(N, K) // 4, 1)  # next to the weight a quarter of it is little
+        blocks, is_sampled = [(slice(at, at + size), 1.0) for at in range(0, M, size)], M > SAMPLE and is_sampled_on(x.device)
         exact = Exact(weight, bias, self.activation, wanted)
+        if is_sampled:
+            self._add_ranges(Exact(weight, bias, self.activation, wanted, weight.dtype), x, grad, blocks)
+            chosen, largest = _sample(x, grad)
+            x, grad = x[chosen], None if grad is None else grad[chosen]
+            blocks = [(slice(0, largest), 1.0), (slice(largest, None), (M - largest) / (len(chosen) - largest))]
         of_tensor = [p for p in self.policies if p.scaling == "tensor"]
         wholes = {p: self._run(p, exact, x, _times(grad, self.loss_scale)) for p in of_tensor}
         exact.tensor_scales = {p: (scale_of(x, p, None), scale_of(weight, p, None)) for p in of_tensor}
         totals: list[torch.Tensor | None] = [None] * len(self.policies)
-        size = max(BLOCK // max(N, K, 1), min(N, K) // 4, 1)  # next to the weight a quarter of it is little
-        for rows in range(0, M, size):
-            at, is_last = slice(rows, rows + size), rows + size >= M
+        for at, share in blocks:
+            is_last = at is blocks[-1][0]
             parts = {p: _part(whole, at, is_last) for p, whole in wholes.items()}
-            self._add_block(exact, x[at], None if grad is None else grad[at], parts, totals, is_last)
+            exact.run(x[at], None if grad is None else grad[at])
+            if not is_sampled:
+                self._add_range(exact)
+            self._add_block(exact, x[at], None if grad is None else grad[at], parts, totals, is_last, share)
         if "grad_weight" in wanted:
-            self.ranges.add("grad_weight", exact.grad_weight)
             self.norms["grad_weight"] += _square(exact.grad_weight)
+            if not is_sampled:
+                self.ranges.add("grad_weight", exact.grad_weight)
 
-    def _add_block(self, exact: "Exact", x, grad, parts: dict[Policy, tuple], totals: list[torch.Tensor | None], is_last: bool):
-        """parts: of policies with one scale for a tensor. totals: gradients of the weight, of the blocks before this one."""
-        exact.run(x, grad)
+    def _add_ranges(self, exact: Exact, x, grad, blocks) -> None:
+        """Of all rows, in the dtype of the parameters."""
+        for at, _ in blocks:
+            exact.run(x[at], None if grad is None else grad[at])
+            self._add_range(exact)
+        self.ranges.add("grad_weight", exact.grad_weight)
+
+    def _add_range(self, exact: Exact) -> None:
         for name in ("x", "out", "grad_out", "grad_x"):
             self.ranges.add(name, getattr(exact, name))
+
+    def _add_block(
+        self, exact: Exact, x, grad, parts: dict[Policy, tuple], totals: list[torch.Tensor | None], is_last: bool, share: float
+    ) -> None:
+        """parts: of policies with one scale for a tensor. totals: gradients of the weight, of the blocks before this one.
+
+        share: how many rows each of these stands for.
+        """
         for name in ("out", "grad_x"):
             values = getattr(exact, name)
-            self.norms[name] += 0.0 if values is None else _square(values)
+            self.norms[name] += 0.0 if values is None else share * _square(values)
         scaled = _times(grad, self.loss_scale)
         for i, (policy, found) in enumerate(zip(self.policies, self.sums, strict=True)):
             out, grads = parts[policy] if policy in parts else self._run(policy, exact, x, scaled)
             wrong = out.double().sub_(exact.out)
             square = _square(wrong)
-            found.wrong["out"] += square
+            found.wrong["out"] += share * square
             is_finite = math.isfinite(square)
             if found.bound_ratio is not None:
                 ratio = exact.bound_ratio(policy, x.dtype, out.dtype, wrong)
@@ -183,10 +207,10 @@ class Layer:
             if grad is None:
                 continue
             terms = wrong.mul_(exact.grad_out)
-            found.loss_change += float(terms.sum())
-            found.noise += _square(terms) if is_finite else math.inf
+            found.loss_change += share * float(terms.sum())
+            found.noise += share * _square(terms) if is_finite else math.inf
             if "grad_x" in grads:
-                found.wrong["grad_x"] += _distance(grads["grad_x"], self.loss_scale, exact.grad_x)
+                found.wrong["grad_x"] += share * _distance(grads["grad_x"], self.loss_scale, exact.grad_x)
             if "grad_weight" in grads:
                 total = grads["grad_weight"].to(_wide(policy))
                 total = total if totals[i] is None else totals[i].add_(total)
@@ -243,6 +267,23 @@ class Layer:
             traffic=sum(products[name] for name in names),
             seconds=seconds(tuned, policy, self.rows, weight, self.x_dtype, self.activation) if self.has_gradient else None,
         )
+
+
+def is_sampled_on(device: torch.device) -> bool:
+    """Whether fp64 is too slow there for all rows."""
+    return device.type != "cpu"
+
+
+def _sample(x: torch.Tensor, grad: torch.Tensor | None) -> tuple[torch.Tensor, int]:
+    """At most SAMPLE rows: first those that have the largest magnitudes, how many they are, and one at random of each stretch.
+
+    The largest stand for themselves alone; and one scale for a tensor is the same of the sample as of all.
+    """
+    largest = torch.stack([t.abs().amax(1).argmax() for t in (x, grad) if t is not None]).unique()
+    M, n = len(x), SAMPLE - len(largest)
+    at = (torch.arange(n) + torch.rand(n, generator=torch.Generator().manual_seed(0))) * (M / n)
+    others = at.to(x.device).long().clamp_(max=M - 1)
+    return torch.cat([largest, others[~torch.isin(others, largest)]]), len(largest)
 
 
 def _times(grad: torch.Tensor | None, loss_scale: float) -> torch.Tensor | None:

@@ -346,3 +346,36 @@ def test_range_keeps_a_nan():
     for block in ([1.0, 2.0], [torch.nan], [3.0]):
         counter.add(torch.tensor(block, dtype=torch.float64))
     assert math.isnan(counter.range(torch.float16).amax)
+
+
+# ----- rows that stand for all ----------------------------------------------------------------------
+
+
+def test_advise_of_a_sample_is_near_that_of_all_rows(monkeypatch):
+    """As on a GPU. Ranges are of all rows; what is summed over them is estimated, the largest row counted once."""
+    torch.manual_seed(0)
+    linear, x, grad = mpk.MPLinear(32, 24, activation="gelu"), torch.randn(6000, 32), torch.randn(6000, 24)
+    x[4321] *= 1e4
+    grad[4321] *= 1e-4
+    policies = [mpk.Policy.parse(p) for p in ("mixed_float16", "mixed_bfloat16", "mixed_float8_hybrid")]
+    rows, counted = {}, []
+    run = Exact.run
+    monkeypatch.setattr(
+        Exact, "run", lambda self, x, grad: counted.append(len(x) * (self.wide.dtype == torch.float64)) or run(self, x, grad)
+    )
+    for is_sampled in (False, True):
+        monkeypatch.setattr("mpkernels.precision.layer.is_sampled_on", lambda device, is_sampled=is_sampled: is_sampled)
+        layer = Layer(linear, policies, 64.0)
+        counted.clear()
+        with torch.no_grad():
+            layer.add(Call("", linear, x, None, grad))
+        rows[is_sampled] = list(map(layer.row, range(len(policies))))
+        assert sum(counted) == (256 if is_sampled else 6000)
+    for all_rows, sample in zip(rows[False], rows[True], strict=True):
+        for name, found in all_rows.range.items():
+            assert sample.range[name].overflows == found.overflows
+            assert sample.range[name].amax == pytest.approx(found.amax, rel=1e-5)
+        assert sample.noise == pytest.approx(all_rows.noise, rel=0.2)
+        for name, error in all_rows.error.items():
+            assert sample.error[name] == pytest.approx(error, rel=0.5 if name == "grad_weight" else 0.2)
+        assert sample.bytes == all_rows.bytes

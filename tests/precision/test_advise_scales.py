@@ -20,18 +20,23 @@ ROW, TENSOR, HYBRID = "mixed_float8", "mixed_float8,scaling=tensor", "mixed_floa
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def layer_of(linear, x, grad, *policies, loss_scale=64.0):
-    layer = Layer(linear, list(map(mpk.Policy.parse, policies)), loss_scale)
+def layer_of(linear, x, grad, *policies):
+    layer = Layer(linear, list(map(mpk.Policy.parse, policies)), 64.0)
     with torch.no_grad():
         layer.add(Call("", linear, x, None, grad))
     return [layer.row(i) for i in range(len(policies))]
 
 
-def of_a_linear(*policies, change=lambda x: None, **options):
+def made(sizes=1.0):
+    """A linear, x and grad_out. sizes: of the rows of x; those of grad_out are the other way round, so that each counts."""
     torch.manual_seed(0)
-    linear, x, grad = nn.Linear(40, 24), torch.randn(33, 40), torch.randn(33, 24)
+    return nn.Linear(40, 24), torch.randn(33, 40) * sizes, torch.randn(33, 24) / sizes
+
+
+def of_a_linear(*policies, change=lambda x: None, sizes=1.0):
+    linear, x, grad = made(sizes)
     change(x)
-    return layer_of(linear, x, grad, *policies, **options)
+    return layer_of(linear, x, grad, *policies)
 
 
 # ----- planted tensors ----------------------------------------------------------------------
@@ -122,9 +127,9 @@ def test_advise_errors_in_eight_bits_are_those_of_the_layer(policy, block, monke
     """And blocks of rows change nothing, with one scale for the tensor neither."""
     if block is not None:
         monkeypatch.setattr("mpkernels.precision.layer.BLOCK", block)
-    (row,) = of_a_linear(policy)
-    torch.manual_seed(0)
-    linear, x, grad = nn.Linear(40, 24), torch.randn(33, 40), torch.randn(33, 24)
+    sizes = torch.logspace(-4, 0, 33)[:, None]
+    (row,) = of_a_linear(policy, sizes=sizes)
+    linear, x, grad = made(sizes)
     w, b = linear.weight.detach().double(), linear.bias.detach().double()
     exact = {"out": F.linear(x.double(), w, b), "grad_x": grad.double() @ w, "grad_weight": grad.double().t() @ x.double()}
     mine = mpk.convert(linear, policy)
@@ -132,16 +137,15 @@ def test_advise_errors_in_eight_bits_are_those_of_the_layer(policy, block, monke
     out = mine(inputs)
     out.backward(grad)
     for name, t in {"out": out.detach(), "grad_x": inputs.grad, "grad_weight": mine.weight.grad}.items():
-        assert row.error[name] == pytest.approx(float((t.double() - exact[name]).norm() / exact[name].norm()), rel=1e-3)
+        assert row.error[name] == pytest.approx(float((t.double() - exact[name]).norm() / exact[name].norm()), rel=1e-2)
     assert row.noise == pytest.approx(float((grad.double() * (out.detach().double() - exact["out"])).norm()))
     assert 0.02 < row.bound_ratio < 1
 
 
 def test_advise_counts_in_eight_bits_what_the_op_makes():
-    (row,) = of_a_linear(HYBRID, change=lambda x: x.mul_(torch.logspace(-6, 0, 33)[:, None]))
-    torch.manual_seed(0)
-    nn.Linear(40, 24), (x := torch.randn(33, 40))
-    x.mul_(torch.logspace(-6, 0, 33)[:, None])
+    sizes = torch.logspace(-6, 0, 33)[:, None]
+    (row,) = of_a_linear(HYBRID, sizes=sizes)
+    _, x, _ = made(sizes)
     q = mpk.functional.quantize(x, E4M3)[0].float()
     found = row.range["x"]
     assert (found.format, found.scaling) == (E4M3, "tensor")
