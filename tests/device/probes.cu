@@ -223,6 +223,7 @@ extern "C" const char* mpk_probe(const char* name, const int64_t* p, const void*
                           : probe == "round"     ? probe_round
                           : probe == "cluster"   ? probe_cluster
                                                  : wgmma_kernel(p + 8);
+    allow_shared_bytes(kernel, sizeof(Shared));
     launch_clusters(kernel, cluster, cluster, kThreads, sizeof(Shared), nullptr, a);
   } catch (const std::exception& error) {
     message = error.what();

@@ -12,6 +12,7 @@ struct Counts {
   int64_t launches;
   int64_t accesses, loaded, stored;  // those of vector.cuh, and the bytes they moved
   int64_t tma_loaded, tma_stored;    // bytes of tensors that TMA moved; a multicast counts once
+  int64_t attributes;                // of kernels, set by the host
 };
 
 extern Counts counts;

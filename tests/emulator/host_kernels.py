@@ -47,9 +47,10 @@ ITEMSIZES = {5: 2, 6: 4, 7: 8, 15: 2}  # by c10::ScalarType
 
 
 class Counts(ctypes.Structure):
-    """What kernels did: launches; by csrc/common/vector.cuh accesses of memory and bytes; by TMA bytes."""
+    """What kernels did: launches; by csrc/common/vector.cuh accesses of memory and bytes; by TMA bytes. Attributes set."""
 
-    _fields_ = [(f, ctypes.c_int64) for f in ("launches", "accesses", "loaded", "stored", "tma_loaded", "tma_stored")]
+    _names = ("launches", "accesses", "loaded", "stored", "tma_loaded", "tma_stored", "attributes")
+    _fields_ = [(name, ctypes.c_int64) for name in _names]
 
 
 def why_not() -> str | None:

@@ -51,7 +51,9 @@ def why_not_call(key: CallKey) -> str | None:
 
 
 def linear_act(call: ForwardCall):
-    x, compute_dtype, (N, K), M = call.x, call.compute_dtype, call.weight.shape, call.x.shape[:-1].numel()
+    x, compute_dtype, (N, K) = call.x, call.compute_dtype, call.weight.shape
+    is_matrix = x.dim() == 2
+    M = x.shape[0] if is_matrix else x.shape[:-1].numel()
     x_compute = None if x.dtype == compute_dtype else cast(x, compute_dtype)
     relu = call.activation == Activation.RELU
     mask = empty_mask(x, M, N) if call.save and relu else None
@@ -62,11 +64,13 @@ def linear_act(call: ForwardCall):
             a, b = a.new_zeros((M, 8)), b.new_zeros((N, 8))
         config = choose(INVARIANT_M if call.batch_invariant else M, N, _num_sms(x.device))
         torch.ops.mpkernels_C.linear_act_fprop(a, b, call.bias, relu, out, mask, *config)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], N), mask, x_compute
+    return out if is_matrix else out.view(*x.shape[:-1], N), mask, x_compute
 
 
 def linear_act_backward(call: BackwardCall):
-    grad_out, (N, K), M = call.grad_out, call.weight.shape, call.grad_out.shape[:-1].numel()
+    grad_out, (N, K) = call.grad_out, call.weight.shape
+    is_matrix = grad_out.dim() == 2
+    M = grad_out.shape[0] if is_matrix else grad_out.shape[:-1].numel()
     wants_x, wants_weight, wants_bias = call.output_mask
     grad_z, grad_bias = _select(
         _rows(grad_out, M, N),
@@ -79,7 +83,7 @@ def linear_act_backward(call: BackwardCall):
     if wants_x:
         prev_mask = _mask(call.prev_saved, call.prev_activation, M, K)
         grad_x, grad_prev_bias = _dgrad(grad_z, _weight(call), prev_mask, call.grad_x_dtype, call.grad_prev_bias_dtype)
-        grad_x = grad_x if grad_out.dim() == 2 else grad_x.view(*grad_out.shape[:-1], K)
+        grad_x = grad_x if is_matrix else grad_x.view(*grad_out.shape[:-1], K)
     if wants_weight:
         grad_weight = passes.add_to_sum(call, _wgrad(grad_z, _matrix(_rows(call.x, M, K)), call.grad_weight_dtype))
     return grad_x, grad_weight, grad_bias, grad_prev_bias
@@ -105,6 +109,7 @@ def choose(rows: int, columns: int, num_sms: int) -> TileConfig:
     return TileConfig(block_n, cluster, num_sms)
 
 
+@functools.lru_cache(maxsize=4096)
 def choose_splits(rows: int, columns: int, K: int, config: TileConfig) -> int:
     """Parts of the sum over K, so that the tiles of a small result do not leave the chip idle."""
     tiles = -(-rows // BLOCK_M) * -(-columns // config.block_n)
@@ -130,6 +135,8 @@ def _rows(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 def _matrix(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, copied where TMA cannot read it as it lies."""
+    if tensor.is_contiguous() and not (tensor.data_ptr() % 16 or tensor.stride(0) % 8):  # nearly always, and soon said
+        return tensor
     return tensor if tma_why_not(tensor) is None else tensor.clone(memory_format=torch.contiguous_format)
 
 

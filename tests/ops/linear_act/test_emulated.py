@@ -283,6 +283,16 @@ def test_bytes_moved(config, generator):
     assert every_role(config, generator, moved) == [expected(*size) for size in sizes]
 
 
+def test_shared_memory_is_asked_for_once(generator):
+    """Not at every call: a driver call each."""
+    x, weight, out = (torch.randn(8, 8, generator=generator).half() for _ in range(3))
+    ops().linear_act_fprop(x, weight, None, False, out, None, 128, 1, 1)
+    host_kernels.take_counts(LIBRARY)
+    ops().linear_act_fprop(x, weight, None, False, out, None, 128, 1, 1)
+    counts = host_kernels.take_counts(LIBRARY)
+    assert (counts.launches, counts.attributes) == (1, 0)
+
+
 def test_outside_of_a_tensor_is_refused(generator):
     """The emulator checks every address against the tensors of the call."""
     x, weight, out = (torch.randn(64, 64, generator=generator).half() for _ in range(3))
