@@ -20,10 +20,10 @@ STABLE_TORCH_LIBRARY(mpkernels_C, m) {
   m.def("linear_act_multiply(Tensor a, Tensor b, Tensor? bias, ScalarType compute_dtype, int activation, bool batch_invariant, Tensor(a!) out, Tensor(b!)? saved=None, Tensor? a_scale=None, Tensor? b_scale=None, int isa=0) -> ()");
   m.def("linear_act_products_stay_normal(Tensor a, Tensor b, Tensor? bias) -> bool");
   m.def("linear_act_gradients(Tensor grad_out, Tensor? saved, int activation, Tensor? x, Tensor weight, ScalarType compute_dtype, Tensor(a!)? grad_z, Tensor(b!)? grad_x, Tensor(c!)? grad_weight, Tensor(d!)? grad_bias, bool adds_grad_weight) -> ()");
-  m.def("linear_act_fprop(Tensor x, Tensor weight, Tensor? bias, bool relu, Tensor(a!) out, Tensor(b!)? mask, int block_n, int cluster, int blocks) -> ()");
-  m.def("linear_act_dgrad(Tensor grad_z, Tensor weight, Tensor? mask, Tensor(a!) grad_x, Tensor(b!)? column_sums, int block_n, int cluster, int blocks) -> ()");
+  m.def("linear_act_fprop(Tensor x, Tensor weight, Tensor? bias, bool relu, Tensor(a!) out, Tensor(b!)? mask, int block_n, int cluster, int blocks, int splits=1) -> ()");
+  m.def("linear_act_dgrad(Tensor grad_z, Tensor weight, Tensor? mask, Tensor(a!) grad_x, Tensor(b!)? column_sums, int block_n, int cluster, int blocks, int splits=1) -> ()");
   m.def("linear_act_wgrad(Tensor grad_z, Tensor x, Tensor(a!) out, int splits, int block_n, int cluster, int blocks) -> ()");
   m.def("linear_act_select(Tensor grad_out, Tensor? mask, Tensor(a!)? grad_z, Tensor(b!)? sums) -> ()");
-  m.def("linear_act_sum(Tensor parts, Tensor(a!) out) -> ()");
+  m.def("linear_act_sum(Tensor parts, Tensor(a!) out, Tensor? bias=None, bool relu=False, Tensor(b!)? mask=None) -> ()");
 }
 // clang-format on

@@ -291,6 +291,12 @@ __device__ __forceinline__ void wgmma_wait_all(float (&acc)[kValues]) {
                "%64, %65, p, 1, 1, %67, %68;\n}" \
                : MPK_ACC32(0), MPK_ACC32(32) \
                : "l"(desc_a), "l"(desc_b), "r"(static_cast<uint32_t>(accumulate)), "n"(trans_a), "n"(trans_b))
+#define MPK_WGMMA_N192(type) \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\nwgmma.mma_async.sync.aligned.m64n192k16.f32." type "." type \
+               " {" MPK_REGISTERS_0 ", " MPK_REGISTERS_32 ", " MPK_REGISTERS_64 "}, " \
+               "%96, %97, p, 1, 1, %99, %100;\n}" \
+               : MPK_ACC32(0), MPK_ACC32(32), MPK_ACC32(64) \
+               : "l"(desc_a), "l"(desc_b), "r"(static_cast<uint32_t>(accumulate)), "n"(trans_a), "n"(trans_b))
 #define MPK_WGMMA_N256(type) \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type \
                " {" MPK_REGISTERS_0 ", " MPK_REGISTERS_32 ", " MPK_REGISTERS_64 ", " MPK_REGISTERS_96 "}, " \
@@ -304,19 +310,22 @@ __device__ __forceinline__ void wgmma_wait_all(float (&acc)[kValues]) {
 // thread t is the element (t / 32 * 16 + 8 h + t % 32 / 4, 8 j + 2 (t % 4) + i).
 template <class T, int N, bool trans_a, bool trans_b>
 __device__ __forceinline__ void wgmma(float (&acc)[N / 2], uint64_t desc_a, uint64_t desc_b, bool accumulate) {
-  static_assert(N == 64 || N == 128 || N == 256);
+  static_assert(N == 64 || N == 128 || N == 192 || N == 256);
   if constexpr (std::is_same_v<T, Half>) {
     if constexpr (N == 64) MPK_WGMMA_N64("f16");
     if constexpr (N == 128) MPK_WGMMA_N128("f16");
+    if constexpr (N == 192) MPK_WGMMA_N192("f16");
     if constexpr (N == 256) MPK_WGMMA_N256("f16");
   } else {
     if constexpr (N == 64) MPK_WGMMA_N64("bf16");
     if constexpr (N == 128) MPK_WGMMA_N128("bf16");
+    if constexpr (N == 192) MPK_WGMMA_N192("bf16");
     if constexpr (N == 256) MPK_WGMMA_N256("bf16");
   }
 }
 
 #undef MPK_WGMMA_N256
+#undef MPK_WGMMA_N192
 #undef MPK_WGMMA_N128
 #undef MPK_WGMMA_N64
 #undef MPK_REGISTERS_96

@@ -192,6 +192,7 @@ Kernel wgmma_kernel(const int64_t* p) {
   if (p[0] == 1) return wgmma_kernel<BFloat16, 128>(a, b);
   return p[1] == 64    ? wgmma_kernel<Half, 64>(a, b)
          : p[1] == 128 ? wgmma_kernel<Half, 128>(a, b)
+         : p[1] == 192 ? wgmma_kernel<Half, 192>(a, b)
                        : wgmma_kernel<Half, 256>(a, b);
 }
 

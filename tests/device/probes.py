@@ -80,7 +80,7 @@ def _products() -> dict[str, Probe]:
     integers = random.integers(-8, 9, 2 * IMAGE_WORDS).astype(np.float32)
     halves = integers.astype(np.float16).view(np.uint32)
     bfloats = (integers.view(np.uint32) >> 16).astype(np.uint16).view(np.uint32)
-    for (bf16, n), ta, tb in itertools.product(((0, 64), (0, 128), (0, 256), (1, 128)), (0, 1), (0, 1)):
+    for (bf16, n), ta, tb in itertools.product(((0, 64), (0, 128), (0, 192), (0, 256), (1, 128)), (0, 1), (0, 1)):
         for k, accumulate in ((0, 0), (1, 1), (3, 0)):
             a = 1024 + k * (2048 if ta else 32)
             b = 16384 + k * (2048 if tb else 32)

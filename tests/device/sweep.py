@@ -24,7 +24,7 @@ from mpkernels.runtime import native
 
 SIZES, MAX_SIZE = 2000, 700  # random sizes, and the largest M, N and K
 GUARD = 4096  # bytes on either side of an output
-TILES, CLUSTERS, SPLITS = (128, 256), (1, 2), (1, 2, 3, 8)
+TILES, CLUSTERS, SPLITS = (128, 192, 256), (1, 2), (1, 2, 3, 8)
 CONFIGS = list(itertools.product(TILES, CLUSTERS, SPLITS))
 FACTS = ("is not the fp64 result rounded", "has other bits the second time", "wrote past an output", "wrote an operand")
 

@@ -109,6 +109,13 @@ T __shfl_xor_sync(unsigned, T value, unsigned lanes) {
   return host::exchange(value, host::lane() ^ lanes, "a shuffle");
 }
 
+// A bit of each lane. All lanes take part.
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  unsigned bits = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) bits |= unsigned{host::exchange<unsigned>(predicate, lane, "a vote")} << lane;
+  return bits;
+}
+
 template <class T>
 T __ldg(const T* from) {
   return host::read(from);

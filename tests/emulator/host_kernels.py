@@ -146,7 +146,7 @@ class HostOps:
         def call(*args):
             lists, grads = TABLES.get(name, (0, 0))
             tensors = {True: [], False: []}
-            for arg, written in list(zip(args, is_written, strict=True))[lists:]:
+            for arg, written in list(zip(args, is_written))[lists:]:  # the last arguments may have defaults
                 tensors[written] += [t for t in leaves([arg]) if not any(t is h for h in self.host_tensors)]
             set_memory(tensors[True], tensors[False], self.library, memory_of(args[:lists], grads))
             return op.redispatch(cuda, *args)

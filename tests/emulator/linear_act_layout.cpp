@@ -27,6 +27,12 @@ void layout_grouped_tile(int index, int rows, int columns, int group, int* at) {
   at[1] = tile.column;
 }
 
+void layout_share_of_b(int block_n, int transposed, int cluster, int rank, int* range) {
+  const mpk::Range found = mpk::share_of_b(block_n, transposed, cluster, rank);
+  range[0] = found.begin;
+  range[1] = found.end;
+}
+
 void layout_split_range(int k_blocks, int split, int splits, int* range) {
   const mpk::Range found = mpk::split_range(k_blocks, split, splits);
   range[0] = found.begin;

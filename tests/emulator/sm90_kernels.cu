@@ -360,7 +360,8 @@ Kernel wgmma_kernel(bool trans_a, bool trans_b) {
 template <class T>
 Kernel wgmma_kernel(int n, bool trans_a, bool trans_b) {
   if (n == 64) return wgmma_kernel<T, 64>(trans_a, trans_b);
-  return n == 128 ? wgmma_kernel<T, 128>(trans_a, trans_b) : wgmma_kernel<T, 256>(trans_a, trans_b);
+  if (n == 128) return wgmma_kernel<T, 128>(trans_a, trans_b);
+  return n == 192 ? wgmma_kernel<T, 192>(trans_a, trans_b) : wgmma_kernel<T, 256>(trans_a, trans_b);
 }
 
 struct Matrix {

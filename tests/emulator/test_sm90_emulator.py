@@ -210,7 +210,7 @@ FORMS = {  # of b: (leading, stride); b starts behind 16 KB
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("n", [64, 128, 256])
+@pytest.mark.parametrize("n", [64, 128, 192, 256])
 def test_wgmma_matches_its_definition(form, n, generator):
     """Both operands, all layouts, both dtypes; integers, so that sums are exact."""
     trans_b, start_b, form_b = FORMS[form]

@@ -206,7 +206,9 @@ __device__ __forceinline__ void store_epilogue(const GemmArguments& g, const Thr
   for (int c = 0; c < BLOCK_N / kEpilogueN; ++c) {
     uint8_t* const staging = shared.staging[at.warpgroup] + c % kBuffers * kBoxes * kBoxBytes;
     const int column = tile.column + c * kEpilogueN;
-    if (at.thread == 0) sm90::tma_store_wait_read<kBuffers - 1>();
+    if (at.thread == 0) {  // the last tile's stores have long read their buffers
+      c == 0 ? sm90::tma_store_wait_read<0>() : sm90::tma_store_wait_read<kBuffers - 1>();
+    }
     at.sync_warpgroup();  // the buffer is free
 
     AccFragment values;

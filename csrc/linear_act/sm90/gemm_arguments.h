@@ -23,7 +23,7 @@ enum class Role { kFprop, kDgrad, kWgrad };
 constexpr bool is_a_transposed(Role role) { return role == Role::kWgrad; }
 constexpr bool is_b_transposed(Role role) { return role != Role::kFprop; }
 
-// ----- tile shape: BLOCK_N, 128 or 256, is a template parameter -----
+// ----- tile shape: BLOCK_N, 128, 192 or 256, is a template parameter -----
 
 constexpr int kBlockM = 128, kBlockK = 64;
 constexpr int kWarpgroup = 128, kConsumerWarpgroups = 2;
@@ -39,18 +39,22 @@ constexpr int kSplitAlignment = kMaxCluster * kBlockM;
 
 // ----- the argument -----
 
+struct BiasVector {
+  const char* data;  // or null
+  int64_t stride;    // elements
+  torch::headeronly::ScalarType dtype;
+};
+
 struct GemmArguments {
   TensorMap a, b, out;
   int M, N, K;
   int cluster;             // blocks that share b: 1 or 2
   int splits, split_rows;  // split-K: the partial results lie one below the other, split_rows apart
-  const char* bias;        // fprop; or null
-  int64_t bias_stride;     // elements
-  torch::headeronly::ScalarType bias_dtype;
-  bool relu;           // fprop
-  uint32_t* mask;      // written by fprop, read by dgrad; or null
-  int64_t mask_pitch;  // words
-  float* column_sums;  // dgrad: (ceil(M / kWarpgroupRows), N); or null
+  BiasVector bias;         // fprop
+  bool relu;               // fprop
+  uint32_t* mask;          // written by fprop, read by dgrad; or null
+  int64_t mask_pitch;      // words
+  float* column_sums;      // dgrad: (ceil(M / kWarpgroupRows), N); or null
 };
 
 }  // namespace mpk

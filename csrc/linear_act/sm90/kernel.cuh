@@ -16,6 +16,7 @@
 //
 //   BLOCK_M x BLOCK_N x BLOCK_K    stages           staging    bias or sums  shared memory of 232448 bytes
 //   128 x 256 x 64                 4 x 48 KB        2 x 16 KB  2 KB          231568
+//   128 x 192 x 64                 4 x 40 KB        2 x 16 KB  2 KB          198800
 //   128 x 128 x 64                 6 x 32 KB        2 x 16 KB  2 KB          231600
 //
 // Registers: 168 at launch (384 threads), then 40 for the producer warpgroup and 232 for the consumers.

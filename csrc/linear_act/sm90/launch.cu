@@ -59,20 +59,23 @@ void launch_gemm(const GemmArguments& g, const TileConfig& config, cudaStream_t 
 
 template <Role kRole, class T>
 void launch_gemm(const GemmArguments& g, const TileConfig& config, ScalarType out, cudaStream_t stream) {
-  const bool wide = config.block_n == 256, rounds = out != ScalarType::Float;
-  if (wide && rounds) launch_gemm<kRole, T, T, 256>(g, config, stream);
-  if (wide && !rounds) launch_gemm<kRole, T, float, 256>(g, config, stream);
-  if (!wide && rounds) launch_gemm<kRole, T, T, 128>(g, config, stream);
-  if (!wide && !rounds) launch_gemm<kRole, T, float, 128>(g, config, stream);
+  const auto launch_as = [&](auto columns) {
+    constexpr int BLOCK_N = decltype(columns)::value;
+    if (out == ScalarType::Float) return launch_gemm<kRole, T, float, BLOCK_N>(g, config, stream);
+    launch_gemm<kRole, T, T, BLOCK_N>(g, config, stream);
+  };
+  if (config.block_n == 256) return launch_as(std::integral_constant<int, 256>());
+  if (config.block_n == 192) return launch_as(std::integral_constant<int, 192>());
+  launch_as(std::integral_constant<int, 128>());
 }
 
 // out (M x N, of each split below that of the previous one) = a b over K; the rest of `g` is the epilogue's.
 template <Role kRole>
 void run_gemm(GemmArguments g, const Tensor& a, const Tensor& b, const Tensor& out, int64_t K, const TileConfig& config,
               cudaStream_t stream) {
-  STD_TORCH_CHECK(
-      (config.block_n == 128 || config.block_n == 256) && (config.cluster == 1 || config.cluster == 2) && config.num_sms > 0,
-      "block_n must be 128 or 256, cluster 1 or 2, blocks positive");
+  STD_TORCH_CHECK((config.block_n == 128 || config.block_n == 192 || config.block_n == 256) &&
+                      (config.cluster == 1 || config.cluster == 2) && config.num_sms > 0,
+                  "block_n must be 128, 192 or 256, cluster 1 or 2, blocks positive");
   const ScalarType dtype = a.scalar_type();
   STD_TORCH_CHECK((dtype == ScalarType::Half || dtype == ScalarType::BFloat16) && b.scalar_type() == dtype &&
                       (out.scalar_type() == dtype || out.scalar_type() == ScalarType::Float),
@@ -89,28 +92,41 @@ void run_gemm(GemmArguments g, const Tensor& a, const Tensor& b, const Tensor& o
   }
 }
 
-// ----- the operators -----
-
-void fprop(Tensor x, Tensor weight, std::optional<Tensor> bias, bool relu, Tensor out, std::optional<Tensor> mask,
-           int64_t block_n, int64_t cluster, int64_t num_sms) {
-  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
-  check_matrix("x", x, M, K);
-  check_matrix("weight", weight, N, K);
-  check_matrix("out", out, M, N);
-  check_same_device("weight", weight, x);
-  check_same_device("out", out, x);
+// The GEMM of an M x N result. With split-K, `out` is the workspace: float32, one partial result per split, each padded to a
+// multiple of kSplitAlignment rows, one below the other; their sum has the epilogue.
+GemmArguments gemm_of(int64_t M, int64_t N, int64_t K, int64_t splits, bool has_epilogue, const char* name, const Tensor& out) {
+  STD_TORCH_CHECK(splits >= 1 && splits <= ceil_div(K, kBlockK), "more splits than k-blocks");
+  STD_TORCH_CHECK(splits == 1 || (out.scalar_type() == ScalarType::Float && !has_epilogue),
+                  "the workspace must be float32, without an epilogue");
+  const int64_t split_rows = splits == 1 ? M : ceil_div(M, kSplitAlignment) * kSplitAlignment;
+  check_matrix(name, out, splits * split_rows, N);
   GemmArguments g{};
   g.M = static_cast<int>(M);
   g.N = static_cast<int>(N);
-  g.splits = 1;
+  g.splits = static_cast<int>(splits);
+  g.split_rows = static_cast<int>(split_rows);
+  return g;
+}
+
+BiasVector bias_vector(const std::optional<Tensor>& bias, int64_t columns, const Tensor& like) {
+  if (!bias) return {};
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == columns, "bias must have ", columns, " elements");
+  check_same_device("bias", *bias, like);
+  return {static_cast<const char*>(bias->const_data_ptr()), bias->stride(0), bias->scalar_type()};
+}
+
+// ----- the operators -----
+
+void fprop(Tensor x, Tensor weight, std::optional<Tensor> bias, bool relu, Tensor out, std::optional<Tensor> mask,
+           int64_t block_n, int64_t cluster, int64_t num_sms, int64_t splits) {
+  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
+  check_matrix("x", x, M, K);
+  check_matrix("weight", weight, N, K);
+  check_same_device("weight", weight, x);
+  check_same_device("out", out, x);
+  GemmArguments g = gemm_of(M, N, K, splits, bias || relu || mask, "out", out);
+  g.bias = bias_vector(bias, N, x);
   g.relu = relu;
-  if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == N, "bias must have ", N, " elements");
-    check_same_device("bias", *bias, x);
-    g.bias = static_cast<const char*>(bias->const_data_ptr());
-    g.bias_dtype = bias->scalar_type();
-    g.bias_stride = bias->stride(0);
-  }
   if (mask) {
     check_mask(*mask, M, N);
     check_same_device("mask", *mask, x);
@@ -122,17 +138,13 @@ void fprop(Tensor x, Tensor weight, std::optional<Tensor> bias, bool relu, Tenso
 }
 
 void dgrad(Tensor grad_z, Tensor weight, std::optional<Tensor> mask, Tensor grad_x, std::optional<Tensor> column_sums,
-           int64_t block_n, int64_t cluster, int64_t num_sms) {
+           int64_t block_n, int64_t cluster, int64_t num_sms, int64_t splits) {
   const int64_t M = grad_z.size(0), N = grad_z.size(1), K = weight.size(1);
   check_matrix("grad_z", grad_z, M, N);
   check_matrix("weight", weight, N, K);
-  check_matrix("grad_x", grad_x, M, K);
   check_same_device("weight", weight, grad_z);
   check_same_device("grad_x", grad_x, grad_z);
-  GemmArguments g{};
-  g.M = static_cast<int>(M);
-  g.N = static_cast<int>(K);
-  g.splits = 1;
+  GemmArguments g = gemm_of(M, K, N, splits, mask || column_sums, "grad_x", grad_x);
   if (mask) {
     check_mask(*mask, M, K);
     check_same_device("mask", *mask, grad_z);
@@ -148,23 +160,13 @@ void dgrad(Tensor grad_z, Tensor weight, std::optional<Tensor> mask, Tensor grad
   run_gemm<Role::kDgrad>(g, grad_z, weight, grad_x, N, {block_n, cluster, num_sms}, device.stream());
 }
 
-// With split-K, `out` is the workspace: float32, one partial result per split, each padded to a multiple of kSplitAlignment
-// rows, one below the other.
 void wgrad(Tensor grad_z, Tensor x, Tensor out, int64_t splits, int64_t block_n, int64_t cluster, int64_t num_sms) {
   const int64_t M = grad_z.size(0), N = grad_z.size(1), K = x.size(1);
   check_matrix("grad_z", grad_z, M, N);
   check_matrix("x", x, M, K);
   check_same_device("x", x, grad_z);
   check_same_device("out", out, grad_z);
-  STD_TORCH_CHECK(splits >= 1 && splits <= ceil_div(M, kBlockK), "more splits than k-blocks");
-  const int64_t split_rows = splits == 1 ? N : ceil_div(N, kSplitAlignment) * kSplitAlignment;
-  check_matrix("out", out, splits * split_rows, K);
-  STD_TORCH_CHECK(splits == 1 || out.scalar_type() == ScalarType::Float, "the workspace must be float32");
-  GemmArguments g{};
-  g.M = static_cast<int>(N);
-  g.N = static_cast<int>(K);
-  g.splits = static_cast<int>(splits);
-  g.split_rows = static_cast<int>(split_rows);
+  const GemmArguments g = gemm_of(N, K, M, splits, /*has_epilogue=*/false, "out", out);
   const OnDevice device(grad_z);
   run_gemm<Role::kWgrad>(g, grad_z, x, out, M, {block_n, cluster, num_sms}, device.stream());
 }
@@ -228,7 +230,7 @@ void select(Tensor grad_out, std::optional<Tensor> mask, std::optional<Tensor> g
 }
 
 template <class Out>
-void launch_sum(const Tensor& parts, const Tensor& out, cudaStream_t stream) {
+void launch_sum(const Tensor& parts, const Tensor& out, const SumEpilogue& epilogue, cudaStream_t stream) {
   const bool one_row = out.dim() == 1;  // many parts of one row, or a few of many rows
   SumArguments<Out> a{};
   a.parts = parts.const_data_ptr<float>();
@@ -240,6 +242,7 @@ void launch_sum(const Tensor& parts, const Tensor& out, cudaStream_t stream) {
   a.out = static_cast<Out*>(out.mutable_data_ptr());
   a.out_stride_m = one_row ? 0 : out.stride(0);
   a.out_stride_n = out.stride(out.dim() - 1);
+  a.epilogue = epilogue;
   constexpr int kSlices = 8;
   const int64_t grid = a.rows * ceil_div(a.columns, one_row ? kSelectThreads / kSlices : kSelectThreads);
   STD_TORCH_CHECK(grid > 0 && grid <= kMaxSize, "out is empty or too large");
@@ -251,20 +254,28 @@ void launch_sum(const Tensor& parts, const Tensor& out, cudaStream_t stream) {
   }
 }
 
-// out = round(parts.sum(0)): parts (P, N) of an out (N,), or (P, R, C) of an out (R, C).
-void sum_parts(Tensor parts, Tensor out) {
+// out = round(parts.sum(0)): parts (P, N) of an out (N,), or (P, R, C) of an out (R, C), then with fprop's epilogue.
+void sum_parts(Tensor parts, Tensor out, std::optional<Tensor> bias, bool relu, std::optional<Tensor> mask) {
   const int64_t dims = out.dim();
   STD_TORCH_CHECK((dims == 1 || dims == 2) && parts.dim() == dims + 1 && parts.scalar_type() == ScalarType::Float &&
                       parts.stride(dims) == 1,
                   "parts must be float32, with one dimension more than out");
   for (int64_t i = 0; i < dims; ++i) STD_TORCH_CHECK(parts.size(i + 1) == out.size(i), "parts do not fit out");
   check_same_device("parts", parts, out);
+  STD_TORCH_CHECK(dims == 2 || !(bias || relu || mask), "an epilogue is that of a matrix");
+  SumEpilogue epilogue{bias_vector(bias, out.size(dims - 1), out), relu, nullptr, 0};
+  if (mask) {
+    check_mask(*mask, out.size(0), out.size(1));
+    check_same_device("mask", *mask, out);
+    epilogue.mask = static_cast<uint32_t*>(mask->mutable_data_ptr());
+    epilogue.mask_pitch = mask->stride(0);
+  }
   const OnDevice device(out);
   const ScalarType dtype = out.scalar_type();
-  if (dtype == ScalarType::Half) return launch_sum<Half>(parts, out, device.stream());
-  if (dtype == ScalarType::BFloat16) return launch_sum<BFloat16>(parts, out, device.stream());
-  if (dtype == ScalarType::Float) return launch_sum<float>(parts, out, device.stream());
-  launch_sum<double>(parts, out, device.stream());
+  if (dtype == ScalarType::Half) return launch_sum<Half>(parts, out, epilogue, device.stream());
+  if (dtype == ScalarType::BFloat16) return launch_sum<BFloat16>(parts, out, epilogue, device.stream());
+  if (dtype == ScalarType::Float) return launch_sum<float>(parts, out, epilogue, device.stream());
+  launch_sum<double>(parts, out, epilogue, device.stream());
 }
 
 }  // namespace

@@ -68,6 +68,13 @@ struct Range {
   int begin, end;
 };
 
+// The columns of a tile of b that a block of the cluster loads: even parts where a box has as many columns as the part, whole
+// boxes of 64 columns, the first block the larger part, where b is transposed.
+MPK_HOST_DEVICE constexpr Range share_of_b(int block_n, bool transposed, int cluster, int rank) {
+  const int part = transposed ? static_cast<int>(ceil_div(block_n / 64, cluster)) * 64 : block_n / cluster;
+  return {rank * part, (rank + 1) * part < block_n ? (rank + 1) * part : block_n};
+}
+
 // The k-blocks of split `split` of `splits`: consecutive, covering all, their counts differing by at most one.
 MPK_HOST_DEVICE constexpr Range split_range(int k_blocks, int split, int splits) {
   return {static_cast<int>(static_cast<int64_t>(k_blocks) * split / splits),

@@ -38,7 +38,7 @@ __device__ void load_tiles(const GemmArguments& g, SharedStorage<BLOCK_N>& share
   sm90::tma_prefetch(&g.a);
   sm90::tma_prefetch(&g.b);
   sm90::tma_prefetch(&g.out);
-  const int share = BLOCK_N / g.cluster, share_begin = static_cast<int>(sm90::cluster_rank()) * share;
+  const Range share = share_of_b(BLOCK_N, kTransB, g.cluster, static_cast<int>(sm90::cluster_rank()));
   const uint16_t blocks = static_cast<uint16_t>((1 << g.cluster) - 1);
   PipelineState<SharedStorage<BLOCK_N>::kStages> state;
   PersistentTileScheduler<BLOCK_N> scheduler(g);
@@ -49,8 +49,8 @@ __device__ void load_tiles(const GemmArguments& g, SharedStorage<BLOCK_N>& share
       sm90::barrier_arrive_expect_tx(full, SharedStorage<BLOCK_N>::kStageBytes);
       load_operand<kTransA>(shared.a[state.stage], tile.row, kBlockM, k_block,
                             [&](uint8_t* to, int c0, int c1) { sm90::tma_load(to, &g.a, full, c0, c1); });
-      load_operand<kTransB>(shared.b[state.stage] + share_begin * kRowBytes, tile.column + share_begin, share, k_block,
-                            [&](uint8_t* to, int c0, int c1) {
+      load_operand<kTransB>(shared.b[state.stage] + share.begin * kRowBytes, tile.column + share.begin, share.end - share.begin,
+                            k_block, [&](uint8_t* to, int c0, int c1) {
                               if (g.cluster == 1) {
                                 sm90::tma_load(to, &g.b, full, c0, c1);
                               } else {

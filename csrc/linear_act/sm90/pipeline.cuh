@@ -25,7 +25,7 @@ constexpr int kBoxBytes = 64 * kRowBytes;  // of a TMA box of 64 rows
 
 template <int BLOCK_N>
 struct SharedStorage {
-  static constexpr int kStages = BLOCK_N == 256 ? 4 : 6;
+  static constexpr int kStages = BLOCK_N == 128 ? 6 : 4;
   static constexpr int kStageBytes = (kBlockM + BLOCK_N) * kRowBytes;
 
   uint8_t a[kStages][kBlockM * kRowBytes];
@@ -39,7 +39,8 @@ struct SharedStorage {
   sm90::Barrier full[kStages], empty[kStages];
   sm90::Barrier tile_full[kTileStages], tile_empty[kTileStages];
 };
-static_assert(sizeof(SharedStorage<256>) <= kMaxSharedBytes && sizeof(SharedStorage<128>) <= kMaxSharedBytes);
+static_assert(sizeof(SharedStorage<256>) <= kMaxSharedBytes && sizeof(SharedStorage<192>) <= kMaxSharedBytes &&
+              sizeof(SharedStorage<128>) <= kMaxSharedBytes);
 
 // The next stage, and the phase (the parity) of its barriers.
 template <int kStages>

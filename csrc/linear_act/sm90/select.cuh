@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The passes before and after the sm_90a GEMM of backward: grad_z = select(mask, grad_out) with its column sums (the bias
-// gradient), and the sum of partial results (of column sums, of split-K). Every sum has one order.
+// The passes before and after the sm_90a GEMM: grad_z = select(mask, grad_out) with its column sums (the bias gradient), and
+// the sum of partial results (of column sums; of split-K, with fprop's epilogue). Every sum has one order.
 
 #pragma once
 
@@ -8,9 +8,11 @@
 
 #include <cstdint>
 
+#include "bias.cuh"
 #include "common/cast.h"
 #include "common/launch.h"
 #include "common/vector.cuh"
+#include "gemm_arguments.h"
 
 namespace mpk {
 
@@ -100,13 +102,22 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(MPK_GRID_CONSTAN
 }
 static_assert(kSelectColumns == kSelectThreads);
 
-// out = round(the sum of `count` parts), each rows x columns, `part_stride` elements from one to the next.
+// fprop's, where its sum was split. Sums of one row have none.
+struct SumEpilogue {
+  BiasVector bias;
+  bool relu;
+  uint32_t* mask;  // of the ReLU; or null
+  int64_t mask_pitch;
+};
+
+// out = round(act(the sum of `count` parts + bias)), each rows x columns, `part_stride` elements from one to the next.
 template <class Out>
 struct SumArguments {
   const float* parts;
   int64_t count, part_stride, pitch, rows, columns;
   Out* out;
   int64_t out_stride_m, out_stride_n;
+  SumEpilogue epilogue;
 };
 
 // kSlices threads share a column: each adds every kSlices-th part, then the first adds what they have.
@@ -130,9 +141,20 @@ __global__ void __launch_bounds__(kSelectThreads) sum_kernel(MPK_GRID_CONSTANT(S
     sum = 0;
     for (int i = 0; i < kSlices; ++i) sum += sums[i][lane];
   }
-  if (slice > 0 || column >= a.columns) return;
+  if constexpr (kSlices == 1) {
+    sum += bias_at(a.epilogue.bias, column, a.columns);
+    if (a.epilogue.relu && sum <= 0) sum = 0;  // NaN stays
+  }
   Elements<Out, 1> out;
   out.at[0] = convert<Out>(sum);  // round: fp32 -> out's dtype
+  if constexpr (kSlices == 1) {
+    const bool positive = column < a.columns && !(convert<float>(out.at[0]) <= 0);
+    if (a.epilogue.mask != nullptr) {
+      const uint32_t word = __ballot_sync(~0u, positive);  // a warp has 32 columns
+      if (lane % 32 == 0 && column < a.columns) __stcs(a.epilogue.mask + row * a.epilogue.mask_pitch + column / 32, word);
+    }
+  }
+  if (slice > 0 || column >= a.columns) return;
   store(a.out + row * a.out_stride_m + column * a.out_stride_n, out);
 }
 

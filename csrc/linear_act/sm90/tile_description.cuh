@@ -8,8 +8,8 @@
 
 #include <cstdint>
 
+#include "bias.cuh"
 #include "common/sm90.cuh"
-#include "common/vector.cuh"
 #include "gemm_arguments.h"
 #include "pipeline.cuh"
 #include "tile_scheduler.cuh"
@@ -17,22 +17,6 @@
 namespace mpk {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-template <class T>
-__device__ __forceinline__ float element(const char* data, int64_t i) {
-  Elements<T, 1> one;
-  load<LoadReadOnly>(reinterpret_cast<const T*>(data) + i, one);
-  return convert<float>(one.at[0]);
-}
-
-__device__ __forceinline__ float bias_at(const GemmArguments& g, int column) {
-  if (g.bias == nullptr || column >= g.N) return 0;
-  const int64_t i = column * g.bias_stride;
-  if (g.bias_dtype == ScalarType::Half) return element<Half>(g.bias, i);
-  if (g.bias_dtype == ScalarType::BFloat16) return element<BFloat16>(g.bias, i);
-  if (g.bias_dtype == ScalarType::Float) return element<float>(g.bias, i);
-  return element<double>(g.bias, i);
-}
 
 // All tiles of this block and the one behind them, which does not exist. `thread` is one of kDescribers.
 template <Role kRole, int BLOCK_N>
@@ -46,7 +30,7 @@ __device__ void describe_tiles(const GemmArguments& g, SharedStorage<BLOCK_N>& s
     if (thread == 0) shared.tiles[state.stage] = tile;
     if constexpr (kRole == Role::kFprop) {
       for (int i = thread; tile.exists && i < BLOCK_N; i += kDescribers) {
-        shared.bias[state.stage][i] = bias_at(g, tile.column + i);
+        shared.bias[state.stage][i] = bias_at(g.bias, tile.column + i, g.N);
       }
     }
     sm90::barrier_arrive(&shared.tile_full[state.stage]);

@@ -2,8 +2,8 @@
 """linear_act in CUDA C++ for sm_90a (Hopper): out = round(act(x @ weight.T + bias)) in one kernel by TMA and WGMMA.
 
 Backward is one streaming pass (select, grad_bias) and two launches of the same GEMM, in whose epilogue dgrad can do that pass
-for the previous layer. Same inputs, same bits: no atomics; where the sum over M is split, the parts are fp32 and are added
-in order.
+for the previous layer. Same inputs, same bits: no atomics; where a sum is split, the parts are fp32 and are added in order, in
+fprop by a pass that has its epilogue. With `batch_invariant` fprop's is not.
 
 8-bit operands are Triton's: WGMMA keeps about 14 bits of their sums, which have to be added in fp32 every 128 of K. That takes
 a second set of accumulators, for which a 128 x 256 tile has no registers, and a wait for each k-block where this pipeline
@@ -29,6 +29,10 @@ SELECT_ROWS, SUM_ROWS = 128, 64  # that one row of column sums stands for, of th
 INVARIANT_M = 1024  # whose tile batch_invariant takes for every M
 K_BLOCKS_PER_SPLIT = 8  # at least: a part costs the write and the read of an fp32 tile
 MAX_SPLITS = 8
+# Clocks of an SM by the columns of a tile: for a k-block of 64, and for what of a tile no product hides. NOTE: reckoned, from
+# 4096 operations a clock, more bytes per operation in smaller tiles, and instructions counted; not measured.
+CLOCKS = {256: (1024, 2700), 192: (800, 2150), 128: (600, 1600)}
+SUM_ELEMENTS, SUM_CLOCKS = 300, 4000  # of the sum of split parts: fp32 written and read in a clock; a launch, reckoned too
 
 
 def why_not(key: CallKey) -> str | None:
@@ -62,8 +66,14 @@ def linear_act(call: ForwardCall):
         a, b = _matrix(_rows(x if x_compute is None else x_compute, M, K)), _weight(call)
         if K == 0:  # an empty sum: one step of zeros
             a, b = a.new_zeros((M, 8)), b.new_zeros((N, 8))
-        config = choose(INVARIANT_M if call.batch_invariant else M, N, _num_sms(x.device))
-        torch.ops.mpkernels_C.linear_act_fprop(a, b, call.bias, relu, out, mask, *config)
+        rows = INVARIANT_M if call.batch_invariant else M
+        config, splits = choose(rows, N, K, _num_sms(x.device), may_split=not call.batch_invariant)
+        if splits == 1:
+            torch.ops.mpkernels_C.linear_act_fprop(a, b, call.bias, relu, out, mask, *config)
+        else:
+            parts = _empty_parts(a, splits, M, N)
+            torch.ops.mpkernels_C.linear_act_fprop(a, b, None, False, parts.view(-1, N), None, *config, splits)
+            torch.ops.mpkernels_C.linear_act_sum(parts[:, :M], out, call.bias, relu, mask)
     return out if is_matrix else out.view(*x.shape[:-1], N), mask, x_compute
 
 
@@ -101,19 +111,25 @@ class TileConfig(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(rows: int, columns: int, num_sms: int) -> TileConfig:
-    """The larger tile where it keeps three quarters of the chip busy; pairs where few of them lack their second tile."""
+def choose(rows: int, columns: int, K: int, num_sms: int, may_split: bool = True) -> tuple[TileConfig, int]:
+    """The tile, and into how many parts the sum over K is split, with which all is done first by `clocks`.
+
+    Pairs of tiles where few of them lack their second one.
+    """
     tiles_m = -(-rows // BLOCK_M)
-    block_n = 256 if 4 * tiles_m * -(-columns // 256) >= 3 * num_sms else 128
     cluster = 2 if tiles_m % 2 == 0 or tiles_m >= 16 else 1
-    return TileConfig(block_n, cluster, num_sms)
+    most = max(1, min(-(-K // BLOCK_K) // K_BLOCKS_PER_SPLIT, MAX_SPLITS)) if may_split else 1
+    candidates = [(TileConfig(n, cluster, num_sms), splits) for splits in range(1, most + 1) for n in CLOCKS]
+    return min(candidates, key=lambda candidate: clocks(rows, columns, K, *candidate))
 
 
-@functools.lru_cache(maxsize=4096)
-def choose_splits(rows: int, columns: int, K: int, config: TileConfig) -> int:
-    """Parts of the sum over K, so that the tiles of a small result do not leave the chip idle."""
-    tiles = -(-rows // BLOCK_M) * -(-columns // config.block_n)
-    return max(1, min(config.num_sms // tiles, -(-K // BLOCK_K) // K_BLOCKS_PER_SPLIT, MAX_SPLITS))
+def clocks(rows: int, columns: int, K: int, config: TileConfig, splits: int = 1) -> float:
+    """Clocks of a GEMM by the waves of its tiles; the parts of a split sum are written and read once more."""
+    tiles = -(-rows // (BLOCK_M * config.cluster)) * -(-columns // config.block_n) * splits
+    waves = -(-tiles // max(config.num_sms // config.cluster, 1))
+    per_k_block, per_tile = CLOCKS[config.block_n]
+    k_blocks = -(-K // (BLOCK_K * splits))
+    return waves * (k_blocks * per_k_block + per_tile) + (splits > 1) * (splits * rows * columns / SUM_ELEMENTS + SUM_CLOCKS)
 
 
 @functools.cache
@@ -192,11 +208,16 @@ def _dgrad(grad_z, weight, prev_mask, dtype, grad_prev_bias_dtype):
     M, (N, K) = grad_z.shape[0], weight.shape
     parts = -(-M // SUM_ROWS) if N else 0
     sums = None if grad_prev_bias_dtype is None else grad_z.new_empty((parts, K), dtype=torch.float32)
-    if N and M and K:
-        grad_x = grad_z.new_empty((M, K), dtype=_stored(dtype, grad_z.dtype))
-        torch.ops.mpkernels_C.linear_act_dgrad(grad_z, weight, prev_mask, grad_x, sums, *choose(M, K, _num_sms(grad_z.device)))
-    else:
-        grad_x = grad_z.new_zeros((M, K), dtype=dtype)
+    if not (N and M and K):
+        return grad_z.new_zeros((M, K), dtype=dtype), None if sums is None else _sum(sums, grad_prev_bias_dtype)
+    has_epilogue = prev_mask is not None or sums is not None
+    config, splits = choose(M, K, N, _num_sms(grad_z.device), may_split=not has_epilogue)
+    if splits > 1:
+        parts = _empty_parts(grad_z, splits, M, K)
+        torch.ops.mpkernels_C.linear_act_dgrad(grad_z, weight, None, parts.view(-1, K), None, *config, splits)
+        return _sum(parts[:, :M], dtype), None
+    grad_x = grad_z.new_empty((M, K), dtype=_stored(dtype, grad_z.dtype))
+    torch.ops.mpkernels_C.linear_act_dgrad(grad_z, weight, prev_mask, grad_x, sums, *config)
     return cast(grad_x, dtype), None if sums is None else _sum(sums, grad_prev_bias_dtype)
 
 
@@ -205,16 +226,20 @@ def _wgrad(grad_z, x, dtype):
     M, N, K = *grad_z.shape, x.shape[1]
     if not (M and N and K):
         return grad_z.new_zeros((N, K), dtype=dtype)
-    config = choose(N, K, _num_sms(grad_z.device))
-    splits = choose_splits(N, K, M, config)
+    config, splits = choose(N, K, M, _num_sms(grad_z.device))
     if splits == 1:
         grad_weight = grad_z.new_empty((N, K), dtype=_stored(dtype, grad_z.dtype))
         torch.ops.mpkernels_C.linear_act_wgrad(grad_z, x, grad_weight, 1, *config)
         return cast(grad_weight, dtype)
-    rows = -(-N // (2 * BLOCK_M)) * 2 * BLOCK_M  # of whole tiles, so that one part's last does not touch the next part
-    parts = grad_z.new_empty((splits, rows, K), dtype=torch.float32)
+    parts = _empty_parts(grad_z, splits, N, K)
     torch.ops.mpkernels_C.linear_act_wgrad(grad_z, x, parts.view(-1, K), splits, *config)
     return _sum(parts[:, :N], dtype)
+
+
+def _empty_parts(like, splits, rows, columns):
+    """Memory for the parts of a split sum, of whole tiles, so that one part's last does not touch the next part."""
+    rows = -(-rows // (2 * BLOCK_M)) * 2 * BLOCK_M
+    return like.new_empty((splits, rows, columns), dtype=torch.float32)
 
 
 def _stored(dtype: torch.dtype, compute_dtype: torch.dtype) -> torch.dtype:

@@ -146,7 +146,7 @@ void wgmma_wait_all(float (&)[kValues]) {
 
 template <class T, int N, bool trans_a, bool trans_b>
 void wgmma(float (&acc)[N / 2], uint64_t desc_a, uint64_t desc_b, bool accumulate) {
-  static_assert(N == 64 || N == 128 || N == 256);
+  static_assert(N == 64 || N == 128 || N == 192 || N == 256);
   static_assert(std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>);
   host::wgmma(acc, N, {desc_a, trans_a}, {desc_b, trans_b}, accumulate, std::is_same_v<T, BFloat16>);
 }

@@ -23,7 +23,7 @@ BLOCK_M, BLOCK_K = 128, 64
 SUM_ROWS = 64  # rows of the matrix per row of column sums
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 # (block_n, cluster, num_sms): one or several tiles per block, clusters of one or two, whose second tile may lie outside
-CONFIGS = [(256, 1, 100), (256, 2, 2), (128, 1, 2), (128, 2, 100)]
+CONFIGS = [(256, 1, 100), (256, 2, 2), (128, 1, 2), (128, 2, 100), (192, 2, 2)]
 SHAPES = [(1, 8, 8), (128, 256, 64), (200, 264, 136), (257, 520, 320), (385, 136, 72)]  # M, N and K of the GEMM
 
 
@@ -251,7 +251,7 @@ def every_role(config, generator, repeat):
     return [repeat(run) for run in (fprop, dgrad, wgrad)]
 
 
-@pytest.mark.parametrize("block_n", [128, 256])
+@pytest.mark.parametrize("block_n", [128, 192, 256])
 def test_schedule_and_config_do_not_matter(block_n, generator):
     """The same bits in every order of threads, copies and products, and for every number of blocks and cluster size."""
     state, results = generator.get_state(), []

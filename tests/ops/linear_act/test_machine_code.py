@@ -10,7 +10,7 @@ import pytest
 
 from tests.toolchain.test_cuda_machine_code import has_cuda, of_architecture, run
 
-GEMMS = 24  # 3 roles x 2 operand dtypes x 2 result dtypes x 2 tiles
+GEMMS = 36  # 3 roles x 2 operand dtypes x 2 result dtypes x 3 tiles
 FPROP, DGRAD, WGRAD = (f"RoleE{i}" for i in range(3))
 THREADS = 384
 REGISTERS = 168  # at launch: the most that 384 threads can have; setmaxnreg then moves them to the consumer warpgroups

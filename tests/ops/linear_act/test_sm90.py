@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_act as `native` on Hopper: the op's implementation over its kernels, their source run on the CPU by tests/emulator."""
 
+import functools
+import itertools
 import re
 import zlib
 from types import SimpleNamespace
@@ -236,24 +238,67 @@ def pack(positive: torch.Tensor) -> torch.Tensor:
 # ----- tiles of a GEMM ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "rows, columns, K", [(1, 8, 8), (4096, 4096, 1024), (512, 4096, 64), (1024, 1024, 16384), (384, 64, 640)]
-)
-def test_hopper_config_is_one_that_runs(rows, columns, K):
-    config = sm90.choose(rows, columns, 132)
-    splits = sm90.choose_splits(rows, columns, K, config)
-    assert config.block_n in (128, 256)
-    assert config.cluster in (1, 2)
-    assert 1 <= splits <= max(1, -(-K // 64))
-    assert splits == 1 or splits * -(-rows // 128) * -(-columns // config.block_n) <= 132
+SMS = 132
+LENGTHS = (1, 128, 384, 512, 1024, 1536, 2304, 3072, 4096, 5120, 8192, 14336)
 
 
-def test_hopper_config_follows_the_size():
-    """The larger tile for long work; the smaller where there are few tiles, whatever K is: there is no third."""
-    assert sm90.choose(8192, 8192, 132).block_n == sm90.choose(16384, 4096, 132).block_n == 256
-    assert sm90.choose(512, 4096, 132).block_n == sm90.choose(1024, 1024, 132).block_n == 128
-    chosen = [sm90.choose(rows, 4096, 132).block_n for rows in range(128, 8192, 128)]
-    assert chosen == sorted(chosen)
+def before(rows, columns, num_sms):
+    """A tile by the number of tiles alone: 256 columns where these keep three quarters of the SMs busy, else 128."""
+    return 256 if 4 * -(-rows // 128) * -(-columns // 256) >= 3 * num_sms else 128
+
+
+@pytest.mark.parametrize("num_sms", [1, 16, 114, SMS])
+def test_hopper_config_is_the_best_by_the_model(num_sms):
+    """Over a grid of shapes: one that runs, and no tile is done sooner; splits only where they pay."""
+    for rows, columns, K in itertools.product(LENGTHS, LENGTHS, (8, 1024, 4096, 16384)):
+        (whole, one), (config, splits) = (sm90.choose(rows, columns, K, num_sms, may_split=m) for m in (False, True))
+        clocks = functools.partial(sm90.clocks, rows, columns, K)
+        assert one == 1
+        assert whole.block_n in sm90.CLOCKS
+        assert whole.cluster in (1, 2)
+        assert 1 <= splits <= max(1, -(-K // 64) // sm90.K_BLOCKS_PER_SPLIT)
+        assert all(clocks(whole) <= clocks(whole._replace(block_n=n)) for n in sm90.CLOCKS)
+        assert clocks(whole) <= clocks(whole._replace(block_n=before(rows, columns, num_sms)))
+        assert splits == 1 or clocks(config, splits) < clocks(whole)
+
+
+@pytest.mark.parametrize("rows, columns, K, block_n", [
+    (8192, 8192, 8192, 256), (16384, 4096, 1024, 256), (4096, 4096, 4096, 256),  # most operations for a byte
+    (3072, 3072, 3072, 192), (2304, 2304, 2304, 192), (1536, 1536, 1536, 192),  # 2.2, 1.2 and half a wave of 256
+    (512, 4096, 1024, 128), (1024, 1024, 1024, 128), (1, 8, 8, 128),  # less than a wave of any
+])  # fmt: skip
+def test_hopper_config_of_known_shapes(rows, columns, K, block_n):
+    assert sm90.choose(rows, columns, K, SMS, may_split=False)[0].block_n == block_n
+
+
+def test_hopper_splits_fill_the_chip():
+    """Where a small result leaves SMs idle and K is long; not where the parts cost more than they gain."""
+    splits = lambda *sizes: sm90.choose(*sizes, SMS)[1]
+    assert splits(1024, 1024, 16384) > 1
+    assert splits(128, 4096, 4096) > 1
+    assert splits(1024, 1024, 512) == splits(8192, 8192, 16384) == splits(4096, 4096, 1024) == 1
+
+
+def test_hopper_split_sums_have_the_epilogue(monkeypatch, generator, device):
+    """fprop and dgrad in parts, which are added in order: the bias, the ReLU and its mask are those of the sum."""
+    monkeypatch.setattr(sm90, "_num_sms", lambda device: 16)
+    monkeypatch.setattr(sm90, "SUM_CLOCKS", 0)
+    monkeypatch.setattr(sm90, "K_BLOCKS_PER_SPLIT", 1)
+    sm90.choose.cache_clear()
+    M, N, K = 130, 200, 328
+    x, weight, grad_out = (torch.randn(*s, generator=generator).half().to(device) for s in ((M, K), (N, K), (M, N)))
+    bias = torch.randn(N, generator=generator).to(device)
+    assert sm90.choose(M, N, K, 16)[1] > 1 < sm90.choose(M, K, N, 16)[1]
+    out, mask, _ = sm90.linear_act(ForwardCall(x, weight, bias, None, Activation.RELU, f16, f16, 1))
+    bounds.check_forward(out, x, weight, bias, 1, f16, random_sign=True)
+    assert np.array_equal(bits_of(mask, N)[:, :N], (out != 0).cpu().numpy())
+    again, _, _ = sm90.linear_act(ForwardCall(x, weight, bias, None, Activation.RELU, f16, f16, 0))
+    assert same_bits(again, out)
+    grad_x = sm90.linear_act_backward(
+        BackwardCall(grad_out, None, weight, None, None, 0, f16, f16, f16, f16, [True, False, False])
+    )[0]
+    bounds.check_backward((grad_x, None, None), grad_out, grad_x, weight, None, f16, random_sign=True)
+    sm90.choose.cache_clear()
 
 
 @pytest.mark.parametrize("columns", [8, 1024, 4096, 16384])
@@ -270,8 +315,3 @@ def test_hopper_batch_invariant_has_one_config(columns, monkeypatch):
             sm90.linear_act(ForwardCall(x, weight, None, None, Activation.RELU, f16, f16, 0, invariant))
     assert len(set(configs[::2])) == 1
     assert len(set(configs[1::2])) > 1
-
-
-def test_hopper_small_weights_are_split():
-    config = sm90.choose(1024, 1024, 132)
-    assert sm90.choose_splits(1024, 1024, 16384, config) > 1

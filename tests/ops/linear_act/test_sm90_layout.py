@@ -106,3 +106,17 @@ def test_layout_splits_are_consecutive_and_even(layout, k_blocks, splits):
     lengths = [end - begin for begin, end in ranges]
     assert max(lengths) - min(lengths) <= 1
     assert min(lengths) >= 1
+
+
+@pytest.mark.parametrize("block_n", (128, 192, 256))
+@pytest.mark.parametrize("cluster", (1, 2))
+@pytest.mark.parametrize("transposed", (False, True))
+def test_layout_shares_of_b_cover_the_tile(layout, block_n, cluster, transposed):
+    shares = [ints(layout.layout_share_of_b, 2, block_n, transposed, cluster, rank) for rank in range(cluster)]
+    assert shares[0][0] == 0
+    assert shares[-1][1] == block_n
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(shares))
+    if transposed:
+        assert all(begin % 64 == 0 < end - begin for begin, end in shares), "boxes have 64 columns"
+    else:
+        assert {end - begin for begin, end in shares} == {block_n // cluster}, "the box that the tensor map describes"
