@@ -160,7 +160,8 @@ def test_cuda_update_of_fp32_has_no_fp64_arithmetic(sm):
     for name, code in instructions(sm).items():
         fp64 = [op for op in code if op.startswith(("DMUL", "DADD", "DFMA"))]
         if kind(name) in RULES:
-            assert (not fp64) == ("VariantILi" in name and "EEff" in name or "EfN" in name or "VariantEff" in name), name
+            master = re.search(r"Variant[ILib\dE]*([fd])", name)[1]
+            assert bool(fp64) == (master == "d"), name
         elif kind(name) == "scalars_kernel":
             assert fp64, name
 
