@@ -22,7 +22,8 @@ LARGEST_TILE = 1 << 16  # of the constants of a tile
 
 PACKAGED = Path(__file__).parents[1] / "tuned"
 
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+_OPERANDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _OPERANDS}
 
 GemmKey = tuple  # (role, M rounded up to a power of 2, N, K, activation, *dtypes)
 

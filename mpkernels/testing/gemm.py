@@ -7,7 +7,9 @@ import torch
 
 from mpkernels.ops.common.cast import cast
 from mpkernels.ops.linear_act import op_of, reference
+from mpkernels.ops.linear_act.call import ForwardCall
 from mpkernels.ops.linear_act.epilogues import Activation, pack_mask, unpack_mask
+from mpkernels.runtime.op import without_defaults
 from mpkernels.runtime.tuned_table import GemmKey
 from mpkernels.testing import bounds
 
@@ -36,7 +38,11 @@ class Inputs:
         role, _, _, _, activation, compute, _, *dtypes = self.problem
         save = int(op_of(self.problem).kernel(backend, self.x.device).saves_mask and activation != Activation.NONE)
         if role == "fprop":
-            return self.x, self.weight, self.bias, None, activation, compute, dtypes[0], save
+            call = ForwardCall(self.x, self.weight, self.bias, None, activation, compute, dtypes[0], save)
+            if compute.itemsize == 1:
+                ones = (self.bias.new_ones(len(operand), 1) for operand in (self.x, self.weight))
+                call = call._replace(x_scale=next(ones), weight_scale=next(ones))
+            return without_defaults(call)
         out = pack_mask(self._out()) if save else self._out()
         grads = (dtypes[0], dtypes[1], dtypes[1])
         return self.grad_out, self.x, self.weight, None, out, activation, compute, *grads, list(output_mask)

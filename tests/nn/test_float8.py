@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import mpkernels as mpk
 from mpkernels.nn.convert import report
@@ -312,9 +313,11 @@ def test_float8_report_on_what_multiplies(K, N, text, is_small, monkeypatch):
     monkeypatch.setattr(report, "multiplies_in_8_bits", lambda device: True)
     with torch.device("meta"):
         model = mpk.convert(nn.Sequential(nn.Linear(K, N)), text)
-    (row,) = mpk.convert_report(model)
-    assert (f"{K} x {N}: below the sizes at which 8 bits pay on an H100" in row.note) == is_small
-    assert "8-bit operands" not in str(mpk.convert_report(model))
+        transposed = mpk.convert(nn.Sequential(Conv1D(N, K)), text)
+    for each in (model, transposed):
+        (row,) = mpk.convert_report(each)
+        assert (f"{K} x {N}: below the sizes at which 8 bits pay on an H100" in row.note) == is_small
+        assert "8-bit operands" not in str(mpk.convert_report(each))
 
 
 @pytest.mark.parametrize("capability, multiplies", [((7, 5), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])

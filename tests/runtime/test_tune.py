@@ -255,6 +255,15 @@ def test_tune_a_model_writes_what_auto_reads():
     assert len(written) == len(tuned_table.load(CPU)) == 2
 
 
+def test_tune_a_model_in_eight_bits(recwarn):
+    """Products of operands with scales, and the weight gradient in 16 bits; the table is read again."""
+    written = mpk.tune(mpk.convert(nn.Sequential(nn.Linear(16, 8)), "mixed_float8"), torch.randn(5, 16), rounds=1)
+    forget()
+    assert [name.split()[5] for name in written] == ["float8_e4m3fn", "bfloat16"]
+    assert len(tuned_table.load(CPU)) == 2
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize(
     ("busy", "match"),
     [("torch.compiler.is_compiling", "under torch.compile"), ("torch.cuda.is_current_stream_capturing", "graph is captured")],

@@ -92,7 +92,7 @@ def _too_small_for_8_bits(linear: nn.Module) -> list[str]:
 
     Source: torchao.float8, `_auto_filter_for_recipe`, 2026-11.
     """
-    N, K = linear.out_features, linear.in_features
+    N, K = linear.weight.shape if isinstance(linear, nn.Linear) else linear.weight.shape[::-1]
     if linear.policy.scaling == "row" and (N <= 2048 or K <= 1024 or (N <= 4096 and K <= 2048)):
         return [f"{K} x {N}: below the sizes at which 8 bits pay on an H100"]
     return []
