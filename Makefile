@@ -58,6 +58,7 @@ sweep: wheel $(STAMPS)/test $(STAMPS)/apps
 
 # A test may take half an hour; only what hangs is ended.
 release: wheel $(STAMPS)/test
+	$(PY) -m pip wheel --no-build-isolation --no-deps -w build/from_sdist dist/*.tar.gz
 	tools/release_check.sh
 	$(PY) -m nbconvert --log-level WARN --to notebook --execute --stdout notebooks/t4.ipynb >/dev/null
 	$(PY) -m pytest -n 2 --dist worksteal -m release --timeout 1800 -o faulthandler_timeout=1860

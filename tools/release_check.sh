@@ -13,7 +13,7 @@ tests="pytest pytest-xdist pytest-timeout hypothesis expecttest ml_dtypes"
 
 # What the tests import of the checkout; nothing that would stand before the installed package.
 mkdir "$work/outside"
-cp -r "$root/tests" "$root/bench" "$root/csrc" "$root/pyproject.toml" "$work/outside"
+cp -r "$root/tests" "$root/bench" "$root/csrc" "$root/docs" "$root/pyproject.toml" "$work/outside"
 
 # Tests on one torch under one Python, from an environment of their own; prints one line of what came of it.
 check() {
