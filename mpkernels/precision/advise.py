@@ -11,7 +11,7 @@ from mpkernels.nn.convert.linears import linears, why_not
 from mpkernels.policy import Policy, PolicyName
 from mpkernels.precision import choose
 from mpkernels.precision.advice import Advice, AdviceRow
-from mpkernels.precision.capture import Call, capture, check_is_module, check_is_step
+from mpkernels.precision.capture import Call, capture, check_is_module, check_is_step, is_positive, several
 from mpkernels.precision.layer import Layer, PolicyRow, Ranges, cost_of
 from mpkernels.precision.tables import size_text
 from mpkernels.precision.verdict import problem
@@ -46,10 +46,10 @@ def advise(
     """
     check_is_module("advise", model)
     check_is_step("advise", step)
-    candidates = [Policy.parse(p) for p in ([policies] if isinstance(policies, str | Policy) else policies)]
+    candidates = [Policy.parse(p) for p in several("advise", "policies", policies)]
     modules = _targets(model, candidates)
     for name, value in (("loss_scale", loss_scale), ("loss_budget", loss_budget), ("memory", memory)):
-        if value is not None and not (isinstance(value, int | float) and value > 0):
+        if value is not None and not is_positive(value):
             raise ValueError(f"advise: {name} must be a positive number, got {value!r}")
     reasons = {name: why_not(model, name, linear) for name, linear in linears(model)}
     layers = {
@@ -85,8 +85,6 @@ def advise(
 
 def _targets(model: nn.Module, policies: Sequence[Policy]) -> dict[str, nn.Module]:
     """The modules with parameters of their own; ValueError for a model and policies that cannot be compared."""
-    if not policies:
-        raise ValueError("advise: policies must not be empty")
     able = [m for name, m in linears(model) if why_not(model, name, m) is None]
     if not able:
         raise ValueError("advise: the model has no linear that can be converted")

@@ -3,13 +3,15 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from mpkernels.policy import Policy
 from mpkernels.runtime.untouched import untouched as buffers_untouched
 
 
@@ -26,6 +28,21 @@ def check_is_step(name: str, step: object) -> None:
     """TypeError for what cannot be called, which most often is the loss itself."""
     if not callable(step):
         raise TypeError(f"{name}: step must be a function of the model that returns the loss, got {type(step).__name__}")
+
+
+def several(name: str, what: str, values: Any) -> list:
+    """`values` as a list, of one where it is one policy; TypeError for what is not several, ValueError for none."""
+    if isinstance(values, str | Policy):
+        return [values]
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name}: {what} must be several, as a list, got {values!r}")
+    if not (found := list(values)):
+        raise ValueError(f"{name}: {what} must not be empty")
+    return found
+
+
+def is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
@@ -192,5 +209,7 @@ def check_loss(name: str, loss: Any) -> None:
         raise TypeError(f"{name}: step must return the loss, a tensor, got {type(loss).__name__}")
     if loss.numel() != 1:
         raise ValueError(f"{name}: step must return a scalar, got shape {tuple(loss.shape)}")
+    if loss.is_complex():
+        raise ValueError(f"{name}: step must return a real loss, got {loss.dtype}")
     if not loss.requires_grad:
         raise RuntimeError(f"{name}: the loss has no graph: it was computed under no_grad, or detached")

@@ -327,4 +327,4 @@ def _max_lossscale_of(ranges, loss_scale: float) -> float | None:
     room = [ranges[n].margin_bits for n in BACKWARD if n in ranges]
     if not room or not math.isfinite(min(room)):
         return None
-    return 2.0 ** math.floor(math.log2(loss_scale) + min(room))
+    return 2.0 ** min(math.floor(math.log2(loss_scale) + min(room)), 1023)  # of fp64

@@ -16,7 +16,7 @@ from mpkernels.nn.convert.linears import linears
 from mpkernels.optim.optimizer import Optimizer
 from mpkernels.policy import Policy, PolicyName
 from mpkernels.precision import memory as step_memory
-from mpkernels.precision.capture import mapped, tensors_of
+from mpkernels.precision.capture import is_positive, mapped, several, tensors_of
 from mpkernels.precision.memory import Trace, Usage
 from mpkernels.precision.tables import flops_text, size_text, table
 from mpkernels.runtime import compute_copy
@@ -125,16 +125,16 @@ def plan(
     Raises TypeError and ValueError for arguments that are not as above, ValueError for a policy whose parameters have
     another dtype than the model's, RuntimeError for a model on meta.
     """
-    chosen = [Policy.parse(p) for p in _several("policies", policies)]
+    chosen = [Policy.parse(p) for p in several("plan", "policies", policies)]
     makers = _optimizers(optimizers)
-    sizes = sorted(set(_several("batch_sizes", batch_sizes)))
+    sizes = sorted(set(several("plan", "batch_sizes", batch_sizes)))
     if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
         raise ValueError(f"plan: batch_sizes must be natural numbers, got {sizes!r}")
-    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int | float) or not memory > 0):
+    if memory is not None and not is_positive(memory):
         raise ValueError(f"plan: memory must be a positive number of bytes or None, got {memory!r}")
     for name, function in (("make_model", make_model), ("make_batch", make_batch)):
-        if not callable(function):
-            raise TypeError(f"plan: {name} must be callable, got {type(function).__name__}")
+        if not callable(function) or isinstance(function, nn.Module):
+            raise TypeError(f"plan: {name} must be a function, got {type(function).__name__}")
     budget = None if memory is None else int(memory)
     rows, largest = [], {}
     for policy in chosen:
@@ -149,18 +149,11 @@ def plan(
     return Plan(tuple(rows), budget, largest)
 
 
-def _several(name: str, values: Iterable) -> list:
-    found = [values] if isinstance(values, str | Policy) else list(values)
-    if not found:
-        raise ValueError(f"plan: {name} must not be empty")
-    return found
-
-
 def _optimizers(given: Iterable[str] | Mapping[str, Callable]) -> dict[str, Callable]:
     if isinstance(given, Mapping):
         found = dict(given)
     else:
-        names = _several("optimizers", given)
+        names = several("plan", "optimizers", given)
         if unknown := [name for name in names if name not in OPTIMIZERS]:
             raise ValueError(
                 f"plan: unknown optimizer {unknown[0]!r}: one of {', '.join(OPTIMIZERS)}, or a mapping to functions"
@@ -227,7 +220,7 @@ def _figures(usages: list[Usage], copies: int) -> dict[str, int]:
 def _run(make_model, make_batch, n: int, policy: Policy, make_optimizer: Callable) -> tuple[Trace, int]:
     """The trace of two steps, of which the second has states and copies, and the bytes of the copies."""
     with _fake_mode() as mode:
-        model = make_model()
+        model = _made(make_model)
         _check_model(model, policy)
         if policy.param_dtype.itemsize == 2:
             _cast(model, policy.param_dtype)
@@ -256,6 +249,15 @@ def _fake_mode() -> Iterator[Any]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
         yield mode
+
+
+def _made(make_model: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return make_model()
+    except RuntimeError as error:
+        if "UninitializedParameter" not in str(error):
+            raise
+        raise ValueError("plan: make_model makes a lazy layer, which no FakeTensor can be: give it its in_features") from error
 
 
 def _check_model(model: Any, policy: Policy) -> None:

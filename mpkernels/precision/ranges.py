@@ -74,7 +74,7 @@ class RangeCounter:
         """scaled: what has counted `dtype` with scales."""
         counts, n = self.counts[dtype] if scaled is None else scaled.counts, max(self.elements, 1)
         end = torch.finfo(dtype if scaled is None else torch.float32).max
-        margin = math.log2(end / self.amax) if 0 < self.amax < math.inf else math.inf
+        margin = math.log2(end) - math.log2(self.amax) if 0 < self.amax < math.inf else math.inf
         margin = -math.inf if math.isnan(self.amax) or self.amax == math.inf else margin
         norm_lost = math.sqrt(counts.lost / self.norm) if 0 < self.norm < math.inf else 0.0
         least = 0.0 if self.least == math.inf else self.least

@@ -61,15 +61,19 @@ class Tap:
         if not is_replaced and cls.forward is MPLinear.forward:
             self.module._observer = self
             return [_Observing(weakref.ref(self.module))]
-        return [self.module.register_forward_pre_hook(self.before), self.module.register_forward_hook(self.after)]
+        before = self.module.register_forward_pre_hook(self.before, with_kwargs=True)
+        return [before, self.module.register_forward_hook(self.after)]
 
-    def before(self, module: nn.Module, args: tuple) -> tuple | None:
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self.table is None:
             return _remove_hooks_of(self, module)
-        if not args or not isinstance(args[0], torch.Tensor):
+        given = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(given, torch.Tensor):
             return None
-        x = self.enter(module, args[0])
-        return None if x is args[0] else tuple(x if argument is args[0] else argument for argument in args)
+        x = self.enter(module, given)
+        if x is given:
+            return None
+        return tuple(x if a is given else a for a in args), {name: x if a is given else a for name, a in kwargs.items()}
 
     def after(self, module: nn.Module, args: tuple, out: object) -> None:
         out = out if isinstance(out, torch.Tensor) else next(tensors_of(out), None)
@@ -209,6 +213,7 @@ def _plain(values: torch.Tensor) -> torch.Tensor:
 
 
 _LOOKED_AT = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of 8 bits torch has no maximum
+_LAYOUTS = (torch.strided, torch.jagged)  # nor of sparse tensors
 
 
 class InputTap:
@@ -230,7 +235,7 @@ class InputTap:
         raise_ = _raise_traced if torch.compiler.is_compiling() else self.raise_
         for given in (*args, *kwargs.values()):
             for values in (given,) if type(given) is torch.Tensor else tensors_of(given):
-                if values.dtype in _LOOKED_AT and values.device == self.device:
+                if values.dtype in _LOOKED_AT and values.layout in _LAYOUTS and values.device == self.device:
                     raise_(self.table, 0, DATA, values, ignores_minus_inf=True)
 
 

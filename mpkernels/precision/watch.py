@@ -116,6 +116,9 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce__(self):
+        raise TypeError("watch: it belongs to one model and is neither copied nor pickled: keep its state_dict()")
+
     def state_dict(self) -> dict[str, Any]:
         """How many steps have ended, the tables, and what adapt has done; `torch.load(weights_only=True)` reads it.
 
@@ -194,13 +197,17 @@ class Watch:
                 raise ValueError(f"watch: {name} of the state_dict must be a list, got {type(state[name]).__name__}")
         names, steps, order = [tap.name for tap in self._taps], state["steps"], state["order"]
         if state["layers"] != names:
-            other = set(state["layers"]) ^ set(names)
+            other = set(map(str, state["layers"])) ^ set(names)
             raise ValueError(
                 f"watch: state_dict is of other layers than the model has: {', '.join(sorted(other)) or 'in order'}"
             )
-        if not isinstance(steps, int) or steps < 0:
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ValueError(f"watch: steps of the state_dict must be a natural number, got {steps!r}")
-        if order is not None and set(order) != {tap.row for tap in self._taps}:
+        if order is not None and (
+            not isinstance(order, list)
+            or not all(isinstance(row, int) for row in order)
+            or sorted(order) != [tap.row for tap in self._taps]
+        ):
             raise ValueError(f"watch: order of the state_dict must be the rows of {len(names)} layers, got {order!r}")
         tables = {
             "table": state["table"],

@@ -193,6 +193,13 @@ def test_advise_takes_times_from_the_tuned_table(monkeypatch):
     assert set(partly.policy.values()) == {"mixed_float16"}
 
 
+def test_advise_of_a_model_in_fp64():
+    """A loss scale that is safe for it may be more than a number in fp64."""
+    model = mlp().double()
+    advice = mpk.advise(model, lambda model: 1e-9 * F.cross_entropy(model(X.double()), Y), policies=["float64", "mixed_float8"])
+    assert advice["0"].policies["float64"].max_loss_scale == 2.0**1023
+
+
 def test_advise_of_16_bit_parameters():
     """They do not go with mixed ones in one model."""
     advice = mpk.advise(mlp(), step, policies=["float32", "mixed_float16", "float16"], loss_budget=1e9)
@@ -329,6 +336,10 @@ def test_advice_says_why():
         ({"policies": ["fp8"]}, ValueError, "unknown policy 'fp8'"),
         ({"policies": []}, ValueError, "policies must not be empty"),
         ({"policies": ["mixed_float32"]}, ValueError, "mixed_float32 has wider parameters than the model"),
+        ({"policies": 5}, TypeError, "advise: policies must be several, as a list, got 5"),
+        ({"step": lambda model: torch.view_as_complex(model(X)[:, :2]).sum()}, ValueError, "must return a real loss, got"),
+        ({"loss_scale": True}, ValueError, "loss_scale must be a positive number, got True"),
+        ({"loss_scale": math.inf}, ValueError, "loss_scale must be a positive number, got inf"),
         ({"loss_scale": 0}, ValueError, "loss_scale must be a positive number, got 0"),
         ({"loss_budget": -1}, ValueError, "loss_budget must be a positive number, got -1"),
         ({"memory": "1GB"}, ValueError, "memory must be a positive number, got '1GB'"),

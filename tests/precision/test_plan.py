@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """plan: each category against the same tracker on real steps, and against bytes that are counted by hand; bad inputs."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -154,7 +156,13 @@ def test_plan_counts_a_tied_weight_once():
             ValueError,
             "float32 stores float32, and the model is made in float16: make it in float32",
         ),
-        ({"make_batch": 3}, TypeError, "make_batch must be callable, got int"),
+        ({"make_batch": 3}, TypeError, "make_batch must be a function, got int"),
+        ({"make_model": nn.Linear(96, 8)}, TypeError, "make_model must be a function, got Linear"),
+        ({"make_model": lambda: nn.LazyLinear(8)}, ValueError, "makes a lazy layer, which no FakeTensor can be: give it its"),
+        ({"batch_sizes": 4}, TypeError, "batch_sizes must be several, as a list, got 4"),
+        ({"policies": None}, TypeError, "policies must be several, as a list, got None"),
+        ({"optimizers": 5}, TypeError, "optimizers must be several, as a list, got 5"),
+        ({"memory": math.inf}, ValueError, "memory must be a positive number"),
     ],
 )
 def test_plan_of_bad_input(change, error, message):

@@ -233,6 +233,31 @@ def test_watch_of_jagged_rows(policy):
 
 
 @pytest.mark.parametrize("policy", [None, "mixed_float16"])
+def test_watch_of_an_input_by_name(policy):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.linear(input=x)
+
+    model = Named() if policy is None else mpk.convert(Named(), policy)
+    with mpk.watch(model) as watch:
+        model(x=X.clone().requires_grad_()).float().sum().backward()
+        (layer,) = watch.report().layers
+    assert layer.grad_x == pytest.approx(amax(model.linear.weight.sum(0)), rel=1e-3)
+
+
+def test_watch_passes_over_sparse_data():
+    model = nn.Sequential(nn.Linear(8, 4))
+    with mpk.watch(model) as watch:
+        model(X.to_sparse()).sum().backward()
+        assert watch.report().ok
+        assert watch.report().layers[0].out > 0
+
+
+@pytest.mark.parametrize("policy", [None, "mixed_float16"])
 def test_watch_leaves_out_evaluation_transforms_and_questions(policy):
     model = model_with(nn.Identity(), policy)
     with mpk.watch(model) as watch:

@@ -4,6 +4,7 @@
 import copy
 import gc
 import io
+import pickle
 import weakref
 
 import pytest
@@ -110,6 +111,12 @@ def test_watch_keeps_layers_that_a_hook_watches(make):
     mpk.revert(model)
 
 
+@pytest.mark.parametrize("do", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_watch_is_of_one_model(do):
+    with mpk.watch(model_with()) as watch, pytest.raises(TypeError, match=r"neither copied nor pickled: keep its state_dict"):
+        do(watch)
+
+
 @pytest.mark.parametrize("change", [mpk.revert, mpk.convert, lambda model: mpk.convert(model, "bfloat16")])
 def test_watch_keeps_its_layers(change):
     """A reverted layer would no longer tell it anything, and have no policy to adapt."""
@@ -143,9 +150,13 @@ def test_watch_state_dict_round_trip():
             (3, TypeError, "must be what a watch's"),
             ({}, ValueError, "lacks layers, steps"),
             (dict(state, layers=["0", "3", "9"]), ValueError, "of other layers than the model has: 5, 9"),
+            (dict(state, layers=[1, [2], "5"]), ValueError, r"of other layers than the model has: 0, 1, 3, \[2\]"),
             (dict(state, layers=None), ValueError, "layers of the state_dict must be a list, got NoneType"),
             (dict(state, pending=None), ValueError, "pending of the state_dict must be a list, got NoneType"),
             (dict(state, steps="1"), ValueError, "steps of the state_dict must be a natural number, got '1'"),
+            (dict(state, steps=True), ValueError, "steps of the state_dict must be a natural number, got True"),
+            (dict(state, order=5), ValueError, "order of the state_dict must be the rows of 3 layers, got 5"),
+            (dict(state, order=[[1], [2], [3]]), ValueError, "order of the state_dict must be the rows of 3 layers"),
             (dict(state, order=[1, 2]), ValueError, r"order of the state_dict must be the rows of 3 layers, got \[1, 2\]"),
             (dict(state, last=torch.zeros(2)), ValueError, "last of the state_dict must be a tensor"),
         ):
