@@ -39,18 +39,33 @@ def figure(what: str, value: float, goal: float, cases: int, *, at_least: bool =
 
 
 def loss_change() -> Iterator[dict]:
-    found = [c for name in TRANSFORMERS for c in measured.loss_changes(name, 48, torch.float64)]
+    yield from _loss_change("change of the loss", measured.FORMATS)
+
+
+def loss_change_float8() -> Iterator[dict]:
+    yield from _loss_change("change of the loss by operands of 8 bits", measured.EIGHT_BITS)
+
+
+def _loss_change(what: str, formats: tuple[str, ...]) -> Iterator[dict]:
+    found = [c for name in TRANSFORMERS for c in measured.loss_changes(name, 48, torch.float64, formats)]
     correlation, within = measured.agreement(found)
-    what = "change of the loss, predicted and measured: Pearson's correlation"
-    yield figure(what, correlation, 0.95, len(found), at_least=True)
+    yield figure(f"{what}, predicted and measured: Pearson's correlation", correlation, 0.95, len(found), at_least=True)
     yield figure("the same: share within a factor of 2", within, 0.85, len(found), at_least=True)
 
 
 def bound() -> Iterator[dict]:
+    yield from _bound("in random layers", measured.OF_BOUND)
+
+
+def bound_float8() -> Iterator[dict]:
+    yield from _bound("in random layers with operands of 8 bits", measured.EIGHT_BITS)
+
+
+def _bound(where: str, formats: tuple[str, ...]) -> Iterator[dict]:
     layers, seeds = 10_000, 10
-    found = [ratio for seed in range(seeds) for _, _, ratio in measured.bound_ratios(seed, layers)]
+    found = [ratio for seed in range(seeds) for _, _, ratio in measured.bound_ratios(seed, layers, formats)]
     judged = [ratio for ratio in found if ratio is not None]
-    yield figure("errors beyond their bound, in random layers", sum(r > 1 for r in judged), 0, layers * seeds)
+    yield figure(f"errors beyond their bound, {where}", sum(r > 1 for r in judged), 0, layers * seeds)
     yield figure("the largest error, in units of its bound", max(judged), 1, len(judged))
 
 
@@ -218,8 +233,11 @@ def _python(*arguments: str) -> str:
 # ----- rows ---------------------------------------------------------------
 
 MEASURES: dict[str, Callable[[], Iterator[dict]]] = {
-    f.__name__: f for f in (loss_change, bound, advise_memory, advise_time, training, plan_tracker, plan_resident, plan_7b)
-}
+    f.__name__: f for f in (
+        loss_change, loss_change_float8, bound, bound_float8, advise_memory, advise_time, training, plan_tracker,
+        plan_resident, plan_7b,
+    )
+}  # fmt: skip
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ from mpkernels.runtime import compute_copy
 from tests import models
 
 FORMATS = ("float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16")
+EIGHT_BITS = ("mixed_float8", "mixed_float8_hybrid")
 
 # ----- the change of the loss ----------------------------------------------------------------------
 

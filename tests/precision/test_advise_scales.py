@@ -178,7 +178,7 @@ def test_advise_bound_holds_in_eight_bits(layers):
 
 @pytest.mark.parametrize("name", ["plain_mlp", pytest.param("vit", marks=pytest.mark.sweep)])
 def test_advise_predicts_the_change_of_the_loss_in_eight_bits(name):
-    changes = list(measured.loss_changes(name, 48, torch.float32, (ROW, HYBRID)))
+    changes = list(measured.loss_changes(name, 48, torch.float32, measured.EIGHT_BITS))
     correlation, within = measured.agreement(changes)
     assert correlation >= 0.95
     assert within >= 0.85
