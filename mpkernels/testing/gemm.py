@@ -11,7 +11,7 @@ from mpkernels.ops.linear_act.call import ForwardCall
 from mpkernels.ops.linear_act.epilogues import Activation, pack_mask, unpack_mask
 from mpkernels.runtime.op import without_defaults
 from mpkernels.runtime.tuned_table import GemmKey
-from mpkernels.testing import bounds
+from mpkernels.testing import bounds, scaled_cases
 
 
 @dataclass
@@ -73,6 +73,7 @@ class Inputs:
 
 def _outside(name: str, got, exact, a, b, bias, compute: torch.dtype) -> str | None:
     """Why a result is further from fp64 than one rounding and the accumulator take it, or None."""
-    v = bounds.accumulator_roundoff(got.device, compute)
+    device = got.device
+    v = scaled_cases.roundoff(device, a.shape[-1]) if compute.itemsize == 1 else bounds.accumulator_roundoff(device, compute)
     excess = bounds.random_sign_excess(got, exact, a, b, bias, compute, v)
     return None if excess <= 1 else f"{name} is {excess:.3g} times as far from fp64 as the bound allows"

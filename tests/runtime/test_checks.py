@@ -9,7 +9,7 @@ import torch
 
 from mpkernels.ops.linear_act.epilogues import pack_mask
 from mpkernels.runtime.resolve import ops
-from mpkernels.testing import bounds, cases, checks
+from mpkernels.testing import bounds, cases, checks, scaled_cases
 from mpkernels.testing.linear_act_cases import _SUM
 from mpkernels.testing.memory import GUARD, Memory
 from tests import wrong_kernels
@@ -178,6 +178,15 @@ def test_checks_notice_a_wrong_scaled_forward(kernel, wrong):
         assert found is None
     else:
         assert "bound" in found or "not exact" in found
+
+
+@pytest.mark.parametrize(
+    ("capability", "K", "v"), [((8, 0), 4096, -23), ((9, 0), 100, -13), ((9, 0), 512, -14), ((10, 0), 4096, -23)]
+)
+def test_checks_allow_sums_in_14_bits_where_they_are(capability, K, v, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert scaled_cases.roundoff(torch.device("cuda"), K) == 2.0**v
+    assert scaled_cases.roundoff(CPU, K) == 2.0**-24
 
 
 def test_checks_notice_rows_that_depend_on_others(wrong):

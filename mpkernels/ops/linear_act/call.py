@@ -75,9 +75,8 @@ class ForwardCall(NamedTuple):
 
     @property
     def gemm_key(self) -> GemmKey | None:
-        """None where a table may not decide: with batch_invariant a row's bits would depend on the number of rows. Nor has a
-        table anything of operands with scales."""
-        if self.batch_invariant or self.is_scaled:
+        """None where a table may not decide: with batch_invariant a row's bits would depend on the number of rows."""
+        if self.batch_invariant:
             return None
         dtypes = (self.compute_dtype, self.operand.dtype, self.out_dtype)
         return gemm_key("fprop", math.prod(self.x.shape[:-1]), *self.weight.shape, int(self.activation), *dtypes)
