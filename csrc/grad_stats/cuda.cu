@@ -23,6 +23,7 @@ namespace {
 
 constexpr int kLanes = 32;
 constexpr int kInFlight = 4;           // 16-byte loads of a thread
+constexpr int kBlocksPerSm = 4;        // at least; asked for none, the compiler saves registers and puts off loads
 constexpr int64_t kMostChunks = 4096;  // or the sum of one large tensor's, by one block, takes as long as its chunks
 
 __device__ Stats from_lane_above(const Stats& stats, int distance) {
@@ -244,7 +245,7 @@ __device__ void finish_call(const StatsArguments& a) {
 }
 
 template <bool kNorm>
-__global__ void __launch_bounds__(kThreads) stats_kernel(MPK_GRID_CONSTANT(StatsArguments) a) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) stats_kernel(MPK_GRID_CONSTANT(StatsArguments) a) {
   // map block to chunk
   const TensorChunk chunk = a.tensors.find(blockIdx.x);
   const int i = chunk.tensor;
