@@ -61,6 +61,23 @@ def test_linear_act_cpu_reads_every_8_bit_float(batch_invariant, dtype, isa):
         assert torch.equal(out.t(), expected[:, :3])
 
 
+@pytest.mark.parametrize("dtype", ORACLES, ids=str)
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_linear_act_cpu_reads_8_bit_nans_among_numbers(batch_invariant, dtype, isa):
+    """Eight at a time and one at a time, in rows and in columns: in their own rows and columns alone."""
+    q = torch.full((40, 43), 0x38, dtype=torch.uint8)  # 1 or 0.5
+    q[3, 5], q[17, 42], q[39, 0] = 0x7F, 0xFF, 0x7F
+    expected = torch.zeros(40, dtype=torch.bool)
+    expected[[3, 17, 39]] = True
+    other = torch.ones(9, 43).to(dtype)
+    for matrix in (q.view(dtype), q.t().contiguous().t().view(dtype)):
+        for M in (3, 9):
+            out = multiply(matrix, other[:M], None, dtype, f32, batch_invariant=batch_invariant, isa=isa)
+            assert torch.equal(out.isnan(), expected[:, None].expand(40, M))
+            out = multiply(other[:M], matrix, None, dtype, f32, batch_invariant=batch_invariant, isa=isa)
+            assert torch.equal(out.isnan(), expected.expand(M, 40))
+
+
 def test_linear_act_cpu_with_scales_matches_reference(isa, generator):
     """A call of bf16 operands `q * scale`, which are exact."""
     turns = itertools.cycle(itertools.product((NONE, RELU, GELU), (None, f32, f16), PAIRS))
