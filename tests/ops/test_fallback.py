@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
-from mpkernels.ops.linear_act import Activation, backward_op, eager, forward_op, onednn
+from mpkernels.ops.linear_act import Activation, backward_op, eager, forward_op, linear_act, onednn
 from tests import bounds
 from tests.dispatch_count import Counting
 from tests.linear_act_cases import bf16, data, f16, f32, same_bits
@@ -186,3 +186,68 @@ def test_fallback_bf16_loses_nothing_small(exponents, bias, generator):
     bias = None if bias is None else torch.full((40,), bias)
     out = forward_op.function("eager")(a, b, bias, None, 0, bf16, bf16, 0)[0]
     bounds.check_forward(out, a, b, bias, Activation.NONE, bf16)
+
+
+@pytest.fixture
+def looked_at(monkeypatch):
+    """The shapes of what was looked at for small numbers, where any CPU multiplies bf16 as one with instructions for it."""
+    look, shapes = onednn._least_exponent, []
+    monkeypatch.setattr(onednn, "_seen", {})
+    monkeypatch.setattr(onednn, "has_bf16_instructions", lambda: True)
+    monkeypatch.setattr(onednn, "_least_exponent", lambda tensor: shapes.append(tuple(tensor.shape)) or look(tensor))
+    return shapes
+
+
+def trained(generator):
+    """x and the weight of a layer in bf16, and a forward of it by eager."""
+    x, weight = (data(shape, bf16, "normal", generator).requires_grad_() for shape in ((40, 64), (50, 64)))
+    return x, weight, lambda: linear_act(x, weight, activation=Activation.RELU, compute_dtype=bf16, out_dtype=bf16)
+
+
+def test_fallback_bf16_looks_once_at_an_operand(looked_at, generator, monkeypatch):
+    """Three products have three operands, each in two of them; a forward looks anew."""
+    monkeypatch.setenv("MPKERNELS_BACKEND", "eager")
+    forward = trained(generator)[-1]
+    for _ in range(2):
+        looked_at.clear()
+        forward().sum().backward()
+        assert looked_at == [(40, 64), (50, 64), (40, 50)]
+        assert not onednn._seen
+
+
+@pytest.mark.parametrize("rows", [5, 41, 64])
+def test_fallback_bf16_weight_gradient_rounds_once(rows, looked_at, generator):
+    """Whose operands both lie by columns; looked at, it is by oneDNN."""
+    grad_out, x, weight = (data(shape, bf16, "normal", generator) for shape in ((rows, 70), (rows, 60), (70, 60)))
+    args = (grad_out, x, weight, None, None, 0, bf16, bf16, bf16, f32, [False, True, False])
+    grad_weight = backward_op.function("eager")(*args)[1]
+    assert looked_at == [(rows, 70), (rows, 60)]
+    bounds.check_correctly_rounded(grad_weight, grad_out.t(), x.t(), None, Activation.NONE, bf16)
+
+
+def test_fallback_bf16_sees_what_torch_does_not(looked_at, generator, monkeypatch):
+    """A write through `.data` moves no version, and what one forward found is not another's."""
+    monkeypatch.setenv("MPKERNELS_BACKEND", "eager")
+    x, weight, forward = trained(generator)
+    forward()  # without a backward
+    weight.data.mul_(2.0**-130)
+    looked_at.clear()
+    out = forward()
+    assert looked_at == [(40, 64), (50, 64)]
+    bounds.check_forward(out.detach(), x.detach(), weight.detach(), None, Activation.RELU, bf16)
+    looked_at.clear()
+    linear_act(x, weight, activation=Activation.NONE, compute_dtype=bf16, out_dtype=f32).sum().backward()
+    assert (50, 64) in looked_at  # this forward, which is in fp32, has forgotten what that one found
+
+
+@pytest.mark.parametrize("dtype", [bf16, f32], ids=str)
+def test_fallback_bf16_finds_the_least_exponent(dtype):
+    """Of every pattern of the upper 16 bits, beside 0 and a larger number."""
+    bits = torch.arange(1 << 16, dtype=torch.int32)
+    values = (bits.to(torch.int16).view(bf16) if dtype == bf16 else (bits << 16).view(f32)).tolist()
+    for i in range(0, 1 << 16, 37):
+        found = onednn._least_exponent(torch.tensor([0.0, 3.0e38, values[i]], dtype=dtype))
+        magnitude = i & 0x7FFF
+        assert found == min(magnitude >> 7, 254) if magnitude else found == 254
+    assert onednn._least_exponent(torch.zeros(3, dtype=dtype)) > 254
+    assert onednn._least_exponent(torch.full((3,), torch.inf, dtype=dtype)) == 255

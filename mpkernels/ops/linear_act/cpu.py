@@ -55,12 +55,12 @@ def linear_act_backward(call: BackwardCall):
 
 def _multiply(
     a, b, compute_dtype, out_dtype, *, bias=None, activation=Activation.NONE, preactivation=None, batch_invariant=False,
-    scales=(),
+    scales=(), again=(False, False),
 ):  # fmt: skip
     """round(act(a @ b.T + bias)) as passes.py has it."""
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
-    if activation <= Activation.RELU and not batch_invariant and _is_for_onednn(a, b, compute_dtype, out_dtype):
+    if _is_for_onednn(a, b, compute_dtype, out_dtype) and activation <= Activation.RELU and not batch_invariant:
         wide = bias if bias is None or bias.dtype == torch.float32 else cast(bias, torch.float32)
         if torch.ops.mpkernels_C.linear_act_products_stay_normal.default(a, b, wide):
             return onednn.multiply(a, b, wide, activation)
@@ -100,20 +100,20 @@ def _gradients(call: BackwardCall, grad_x_dtype: torch.dtype):
     saved = _saved(call, grad)
     rounds = saved is not None or (grad.dtype != compute_dtype and grad.dtype != torch.float32)
     grad_z = grad.new_empty(grad.shape, dtype=compute_dtype) if rounds and (wants_x or wants_weight) else None
-    z, transposed = grad if grad_z is None else grad_z, call.operand.t()
-    later = wants_x and _is_for_onednn(z, transposed, compute_dtype, grad_x_dtype)
+    z, operand = grad if grad_z is None else grad_z, call.operand
+    later = wants_x and compute_dtype is torch.bfloat16 and _is_for_onednn(z, operand.t(), compute_dtype, grad_x_dtype)
     grad_x = grad.new_empty((grad.shape[0], K), dtype=grad_x_dtype) if wants_x and not later else None
     grad_weight, adds = call.grad_weight_sum, call.grad_weight_sum is not None
     if wants_weight and not adds:
         grad_weight = grad.new_empty((N, K), dtype=call.grad_weight_dtype)
     grad_bias = grad.new_empty(N, dtype=call.grad_bias_dtype) if wants_bias else None
     x = _readable(passes.rows(call.x), compute_dtype) if wants_weight else None
-    weight = _readable(call.operand, compute_dtype)
+    weight = _readable(operand, compute_dtype)
     torch.ops.mpkernels_C.linear_act_gradients.default(
         grad, saved, call.activation, x, weight, compute_dtype, grad_z, grad_x, grad_weight, grad_bias, adds
     )
     if later:
-        grad_x = _multiply(z, transposed, compute_dtype, grad_x_dtype)
+        grad_x = _multiply(z, operand.t(), compute_dtype, grad_x_dtype)
     grad_x = None if grad_x is None else passes.as_grad_x(call, grad_x)
     return grad_x, None if adds else grad_weight, grad_bias
 

@@ -40,7 +40,7 @@ def linear_act_backward(call: BackwardCall):
 
 def _matmul_nt(
     a, b, compute_dtype, out_dtype, *, bias=None, activation=Activation.NONE, preactivation=None, batch_invariant=False,
-    scales=None, added_to=None,
+    scales=None, again=(False, False), added_to=None,
 ):  # fmt: skip
     """round(act(a @ b.T + bias)) as passes.py has it; b is cast and multiplied a block of rows at a time.
 
@@ -63,7 +63,7 @@ def _matmul_nt(
         return finish(F.linear(a, b, bias), activation, None, out_dtype)
     if compute_dtype == out_dtype == torch.bfloat16 and activation in _AFTER_ROUNDING and not batch_invariant:
         narrow = cast(b, compute_dtype)
-        if onednn.has_bf16_instructions() and onednn.products_stay_normal(a, narrow, bias):
+        if onednn.has_bf16_instructions() and onednn.products_stay_normal(a, narrow, bias, again):
             return onednn.multiply(a, narrow, bias, activation)
     a = a.to(acc).contiguous()
     bias = None if bias is None else bias.to(acc).contiguous()  # oneDNN reads a bias as if its stride were 1

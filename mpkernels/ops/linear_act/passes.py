@@ -3,17 +3,20 @@
 
 They differ in `multiply(a, b, compute_dtype, out_dtype, *, bias=None, activation=NONE, preactivation=None,
 batch_invariant=False)`: round(act(a @ b.T + bias)) for a (M, K) in compute_dtype and b (N, K). preactivation: None, or filled
-with what the activation is applied to. Of 8-bit operands it is also given `scales`, theirs.
+with what the activation is applied to. Of 8-bit operands it is also given `scales`, theirs. Backward says of a and of b whether
+a product of the same came before: `again`.
 """
 
 import torch
 
 from mpkernels.ops.common.cast import cast
+from mpkernels.ops.linear_act import onednn
 from mpkernels.ops.linear_act.call import BackwardCall, ForwardCall
 from mpkernels.ops.linear_act.epilogues import Activation, acc_dtype, activation_backward, empty_saved, pack_mask
 
 
 def forward(multiply, call: ForwardCall):
+    onednn.forget(call)
     x, N, activation, compute_dtype = call.x, call.weight.shape[0], call.activation, call.compute_dtype
     x_compute = None if x.dtype == compute_dtype else cast(x, compute_dtype)
     multiplies = call.save and activation not in (Activation.NONE, Activation.RELU)
@@ -40,12 +43,14 @@ def backward(multiply, call: BackwardCall, wgrad=None):
         grad_bias = cast(grad_z.sum(0, dtype=acc), call.grad_bias_dtype)
     grad_z = cast(grad_z, compute_dtype)
     if wants_x:
-        grad_x = multiply(grad_z, call.operand.t(), compute_dtype, acc if call.is_fused else call.grad_x_dtype)
+        dtype = acc if call.is_fused else call.grad_x_dtype
+        grad_x = multiply(grad_z, call.operand.t(), compute_dtype, dtype, again=(False, True))
         if call.is_fused:
             grad_x, grad_prev_bias = prev_backward(call, grad_x)
         grad_x = as_grad_x(call, cast(grad_x, call.grad_x_dtype))
     if wants_weight:
-        grad_weight = (wgrad or multiply)(grad_z.t(), rows(call.x).t(), compute_dtype, call.grad_weight_dtype)
+        a, b = grad_z.t(), rows(call.x).t()
+        grad_weight = (wgrad or multiply)(a, b, compute_dtype, call.grad_weight_dtype, again=(wants_x, True))
         grad_weight = add_to_sum(call, grad_weight)
     return grad_x, grad_weight, grad_bias, grad_prev_bias
 
