@@ -74,3 +74,5 @@ if __name__ == "__main__":
         runpy.run_path(example, run_name="__main__")
     with open(f"{out}/{os.environ['RANK']}.json", "w") as file:
         json.dump(spy.seen(), file)
+    sys.stdout.flush()
+    os._exit(0)  # NOTE: gloo's threads outlive destroy_process_group, and may abort while Python shuts down beside them
