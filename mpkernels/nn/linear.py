@@ -145,7 +145,7 @@ class MPLinear(nn.Linear):
                 self._cached = _cast(weight, policy.compute_dtype)
             return self._cached.tensor
         if torch.is_grad_enabled() and self.training and (type(weight) is nn.Parameter or compute_copy.is_plain(weight)):
-            copy = compute_copy.for_layer(self, policy.compute_dtype)
+            copy = compute_copy.for_layer(self, weight, policy.compute_dtype)
             if copy is None:
                 return None
             if not copy.is_fresh():

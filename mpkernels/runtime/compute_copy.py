@@ -76,12 +76,12 @@ def is_shared(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.is_shared()
 
 
-def for_layer(layer: torch.nn.Module, dtype: torch.dtype) -> ComputeCopy | None:
-    """The copy of `layer.weight` in `dtype`, which the layer may use once it is fresh, or None: cast.
+def for_layer(layer: torch.nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> ComputeCopy | None:
+    """The copy of the layer's weight in `dtype`, which the layer may use once it is fresh, or None: cast.
 
     Asking for it is what makes the optimizer of the weight keep one from its next step on.
     """
-    request, weight = _requests.get(layer), layer.weight
+    request = _requests.get(layer)
     copy = None if request is None else request.copy()
     if copy is not None and copy.weight is weight and copy.tensor.dtype == dtype:
         if copy.is_fresh() or not is_shared(weight):

@@ -30,7 +30,7 @@ from mpkernels.runtime.tuned_table import BackendName
 
 _library = torch.library.Library("mpkernels", "FRAGMENT")
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 # What `os.environ` reads: a lookup there takes longer than all of `Op.resolve` to say "not there".
 _environment, _BACKEND = os.environ._data, os.environ.encodekey(resolve.ENVIRONMENT_VARIABLE)
@@ -111,12 +111,17 @@ class Op:
 
     def execute(self, call, kernel: Kernel):
         """Run a kernel on a call that was checked."""
-        with torch._C._DisableAutocast():  # dtypes are in the arguments: the torch ops inside are not to be cast again
-            if self.writes:
-                return kernel.function(call)
-            # A result that torch knows as a view could not be changed in place (`+=`, nn.ReLU(inplace=True)).
-            with torch._C._AutoDispatchBelowADInplaceOrView():
-                return kernel.function(call)
+        if torch._C._is_any_autocast_enabled():
+            with torch._C._DisableAutocast():  # dtypes are in the arguments: the torch ops inside are not to be cast again
+                return self._execute(call, kernel)
+        return self._execute(call, kernel)
+
+    def _execute(self, call, kernel: Kernel):
+        if self.writes:
+            return kernel.function(call)
+        # A result that torch knows as a view could not be changed in place (`+=`, nn.ReLU(inplace=True)).
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return kernel.function(call)
 
     def _run(self, call):
         if not call.is_valid():
@@ -229,14 +234,19 @@ def move_versions(tensors: list[torch.Tensor]) -> None:
 def are_plain(values) -> bool:
     """Whether no tensor is of a class that may change what an op does, or is lazily negated."""
     for value in values:
+        if value is None:
+            continue
         kind = type(value)
-        if kind not in _NO_TENSORS and isinstance(value, torch.Tensor) and (kind not in PLAIN or value.is_neg()):
+        if kind in PLAIN:
+            if value.is_neg():
+                return False
+        elif kind not in _NO_TENSORS and isinstance(value, torch.Tensor):
             return False
     return True
 
 
 # Most of a call's arguments; isinstance takes several times as long to say so, as torch.Tensor has a metaclass.
-_NO_TENSORS = frozenset({type(None), bool, int, float, list, torch.dtype})
+_NO_TENSORS = frozenset({bool, int, float, list, torch.dtype})
 
 
 def is_dtensor(tensor: torch.Tensor) -> bool:

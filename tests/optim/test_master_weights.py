@@ -162,7 +162,7 @@ def test_compute_copies_hold():
     for _ in range(2):
         layer(torch.ones(3, 6)).sum().backward()
         optimizer.step()
-    copied = compute_copy.for_layer(layer, torch.float16)
+    copied = compute_copy.for_layer(layer, layer.weight, torch.float16)
     with optimizer.master_weights():
         assert copied.is_fresh()
         assert layer._weight_copy(layer.weight) is copied.tensor

@@ -50,7 +50,7 @@ def test_copy_is_the_weight_rounded_once(policy):
     layer, optimizer = layer_and_optimizer(policy)
     for _ in range(3):
         train(layer, optimizer)
-        copied = compute_copy.for_layer(layer, layer.policy.compute_dtype)
+        copied = compute_copy.for_layer(layer, layer.weight, layer.policy.compute_dtype)
         assert copied.is_fresh()
         assert copied.tensor.dtype == layer.policy.compute_dtype
         dtype = copied.tensor.dtype

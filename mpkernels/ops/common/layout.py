@@ -71,7 +71,7 @@ class Tensors(list):
     which lets the tensors go, and `replace`. Handing over a table instead of a list saves unboxing every tensor in every call.
     """
 
-    __slots__ = ("_head", "addresses", "contiguous", "placed", "table")
+    __slots__ = ("_numbers", "addresses", "contiguous", "placed", "table")
 
     def __init__(self, tensors: Iterable[torch.Tensor]):
         super().__init__(tensors)
@@ -80,18 +80,19 @@ class Tensors(list):
     def describe(self) -> None:
         """Look at every tensor anew."""
         self.contiguous = all(map(torch.Tensor.is_contiguous, self)) and not any(map(torch.Tensor.is_neg, self))
-        types = map(_SCALAR_TYPES.__getitem__, map(_dtype_of, self))
-        self._head = array("q", map(torch.Tensor.numel, self)) + array("q", types)
-        self._locate(addresses(self))
-
-    def _locate(self, now: list[int]) -> None:
-        self.addresses, self.placed = now, 0 not in now
-        if not self.placed and any_fake(self):  # which no native op is given
-            self.table, self.placed = None, True
+        now, types = addresses(self), map(_SCALAR_TYPES.__getitem__, map(_dtype_of, self))
+        self._numbers = array("q", map(torch.Tensor.numel, self)) + array("q", types) + array("q", now)
+        if 0 in now and any_fake(self):
+            self.table = None  # which no native op is given
         elif self:
-            self.table = torch.frombuffer(self._head + array("q", now), dtype=torch.int64).view(3, len(self))
+            self.table = torch.frombuffer(self._numbers, dtype=torch.int64).view(3, len(self))
         else:
             self.table = torch.empty(3, 0, dtype=torch.int64, device="cpu")
+        self._locate(now)
+
+    def _locate(self, now: list[int]) -> None:
+        self.addresses, self.placed = now, self.table is None or 0 not in now
+        self._numbers[2 * len(now) :] = array("q", now)  # which `table` shows
 
     def replace(self, tensors: list[torch.Tensor]) -> None:
         """Hold these, which the caller has found to have the `same_formats`."""

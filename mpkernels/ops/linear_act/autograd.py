@@ -6,8 +6,6 @@ Two doors lead to an op. `LinearAct` is that of eager mode and of torch.func, wh
 torch.ops.mpkernels differentiate the ops. Both keep the same and take the same way back.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from mpkernels.ops.linear_act import accumulate, eight_bits
@@ -18,15 +16,6 @@ from mpkernels.runtime.op import move_versions
 from mpkernels.runtime.resolve import Kernel
 
 
-class Grads(NamedTuple):
-    """Of the inputs that have one, or whether they are wanted."""
-
-    x: torch.Tensor | bool | None
-    weight: torch.Tensor | bool | None
-    bias: torch.Tensor | bool | None
-    prev_bias: torch.Tensor | bool | None
-
-
 class LinearAct(torch.autograd.Function):
     """out of a call. The first four arguments are those of the call that have a gradient."""
 
@@ -35,8 +24,8 @@ class LinearAct(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, bias, prev_bias, call: ForwardCall, kernel: Kernel | None):
         """(out, what autograd need not see). kernel: where it is known that nothing but eager execution goes on."""
-        out, *kept = forward_op.run(call) if kernel is None else forward_op.execute(call, kernel)
-        return out, tuple(kept)
+        out, saved, x_compute = forward_op.run(call) if kernel is None else forward_op.execute(call, kernel)
+        return out, (saved, x_compute)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -46,7 +35,7 @@ class LinearAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, _):
-        return *_grads(ctx, Grads(*ctx.needs_input_grad[:4]), grad_out), None, None
+        return *_grads(ctx, ctx.needs_input_grad[:4], grad_out), None, None
 
 
 # What `LinearAct.apply` calls where no transform is active. It itself first takes the signature of `forward` apart, for
@@ -85,31 +74,29 @@ def _keep(ctx, call: ForwardCall, wants_weight: bool, out, saved, x_compute) -> 
     ctx.on_grads = None  # what is given the gradients of x and weight when they are computed: a watch's
 
 
-def _grads(ctx, wanted: Grads, grad_out) -> Grads:
-    """The gradients that are wanted, None for the others."""
-    grad_prev_bias_dtype = ctx.grad_prev_bias_dtype if wanted.prev_bias else None
-    wants_x = wanted.x or grad_prev_bias_dtype is not None
-    output_mask = [wants_x, wanted.weight, wanted.bias and not ctx.activation_grad_fused]
-    if grad_out is None or not any(output_mask):
-        return Grads(None, None, None, None)
+def _grads(ctx, wanted, grad_out) -> tuple:
+    """The gradients of x, weight, bias and prev_bias; wanted: of which. None for the others."""
+    wants_x, wants_weight, wants_bias, wants_prev_bias = wanted
+    grad_prev_bias_dtype = ctx.grad_prev_bias_dtype if wants_prev_bias else None
+    wants_x = wants_x or grad_prev_bias_dtype is not None
+    wants_bias = wants_bias and not ctx.activation_grad_fused
+    if grad_out is None or not (wants_x or wants_weight or wants_bias):
+        return None, None, None, None
     x, weight, weight_copy, saved, prev_saved, *scales = ctx.saved_tensors
     if scales:
         x, saved = (eight_bits.decode(t, s, ctx.dtypes[0]) for t, s in zip((x, saved), scales, strict=True))
+    output_mask = [wants_x, wants_weight, wants_bias]
     call = BackwardCall(grad_out, x, weight, weight_copy, saved, ctx.activation, *ctx.dtypes, output_mask)
     if wants_x and (ctx.prev_activation != Activation.NONE or grad_prev_bias_dtype is not None):
         fused = {"prev_activation": ctx.prev_activation, "grad_prev_bias_dtype": grad_prev_bias_dtype}
         call = call._replace(prev_saved=prev_saved, **fused)
-    if ctx.accumulate_grad and wanted.weight:
+    if ctx.accumulate_grad and wants_weight:
         call = call._replace(grad_weight_sum=accumulate.weight_grad(ctx, call))
     grad_x, grad_weight, grad_bias, grad_prev_bias = once_differentiable(run_backward, *call)
+    grad_x, grad_weight = grad_x if wants_x else None, grad_weight if wants_weight else None
     if ctx.on_grads is not None:
-        ctx.on_grads(grad_x if wants_x else None, grad_weight if wanted.weight else None)
-    return Grads(
-        grad_x if wants_x else None,
-        grad_weight if wanted.weight else None,
-        grad_bias if output_mask[2] else None,
-        None if grad_prev_bias_dtype is None else grad_prev_bias,
-    )
+        ctx.on_grads(grad_x, grad_weight)
+    return grad_x, grad_weight, grad_bias if wants_bias else None, None if grad_prev_bias_dtype is None else grad_prev_bias
 
 
 def run_backward(*args):
@@ -167,8 +154,8 @@ def _backward(ctx, grad_out, grad_saved, grad_x_compute):
             "linear_act: a call with scales is not differentiable, a layer whose Policy computes in eight bits is"
         )
     needs = _needs_grad(ctx)
-    grads = _grads(ctx, Grads(needs.x, needs.weight, needs.bias, needs.prev_bias), grad_out)
-    return tuple(_NO_GRADS._replace(**grads._asdict()))
+    x, weight, bias, prev_bias = _grads(ctx, (needs.x, needs.weight, needs.bias, needs.prev_bias), grad_out)
+    return tuple(_NO_GRADS._replace(x=x, weight=weight, bias=bias, prev_bias=prev_bias))
 
 
 def _needs_grad(ctx) -> ForwardCall:

@@ -50,7 +50,7 @@ class ForwardCall(NamedTuple):
     grad_dtype: torch.dtype | None = None
     activation_grad_fused: bool = False
     prev_saved: torch.Tensor | None = None
-    prev_activation: int = Activation.NONE
+    prev_activation: int = 0
     prev_bias: torch.Tensor | None = None
     x_scale: torch.Tensor | None = None
     weight_scale: torch.Tensor | None = None
@@ -68,10 +68,10 @@ class ForwardCall(NamedTuple):
 
     @property
     def key(self) -> CallKey:
-        device = self.x.device
-        if device.type == "cuda":
-            return CallKey(device, self.compute_dtype, self.out_dtype, self.activation, *self.weight.shape)
-        return CallKey(device, self.compute_dtype, self.out_dtype, self.activation)
+        x = self.x
+        if x.is_cuda:
+            return CallKey(x.device, self.compute_dtype, self.out_dtype, self.activation, *self.weight.shape)
+        return CallKey(x.device, self.compute_dtype, self.out_dtype, self.activation)
 
     @property
     def gemm_key(self) -> GemmKey | None:
@@ -152,16 +152,16 @@ class BackwardCall(NamedTuple):
     grad_bias_dtype: torch.dtype
     output_mask: list[bool]
     prev_saved: torch.Tensor | None = None
-    prev_activation: int = Activation.NONE
+    prev_activation: int = 0
     grad_prev_bias_dtype: torch.dtype | None = None
     grad_weight_sum: torch.Tensor | None = None
 
     @property
     def key(self) -> CallKey:
-        device, activation = self.grad_out.device, max(self.activation, self.prev_activation)
-        if device.type == "cuda":
-            return CallKey(device, self.compute_dtype, self.grad_out.dtype, activation, *self.weight.shape)
-        return CallKey(device, self.compute_dtype, self.grad_out.dtype, activation)
+        grad_out, activation = self.grad_out, max(self.activation, self.prev_activation)
+        if grad_out.is_cuda:
+            return CallKey(grad_out.device, self.compute_dtype, grad_out.dtype, activation, *self.weight.shape)
+        return CallKey(grad_out.device, self.compute_dtype, grad_out.dtype, activation)
 
     @property
     def gemm_key(self) -> GemmKey:
@@ -176,7 +176,7 @@ class BackwardCall(NamedTuple):
     @property
     def is_fused(self) -> bool:
         """Whether it does the activation's backward of the previous layer too, or sums its bias gradient."""
-        return self.prev_activation != Activation.NONE or self.grad_prev_bias_dtype is not None
+        return bool(self.prev_activation) or self.grad_prev_bias_dtype is not None
 
     def is_valid(self) -> bool:
         grad_out, x, weight, copy = self.grad_out, self.x, self.weight, self.weight_copy
