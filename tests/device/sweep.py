@@ -88,11 +88,23 @@ def pack(positive: torch.Tensor) -> torch.Tensor:
     return (bits << torch.arange(32, dtype=torch.int32, device=positive.device)).sum(-1, dtype=torch.int32)
 
 
+def workspace(memory: Memory, splits: int, rows: int, columns: int) -> torch.Tensor:
+    """For the parts of a split sum, each of whole tiles."""
+    rows = -(-rows // (2 * BLOCK_M)) * 2 * BLOCK_M
+    return memory.output(splits * rows, columns, torch.float32).view(splits, rows, columns)
+
+
 def fprop(ops, p: Problem, memory: Memory, config: tuple[int, int, int], splits: int, dtype: torch.dtype) -> Iterator:
     """Pairs of the result and the expected value."""
-    M, N, relu = p.x.shape[0], p.weight.shape[0], splits % 2 == 1
+    (M, K), N, relu = p.x.shape, p.weight.shape[0], splits % 2 == 1
     out, mask = memory.output(M, N, dtype), memory.output(M, -(-N // 32), torch.int32)
-    ops.linear_act_fprop(p.x, p.weight, p.bias, relu, out, mask if relu else None, *config)
+    splits, epilogue = min(splits, -(-K // BLOCK_K)), (p.bias, relu)
+    if splits == 1:
+        ops.linear_act_fprop(p.x, p.weight, *epilogue, out, mask if relu else None, *config)
+    else:
+        parts = workspace(memory, splits, M, N)
+        ops.linear_act_fprop(p.x, p.weight, None, False, parts.flatten(0, 1), None, *config, splits)
+        ops.linear_act_sum(parts[:, :M], out, *epilogue, mask if relu else None)
     exact = p.x.double() @ p.weight.double().t() + p.bias.double()
     exact = exact.relu() if relu else exact
     yield out, exact.to(dtype)
@@ -103,7 +115,13 @@ def fprop(ops, p: Problem, memory: Memory, config: tuple[int, int, int], splits:
 def dgrad(ops, p: Problem, memory: Memory, config: tuple[int, int, int], splits: int, dtype: torch.dtype) -> Iterator:
     M, K, selects = *p.x.shape, splits % 2 == 1
     out, sums = memory.output(M, K, dtype), memory.output(-(-M // SUM_ROWS), K, torch.float32)
-    ops.linear_act_dgrad(p.grad_z, p.weight, p.mask if selects else None, out, sums if selects else None, *config)
+    splits = 1 if selects else min(splits, -(-p.grad_z.shape[1] // BLOCK_K))
+    if splits == 1:
+        ops.linear_act_dgrad(p.grad_z, p.weight, p.mask if selects else None, out, sums if selects else None, *config)
+    else:
+        parts = workspace(memory, splits, M, K)
+        ops.linear_act_dgrad(p.grad_z, p.weight, None, parts.flatten(0, 1), None, *config, splits)
+        ops.linear_act_sum(parts[:, :M], out)
     exact = p.grad_z.double() @ p.weight.double()
     exact = exact * p.positive if selects else exact
     yield out, exact.to(dtype)
@@ -120,10 +138,9 @@ def wgrad(ops, p: Problem, memory: Memory, config: tuple[int, int, int], splits:
         ops.linear_act_wgrad(p.grad_z, p.x, out, 1, *config)
         yield out, exact.to(dtype)
         return
-    rows = -(-N // (2 * BLOCK_M)) * 2 * BLOCK_M
-    parts = memory.output(splits * rows, K, torch.float32)
-    ops.linear_act_wgrad(p.grad_z, p.x, parts, splits, *config)
-    yield parts.view(splits, rows, K)[:, :N].sum(0), exact.float()
+    parts = workspace(memory, splits, N, K)
+    ops.linear_act_wgrad(p.grad_z, p.x, parts.flatten(0, 1), splits, *config)
+    yield parts[:, :N].sum(0), exact.float()
 
 
 ROLES = {"fprop": fprop, "dgrad": dgrad, "wgrad": wgrad}

@@ -193,26 +193,36 @@ class Ops:
         elif self.wrong == "operand":
             operand[0, 0] = 9
 
-    def linear_act_fprop(self, x, weight, bias, relu, out, mask, *cut):
-        exact = x.double() @ weight.double().t() + bias.double()
+    def parts(self, a, b, out, splits):
+        """Of a @ b, as the kernels lay them out."""
+        rows = out.shape[0] // splits
+        result = torch.zeros(out.shape, dtype=torch.float64)
+        for i, (left, right) in enumerate(zip(a.chunk(splits, 1), b.chunk(splits), strict=True)):
+            result[i * rows : i * rows + a.shape[0]] = left.double() @ right.double()
+        return result
+
+    def linear_act_fprop(self, x, weight, bias, relu, out, mask, block_n, cluster, blocks, splits=1):
+        exact = self.parts(x, weight.t(), out, splits) + (0 if bias is None else bias.double())
         self.write(out, exact.relu() if relu else exact, x)
         if mask is not None:
             mask.copy_(sweep.pack(exact > 0) ^ (self.wrong == "mask"))
 
-    def linear_act_dgrad(self, grad_z, weight, mask, out, sums, *cut):
-        exact = grad_z.double() @ weight.double()
+    def linear_act_dgrad(self, grad_z, weight, mask, out, sums, block_n, cluster, blocks, splits=1):
+        exact = self.parts(grad_z, weight, out, splits)
         if mask is not None:
             exact *= torch.from_numpy(linear_act_cases.bits_of(mask, exact.shape[1])[:, : exact.shape[1]])
         self.write(out, exact, grad_z)
         for i in range(0 if sums is None else sums.shape[0]):
             sums[i] = exact[64 * i : 64 * (i + 1)].sum(0) + (self.wrong == "sums")
 
-    def linear_act_wgrad(self, grad_z, x, out, splits, *cut):
-        rows = out.shape[0] // splits
-        result = torch.zeros(out.shape, dtype=torch.float64)
-        for i, (g, part) in enumerate(zip(grad_z.chunk(splits), x.chunk(splits), strict=True)):
-            result[i * rows : i * rows + g.shape[1]] = g.double().t() @ part.double()
-        self.write(out, result, grad_z)
+    def linear_act_wgrad(self, grad_z, x, out, splits, *config):
+        self.write(out, self.parts(grad_z.t(), x, out, splits), grad_z)
+
+    def linear_act_sum(self, parts, out, bias=None, relu=False, mask=None):
+        exact = parts.double().sum(0) + (0 if bias is None else bias.double())
+        out.copy_(exact.relu() if relu else exact)
+        if mask is not None:
+            mask.copy_(sweep.pack(exact > 0))
 
 
 def test_sweep_finds_nothing_wrong_with_what_is_right():
