@@ -6,7 +6,7 @@ from dataclasses import asdict
 import torch
 
 from mpkernels.ops.linear_act import Activation, tile_config, triton
-from mpkernels.ops.linear_act.kernels_triton import gemm_kernel, select_kernel, sum_kernel
+from mpkernels.ops.linear_act.kernels_triton import gemm_kernel, select_kernel, sum_kernel, transpose_kernel
 from mpkernels.ops.linear_act.kernels_triton_tma import gemm_tma_kernel
 
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -45,6 +45,7 @@ def cases(sm: int, every: bool):
     yield _select(f16, torch.int32, f16, f32)
     yield _select(bf16, f32, bf16, f32)
     yield _sum(f32, f16)
+    yield _transpose()
     if every:
         yield _select(f32, None, f16, f32)
         yield _select(f64, f64, f64, f64)
@@ -162,6 +163,11 @@ def _select(grad_out, saved, grad_z, acc):
     else:
         signature["saved_ptr"] = NAMES[saved] + ":16"
     return select_kernel, signature, constexprs, {}
+
+
+def _transpose():
+    signature = {"x_ptr": "*u8:16", "out_ptr": "*u8:16", "M": "i32:16", "N": "i32:16", "stride_xm": "i32:16"}
+    return transpose_kernel, signature, triton.TRANSPOSE, {}
 
 
 def _sum(acc, out):

@@ -237,6 +237,21 @@ def select_kernel(
 
 
 @triton.jit
+def transpose_kernel(x_ptr, out_ptr, M, N, stride_xm, BLOCK: tl.constexpr):
+    """out (N, M), contiguous, = x.T of x (M, N) in rows of bytes: what a copy by torch reads or writes a byte at a time."""
+    # ----- map program to tile
+    tiles_n = tl.cdiv(N, BLOCK)
+    rows = (tl.program_id(0) // tiles_n).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    columns = (tl.program_id(0) % tiles_n).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # ----- load
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride_xm + columns[None, :], mask=inside, other=0)
+    # ----- store
+    inside = (columns < N)[:, None] & (rows < M)[None, :]
+    tl.store(out_ptr + columns[:, None] * M + rows[None, :], tl.trans(x), mask=inside)
+
+
+@triton.jit
 def sum_kernel(partial_ptr, out_ptr, P, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """out (N,) = round(the sum of partial (P, N) over its rows), in a fixed order."""
     # ----- map program to tile

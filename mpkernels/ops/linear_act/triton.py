@@ -32,6 +32,7 @@ CAST_FIRST = 128  # rows from which a cast weight is worth the pass that makes i
 INTERPRETED_PROGRAMS = 3  # few, so that each works on several tiles
 SELECT = {"BLOCK_M": 32, "BLOCK_N": 128}
 SELECT_FP64 = SELECT | {"BLOCK_M": 4}  # slopes in fp64 spill with more
+TRANSPOSE = {"BLOCK": 128}
 SELECT_ROWS = 256  # summed by one program of the select pass
 
 
@@ -193,10 +194,24 @@ def _gemm(
 
 def _for_float8(a, b, sm: int):
     """8-bit a (M, K) and b (N, K) with K along memory, as tensor cores read them, and of a dtype that Triton has on `sm`."""
-    a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b))
+    a, b = (t if t.stride(1) == 1 else _transposed(t.t()) if t.stride(0) == 1 else t.contiguous() for t in (a, b))
     if float8(sm) == Float8.DECODED:
         a, b = (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in (a, b))
     return a, b.t()
+
+
+def _transposed(x):
+    """x.T, contiguous, of 8-bit x (M, N) in rows."""
+    out = x.new_empty(x.shape[::-1])
+    if out.numel():
+        _transpose_launch(x.device, x.shape, x.stride(0), x.data_ptr() % 16)(x.view(torch.uint8), out.view(torch.uint8))
+    return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _transpose_launch(device, shape, stride, misalignment) -> _Launch:
+    grid = (-(-shape[0] // TRANSPOSE["BLOCK"]) * -(-shape[1] // TRANSPOSE["BLOCK"]),)
+    return _Launch(kernels.transpose_kernel, grid, (*shape, stride), TRANSPOSE)
 
 
 def _stride(vector: tuple | None) -> int:

@@ -159,6 +159,16 @@ def test_scaled_layouts(how, generator, device):
     assert same_bits(out.view(9, 32), expected)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 200), (130, 7), (256, 128), (150, 131)])
+def test_scaled_operands_are_turned(shape, generator, device):
+    """So that K lies along memory, as tensor cores read it: every byte, and of part of a larger matrix."""
+    wide = torch.randint(0, 256, (shape[0], shape[1] + 5), generator=generator).to(torch.uint8).to(device).view(e4m3)
+    for x in (wide[:, : shape[1]].contiguous(), wide[:, 3 : 3 + shape[1]]):
+        out = triton._transposed(x)
+        assert out.is_contiguous()
+        assert torch.equal(out.view(torch.uint8), x.view(torch.uint8).t())
+
+
 def test_scaled_nan_stays_in_its_row_and_column(how, generator, device):
     """Neither does what lies behind the edges of a tile reach in: 0 times NaN."""
     x, x_scale = operand(9, 33, e4m3, generator, device)
