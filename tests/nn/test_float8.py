@@ -202,6 +202,7 @@ def test_float8_keeps_what_is_wanted(generator):
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_float8_compiles(text, activation, generator):
     layer = mpk.MPLinear(24, 16, activation=activation, policy=text)
+    torch._dynamo.reset()  # which counts how often the forward of layers was compiled
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
     for rows in (5, 9):
         x, grad_out = torch.randn(rows, 24, generator=generator), torch.randn(rows, 16, generator=generator)

@@ -129,6 +129,7 @@ def test_saved_dtype_trains(generator):
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_saved_dtype_compiles(activation, generator):
     layer = mpk.MPLinear(24, 16, activation=activation, policy=f"mixed_bfloat16,{SAVED}")
+    torch._dynamo.reset()  # which counts how often the forward of layers was compiled
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
     for rows in (5, 9):
         x, grad_out = torch.randn(rows, 24, generator=generator), torch.randn(rows, 16, generator=generator)

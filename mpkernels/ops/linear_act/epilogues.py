@@ -195,6 +195,8 @@ def _select(saved, grad_z):
 
 # ----- what is saved ---------------------------------------------------------------
 
+GATHER = 0x0102040810204080  # times 8 bytes that are 0 or 1: bit i of the upper byte is byte i; no two terms meet
+
 
 def mask_pitch(columns: int) -> int:
     """Words from one row of the mask to the next: a multiple of 4, so that rows start at 16 bytes."""
@@ -221,14 +223,16 @@ def pack_mask(out: torch.Tensor) -> torch.Tensor:
     """The mask of `not (out <= 0)` for out (M, N)."""
     M, N = out.shape
     mask = empty_mask(out, M, N)
-    bits = F.pad(~(out <= 0), (0, mask.shape[1] * 32 - N)).view(M, mask.shape[1], 32).long()
-    weights = torch.ones((), dtype=torch.int64, device=out.device) << torch.arange(32, dtype=torch.int64, device=out.device)
-    words = (bits * weights).sum(-1)
-    mask.copy_(torch.where(words >= 1 << 31, words - (1 << 32), words))
+    if not mask.numel():
+        return mask
+    eights = F.pad(~(out <= 0), (0, mask.shape[1] * 32 - N)).view(torch.int64)  # 8 bytes that are 0 or 1
+    mask.copy_(((eights * GATHER) >> 56).to(torch.uint8).view(torch.int32))
     return mask
 
 
 def unpack_mask(mask: torch.Tensor, columns: int) -> torch.Tensor:
     """(M, columns) bool from the mask."""
-    bits = (mask.unsqueeze(-1) >> torch.arange(32, device=mask.device, dtype=torch.int32)) & 1
-    return bits.bool().flatten(1)[:, :columns]
+    if not mask.numel():
+        return torch.empty((mask.shape[0], columns), dtype=torch.bool, device=mask.device)
+    bits = torch.ones((), dtype=torch.uint8, device=mask.device) << torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return ((mask.contiguous().view(torch.uint8).unsqueeze(-1) & bits) != 0).flatten(1)[:, :columns]
