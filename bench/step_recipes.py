@@ -84,7 +84,7 @@ def reader_of(parameter: nn.Parameter) -> nn.Module:
     """A layer that has asked for the fp16 copy of its weight."""
     layer = nn.Module()
     layer.weight = parameter
-    compute_copy.for_layer(layer, torch.float16)
+    compute_copy.for_layer(layer, layer.weight, torch.float16)
     return layer
 
 
