@@ -2,11 +2,13 @@
 """linear_act with ReLU against what torch makes of the same 16-bit tensors, forward, backward and both.
 
 All get the same random x, weight, bias and grad_out, in tensors of their own. Backward runs on a graph that is kept,
-so that a peer who casts has its casts from forward.
+so that a peer who casts has its casts from forward. A row with a large weight is a read of that weight, whose time follows
+the place of the weight in memory: all read the same few copies, at random.
 """
 
 import contextlib
 import functools
+import random
 
 import torch
 import torch.nn.functional as F
@@ -143,19 +145,34 @@ def tensors(case: LinearAct, device: torch.device) -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(shape, device=device).to(getattr(torch, case.dtype)) for shape in shapes)
 
 
+PLACES, LARGE = 4, 1 << 22  # copies of the operands, from so many elements of a weight that one row is multiplied with
+
+
 def implementations(case: LinearAct, device: torch.device) -> dict[str, Implementation]:
-    given = tensors(case, device)
-    found = {name: implementation(case, given, *how, ours=name == OURS) for name, how in functions(case, device).items()}
-    once_more = lambda: implementation(case, given, *functions(case, device)[OURS], ours=True)
-    return with_forced(found, once_more, "linear_act", device)
+    given, copies = tensors(case, device), {}
+
+    def of(name: str) -> Implementation:
+        function, x_dtype, weight_dtype, multiplied = functions(case, device)[name]
+        dtypes = x_dtype, weight_dtype, weight_dtype
+        make = lambda: tuple(t.to(dtype, copy=True) for t, dtype in zip(given, dtypes, strict=False))
+        if case.direction == "forward" and case.M == 1 and case.K * case.N >= LARGE:
+            operands = copies.setdefault(dtypes, [])
+            operands += [make() for _ in range(PLACES - len(operands))]
+        else:
+            operands = [make()]
+        return implementation(case, given, operands, function, x_dtype, multiplied, ours=name == OURS)
+
+    return with_forced({name: of(name) for name in functions(case, device)}, lambda: of(OURS), "linear_act", device)
 
 
-def implementation(case, given, function, x_dtype, weight_dtype, multiplied, ours) -> Implementation:
-    x, weight, bias = (t.to(d, copy=True) for t, d in zip(given, (x_dtype, weight_dtype, weight_dtype), strict=False))
+def implementation(case, given, operands, function, x_dtype, multiplied, ours) -> Implementation:
+    """operands: one x, weight and bias, or of a forward several copies of them."""
+    inputs, x = operands[0], operands[0][0]
     needs_grad = case.direction != "forward"
     products = {"forward": 1, "backward": 2, "both": 3}[case.direction]
     flops = products * 2 * case.M * case.K * case.N
-    inputs = tuple(t.requires_grad_(needs_grad) for t in (x, weight, bias))
+    for tensor in inputs:
+        tensor.requires_grad_(needs_grad)
     kept = None
 
     def run():
@@ -174,8 +191,9 @@ def implementation(case, given, function, x_dtype, weight_dtype, multiplied, our
         out = function(*inputs).detach()
         return _check(given, out, run() if needs_grad else None, ours)
 
+    run_any = run if len(operands) == 1 else lambda: function(*random.choice(operands))
     gemm = "bfloat16" if x_dtype == torch.bfloat16 else "float32" if x_dtype == torch.float32 else case.dtype
-    return Implementation(run, check, _bytes(case), flops, gemm)
+    return Implementation(run_any, check, _bytes(case), flops, gemm)
 
 
 def _bytes(case: LinearAct) -> int:
