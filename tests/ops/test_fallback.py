@@ -240,6 +240,18 @@ def test_fallback_bf16_sees_what_torch_does_not(looked_at, generator, monkeypatc
     assert (50, 64) in looked_at  # this forward, which is in fp32, has forgotten what that one found
 
 
+def test_fallback_bf16_looks_anew_at_a_gradient(looked_at, generator):
+    """Which is not what it was, where a buffer is given again."""
+    grad_out, x, weight = (data(shape, bf16, "normal", generator) for shape in ((40, 70), (40, 60), (70, 60)))
+    args = (grad_out, x, weight, None, None, 0, bf16, bf16, bf16, f32, [True, False, False])
+    for _ in range(2):
+        looked_at.clear()
+        grad_x = backward_op.function("eager")(*args)[0]
+        assert looked_at[0] == (40, 70)
+        bounds.check_forward(grad_x, grad_out, weight.t(), None, Activation.NONE, bf16)
+        grad_out.data.mul_(2.0**-130)
+
+
 @pytest.mark.parametrize("dtype", [bf16, f32], ids=str)
 def test_fallback_bf16_finds_the_least_exponent(dtype):
     """Of every pattern of the upper 16 bits, beside 0 and a larger number."""
