@@ -17,6 +17,7 @@ from torch import nn
 import mpkernels as mpk
 
 DISCOUNT = 0.98
+LONG = 5  # times as long as in training, when it is tested
 
 
 def push(state: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +43,7 @@ class CartPole(runner.Task):
     sizes = {
         "tiny": dict(hidden=16, poles=4, batch=8, length=8, steps=2),
         "cpu": dict(hidden=128, poles=32, length=100, steps=30),
-        "gpu": dict(hidden=1024, poles=4096, length=200, steps=100),
+        "gpu": dict(hidden=1024, poles=1024, length=200, steps=100),
     }
 
     def model(self):
@@ -50,12 +51,12 @@ class CartPole(runner.Task):
         return nn.Sequential(nn.Linear(4, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 2))
 
     @torch.no_grad()
-    def play(self, model, generator):
+    def play(self, model, generator, length):
         """States, whether pushed to the right, log-probabilities and whether still up: (steps, poles, ...) each."""
         state = ((torch.rand(self.size.poles, 4, generator=generator) - 0.5) * 0.1).to(self.device)
         up = torch.ones(len(state), dtype=torch.bool, device=self.device)
         played = []
-        for _ in range(self.size.length):
+        for _ in range(length):
             sampled = log_probs(model, state)
             right = torch.rand(len(state), generator=generator).to(self.device) < sampled[:, 1].exp()
             played.append((state, right, sampled, up))
@@ -67,7 +68,7 @@ class CartPole(runner.Task):
         """Each is played by the policy as it then is: state, push, and what came of it beyond the mean, 0 once down."""
         generator = torch.Generator().manual_seed(seed)
         while True:
-            states, right, _, up = self.play(model, generator)
+            states, right, _, up = self.play(model, generator, self.size.length)
             returns = up.float()
             for t in range(len(returns) - 2, -1, -1):
                 returns[t] += DISCOUNT * returns[t + 1]
@@ -78,12 +79,12 @@ class CartPole(runner.Task):
         return (F.nll_loss(log_probs(model, state), right, reduction="none") * advantage).mean()
 
     def score(self, model):
-        _, _, _, up = self.play(model, torch.Generator().manual_seed(0))
+        _, _, _, up = self.play(model, torch.Generator().manual_seed(0), LONG * self.size.length)
         return up.float().sum(0).mean()
 
     def note(self, model):
         """What sampling and training have in common: the bits of log-probabilities, by 32 and all at once."""
-        states, _, sampled, _ = self.play(model, torch.Generator().manual_seed(0))
+        states, _, sampled, _ = self.play(model, torch.Generator().manual_seed(0), self.size.length)
         trained = log_probs(model, states.flatten(0, 1)).unflatten(0, sampled.shape[:2])
         differ = (sampled.view(torch.int32) != trained.view(torch.int32)).double().mean()
         return (

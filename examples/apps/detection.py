@@ -38,7 +38,7 @@ class Detection(runner.Task):
     name, metric = "detection", "area under ROC"
     sizes = {
         "tiny": dict(channels=4, hidden=16, batch=8, steps=2),
-        "cpu": dict(channels=8, hidden=128, batch=64, steps=200),
+        "cpu": dict(channels=8, hidden=128, batch=64, steps=100),
         "gpu": dict(channels=64, hidden=1024, batch=1024, steps=300),
     }
 

@@ -36,8 +36,8 @@ class Digits(runner.Task):
     lr = 2e-3
     sizes = {
         "tiny": dict(width=16, layers=1, batch=8, steps=2),
-        "cpu": dict(width=64, layers=2, batch=64, steps=200),
-        "gpu": dict(width=768, layers=12, batch=1000, steps=200),
+        "cpu": dict(width=64, layers=2, batch=64, steps=80),
+        "gpu": dict(width=384, layers=6, batch=1000, steps=200),
     }
 
     def __init__(self, device, size):

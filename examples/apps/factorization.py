@@ -50,7 +50,7 @@ class Sgd(runner.Task):
     }
     sizes = {
         "tiny": dict(rank=2, batch=32, steps=2),
-        "cpu": dict(rank=16, batch=5000, steps=200),
+        "cpu": dict(rank=16, batch=5000, steps=100),
         "gpu": dict(rank=256, batch=50000, steps=500),
     }
 

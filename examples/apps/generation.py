@@ -40,8 +40,8 @@ class Generation(runner.Task):
     name, metric, higher_is_better = "generation", "squared error", False
     sizes = {
         "tiny": dict(width=32, layers=1, batch=8, steps=2),
-        "cpu": dict(width=512, layers=2, batch=256, steps=200),
-        "gpu": dict(width=4096, layers=6, batch=2048, steps=1000),
+        "cpu": dict(width=512, layers=2, batch=256, steps=80),
+        "gpu": dict(width=2048, layers=4, batch=2048, steps=1000),
     }
 
     def __init__(self, device, size):

@@ -31,8 +31,8 @@ class Language(runner.Task):
     lr = 3e-3
     sizes = {
         "tiny": dict(width=16, layers=1, context=16, batch=4, steps=2),
-        "cpu": dict(width=64, layers=2, context=64, batch=12, steps=200),
-        "gpu": dict(width=768, layers=12, context=1024, batch=32, steps=500),
+        "cpu": dict(width=64, layers=2, context=64, batch=12, steps=80),
+        "gpu": dict(width=512, layers=8, context=512, batch=16, steps=500),
     }
 
     def __init__(self, device, size):

@@ -36,8 +36,8 @@ class Languages(runner.Task):
     lr = 3e-3
     sizes = {
         "tiny": dict(width=16, layers=1, length=16, batch=8, steps=2),
-        "cpu": dict(width=64, layers=1, length=48, batch=32, steps=200),
-        "gpu": dict(width=512, layers=6, length=128, batch=512, steps=500),
+        "cpu": dict(width=64, layers=1, length=48, batch=32, steps=80),
+        "gpu": dict(width=512, layers=6, length=128, batch=128, steps=500),
     }
 
     def __init__(self, device, size):

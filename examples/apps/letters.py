@@ -53,8 +53,8 @@ class Letters(runner.Task):
     lr = 3e-3
     sizes = {
         "tiny": dict(width=16, layers=1, batch=8, steps=2),
-        "cpu": dict(width=64, layers=1, batch=64, steps=150),
-        "gpu": dict(width=512, layers=6, batch=2048, steps=1000),
+        "cpu": dict(width=64, layers=1, batch=64, steps=80),
+        "gpu": dict(width=256, layers=4, batch=1024, steps=1000),
     }
 
     def __init__(self, device, size):

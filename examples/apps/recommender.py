@@ -64,8 +64,8 @@ class Recommend(runner.Task):
     name, metric, higher_is_better = "recommender", "RMSE of the rating", False
     sizes = {
         "tiny": dict(width=4, hidden=16, batch=32, steps=2),
-        "cpu": dict(width=32, hidden=512, batch=1000, steps=200),
-        "gpu": dict(width=256, hidden=8192, batch=10000, steps=500),
+        "cpu": dict(width=32, hidden=512, batch=1000, steps=80),
+        "gpu": dict(width=256, hidden=4096, batch=10000, steps=500),
     }
 
     def __init__(self, device, size):

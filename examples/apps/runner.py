@@ -99,6 +99,8 @@ RECIPES = {
     "mixed_float16": Recipe("mixed_float16"),
     "mixed_bfloat16": Recipe("mixed_bfloat16"),
     "mixed_bfloat16 in autocast": Recipe("mixed_bfloat16", torch.bfloat16),
+    "mixed_bfloat16 in autocast, saved in 8 bits": Recipe("mixed_bfloat16,saved=float8_e4m3fn", torch.bfloat16),
+    "mixed_float8 in autocast": Recipe("mixed_float8", torch.bfloat16),
 }
 Task.recipes = RECIPES
 

@@ -133,8 +133,9 @@ def test_apps_activation_bytes_are_those_of_a_batch(apps):
     """The input of a linear, at the width that it is kept in, without the weight and its casts."""
     runner = apps("runner")
     task = Line.task(runner)(torch.device("cpu"), "cpu")
-    found = {name: runner.activation_bytes(runner.Run(task, recipe, 0)) for name, recipe in runner.RECIPES.items()}
-    assert found == {name: 4 * 3 * (4 if name == runner.FP32 else 2) for name in runner.RECIPES}
+    recipes = {name: recipe for name, recipe in runner.RECIPES.items() if "8" not in name}
+    found = {name: runner.activation_bytes(runner.Run(task, recipe, 0)) for name, recipe in recipes.items()}
+    assert found == {name: 4 * 3 * (4 if name == runner.FP32 else 2) for name in recipes}
 
 
 def test_apps_times_are_ratios_in_the_same_moment(apps, monkeypatch):
