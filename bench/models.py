@@ -86,6 +86,22 @@ def _text(batch: int, tokens: int, vocabulary: int, width: int, layers: int, hea
     return model, (ids[:, :-1],), ids[:, 1:]
 
 
+def _cnn(batch: int, image: int, channels: int, hidden: int, classes: int):
+    """Three convolutions, the last two of stride 2, and an MLP."""
+    widths = (channels, 2 * channels, 4 * channels)
+    convolutions = [
+        layer
+        for i, (K, N) in enumerate(itertools.pairwise((3, *widths)))
+        for layer in (nn.Conv2d(K, N, 3, stride=2 if i else 1, padding=1), nn.ReLU())
+    ]
+    head = mlp(widths[-1] * (image // 4) ** 2, hidden, classes)
+    return (
+        nn.Sequential(*convolutions, nn.Flatten(), *head),
+        (torch.rand(batch, 3, image, image),),
+        torch.randint(classes, (batch,)),
+    )
+
+
 MODELS: dict[str, Callable] = {
     "digits": lambda: _network(64, 128, 128, 10, batch=64),
     "mlp": lambda: _network(784, 1024, 1024, 1024, 10, batch=256),
@@ -93,6 +109,7 @@ MODELS: dict[str, Callable] = {
     "mlp6_wide": lambda: _network(*[4096] * 6, 1000, batch=4096),
     "dlrm": lambda: _dlrm(512, 8, 1000, 32, (512, 256)),
     "dlrm_wide": lambda: _dlrm(16384, 26, 100_000, 128, (4096, 4096, 1024)),
+    "cnn": lambda: _cnn(128, 32, 16, 128, 10),
     "vit_tiny": lambda: _vit(8, 32, 4, 192, 4, 3, 100),
     "vit_b": lambda: _vit(64, 224, 16, 768, 12, 12, 1000),
     "bert_tiny": lambda: _text(8, 64, 2000, 256, 4, 4, causal=False),

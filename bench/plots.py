@@ -20,13 +20,18 @@ KEYS = ("case", "implementation", "us_p50", "ratio", "bytes_per_parameter", "tfl
 
 def draw(rows: dict[str, list[dict]], names: dict[str, str]) -> Iterable[tuple[str, str]]:
     """(file, SVG) of every chart that has rows; rows by page, and what its machine is called."""
+    yield from drawn(charts(rows, names))
+
+
+def drawn(charts: dict[str, tuple[list[dict], Callable]]) -> Iterable[tuple[str, str]]:
+    """(file, SVG) of each, with a digest of its rows."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams |= {"svg.hashsalt": "mpkernels", "svg.fonttype": "none", "font.family": "sans-serif"}
     from matplotlib import pyplot
 
-    for file, (chosen, plot) in charts(rows, names).items():
+    for file, (chosen, plot) in charts.items():
         figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
         plot(axes)
         text = io.StringIO()

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import plots, tables
+from bench import plots, savings, tables, which_precision
 from bench.figures import AGAINST_AMP, KEY_FIGURES, Comparison
 from bench.implementation import OURS
 from bench.rows import RESULTS, read
@@ -21,7 +21,7 @@ from mpkernels.runtime.resolve import Implementation, ops
 
 ROOT = RESULTS.parent.parent
 PLOTS = ROOT / "docs" / "plots"
-DOCUMENTS = ("README.md", "docs/performance.md", "docs/which-precision.md")
+DOCUMENTS = ("README.md", "docs/performance.md", "docs/which-precision.md", "docs/rl.md")
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,15 @@ def main() -> int:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     PLOTS.mkdir(exist_ok=True)
-    for name, text in plots.draw(rows, NAMES):
+    for name, text in plots.drawn(charts(rows)):
         (PLOTS / name).write_text(text)
     return 0
+
+
+def charts(rows: dict[str, list[dict]]) -> dict[str, tuple]:
+    """{file: (its rows, how to draw it)} of every chart in docs/plots."""
+    policies = read(RESULTS / "which_precision.jsonl")
+    return plots.charts(rows, NAMES) | which_precision.charts(policies) | savings.charts(savings.rows())
 
 
 def current_rows(folder: Path = RESULTS) -> dict[str, list[dict]]:
@@ -90,6 +96,7 @@ def documents(rows: dict[str, list[dict]]) -> Iterable[tuple[Path, str]]:
         yield ROOT / name, filled((ROOT / name).read_text(), rows)
     for page, of_page in rows.items():
         yield ROOT / "docs" / "benchmarks" / f"{page}.md", benchmarks(page, of_page)
+    yield ROOT / "docs" / "savings.md", savings.page(savings.rows())
 
 
 def filled(text: str, rows: dict[str, list[dict]]) -> str:
@@ -239,7 +246,10 @@ TABLES = {
     "key figures": lambda rows: compared(KEY_FIGURES, rows),
     "memory": memory,
     "places": places,
+    "policies": lambda _: which_precision.table(read(RESULTS / "which_precision.jsonl")),
+    "policies place": lambda _: savings.place(read(RESULTS / "which_precision.jsonl")),
     "precision": lambda _: tables.goals(read(RESULTS / "precision.jsonl")),
+    "same bits": lambda _: savings.same_bits(savings.rows()),
     "support": support,
 }
 

@@ -114,7 +114,7 @@ def test_bench_a_page_per_machine():
     """Pages, and charts, of machines with rows alone; all rows of a page are of the machine that it names."""
     rows, docs = report.current_rows(), report.ROOT / "docs"
     assert {path.stem for path in (docs / "benchmarks").glob("*.md")} == rows.keys()
-    assert {path.name for path in report.PLOTS.glob("*.svg")} == plots.charts(rows, report.NAMES).keys()
+    assert {path.name for path in report.PLOTS.glob("*.svg")} == report.charts(rows).keys()
     for page, of_page in rows.items():
         assert {row["device"] for row in of_page} == {report.MACHINES[page].device}, page
 
@@ -166,7 +166,7 @@ def test_bench_page_has_every_table():
 
 @pytest.mark.parametrize(
     "name, digest",
-    [(file, plots.digest(chosen)) for file, (chosen, _) in plots.charts(report.current_rows(), report.NAMES).items()],
+    [(file, plots.digest(chosen)) for file, (chosen, _) in report.charts(report.current_rows()).items()],
 )
 def test_bench_plots_are_drawn_from_the_rows(name, digest):
     assert digest in (report.PLOTS / name).read_text(), "run python -m bench.report"
