@@ -165,11 +165,12 @@ def test_scaled_not_finite(scaling, generator):
 
 def test_scaled_at_the_ends_of_the_scales():
     """acc * x_scale comes first, and is a number of fp32 where the product of both scales is none."""
-    q = torch.tensor([[448.0]]).to(e4m3)
     scale = lambda k: torch.full((), 2.0**k)
-    for kx, kw in ((-126, 120), (100, -126), (-126, -126), (127, 127), (109, 0), (110, 0)):
-        expected = torch.tensor(448.0 * 448.0) * 2.0**kx * 2.0**kw
-        assert call(q, scale(kx), q, scale(kw))[0].item() == expected.item()
+    for value in (448.0, 2.0**-9):
+        q = torch.tensor([[value]]).to(e4m3)
+        for kx, kw in ((-126, 120), (100, -126), (-126, -30), (-126, -126), (100, 40), (127, 127), (109, 0), (110, 0)):
+            expected = torch.tensor(value * value) * 2.0**kx * 2.0**kw
+            assert call(q, scale(kx), q, scale(kw))[0].item() == expected.item()
 
 
 def test_scaled_overflow_of_the_output(generator):
