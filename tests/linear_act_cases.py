@@ -217,10 +217,22 @@ def check_slopes(grads, grad_out, operand, weight, saved, case, v):
 
 
 def grad_z_of(grad_out, saved, activation, dtypes: Dtypes):
-    """grad_z as the op rounds it for its products: what comes out of one with the identity."""
+    """grad_z as the op rounds it for its products: what comes out of one with the identity.
+
+    A column at a time where one is not finite: what it is times a zero of the identity is NaN in the others.
+    """
+    grad_out = grad_out.reshape(saved.shape)
+    grad_z = _times_identity(grad_out, saved, activation, dtypes)
+    if grad_z.isfinite().all():
+        return grad_z
+    columns = zip(grad_out.split(1, 1), saved.split(1, 1), strict=True)
+    return torch.cat([_times_identity(grad, z, activation, dtypes) for grad, z in columns], 1)
+
+
+def _times_identity(grad_out, saved, activation, dtypes: Dtypes):
     eye = torch.eye(saved.shape[1], dtype=dtypes.compute, device=saved.device)
     same = replace(dtypes, x=dtypes.compute)
-    return backward(grad_out, None, eye, saved, same, activation, output_mask=(True, False, False))[0].reshape(saved.shape)
+    return backward(grad_out, None, eye, saved, same, activation, output_mask=(True, False, False))[0]
 
 
 def fixed_cases(rows: int):
