@@ -2,6 +2,7 @@
 """Load the compiled library if there is one, else remember why not."""
 
 import functools
+import re
 from pathlib import Path
 
 import torch
@@ -9,12 +10,8 @@ import torch
 LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
 BUILD = "run pip install --no-build-isolation ."
 
-# Those of csrc/ops.cpp: a library that was built before one of them came is not used.
-OPS = (
-    "cuda_versions", "load_kernels", "grad_stats_", "amax_", "end_step_", "adamw_", "sgd_", "lion_", "update_scale_",
-    "quantize", "linear_act_multiply", "linear_act_products_stay_normal", "linear_act_gradients", "linear_act_fprop",
-    "linear_act_dgrad", "linear_act_wgrad", "linear_act_select", "linear_act_sum",
-)  # fmt: skip
+# Of the native ops, where the package is used in place: a library that was built from others is not used.
+SCHEMAS = Path(__file__).parents[2] / "csrc" / "ops.cpp"
 
 
 @functools.cache
@@ -26,8 +23,19 @@ def why_not() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY.name} does not load: {error}"
-    missing = next((name for name in OPS if not hasattr(torch.ops.mpkernels_C, name)), None)
-    return missing and f"{LIBRARY.name} lacks {missing}: it is older than this code; {BUILD}"
+    differs = _first_difference() if SCHEMAS.exists() else None
+    return differs and f"{LIBRARY.name} was built from other sources: its {differs} is not that of {SCHEMAS.name}; {BUILD}"
+
+
+def _first_difference() -> str | None:
+    """The name of the first of the sources' ops that the library does not have, or not with these arguments."""
+    for schema in re.findall(r'm\.def\("(.+?)"\)', SCHEMAS.read_text()):
+        expected = torch._C.parse_schema(f"mpkernels_C::{schema}")
+        name = expected.name.removeprefix("mpkernels_C::")
+        op = getattr(torch.ops.mpkernels_C, name, None)
+        if op is None or str(op.default._schema) != str(expected):
+            return name
+    return None
 
 
 @functools.cache

@@ -5,7 +5,6 @@ That the steps are right is proven in test_rules.py, test_skips.py, test_grad_st
 """
 
 import math
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,17 +67,26 @@ def test_native_says_why_not_when_not_built(monkeypatch):
     assert reason == "not built; run pip install --no-build-isolation ."
 
 
-def test_native_knows_every_op_of_the_sources():
-    declared = re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc" / "ops.cpp").read_text())
-    assert sorted(native.OPS) == sorted(declared)
-
-
-def test_native_says_why_not_of_an_older_library(monkeypatch):
-    """It loads, and what came since would be an AttributeError in the middle of a step."""
-    monkeypatch.setattr(native, "OPS", (*native.OPS, "of_tomorrow_"))
+@pytest.mark.parametrize(
+    ("here", "there", "op"),
+    [
+        ('m.def("amax_(', 'm.def("of_tomorrow_() -> ()");\n  m.def("amax_(', "of_tomorrow_"),
+        ("bool ignores_minus_inf=False", "int ignores_minus_inf=0", "amax_"),
+        ("Tensor on, Tensor lr, float beta1, float beta2, float weight_decay", "Tensor on, float lr", "lion_"),
+    ],
+    ids=["another op", "another dtype", "other arguments"],
+)
+def test_native_says_why_not_of_an_older_library(here, there, op, monkeypatch, tmp_path):
+    """It loads, and what is new would be an error in the middle of a step, or numbers in each other's place."""
+    sources = native.SCHEMAS.read_text()
+    assert here in sources
+    assert native._first_difference() is None
+    (tmp_path / "ops.cpp").write_text(sources.replace(here, there))
+    monkeypatch.setattr(native, "SCHEMAS", tmp_path / "ops.cpp")
     monkeypatch.setattr(native, "why_not", native.why_not.__wrapped__)
-    reason = adamw_.why_not("native", torch.device("cpu"), torch.float32)
-    assert reason == "_C.abi3.so lacks of_tomorrow_: it is older than this code; run pip install --no-build-isolation ."
+    assert adamw_.why_not("native", torch.device("cpu"), torch.float32) == (
+        f"_C.abi3.so was built from other sources: its {op} is not that of ops.cpp; run pip install --no-build-isolation ."
+    )
 
 
 # ----- scalars --------------------------------------------------------------------------------------
