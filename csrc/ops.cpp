@@ -22,8 +22,8 @@ STABLE_TORCH_LIBRARY(mpkernels_C, m) {
   m.def("linear_act_gradients(Tensor grad_out, Tensor? saved, int activation, Tensor? x, Tensor weight, ScalarType compute_dtype, Tensor(a!)? grad_z, Tensor(b!)? grad_x, Tensor(c!)? grad_weight, Tensor(d!)? grad_bias, bool adds_grad_weight) -> ()");
   m.def("linear_act_fprop(Tensor x, Tensor weight, Tensor? bias, bool relu, Tensor(a!) out, Tensor(b!)? mask, int block_n, int cluster, int blocks, int splits=1) -> ()");
   m.def("linear_act_dgrad(Tensor grad_z, Tensor weight, Tensor? mask, Tensor(a!) grad_x, Tensor(b!)? column_sums, int block_n, int cluster, int blocks, int splits=1) -> ()");
-  m.def("linear_act_wgrad(Tensor grad_z, Tensor x, Tensor(a!) out, int splits, int block_n, int cluster, int blocks) -> ()");
+  m.def("linear_act_wgrad(Tensor grad_z, Tensor x, Tensor(a!) out, int splits, int block_n, int cluster, int blocks, bool adds=False) -> ()");
   m.def("linear_act_select(Tensor grad_out, Tensor? mask, Tensor(a!)? grad_z, Tensor(b!)? sums) -> ()");
-  m.def("linear_act_sum(Tensor parts, Tensor(a!) out, Tensor? bias=None, bool relu=False, Tensor(b!)? mask=None) -> ()");
+  m.def("linear_act_sum(Tensor parts, Tensor(a!) out, Tensor? bias=None, bool relu=False, Tensor(b!)? mask=None, bool adds=False) -> ()");
 }
 // clang-format on

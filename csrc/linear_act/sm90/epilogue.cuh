@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "common/sm90.cuh"
+#include "common/vector.cuh"
 #include "gemm_arguments.h"
 #include "layout.h"
 #include "pipeline.cuh"
@@ -171,6 +172,27 @@ __device__ __forceinline__ void sum_columns(const AccFragment& acc, const Thread
   float* const to = sums[at.warp] + acc_column(at.thread, j);
   to[0] = sum[0];
   to[1] = sum[1];
+}
+
+// ----- sums of results -----
+
+// wgrad: adds what is in memory where the tile will be stored to the accumulator.
+template <int BLOCK_N>
+__device__ __forceinline__ void add_earlier(const GemmArguments& g, const ThreadCoord& at, const WorkTile& tile,
+                                            float (&acc)[BLOCK_N / 2]) {
+  const int column = tile.column + acc_column(at.thread, 0);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = tile.row + at.first_row() + acc_row(at.thread, half), left = row < g.M ? g.N - column : 0;
+    const float* const from = g.added_to + row * g.added_to_pitch + column;
+#pragma unroll
+    for (int j = 0; j < BLOCK_N / 8; ++j) {
+      Elements<float, 2> earlier{};
+      if (8 * j < left) load<LoadStreaming>(from + 8 * j, earlier);  // N is even
+      acc[acc_index(j, half)] += earlier.at[0];
+      acc[acc_index(j, half) + 1] += earlier.at[1];
+    }
+  }
 }
 
 // ----- the epilogue of a tile -----

@@ -16,7 +16,7 @@ namespace mpk {
 //                a                b             epilogue
 //   fprop        x                weight.T      bias, ReLU, mask of the rounded output
 //   dgrad        grad_z           weight        masked by the previous layer's ReLU; column sums of the result
-//   wgrad        grad_z.T         x             none; split-K
+//   wgrad        grad_z.T         x             added to what is in out, or none; split-K
 enum class Role { kFprop, kDgrad, kWgrad };
 
 // An operand is K-major where its memory is contiguous along K; WGMMA calls the other kind transposed.
@@ -55,6 +55,8 @@ struct GemmArguments {
   uint32_t* mask;          // written by fprop, read by dgrad; or null
   int64_t mask_pitch;      // words
   float* column_sums;      // dgrad: (ceil(M / kWarpgroupRows), N); or null
+  const float* added_to;   // wgrad: the memory of out; or null
+  int64_t added_to_pitch;  // elements
 };
 
 }  // namespace mpk

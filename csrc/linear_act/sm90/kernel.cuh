@@ -25,6 +25,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "common/launch.h"
 #include "common/sm90.cuh"
 #include "epilogue.cuh"
@@ -51,6 +53,9 @@ __device__ void compute_tiles(const GemmArguments& g, SharedStorage<BLOCK_N>& sh
     load_epilogue(g, at, tile, mask);
     wgmma_mainloop<T, BLOCK_N, is_a_transposed(kRole), is_b_transposed(kRole)>(g, shared, at.warpgroup, tile.k_blocks, state,
                                                                                acc);
+    if constexpr (kRole == Role::kWgrad && std::is_same_v<Out, float>) {
+      if (g.added_to != nullptr) add_earlier<BLOCK_N>(g, at, tile, acc);
+    }
     store_epilogue<kRole, Out, BLOCK_N>(g, at, tile, shared, shared.bias[tiles.stage], mask, acc);
     if (at.thread == 0) sm90::barrier_arrive(&shared.tile_empty[tiles.stage]);  // all of the warpgroup have read it
   }

@@ -160,13 +160,17 @@ void dgrad(Tensor grad_z, Tensor weight, std::optional<Tensor> mask, Tensor grad
   run_gemm<Role::kDgrad>(g, grad_z, weight, grad_x, N, {block_n, cluster, num_sms}, device.stream());
 }
 
-void wgrad(Tensor grad_z, Tensor x, Tensor out, int64_t splits, int64_t block_n, int64_t cluster, int64_t num_sms) {
+void wgrad(Tensor grad_z, Tensor x, Tensor out, int64_t splits, int64_t block_n, int64_t cluster, int64_t num_sms, bool adds) {
   const int64_t M = grad_z.size(0), N = grad_z.size(1), K = x.size(1);
   check_matrix("grad_z", grad_z, M, N);
   check_matrix("x", x, M, K);
   check_same_device("x", x, grad_z);
   check_same_device("out", out, grad_z);
-  const GemmArguments g = gemm_of(N, K, M, splits, /*has_epilogue=*/false, "out", out);
+  GemmArguments g = gemm_of(N, K, M, splits, adds, "out", out);
+  if (adds) {
+    g.added_to = out.const_data_ptr<float>();
+    g.added_to_pitch = out.stride(0);
+  }
   const OnDevice device(grad_z);
   run_gemm<Role::kWgrad>(g, grad_z, x, out, M, {block_n, cluster, num_sms}, device.stream());
 }
@@ -255,15 +259,16 @@ void launch_sum(const Tensor& parts, const Tensor& out, const SumEpilogue& epilo
 }
 
 // out = round(parts.sum(0)): parts (P, N) of an out (N,), or (P, R, C) of an out (R, C), then with fprop's epilogue.
-void sum_parts(Tensor parts, Tensor out, std::optional<Tensor> bias, bool relu, std::optional<Tensor> mask) {
+void sum_parts(Tensor parts, Tensor out, std::optional<Tensor> bias, bool relu, std::optional<Tensor> mask, bool adds) {
   const int64_t dims = out.dim();
   STD_TORCH_CHECK((dims == 1 || dims == 2) && parts.dim() == dims + 1 && parts.scalar_type() == ScalarType::Float &&
                       parts.stride(dims) == 1,
                   "parts must be float32, with one dimension more than out");
   for (int64_t i = 0; i < dims; ++i) STD_TORCH_CHECK(parts.size(i + 1) == out.size(i), "parts do not fit out");
   check_same_device("parts", parts, out);
-  STD_TORCH_CHECK(dims == 2 || !(bias || relu || mask), "an epilogue is that of a matrix");
-  SumEpilogue epilogue{bias_vector(bias, out.size(dims - 1), out), relu, nullptr, 0};
+  STD_TORCH_CHECK(dims == 2 || !(bias || relu || mask || adds), "an epilogue is that of a matrix");
+  STD_TORCH_CHECK(!adds || out.scalar_type() == ScalarType::Float, "what is added to must be float32");
+  SumEpilogue epilogue{bias_vector(bias, out.size(dims - 1), out), relu, nullptr, 0, adds};
   if (mask) {
     check_mask(*mask, out.size(0), out.size(1));
     check_same_device("mask", *mask, out);

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "bias.cuh"
 #include "common/cast.h"
@@ -102,12 +103,13 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(MPK_GRID_CONSTAN
 }
 static_assert(kSelectColumns == kSelectThreads);
 
-// fprop's, where its sum was split. Sums of one row have none.
+// That of a GEMM whose sum was split. Sums of one row have none.
 struct SumEpilogue {
   BiasVector bias;
   bool relu;
   uint32_t* mask;  // of the ReLU; or null
   int64_t mask_pitch;
+  bool adds;  // to what is in out, fp32
 };
 
 // out = round(act(the sum of `count` parts + bias)), each rows x columns, `part_stride` elements from one to the next.
@@ -141,9 +143,13 @@ __global__ void __launch_bounds__(kSelectThreads) sum_kernel(MPK_GRID_CONSTANT(S
     sum = 0;
     for (int i = 0; i < kSlices; ++i) sum += sums[i][lane];
   }
+  Out* const to = a.out + row * a.out_stride_m + column * a.out_stride_n;
   if constexpr (kSlices == 1) {
     sum += bias_at(a.epilogue.bias, column, a.columns);
     if (a.epilogue.relu && sum <= 0) sum = 0;  // NaN stays
+    if constexpr (std::is_same_v<Out, float>) {
+      if (a.epilogue.adds && column < a.columns) sum += *to;
+    }
   }
   Elements<Out, 1> out;
   out.at[0] = convert<Out>(sum);  // round: fp32 -> out's dtype
@@ -155,7 +161,7 @@ __global__ void __launch_bounds__(kSelectThreads) sum_kernel(MPK_GRID_CONSTANT(S
     }
   }
   if (slice > 0 || column >= a.columns) return;
-  store(a.out + row * a.out_stride_m + column * a.out_stride_n, out);
+  store(to, out);
 }
 
 }  // namespace mpk

@@ -95,7 +95,8 @@ def linear_act_backward(call: BackwardCall):
         grad_x, grad_prev_bias = _dgrad(grad_z, _weight(call), prev_mask, call.grad_x_dtype, call.grad_prev_bias_dtype)
         grad_x = grad_x if is_matrix else grad_x.view(*grad_out.shape[:-1], K)
     if wants_weight:
-        grad_weight = passes.add_to_sum(call, _wgrad(grad_z, _matrix(_rows(call.x, M, K)), call.grad_weight_dtype))
+        x = _matrix(_rows(call.x, M, K))
+        grad_weight = passes.add_to_sum(call, _wgrad(grad_z, x, call.grad_weight_dtype, call.grad_weight_sum))
     return grad_x, grad_weight, grad_bias, grad_prev_bias
 
 
@@ -194,12 +195,12 @@ def _select(grad_out, mask, compute_dtype, wants_grad_z, grad_bias_dtype):
     return grad_out if is_grad_z else grad_z, grad_bias
 
 
-def _sum(parts, dtype):
-    """parts.sum(0), rounded once to `dtype`."""
+def _sum(parts, dtype, added_to=None):
+    """parts.sum(0), rounded once to `dtype`; or `added_to`, to which it was added."""
     if parts.numel() == 0:
         return parts.new_zeros(parts.shape[1:], dtype=dtype)
-    out = parts.new_empty(parts.shape[1:], dtype=dtype)
-    torch.ops.mpkernels_C.linear_act_sum(parts, out)
+    out = parts.new_empty(parts.shape[1:], dtype=dtype) if added_to is None else added_to
+    torch.ops.mpkernels_C.linear_act_sum(parts, out, None, False, None, added_to is not None)
     return out
 
 
@@ -221,19 +222,22 @@ def _dgrad(grad_z, weight, prev_mask, dtype, grad_prev_bias_dtype):
     return cast(grad_x, dtype), None if sums is None else _sum(sums, grad_prev_bias_dtype)
 
 
-def _wgrad(grad_z, x, dtype):
-    """grad_z.T @ x in `dtype`."""
+def _wgrad(grad_z, x, dtype, added_to=None):
+    """grad_z.T @ x in `dtype`; or `added_to` (N, K), fp32, where it was added to that: not to one that TMA cannot write."""
     M, N, K = *grad_z.shape, x.shape[1]
     if not (M and N and K):
         return grad_z.new_zeros((N, K), dtype=dtype)
     config, splits = choose(N, K, M, _num_sms(grad_z.device))
-    if splits == 1:
-        grad_weight = grad_z.new_empty((N, K), dtype=_stored(dtype, grad_z.dtype))
-        torch.ops.mpkernels_C.linear_act_wgrad(grad_z, x, grad_weight, 1, *config)
-        return cast(grad_weight, dtype)
-    parts = _empty_parts(grad_z, splits, N, K)
-    torch.ops.mpkernels_C.linear_act_wgrad(grad_z, x, parts.view(-1, K), splits, *config)
-    return _sum(parts[:, :N], dtype)
+    if splits > 1:
+        parts = _empty_parts(grad_z, splits, N, K)
+        torch.ops.mpkernels_C.linear_act_wgrad(grad_z, x, parts.view(-1, K), splits, *config)
+        return _sum(parts[:, :N], dtype, added_to)
+    if added_to is not None and added_to.data_ptr() % 16 == 0:
+        torch.ops.mpkernels_C.linear_act_wgrad(grad_z, x, added_to, 1, *config, True)
+        return added_to
+    grad_weight = grad_z.new_empty((N, K), dtype=_stored(dtype, grad_z.dtype))
+    torch.ops.mpkernels_C.linear_act_wgrad(grad_z, x, grad_weight, 1, *config)
+    return cast(grad_weight, dtype)
 
 
 def _empty_parts(like, splits, rows, columns):

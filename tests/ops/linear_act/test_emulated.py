@@ -210,6 +210,39 @@ def test_wgrad_split_over_rows(splits, config, generator):
         bounds.check_backward((None, part, None), grad_z[begin:end], x[begin:end], part, None, F16, random_sign=True)
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_wgrad_adds(shape, config, generator):
+    """With the bits of a product that is added afterwards; each element is read once and stored once."""
+    N, K, M = -(-shape[0] // 8) * 8, *shape[1:]
+    dtype = (F16, BF16)[SHAPES.index(shape) % 2]
+    grad_z, x, out = operand(M, N, dtype, generator), operand(M, K, dtype, generator), Poisoned(N, K, F32)
+    product, before = torch.empty(N, K), torch.randn(N, K, generator=generator)
+    ops().linear_act_wgrad(grad_z, x, product, 1, *config)
+    out.view.copy_(before)
+    host_kernels.take_counts(LIBRARY)
+    ops().linear_act_wgrad(grad_z, x, out.view, 1, *config, True)
+    counts = host_kernels.take_counts(LIBRARY)
+    assert raw([out.view.contiguous()]) == raw([before + product])
+    out.check_only_view_is_written()
+    assert (counts.loaded, counts.tma_stored) == (4 * N * K, 4 * N * K)
+
+
+@pytest.mark.parametrize("splits", [2, 5])
+def test_wgrad_adds_the_sum_of_parts(splits, generator):
+    M, N, K = 5 * BLOCK_K - 3, 136, 264
+    grad_z, x, out = operand(M, N, F16, generator), operand(M, K, F16, generator), Poisoned(N, K, F32, pad=1)
+    rows, before, product = -(-N // (2 * BLOCK_M)) * 2 * BLOCK_M, torch.randn(N, K, generator=generator), torch.empty(N, K)
+    parts = torch.full((splits * rows, K), math.nan)
+    ops().linear_act_wgrad(grad_z, x, parts, splits, *CONFIGS[0])
+    parts = parts.view(splits, rows, K)[:, :N]
+    ops().linear_act_sum(parts, product)
+    out.view.copy_(before)
+    ops().linear_act_sum(parts, out.view, None, False, None, True)
+    assert raw([out.view.contiguous()]) == raw([before + product])
+    out.check_only_view_is_written()
+
+
 # ----- tensor maps ----------------------------------------------------------------------------------
 
 

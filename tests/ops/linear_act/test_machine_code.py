@@ -111,6 +111,13 @@ def test_linear_act_gemm_rounds_once_and_keeps_nan(kernel):
     assert families(kernel)["FMNMX"] == found["FMNMX.NAN"]
 
 
+def test_linear_act_gemm_adds_in_pairs(kernel):
+    """wgrad in fp32 reads a sum that it is added to as it reads nothing else: two numbers at a time, each once."""
+    width = int(re.search(r"Li(\d+)", kernel).group(1))
+    adds = WGRAD in kernel and "EfLi" in kernel
+    assert opcodes(kernel)["LDG.E.EF.64"] == (width // 4 if adds else 0)
+
+
 # Instructions of an epilogue tile of 64 columns, from one TMA store to the next (of fp32, two), by role: 16-bit and fp32.
 MOST_OF_AN_EPILOGUE_TILE = {FPROP: (195, 250), DGRAD: (225, 230), WGRAD: (45, 50)}
 MOST_BEFORE_THE_LOOP = {FPROP: 50, DGRAD: 200, WGRAD: 50}  # from the wait for a tile to the first HGMMA

@@ -235,6 +235,25 @@ def pack(positive: torch.Tensor) -> torch.Tensor:
     return mask
 
 
+# ----- wgrad ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("M, N, K", [(130, 72, 136), (1030, 8, 16), (0, 8, 8)])  # the second splits its rows
+def test_hopper_adds_grad_weight(M, N, K, shift, dtype, generator, device):
+    """With the bits of a product that is added afterwards, wherever in a buffer the sum lies."""
+    grad_out, x = (data((M, n), dtype, "normal", generator).to(device) for n in (N, K))
+    weight, before = (data((N, K), f32, "normal", generator).to(device) for _ in range(2))
+    call = BackwardCall(grad_out, x, weight, None, None, 0, dtype, dtype, f32, f32, [False, True, True])
+    _, product, bias, _ = sm90.linear_act_backward(call)
+    total = torch.cat([torch.zeros(shift, device=device), before.flatten()])[shift:].view(N, K)
+    _, nothing, grad_bias, _ = sm90.linear_act_backward(call._replace(grad_weight_sum=total))
+    assert nothing is None
+    assert same_bits(total, before + product)
+    assert same_bits(grad_bias, bias)
+
+
 # ----- tiles of a GEMM ---------------------------------------------------------------
 
 
