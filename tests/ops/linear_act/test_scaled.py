@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mpkernels as mpk
-from mpkernels.ops.linear_act import Activation, forward_op, reference
+from mpkernels.ops.linear_act import Activation, forward_op, reference, scaled_mm
 from mpkernels.ops.quantize import reference as quantize_reference
 from tests import bounds
 from tests.linear_act_cases import bits_of, same_bits
@@ -320,3 +320,34 @@ def test_scaled_under_vmap(scaling, generator):
     qx, sx = quantize(x, e4m3, -1) if scaling == "row" else torch.func.vmap(lambda t: quantize(t, e4m3))(x)
     out = torch.func.vmap(lambda q, s: call(q, s, qw, sw)[0])(qx, sx)
     assert same_bits(out, torch.stack([call(q, s, qw, sw)[0] for q, s in zip(qx, sx, strict=True)]))
+
+
+# ----- torch's own product in eight bits, of GPUs, which torch emulates on a CPU --------------------------------------------
+
+
+def whole_numbers(rows, columns, dtype, generator):
+    return torch.randint(-4, 5, (rows, columns), generator=generator).float().to(dtype)
+
+
+@pytest.mark.skipif(not scaled_mm._is_served(torch.device("cpu"), e4m3, e4m3), reason="this torch has no scaled_mm on a CPU")
+def test_scaled_mm_multiplies_as_it_lies(generator, device):
+    a, b = whole_numbers(7, 32, e4m3, generator).to(device), whole_numbers(48, 32, e4m3, generator).to(device)
+    odd = torch.cat([a.flatten()[:1], a.flatten()])[1:].view(a.shape)
+    for x in (a, a.t().contiguous().t(), odd):
+        for weight in (b, b.t().contiguous().t()):
+            out = scaled_mm.multiply(x, weight.t())
+            assert out.dtype == f32
+            assert torch.equal(out, a.float() @ b.float().t())
+
+
+@pytest.mark.parametrize("shape, served", [((7, 48, 33), True), ((7, 40, 32), True), ((0, 48, 32), True), ((7, 48, 32), False)])
+def test_scaled_mm_decodes_what_is_not_served(shape, served, monkeypatch, generator):
+    """bf16 holds both formats; torch has that product with an fp32 result on GPUs alone."""
+    (M, N, K), seen = shape, []
+    monkeypatch.setattr(scaled_mm, "_is_served", lambda *_: served)
+    monkeypatch.setattr(
+        torch, "mm", lambda a, b, out_dtype: seen.append((a.dtype, b.dtype)) or a.to(out_dtype) @ b.to(out_dtype)
+    )
+    a, b = whole_numbers(M, K, e5m2, generator), whole_numbers(N, K, e4m3, generator)
+    assert torch.equal(scaled_mm.multiply(a, b.t()), a.float() @ b.float().t())
+    assert seen == [(bf16, bf16)]
