@@ -309,6 +309,32 @@ def test_accumulate_grad_leaves_it_to_autograd(once, change):
     assert seen.added == ([] if change is frozen_weight else [True])
 
 
+@pytest.mark.usefixtures("by_eager_and_auto")
+def test_accumulate_grad_refuses_a_sum_of_another_shape():
+    """Of a weight whose data were replaced, as a vocabulary grows: torch's own error, and no kernel writes past the sum."""
+    for policy in ("mixed_float16,accumulate_grad", "mixed_float16"):
+        module, sums = layer(policy, bias=False), torch.zeros(2 * 24 * 40)
+        module.weight.grad = sums[: 24 * 40].view(24, 40)
+        module.weight.data = torch.ones(48, 40)
+        with pytest.raises(RuntimeError, match=r"The size of tensor a \(24\) must match the size of tensor b \(48\)"):
+            module(torch.ones(8, 40)).sum().backward()
+        assert sums.count_nonzero() == 0
+
+
+@pytest.mark.usefixtures("by_eager_and_auto")
+@pytest.mark.parametrize("of", ["x", "grad_out"])
+def test_accumulate_grad_of_operands_in_the_memory_of_the_sum(of):
+    """wgrad reads what it would write: a layer is given its own sum of gradients, as a network that learns updates is."""
+    sums = []
+    for policy in ("float32,accumulate_grad", "float32"):
+        module = layer(policy, N=600, K=600)
+        module.weight.grad = torch.randn(600, 600, generator=torch.Generator().manual_seed(1))
+        x, grad_out = torch.ones(600, 600), torch.ones(600, 600)
+        module(module.weight.grad if of == "x" else x).backward(module.weight.grad if of == "grad_out" else grad_out)
+        sums.append(module.weight.grad)
+    assert same_bits(*sums)
+
+
 @pytest.mark.parametrize("made", ["leaf", "view", "product"])
 def test_accumulate_grad_of_a_function_call(once, made):
     """Autograd carries on the gradient of what is made of a weight."""

@@ -31,16 +31,21 @@ def weight_grad(ctx, call: BackwardCall) -> torch.Tensor | None:
         return None
     if torch.is_grad_enabled() or torch.is_anomaly_enabled():
         return None
-    if call.grad_weight_dtype != torch.float32 or not _holds_sums(grad):
+    if call.grad_weight_dtype != torch.float32 or not _holds_sums(grad, call):
         return None
     return grad if _is_reached(node) else None
 
 
-def _holds_sums(grad: torch.Tensor) -> bool:
-    """Whether kernels can add to it here and now."""
+def _holds_sums(grad: torch.Tensor, call: BackwardCall) -> bool:
+    """Whether the kernels of `call` can add to it here and now."""
     if grad.dtype != torch.float32 or grad.layout is not torch.strided or not grad.is_contiguous():
         return False
     if grad.requires_grad or grad.is_neg():
+        return False
+    weight = call.weight
+    if grad.shape != weight.shape or grad.device != weight.device:  # weight.data may have been replaced
+        return False
+    if any(torch._C._is_alias_of(grad, operand) for operand in (call.grad_out, call.x)):  # which wgrad reads meanwhile
         return False
     # On another stream than the default one nothing would make the reader of `grad` wait for what is added here.
     return not grad.is_cuda or torch.cuda.current_stream(grad.device) == torch.cuda.default_stream(grad.device)
