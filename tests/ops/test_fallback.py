@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
+import mpkernels as mpk
 from mpkernels.ops.linear_act import Activation, backward_op, eager, forward_op, linear_act, onednn
 from tests import bounds
 from tests.dispatch_count import Counting
@@ -213,6 +214,20 @@ def test_fallback_bf16_looks_once_at_an_operand(looked_at, generator, monkeypatc
         forward().sum().backward()
         assert looked_at == [(40, 64), (50, 64), (40, 50)]
         assert not onednn._seen
+
+
+@pytest.mark.skipif(not mpk.is_available("native"), reason="needs the compiled library")
+def test_fallback_bf16_looks_anew_after_a_forward_in_cpp(looked_at, generator, monkeypatch):
+    """A tuned table may have forward in C++ and backward by eager: what eager saw before the weight changed is not of it."""
+    _, weight, forward = trained(generator)
+    monkeypatch.setenv("MPKERNELS_BACKEND", "eager")
+    with torch.no_grad():
+        forward()
+        weight.mul_(2.0**-60)
+    monkeypatch.setenv("MPKERNELS_BACKEND", "linear_act=native,linear_act_backward=eager")
+    looked_at.clear()
+    forward().sum().backward()
+    assert looked_at == [(40, 50), (50, 64), (40, 64)]
 
 
 @pytest.mark.parametrize("rows", [5, 41, 64])

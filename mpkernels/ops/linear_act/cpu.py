@@ -24,6 +24,7 @@ def why_not(key: CallKey) -> str | None:
 
 
 def linear_act(call: ForwardCall):
+    onednn.forget(call)  # backward may be eager's
     x, (N, K), compute_dtype, activation = call.x, call.weight.shape, call.compute_dtype, call.activation
     x_compute = saved = None
     if x.dtype != compute_dtype:
