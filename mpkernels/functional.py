@@ -55,7 +55,7 @@ def quantize(x: torch.Tensor, dtype: torch.dtype, axis: int | None = None) -> tu
         raise TypeError(f"quantize: axis must be an int or None, got {type(axis).__name__}")
     if is_dtensor(x):
         from mpkernels.ops.quantize import sharding  # noqa: F401 - which registers it
-    return _quantize.run(QuantizeCall(x, dtype, axis))
+    return _quantize.run(QuantizeCall(x.detach() if x.requires_grad else x, dtype, axis))
 
 
 def dequantize(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -89,6 +89,38 @@ def test_differs_layouts():
     assert layer(jagged).is_nested
 
 
+@pytest.mark.parametrize("policy", ["mixed_float8", "mixed_float8_hybrid"])
+def test_differs_float64_in_eight_bits(policy):
+    layer = MPLinear(8, 4, policy=policy)
+    with pytest.raises(RuntimeError, match="linear_act: x must be float16, bfloat16 or float32, got torch"):
+        layer(torch.ones(2, 8, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="linear_act: weight must be float16, bfloat16 or float32, got"):
+        layer.double()(torch.ones(2, 8))
+
+
+RECORDERS = {
+    "export": lambda model, x: torch.export.export(model, (x,)).module(),
+    "strict": lambda model, x: torch.export.export(model, (x,), strict=True).module(),
+    "trace": torch.jit.trace,
+}
+
+
+@pytest.mark.parametrize("record", RECORDERS.values(), ids=RECORDERS)
+def test_differs_recorded_eight_bits(record):
+    """No gradient arrives at the layer before it without what came through it, nor one of None at its weight."""
+    model, x = nn.Sequential(nn.Linear(8, 8), MPLinear(8, 8, bias=False, policy="mixed_float8")), torch.ones(2, 8)
+    recorded = record(model, x)
+    for frozen in (False, True):
+        model.requires_grad_(not frozen)
+        given = x.clone().requires_grad_()
+        out = recorded(given)
+        assert same_bits(out.detach(), model(x).detach())
+        with pytest.raises(RuntimeError, match="where it was not exported or traced"):
+            (out + given).sum().backward()
+    with pytest.raises(NotImplementedError, match="8-bit operands have no decomposition"):
+        torch.export.export(model, (x,)).run_decompositions(mpk.functional.decompositions())
+
+
 def test_differs_jit_script():
     model = model_of()
     with pytest.raises(RuntimeError, match=r"torch\.jit\.script cannot read MPLinear"):

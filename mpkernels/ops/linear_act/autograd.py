@@ -151,7 +151,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out, grad_saved, grad_x_compute):
     if ctx.is_scaled:
         raise RuntimeError(
-            "linear_act: a call with scales is not differentiable, a layer whose Policy computes in eight bits is"
+            "linear_act: a call with scales is not differentiable, a layer whose Policy computes in eight bits is, where it "
+            "was not exported or traced"
         )
     needs = _needs_grad(ctx)
     x, weight, bias, prev_bias = _grads(ctx, (needs.x, needs.weight, needs.bias, needs.prev_bias), grad_out)

@@ -18,7 +18,7 @@ def check_forward(call: ForwardCall) -> None:
     op, x, weight = "linear_act", call.x, call.weight
     if call.x_scale is None and call.weight_scale is None:
         tensors = {"bias": call.bias, "weight_copy": call.weight_copy, "prev_bias": call.prev_bias}
-        _check_tensors(op, x=x, weight=weight, **tensors)
+        check_tensors(op, x=x, weight=weight, **tensors)
         _check_devices(op, x=x, weight=weight, **tensors)
         _check_dtypes(op, compute_dtype=call.compute_dtype, out_dtype=call.out_dtype)
         if call.saved_dtype not in (None, *FLOAT8_DTYPES):
@@ -50,7 +50,7 @@ def check_forward(call: ForwardCall) -> None:
 def check_backward(call: BackwardCall) -> None:
     """Raise RuntimeError for what does not fit."""
     op, grad_out, x, weight = "linear_act_backward", call.grad_out, call.x, call.weight
-    _check_tensors(op, grad_out=grad_out, x=x, weight=weight, weight_copy=call.weight_copy)
+    check_tensors(op, grad_out=grad_out, x=x, weight=weight, weight_copy=call.weight_copy)
     _check_devices(op, grad_out=grad_out, x=x, weight=weight, weight_copy=call.weight_copy)
     names = ("compute_dtype", "grad_x_dtype", "grad_weight_dtype", "grad_bias_dtype")
     _check_dtypes(op, **{name: getattr(call, name) for name in names})
@@ -79,9 +79,9 @@ def _check_scaled(op: str, call: ForwardCall) -> None:
     if x_scale is None or weight_scale is None:
         given, missing = ("weight_scale", "x_scale") if x_scale is None else ("x_scale", "weight_scale")
         raise RuntimeError(f"{op}: {given} is given, {missing} is not: both operands have a scale, or neither")
-    _check_tensors(op, FLOAT8_DTYPES, x=x, weight=weight)
-    _check_tensors(op, (torch.float32,), x_scale=x_scale, weight_scale=weight_scale)
-    _check_tensors(op, bias=call.bias)
+    check_tensors(op, FLOAT8_DTYPES, x=x, weight=weight)
+    check_tensors(op, (torch.float32,), x_scale=x_scale, weight_scale=weight_scale)
+    check_tensors(op, bias=call.bias)
     _check_devices(op, x=x, weight=weight, x_scale=x_scale, weight_scale=weight_scale, bias=call.bias)
     _check_dtypes(op, out_dtype=call.out_dtype)
     if call.compute_dtype != x.dtype:
@@ -101,7 +101,7 @@ def refuse_what_is_no_tensor(**values) -> None:
             raise TypeError(f"linear_act: {name} must be a Tensor, got {type(value).__name__}")
 
 
-def _check_tensors(op: str, dtypes: tuple[torch.dtype, ...] = DTYPES, /, **tensors: torch.Tensor | None) -> None:
+def check_tensors(op: str, dtypes: tuple[torch.dtype, ...] = DTYPES, /, **tensors: torch.Tensor | None) -> None:
     """That they are dense, and of one of `dtypes`."""
     for name, tensor in tensors.items():
         if tensor is None:

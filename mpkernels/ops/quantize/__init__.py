@@ -20,7 +20,8 @@ Numerics
     `dequantize` multiplies in fp32, which is exact but for fp32's own limits: a subnormal product is rounded, and of the
     largest fp32 numbers one that rounds up to 2^128 is inf, as in bf16.
 Derivatives
-    None: q and scale do not require grad, as those of torch.quantize_per_tensor. `dequantize` is torch's own arithmetic.
+    None. `mpkernels.functional.quantize` gives results that do not require grad, as torch.quantize_per_tensor does; those of
+    the op itself, which is what an exported layer has, refuse a backward. `dequantize` is torch's own arithmetic.
 Raises
     RuntimeError for a tensor that is not strided, and for other dtypes than these, fp64 among them; IndexError for an axis
     out of range, as torch; TypeError for what is not a tensor, a dtype or an int.
@@ -140,12 +141,8 @@ op = Op(
 # ----- autograd and vmap ---------------------------------------------------------------
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.mark_non_differentiable(*output)
-
-
-def _backward(ctx, *grads):
-    return None, None, None
+def _refuse_backward(ctx, *grads):
+    raise RuntimeError("quantize: the op is not differentiable, a layer whose Policy computes in eight bits is")
 
 
 def _vmap(info, in_dims, x, dtype, axis=None):
@@ -159,5 +156,5 @@ def _vmap(info, in_dims, x, dtype, axis=None):
     return (q.view(x.shape), scale.squeeze(1)), (0, 0)
 
 
-torch.library.register_autograd("mpkernels::quantize", _backward, setup_context=_setup_context)
+torch.library.register_autograd("mpkernels::quantize", _refuse_backward)
 torch.library.register_vmap("mpkernels::quantize", _vmap)

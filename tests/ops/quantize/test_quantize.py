@@ -238,14 +238,18 @@ def test_quantize_a_row_does_not_depend_on_others(dtype, device, generator):
 
 
 def test_quantize_is_not_differentiable(dtype):
-    """As torch.quantize_per_tensor: neither result requires grad, by either way to the op."""
+    """As torch.quantize_per_tensor: neither result requires grad. What the op itself returns says no in backward."""
     x = torch.randn(4, 5, requires_grad=True)
-    for results in (quantize(x, dtype, -1), torch.ops.mpkernels.quantize(x, dtype, -1)):
-        assert not any(result.requires_grad for result in results)
-    q, scale = quantize(x, dtype, -1)
-    straight_through = x + (dequantize(q, scale) - x).detach()
-    straight_through.sum().backward()
+    assert not any(result.requires_grad for result in quantize(x, dtype, -1))
+    straight_through = lambda x: (x + (dequantize(*quantize(x, dtype, -1)) - x).detach()).sum()
+    straight_through(x).backward()
     assert torch.equal(x.grad, torch.ones(4, 5))
+    once = lambda x: torch.func.grad(lambda x: dequantize(*quantize(x, dtype, -1)).square().sum() + x.sum())(x).sum()
+    assert torch.equal(torch.func.grad(straight_through)(x.detach()), torch.ones(4, 5))
+    assert torch.equal(torch.func.grad(once)(x.detach()), torch.zeros(4, 5))
+    _, scale = torch.ops.mpkernels.quantize(x, dtype, -1)
+    with pytest.raises(RuntimeError, match="quantize: the op is not differentiable"):
+        scale.sum().backward()
 
 
 def test_dequantize_passes_the_gradient_of_the_scale():
