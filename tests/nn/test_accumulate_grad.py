@@ -309,6 +309,15 @@ def test_accumulate_grad_leaves_it_to_autograd(once, change):
     assert seen.added == ([] if change is frozen_weight else [True])
 
 
+def test_accumulate_grad_of_a_weight_that_was_frozen_after_forward(once):
+    """Whose gradient autograd drops."""
+    for each in once[::2]:
+        loss = each(torch.ones(8, 40)).square().sum()
+        each.weight.requires_grad_(False)
+        loss.backward()
+    assert same_bits(once[0].weight.grad, once[2].weight.grad)
+
+
 @pytest.mark.usefixtures("by_eager_and_auto")
 def test_accumulate_grad_refuses_a_sum_of_another_shape():
     """Of a weight whose data were replaced, as a vocabulary grows: torch's own error, and no kernel writes past the sum."""

@@ -25,7 +25,7 @@ def weight_grad(ctx, call: BackwardCall) -> torch.Tensor | None:
         return None
     weight = node.variable
     grad = weight.grad
-    if type(grad) is not torch.Tensor or not is_direct(call):
+    if not weight.requires_grad or type(grad) is not torch.Tensor or not is_direct(call):
         return None
     if weight._backward_hooks or weight._post_accumulate_grad_hooks or ctx.on_grads is not None:
         return None
