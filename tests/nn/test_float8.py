@@ -178,6 +178,22 @@ def test_float8_keeps_half_of_what_16_bits_keep(K, generator):
         assert kept[text] <= 0.55 * kept["mixed_float16"], text
 
 
+@pytest.mark.parametrize("text", [*POLICIES, "mixed_float16,saved=float8_e4m3fn"])
+def test_float8_keeps_an_x_for_each_that_reads_it(text, generator):
+    """Of one in 16 bits that three linears read more than 16 bits keep, and half of that where one linear reads it."""
+    x = torch.randn(128, 64, generator=generator).to(f16).requires_grad_()
+
+    def kept(policy, count, N):
+        layers = nn.ModuleList(mpk.MPLinear(64, N, policy=policy) for _ in range(count))
+        layers.forward = lambda x: torch.cat([layer(x) for layer in layers], 1)
+        return kept_bytes(layers, x)
+
+    of_16_bits = kept("mixed_float16", 3, 8)
+    assert kept("mixed_float16", 1, 24) == of_16_bits == 2 * 128 * 64
+    assert kept(text, 3, 8) > 1.4 * of_16_bits
+    assert kept(text, 1, 24) <= 0.55 * of_16_bits
+
+
 def test_float8_relu_keeps_a_bit(generator):
     x = torch.randn(128, 64, generator=generator).requires_grad_()
     plain, relu = (kept_bytes(mpk.MPLinear(64, 256, activation=a, policy=ROW), x) for a in (None, "relu"))
