@@ -26,7 +26,7 @@ export MAX_JOBS ?= 2
 help:
 	@echo "make prove   hold every kernel against fp64 on this GPU: what is right there is used; first of demo, test and bench"
 	@echo "make demo    train digits under every policy (demo/results.json, demo/loss.png)"
-	@echo "make apps    train models of ten tasks on real data, metric, time and memory in $(OUT) (QUICK=1, TASKS='gpt digits')"
+	@echo "make apps    train models of eleven tasks, most on real data: metric, time and memory in $(OUT) (QUICK=1, TASKS='gpt digits')"
 	@echo "make test    lint, build, and the quick tests: of every kind some, less than 8 minutes together"
 	@echo "make sweep   the long tests: tiles ahead of time, more seeds and steps; less than 15 minutes"
 	@echo "make release what changes rarely and takes hours: every tile x architecture x Triton, every position; the notebook;"
