@@ -289,6 +289,24 @@ def test_jit_trace_has_the_op_and_its_gradients(policy, generator):
         assert same_bits(torch.jit.trace(model, (x,))(other), model(other))
 
 
+@pytest.mark.parametrize("masks", [False, True], ids=["output", "mask"])
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16,saved=float8_e4m3fn", "mixed_float8"])
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_jit_trace_stands_its_own_check(policy, masks, with_grad, monkeypatch, generator):
+    """Which traces once more without gradients; the graph of a trace without them can be trained, too, but in eight bits."""
+    if masks:
+        monkeypatch.setattr(ops.forward_op, "_chosen", saving_masks())
+    model = nn.Sequential(MPMLP([5, 8, 4], policy=policy), MPLinear(4, 3, activation="gelu", policy=policy))
+    x, other = (torch.randn(n, 5, generator=generator) for n in (3, 7))
+    with torch.set_grad_enabled(with_grad):
+        traced = torch.jit.trace(model, (x,))
+    assert same_bits(traced(other).detach(), model(other).detach())
+    if policy != "mixed_float8":
+        traced, eager = results(traced, other), results(model, other)
+        assert all(map(same_bits, traced[-2:], eager[-2:]))
+        assert masks or all(map(same_bits, traced, eager))  # with masks eager fuses the backward of two layers
+
+
 def test_jit_script_says_what_to_do():
     model = mpk.convert(nn.Sequential(nn.Linear(5, 4)), "mixed_float16")
     with pytest.raises(RuntimeError, match=r"mpk\.revert\(model\) first, or use torch\.jit\.trace"):

@@ -103,12 +103,12 @@ def linear_act(
         call = call._replace(prev_saved=prev.saved, prev_activation=int(prev.activation), prev_bias=prev.bias)
     direct = is_direct(call)
     if not direct and torch.compiler.is_compiling():
-        return _by_dispatcher(call, next, saves_mask(x.device, compute_dtype))
+        return _by_dispatcher(call, next, saves_mask(x.device, compute_dtype), torch.is_grad_enabled())
     if direct and not call.is_valid():
         forward_op.check(call)
     kernel = forward_op.resolve(call)
-    if torch._C._get_tracing_state() is not None:  # of torch.jit.trace
-        return _by_dispatcher(call, next, kernel.saves_mask)
+    if torch._C._get_tracing_state() is not None:  # of torch.jit.trace, whose check wants the same graph without gradients
+        return _by_dispatcher(call, None, kernel.saves_mask, True)
     with_grad, transforms = torch.is_grad_enabled(), torch._C._are_functorch_transforms_active()
     if with_grad and (activation > Activation.RELU or kernel.saves_mask or saved_dtype is not None):
         call = _saving(call, next, kernel.saves_mask)
@@ -125,9 +125,9 @@ def linear_act(
     return out
 
 
-def _by_dispatcher(call: ForwardCall, next: FusedBackwardLink | None, saves_mask: bool):
-    """`out` of the op itself, which what traces can see."""
-    if torch.is_grad_enabled():
+def _by_dispatcher(call: ForwardCall, next: FusedBackwardLink | None, saves_mask: bool, with_grad: bool):
+    """`out` of the op itself, which what traces can see. with_grad: whether there may be a backward."""
+    if with_grad:
         call = _saving(call, next, saves_mask)
     op = torch.ops.mpkernels.linear_act
     if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
