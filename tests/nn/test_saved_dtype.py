@@ -93,6 +93,24 @@ def test_saved_dtype_not_finite_stays_visible(bad, generator):
     assert grad_weight.isnan().all()
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS[2:])
+def test_saved_dtype_forgives_what_the_activation_forgives(activation):
+    """A preactivation below all of float16 has the slope 0, as it has in 16 bits, and its row is finite; NaN stays NaN."""
+    for text in ("mixed_float16", f"mixed_float16,{SAVED}"):
+        layer = mpk.MPLinear(4, 3, bias=False, activation=activation, policy=text)
+        with torch.no_grad():
+            layer.weight.copy_(torch.tensor([-300.0, 0.125, 0.25])[:, None])
+        for dtype in (f32, f16):
+            out, grad_x, grad_weight, _ = run(layer, torch.full((2, 4), 100.0, dtype=dtype), torch.ones(2, 3, dtype=dtype))
+            assert out.isfinite().all()
+            assert grad_x.isfinite().all()
+            assert (grad_weight[0] == 0).all()
+            assert grad_weight[1:].isfinite().all()
+            assert (grad_weight[1:] > 0).all()
+        layer.weight.data[1, 1] = math.nan
+        assert run(layer, torch.ones(2, 4), torch.ones(2, 3))[1].isnan().all()
+
+
 def test_saved_dtype_at_the_ends_of_float16():
     """What eight bits round up to 65536 is 65504 again, which is nearer, and what is small is no 0 for a scale below fp16."""
     numbers = torch.arange(2**15, dtype=torch.int32).to(torch.int16).view(f16)

@@ -56,7 +56,9 @@ def _keep(ctx, call: ForwardCall, wants_weight: bool, out, saved, x_compute) -> 
     scales = ()
     if call.saved_dtype is not None:
         kept_x, x_scale = eight_bits.encode(kept_x, call.saved_dtype)
-        kept, scale = eight_bits.encode(kept, call.saved_dtype) if activation > Activation.RELU else (kept, None)
+        scale = None
+        if activation > Activation.RELU:
+            kept, scale = eight_bits.encode_preactivation(kept, call.saved_dtype)
         scales = x_scale, scale
     ctx.save_for_backward(kept_x, weight, call.weight_copy, kept, call.prev_saved, *scales)
     ctx.set_materialize_grads(False)

@@ -13,6 +13,15 @@ def encode(x: torch.Tensor | None, dtype: torch.dtype) -> tuple[torch.Tensor | N
     return quantize.op.run(quantize.QuantizeCall(x, dtype, -1))
 
 
+def encode_preactivation(z: torch.Tensor | None, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(q, scale) of what an activation was applied to. Where it overflowed fp16 it is the largest number, whose slope is the
+    limit, as that of inf is in 16 bits: the NaN of a scale would take its row along."""
+    if z is not None and z.dtype == torch.float16:
+        largest = torch.finfo(z.dtype).max
+        z = z.clamp(-largest, largest)
+    return encode(z, dtype)
+
+
 def decode(q: torch.Tensor | None, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """q * scale in `dtype`, and q itself where there is no scale.
 
