@@ -255,6 +255,16 @@ def test_fallback_bf16_sees_what_torch_does_not(looked_at, generator, monkeypatc
     assert (50, 64) in looked_at  # this forward, which is in fp32, has forgotten what that one found
 
 
+def test_fallback_bf16_forgets_what_was_freed(looked_at, generator, monkeypatch):
+    """No backward follows in evaluation, where every batch is another tensor: what remains of each would pile up."""
+    monkeypatch.setenv("MPKERNELS_BACKEND", "eager")
+    weight = data((50, 64), bf16, "normal", generator)
+    for _ in range(3 * onednn.FREED):
+        linear_act(torch.ones(40, 64, dtype=bf16), weight, activation=Activation.NONE, compute_dtype=bf16, out_dtype=bf16)
+    assert len(looked_at) == 6 * onednn.FREED
+    assert len(onednn._seen) <= onednn.FREED
+
+
 def test_fallback_bf16_looks_anew_at_a_gradient(looked_at, generator):
     """Which is not what it was, where a buffer is given again."""
     grad_out, x, weight = (data(shape, bf16, "normal", generator) for shape in ((40, 70), (40, 60), (70, 60)))

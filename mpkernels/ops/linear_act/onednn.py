@@ -64,7 +64,7 @@ def products_stay_normal(a, b, bias, again: tuple[bool, bool]) -> bool:
 # What was found of an operand, by its storage, until the product that is told to be of the same `again`: forward's operands
 # are backward's too, and grad_z stands in two products there. A weak reference keeps a storage's name from being another's.
 _seen: dict[int, tuple[StorageWeakRef, tuple, int]] = {}
-MOST_SEEN = 1024
+MOST_SEEN, FREED = 1024, 64  # entries; after how many to look for those of freed storages
 
 
 def _remembered(matrix: torch.Tensor, again: bool) -> int:
@@ -76,10 +76,19 @@ def _remembered(matrix: torch.Tensor, again: bool) -> int:
         return seen[2]
     found = _least_exponent(matrix)
     if not again:
+        if len(_seen) % FREED == 0:
+            _forget_freed()
         if len(_seen) >= MOST_SEEN:
             _seen.clear()
         _seen[storage._cdata] = StorageWeakRef(storage), place, found
     return found
+
+
+def _forget_freed() -> None:
+    """Storages that no backward asked for. Each keeps a few bytes, between which the allocator has only pieces to give out."""
+    for name, (reference, *_) in list(_seen.items()):
+        if reference.expired():
+            _seen.pop(name, None)
 
 
 def forget(call: ForwardCall) -> None:
