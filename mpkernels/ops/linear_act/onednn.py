@@ -85,7 +85,7 @@ def _remembered(matrix: torch.Tensor, again: bool) -> int:
 
 
 def _forget_freed() -> None:
-    """Storages that no backward asked for. Each keeps a few bytes, between which the allocator has only pieces to give out."""
+    """Storages that no backward asked for: what remains of each, a few bytes, fragments the allocator's memory."""
     for name, (reference, *_) in list(_seen.items()):
         if reference.expired():
             _seen.pop(name, None)
