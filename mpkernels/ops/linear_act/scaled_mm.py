@@ -34,7 +34,7 @@ def _scaled_mm(a, b):
 @functools.cache
 def _is_served(device: torch.device, a_dtype: torch.dtype, b_dtype: torch.dtype) -> bool:
     """Whether a trial goes through: that depends on the GPU, the versions of CUDA and of torch, and the pair of formats."""
-    ones = torch.ones(MULTIPLE, MULTIPLE, device=device)
+    ones = torch.ones(MULTIPLE, MULTIPLE, dtype=torch.float32, device=device)
     try:
         _scaled_mm(ones.to(a_dtype), ones.to(b_dtype).t())
     except (AttributeError, RuntimeError, TypeError, ValueError):
