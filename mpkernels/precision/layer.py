@@ -281,7 +281,8 @@ def _sample(x: torch.Tensor, grad: torch.Tensor | None) -> tuple[torch.Tensor, i
     """
     largest = torch.stack([t.abs().amax(1).argmax() for t in (x, grad) if t is not None]).unique()
     M, n = len(x), SAMPLE - len(largest)
-    at = (torch.arange(n) + torch.rand(n, generator=torch.Generator().manual_seed(0))) * (M / n)
+    on_cpu = {"dtype": torch.float64, "device": "cpu"}
+    at = (torch.arange(n, **on_cpu) + torch.rand(n, generator=torch.Generator("cpu").manual_seed(0), **on_cpu)) * (M / n)
     others = at.to(x.device).long().clamp_(max=M - 1)
     return torch.cat([largest, others[~torch.isin(others, largest)]]), len(largest)
 
