@@ -32,8 +32,8 @@ class PolicyRow:
     changes by. noise: what it would be with random signs, `sqrt(sum((grad_out * (out - exact))**2))`. bound_ratio: the
     largest error of an element of out, in units of the bound that follows from the roundings; None where something
     overflows. max_loss_scale: the largest power of two that no gradient overflows with. bytes: parameters, their copy and
-    what is saved for backward, scales included. traffic: bytes that the products of a step read and write. seconds: of its
-    forward and gradients, where this machine's tuned table has them, else None.
+    what is saved for backward, scales included. traffic: bytes that the products of a step read and write, and with saved_dtype
+    what encodes x and decodes it. seconds: of its forward and gradients, where this machine's tuned table has them, else None.
     """
 
     policy: Policy
@@ -254,6 +254,8 @@ class Layer:
             "grad_x": compute * (rows * N + N * K) + rows * K * of["grad_x"].itemsize,
             "grad_weight": in_wgrad * (rows * N + rows * K) + N * K * of["grad_weight"].itemsize,
         }
+        if policy.saved_dtype is not None:  # x is read to be encoded and written, and the same again to be decoded
+            products["grad_weight"] += 2 * rows * K * (compute + saved.itemsize)
         names = ("out", *(name for name in ("grad_x", "grad_weight") if name in self.computed))
         return PolicyRow(
             policy=policy,

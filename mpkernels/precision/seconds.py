@@ -19,6 +19,8 @@ def seconds(
 
     A table has rows rounded up to a power of 2. The weight is read from the copy in the compute dtype where it has that.
     """
+    if policy.saved_dtype is not None:
+        return None  # a table has the products, without what encodes x and decodes it
     compute, problem = policy.compute_dtype, (*weight.shape, int(activation_of(activation)))
     stored, x = (d if policy.param_dtype.itemsize > 2 else policy.param_dtype for d in (weight.dtype, x_dtype))
     written = {

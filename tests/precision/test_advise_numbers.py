@@ -186,6 +186,8 @@ def test_advise_takes_times_from_the_tuned_table(monkeypatch):
     assert timed["0"].policies["float32"].seconds == pytest.approx(6e-6)
     assert timed["4"].policies["mixed_float16"].seconds == pytest.approx(8e-6)
     assert set(timed.policy.values()) == {"float32"}
+    kept = mpk.advise(mlp(), step, policies=["float32", "mixed_float16,saved=float8_e4m3fn"], loss_budget=1e9)
+    assert kept["0"].policies["mixed_float16,saved=float8_e4m3fn"].seconds is None  # no table has the time that keeping takes
     entries.pop(next(iter(entries)))
     partly = mpk.advise(mlp(), step, policies=policies, loss_budget=1e9)
     assert partly["0"].policies["float32"].seconds is None
