@@ -78,7 +78,8 @@ class Policy:
     accumulate_grad: where `weight.grad` is there, backward adds to it as it computes, in fp32, and autograd gets nothing to
     add: half of the traffic and no temporary, for gradient accumulation. Where a hook or a watch, say, looks at the weight's
     gradient, autograd adds. Not for threads that run backward at once. saved_dtype: float8_e4m3fn keeps x for backward in
-    eight bits with a scale per row, and so the preactivation of what is no ReLU, of which it keeps a bit; None: as computed.
+    eight bits with a scale per row, and so the preactivation of an activation other than ReLU; of a ReLU a bit. None: as
+    computed.
 
     A compute_dtype of 8 bits, float8_e4m3fn or float8_e5m2, is for parameters in float32, and is that of x and weight. Then
     scaling: "row" (None) for a scale per row of each operand, "tensor" for one; dgrad_dtype: the gradient in the product
@@ -229,8 +230,11 @@ def _did_you_mean(part: str) -> str:
     words = re.split("[^a-z0-9]+", value if equals else key)
     found = [name for word in words for name, others in _OTHER_WORDS.items() if word in (name, *others)]
     if found and equals:
-        fits = key not in _SHORT or found[-1] in _ALLOWED[_SHORT[key]]
-        meant = [f"{key if fits else 'compute'}={found[-1]}"]
+        allowed = _ALLOWED.get(_SHORT.get(key, key), _DTYPES | _FLOAT8)
+        if found[-1] in allowed:
+            meant = [f"{key}={found[-1]}"]
+        else:  # parameters, output and gradients never have 8 bits: then operands are meant
+            meant = [f"compute={found[-1]}"] if allowed is _DTYPES else [f"{key}={name}" for name in allowed]
     elif found and found[-1] in _FLOAT8:
         meant = _NAMES_OF_EIGHT_BITS[found[-1]]
     elif found:

@@ -186,8 +186,8 @@ def cached_weights(model: Model) -> Iterator[Model]:
     """Inside, every MPLinear (and Conv1D) of `model` casts its weight once, not at each call: for evaluation and sampling.
 
     A write that torch can see (load_state_dict, no_grad in-place) makes the cast anew; a write through `.data` does not.
-    Of weights made under `torch.inference_mode()` it sees none: they are cast at each call. So are, that is quantized, those
-    of `mixed_float8`.
+    Of weights made under `torch.inference_mode()` it sees none: they are cast at each call. Under `mixed_float8` weights are
+    quantized at each call here, too.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {model!r}")

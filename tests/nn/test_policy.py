@@ -239,6 +239,9 @@ def test_policy_of_eight_bits_refuses(fields, message):
         ("mixed_float8,dgrad=e5m2", "'dgrad=float8_e5m2'"), ("mixed_float8,wgrad=bf16", "'wgrad=bfloat16'"),
         ("mixed_float8,scaling=rows", "'scaling=row'"), ("param=fp8", "'compute=float8_e4m3fn'"),
         ("mixed_float16,grad=fp8", "'compute=float8_e4m3fn'"),
+        ("mixed_float16,saved=float8_e5m2", "'saved=float8_e4m3fn'"),
+        ("mixed_float8,wgrad=float16", "'wgrad=bfloat16' or 'wgrad=float32'"),
+        ("mixed_float8,dgrad=bf16", "'dgrad=float8_e4m3fn' or 'dgrad=float8_e5m2'"),
     ],
 )  # fmt: skip
 def test_policy_of_eight_bits_says_what_may_be_meant(text, meant):
