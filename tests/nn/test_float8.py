@@ -85,6 +85,28 @@ def test_float8_small_gradients_arrive(generator):
     assert (grad_x - grad_out.double() @ layer.weight.double()).norm() <= 2.0**-3 * grad_x.norm()
 
 
+def test_float8_one_scale_is_that_of_the_tensor(generator):
+    """Under it a row that is small beside another becomes 0, in every operand; with a scale of its own it does not."""
+    spread = torch.tensor([[1.0], [1e-12]])
+    x, grad_out = torch.randn(2, 24, generator=generator) * spread, torch.randn(2, 2, generator=generator) * spread
+    for text, is_zero in ((ROW, False), (HYBRID, True)):
+        layer = mpk.MPLinear(24, 2, bias=False, policy=text)
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(2, 24, generator=generator) * spread)
+        out, grad_x, grad_weight, _ = run(layer, x, grad_out)
+        assert out[0, 0] != 0
+        assert [(t == 0).all().item() for t in (out[1, 0], out[0, 1], grad_x[1])] == [is_zero] * 3
+        assert torch.equal(grad_weight[1] == 0, torch.zeros(24, dtype=torch.bool))  # grad_out is in bf16 there
+
+
+def test_float8_bias_gradient_has_its_own_dtype():
+    x, weight = torch.ones(3, 8, dtype=f16), torch.ones(4, 8, dtype=f16, requires_grad=True)
+    bias = torch.zeros(4, requires_grad=True)
+    mpk.functional.linear_act(x, weight, bias, policy=f"{ROW},output=float32").backward(torch.full((3, 4), 1e-9))
+    assert (weight.grad.dtype, bias.grad.dtype) == (f16, f32)
+    assert torch.allclose(bias.grad, torch.full((4,), 3e-9), atol=0)
+
+
 @pytest.mark.parametrize("where", ["x", "weight", "grad_out"])
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])

@@ -71,4 +71,5 @@ def test_watch_has_the_room_of_scaled_operands():
     watch = mpk.watch(mpk.convert(model, "mixed_float8"))
     step(model).backward()
     assert all(layer.room > 50 for layer in watch.report().layers if layer.room is not None)
+    assert [layer.grad_x is not None for layer in watch.report().layers] == [False, True, True]
     watch.close()
