@@ -114,7 +114,7 @@ def update_scale_(draw: Draw) -> dict:
 
 def quantize(draw: Draw) -> dict:
     shape = draw.sizes(draw.randint(0, 4))
-    x = draw.tensor(shape, draw.choice((f16, bf16, f32)), draw.random() < 0.5)
+    x = draw.tensor(shape, draw.choice((f16, bf16, f32)))  # no gradient: the op refuses a backward
     dims = max(len(shape), 1)
     return dict(x=x, dtype=draw.choice(list(FORMATS)), axis=draw.maybe(draw.randint(-dims, dims - 1)))
 
