@@ -326,6 +326,10 @@ def test_float8_refuses():
         mpk.functional.linear_act(x.double(), weight, policy=ROW)
     with pytest.raises(RuntimeError, match="x has last dimension 8, weight expects 7"):
         mpk.functional.linear_act(x, weight[:, :7], policy=ROW)
+    with pytest.raises(
+        RuntimeError, match=r"x must be a dense strided tensor, got nested; a nested x may have layout=torch.jagged"
+    ):
+        mpk.functional.linear_act(torch.nested.nested_tensor([x, x]), weight, policy=ROW)
     with pytest.raises(RuntimeError, match="bias must have shape"):
         mpk.functional.linear_act(x, weight, torch.ones(3), policy=ROW)
 

@@ -85,6 +85,16 @@ def test_saved_dtype_in_a_sequence(generator):
         assert same_bits(bias, layer.bias.grad)
 
 
+@pytest.mark.usefixtures("_masks")
+def test_saved_dtype_in_a_sequence_of_activations(generator):
+    """No preactivation goes to the next layer's backward as it is, where kernels would fuse the two."""
+    x, kept = torch.randn(32, 64, generator=generator), []
+    for text in ("mixed_float16", f"mixed_float16,{SAVED}"):
+        layers = [mpk.MPLinear(64, 64, activation=activation) for activation in ("gelu", "silu", None)]
+        kept.append(kept_bytes(mpk.convert(nn.Sequential(*layers), text), x))
+    assert kept[1] <= 0.55 * kept[0]
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_saved_dtype_not_finite_stays_visible(bad, generator):
     layer, x = mpk.MPLinear(24, 16, policy=f"mixed_float16,{SAVED}"), torch.randn(8, 24, generator=generator)
