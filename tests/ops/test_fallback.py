@@ -193,7 +193,7 @@ def test_fallback_bf16_loses_nothing_small(exponents, bias, generator):
 def looked_at(monkeypatch):
     """The shapes of what was looked at for small numbers, where any CPU multiplies bf16 as one with instructions for it."""
     look, shapes = onednn._least_exponent, []
-    monkeypatch.setattr(onednn, "_seen", {})
+    monkeypatch.setattr(onednn, "seen", {})
     monkeypatch.setattr(onednn, "has_bf16_instructions", lambda: True)
     monkeypatch.setattr(onednn, "_least_exponent", lambda tensor: shapes.append(tuple(tensor.shape)) or look(tensor))
     return shapes
@@ -213,7 +213,7 @@ def test_fallback_bf16_looks_once_at_an_operand(looked_at, generator, monkeypatc
         looked_at.clear()
         forward().sum().backward()
         assert looked_at == [(40, 64), (50, 64), (40, 50)]
-        assert not onednn._seen
+        assert not onednn.seen
 
 
 @pytest.mark.skipif(not mpk.is_available("native"), reason="needs the compiled library")
@@ -262,7 +262,7 @@ def test_fallback_bf16_forgets_what_was_freed(looked_at, generator, monkeypatch)
     for _ in range(3 * onednn.FREED):
         linear_act(torch.ones(40, 64, dtype=bf16), weight, activation=Activation.NONE, compute_dtype=bf16, out_dtype=bf16)
     assert len(looked_at) == 6 * onednn.FREED
-    assert len(onednn._seen) <= onednn.FREED
+    assert len(onednn.seen) <= onednn.FREED
 
 
 def test_fallback_bf16_looks_anew_at_a_gradient(looked_at, generator):

@@ -24,7 +24,8 @@ def why_not(key: CallKey) -> str | None:
 
 
 def linear_act(call: ForwardCall):
-    onednn.forget(call)  # backward may be eager's
+    if onednn.seen:  # backward may be eager's
+        onednn.forget(call)
     x, (N, K), compute_dtype, activation = call.x, call.weight.shape, call.compute_dtype, call.activation
     x_compute = saved = None
     if x.dtype != compute_dtype:

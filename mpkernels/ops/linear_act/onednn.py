@@ -51,7 +51,7 @@ def products_stay_normal(a, b, bias, again: tuple[bool, bool]) -> bool:
     """Whether nothing but 0 can come up that is below 2^-126, which these instructions take for 0.
 
     Products of bf16, of 8 bits each, that are not below 2^-100 are multiples of 2^-115, a bias in fp32 from 2^-100 on is one
-    of 2^-123, and so are all sums. Empty operands are for others. again: whether a and b were multiplied before: see `_seen`.
+    of 2^-123, and so are all sums. Empty operands are for others. again: whether a and b were multiplied before: see `seen`.
     """
     if not (a.numel() and b.numel()) or (bias is not None and bias.dtype == torch.float64):
         return False
@@ -63,7 +63,7 @@ def products_stay_normal(a, b, bias, again: tuple[bool, bool]) -> bool:
 
 # What was found of an operand, by its storage, until the product that is told to be of the same `again`: forward's operands
 # are backward's too, and grad_z stands in two products there. A weak reference keeps a storage's name from being another's.
-_seen: dict[int, tuple[StorageWeakRef, tuple, int]] = {}
+seen: dict[int, tuple[StorageWeakRef, tuple, int]] = {}
 MOST_SEEN, FREED = 1024, 64  # entries; after how many to look for those of freed storages
 
 
@@ -71,31 +71,30 @@ def _remembered(matrix: torch.Tensor, again: bool) -> int:
     """`_least_exponent` of a matrix, which is looked at unless it was when it was multiplied before."""
     matrix = matrix.t() if matrix.stride(0) == 1 else matrix
     storage, place = matrix.untyped_storage(), (matrix.storage_offset(), matrix.shape, matrix.stride())
-    seen = _seen.pop(storage._cdata, None)
-    if again and seen is not None and seen[1] == place:
-        return seen[2]
+    before = seen.pop(storage._cdata, None)
+    if again and before is not None and before[1] == place:
+        return before[2]
     found = _least_exponent(matrix)
     if not again:
-        if len(_seen) % FREED == 0:
+        if len(seen) % FREED == 0:
             _forget_freed()
-        if len(_seen) >= MOST_SEEN:
-            _seen.clear()
-        _seen[storage._cdata] = StorageWeakRef(storage), place, found
+        if len(seen) >= MOST_SEEN:
+            seen.clear()
+        seen[storage._cdata] = StorageWeakRef(storage), place, found
     return found
 
 
 def _forget_freed() -> None:
     """Storages that no backward asked for: what remains of each, a few bytes, fragments the allocator's memory."""
-    for name, (reference, *_) in list(_seen.items()):
+    for name, (reference, *_) in list(seen.items()):
         if reference.expired():
-            _seen.pop(name, None)
+            seen.pop(name, None)
 
 
 def forget(call: ForwardCall) -> None:
     """What was found of the operands of `call`, which may have been written since, unseen by torch too."""
-    if _seen:
-        for operand in (call.x, call.operand):
-            _seen.pop(operand.untyped_storage()._cdata, None)
+    for operand in (call.x, call.operand):
+        seen.pop(operand.untyped_storage()._cdata, None)
 
 
 def _least_exponent(tensor) -> int:

@@ -16,7 +16,8 @@ from mpkernels.ops.linear_act.epilogues import Activation, acc_dtype, activation
 
 
 def forward(multiply, call: ForwardCall):
-    onednn.forget(call)
+    if onednn.seen:
+        onednn.forget(call)
     x, N, activation, compute_dtype = call.x, call.weight.shape[0], call.activation, call.compute_dtype
     x_compute = None if x.dtype == compute_dtype else cast(x, compute_dtype)
     multiplies = call.save and activation not in (Activation.NONE, Activation.RELU)
