@@ -47,12 +47,6 @@ class Digits(runner.Task):
     def model(self):
         return ViT(self.size.width, self.size.layers)
 
-    def batches(self, model, seed):
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            chosen = torch.randint(len(self.train[0]), (self.size.batch,), generator=generator).to(self.device)
-            yield self.train[0][chosen], self.train[1][chosen]
-
     def loss(self, model, images, labels):
         return F.cross_entropy(model(images).float(), labels)
 

@@ -61,12 +61,6 @@ class Sgd(runner.Task):
     def model(self):
         return Factors(self.size.rank)
 
-    def batches(self, model, seed):
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            chosen = torch.randint(len(self.train[0]), (self.size.batch,), generator=generator).to(self.device)
-            yield tuple(column[chosen] for column in self.train)
-
     def loss(self, model, user, film, rating):
         return F.mse_loss(model(user, film), rating)
 

@@ -54,12 +54,6 @@ class Languages(runner.Task):
     def model(self):
         return Classifier(self.size.width, self.size.layers, len(self.names))
 
-    def batches(self, model, seed):
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            chosen = torch.randint(len(self.train[0]), (self.size.batch,), generator=generator).to(self.device)
-            yield self.train[0][chosen], self.train[1][chosen]
-
     def loss(self, model, text, labels):
         return F.cross_entropy(model(text).float(), labels)
 

@@ -66,12 +66,6 @@ class Letters(runner.Task):
     def model(self):
         return Translator(len(self.names), self.size.width, self.size.layers)
 
-    def batches(self, model, seed):
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            chosen = torch.randint(len(self.train[0]), (self.size.batch,), generator=generator).to(self.device)
-            yield self.train[0][chosen], self.train[1][chosen]
-
     def loss(self, model, words, sounds):
         return F.cross_entropy(model(words, sounds[:, :-1]).float().mT, sounds[:, 1:].long(), ignore_index=PAD)
 

@@ -77,12 +77,6 @@ class Recommend(runner.Task):
     def model(self):
         return Recommender(self.users, self.films, self.size.width, self.size.hidden)
 
-    def batches(self, model, seed):
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            chosen = torch.randint(len(self.train[0]), (self.size.batch,), generator=generator).to(self.device)
-            yield tuple(column[chosen] for column in self.train)
-
     def loss(self, model, user, film, rating):
         return F.mse_loss(model(user, film).float(), rating)
 

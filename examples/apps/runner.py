@@ -45,6 +45,7 @@ class Task:
     higher_is_better = True
     lr = 1e-3
     sizes: dict[str, dict]  # "tiny" to see that it runs, "cpu", "gpu": batch, steps, and what the task likes
+    train: tuple[torch.Tensor, ...]
     recipes: dict[str, "Recipe"]  # RECIPES if a task has none of its own; fp32 comes first
 
     def __init__(self, device: torch.device, size: str):
@@ -55,8 +56,11 @@ class Task:
         raise NotImplementedError
 
     def batches(self, model: nn.Module, seed: int) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Without end; the first dimension is the batch's."""
-        raise NotImplementedError
+        """Without end; the first dimension is the batch's. Here: rows at random of the tensors in `self.train`."""
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            chosen = torch.randint(len(self.train[0]), (self.size.batch,), generator=generator).to(self.device)
+            yield tuple(column[chosen] for column in self.train)
 
     def loss(self, model: nn.Module, *batch: torch.Tensor) -> torch.Tensor:
         """In fp32, whatever the model returns."""
