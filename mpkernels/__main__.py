@@ -17,7 +17,6 @@ import torch
 
 import mpkernels
 from mpkernels.runtime import cache, native, resolve, tuned_table
-from mpkernels.runtime.op import Op
 
 
 def main() -> int:
@@ -87,48 +86,49 @@ def tuned(device: torch.device, name: str) -> str:
 
 
 def implementations() -> list[dict[str, str]]:
-    """A row per op, device and backend: `chosen`, `works`, `unproven`, `unavailable` or `wrong`, and a note."""
+    """A row per op or part of one, device and backend: `chosen`, `works`, `unproven`, `unavailable` or `wrong`, and a note."""
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
     return [
-        {"op": op.name, "device": str(device), "backend": backend, **dict(zip(("state", "note"), state(op, device, backend)))}
-        for op in resolve.ops.values()
+        {"op": part, "device": str(device), "backend": backend, **dict(zip(("state", "note"), state(part, device, backend)))}
+        for part in resolve.parts
         for device in devices
         for backend in resolve.BACKENDS
     ]
 
 
-def state(op: Op, device: torch.device, backend: str) -> tuple[str, str]:
+def state(part: str, device: torch.device, backend: str) -> tuple[str, str]:
     """State and note of one implementation: on a CPU after a run of it, on a GPU by its verdict."""
-    reason = op.why_not(backend, device, op.dtype)
+    op = resolve.parts[part]
+    reason = op.why_not(backend, device, op.parts[part])
     if reason is not None:
         return "unavailable", reason
-    found, note = checked(op, device, backend) if device.type == "cpu" else proven(op, device, backend)
+    found, note = checked(part, device, backend) if device.type == "cpu" else proven(part, device, backend)
     if found != "works":
         return found, note
     try:
-        chosen = op.backend(device, op.dtype)
+        chosen = op.backend(device, op.parts[part])
     except RuntimeError as error:
         return "works", str(error)
     return ("chosen" if backend == chosen else "works"), note
 
 
-def checked(op: Op, device: torch.device, backend: str) -> tuple[str, str]:
+def checked(part: str, device: torch.device, backend: str) -> tuple[str, str]:
     """After a run of a few small cases."""
     from mpkernels.testing import checks
 
     try:
-        wrong = checks.wrong(op, backend, device)
+        wrong = checks.wrong(resolve.parts[part], backend, device, part)
     except Exception as error:  # whatever a kernel raises that does not compile here
         wrong = f"{type(error).__name__}: {error}".splitlines()[0]
     if wrong is not None:
         return "wrong", wrong
-    gemm = op.name.startswith("linear") and backend == "eager"
+    gemm = part.startswith("linear") and backend == "eager"
     return "works", "GEMM by oneDNN or MKL" if gemm else ""
 
 
-def proven(op: Op, device: torch.device, backend: str) -> tuple[str, str]:
+def proven(part: str, device: torch.device, backend: str) -> tuple[str, str]:
     """By the verdict that was found there, with its date; and why `auto` leaves out what is right."""
-    verdict = op.verdict(backend, device)
+    verdict = resolve.parts[part].verdict(part, backend, device)
     if verdict is None:
         return ("works", "torch's own ops") if backend == "eager" else ("unproven", "python -m mpkernels prove")
     if not verdict.right:

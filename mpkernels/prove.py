@@ -114,12 +114,12 @@ def _is_shared_by_mps() -> bool:
 
 
 def items(device: torch.device, full: bool) -> Iterator[tuple[str, str]]:
-    """Op and implementation of what can run there; eager too, which is what the others are raced with."""
-    for op in resolve.ops.values():
+    """Part of the cases and implementation of what can run there; eager too, which is what the others are raced with."""
+    for part, op in resolve.parts.items():
         for backend in proof.PREFERENCE:
             gemm = op.name.startswith("linear") and backend == "triton"
-            if op.why_not(backend, device, op.dtype) is None and (full or not gemm):
-                yield op.name, backend
+            if op.why_not(backend, device, op.parts[part]) is None and (full or not gemm):
+                yield part, backend
 
 
 # ----- the process that proves ---------------------------------------------------------------
@@ -320,7 +320,7 @@ def table(rows: list[dict], device: torch.device) -> str:
 def takes_first(rows: list[dict], op: str, device: torch.device) -> str:
     """What `auto` takes by these verdicts; on a CPU it takes what the tests proved."""
     if device.type != "cuda":
-        return resolve.ops[op].backend(device, resolve.ops[op].dtype)
+        return resolve.parts[op].backend(device, resolve.parts[op].parts[op])
     for backend in proof.PREFERENCE:
         for row in rows:
             verdict = Verdict(*(row[name] for name in Verdict._fields))

@@ -257,7 +257,7 @@ def tune_problems(problems: dict[tuple[torch.device, GemmKey], int], *, rounds: 
 
 def _say_unproven(op: Op, backend: str, device: torch.device) -> None:
     """A table decides among what is proven, and proves nothing."""
-    if backend != "eager" and backend not in op.choices(device):
+    if backend != "eager" and backend not in op.choices(op.name, device):
         command = f"python -m mpkernels prove{' --full' if backend == 'triton' else ''}"
         cache.warn_once(
             f"mpkernels: tune found {backend} to be the fastest {op.name}; auto takes it once it is proven: {command}"

@@ -43,8 +43,9 @@ class Op:
     check: raises on a bad call; runs before every call that is not `is_valid`, and in the fake.
     fake: shapes and dtypes of the result.
     fill: (call, results) -> results, with tensors of size 0 where an implementation returned None.
-    covers: whether the cases of a proof are of such a key: of others a verdict says nothing, and `auto` takes eager.
-    dtype: what its arithmetic is asked for in where no call says so: one that every implementation has.
+    parts: of the cases of a proof, each of which has verdicts of its own: names, that of the op first, and what dtype each
+        computes in. The first dtype is what the op is asked for in where no call says so: every implementation has it.
+    part_of: the part whose cases are of such a key; None: none are, verdicts say nothing of it, and `auto` takes eager.
     function: its name in the implementations' modules; None: the op's.
     """
 
@@ -59,20 +60,24 @@ class Op:
         fake: Callable[[Any], Any] = lambda call: None,
         fill: Callable[[Any, Any], Any] = lambda call, results: results,
         key: Callable[..., Any] = Key,
-        covers: Callable[[Any], bool] = lambda key: True,
-        dtype: torch.dtype = torch.float32,
+        parts: dict[str, torch.dtype] | None = None,
+        part_of: Callable[[Any], str | None] | None = None,
         function: str | None = None,
     ):
         self.name = schema.split("(")[0]
         self.function_name = function or self.name
-        self.package, self.implementations, self.dtype = package, implementations, dtype
+        self.package, self.implementations = package, implementations
         self.backends: tuple[BackendName, ...] = tuple(dict.fromkeys(i.backend for i in implementations))
-        self.call, self.check, self.fake, self.fill, self.key, self.covers = call, check, fake, fill, key, covers
+        self.call, self.check, self.fake, self.fill, self.key = call, check, fake, fill, key
+        self.parts = parts or {self.name: torch.float32}
+        self.dtype = self.parts[self.name]
+        self.part_of = part_of or (lambda key: self.name)
         self.writes = "!" in schema
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._dispatched, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mpkernels::{self.name}", self._fake, lib=_library)
         ops[self.name] = self
+        resolve.parts.update(dict.fromkeys(self.parts, self))
 
     # ----- a call ---------------------------------------------------------------
 
@@ -182,16 +187,16 @@ class Op:
         """What serves the plainest call on `device`, its arithmetic in `dtype`. Raises RuntimeError as `resolve`."""
         return self._chosen(self.key(device, dtype))
 
-    def verdict(self, backend: str, device: torch.device) -> proof.Verdict | None:
-        """What a proof found of an implementation on `device`; read once per process."""
-        key = proof.key(self.name, self.package, backend, device)
+    def verdict(self, part: str, backend: str, device: torch.device) -> proof.Verdict | None:
+        """What a proof found of an implementation on `device` by a part of the cases; read once per process."""
+        key = proof.key(part, self.package, backend, device)
         return proof.of(device, os.environ.get(resolve.VERDICTS_VARIABLE)).get(key)
 
-    def choices(self, device: torch.device) -> dict[str, bool]:
+    def choices(self, part: str, device: torch.device) -> dict[str, bool]:
         """What is proven on a GPU besides eager, or what ranks agreed on, and whether it is slow."""
         if device in proof.agreed:
-            return proof.agreed[device].get(self.name, {})
-        found = {backend: self.verdict(backend, device) for backend in self.backends if backend != "eager"}
+            return proof.agreed[device].get(part, {})
+        found = {backend: self.verdict(part, backend, device) for backend in self.backends if backend != "eager"}
         return {backend: verdict.slow for backend, verdict in found.items() if verdict is not None and verdict.right}
 
     def _module(self, implementation: Implementation):
@@ -270,10 +275,11 @@ def agree_on_backends() -> None:
     if not agreement.is_due() or Op.is_tracing():
         return
     device = proof.indexed(torch.device("cuda"))
-    found = {(op.name, backend): op.verdict(backend, device) for op in ops.values() for backend in op.backends}
-    keys = [proof.key(op.name, op.package, backend, device) for op in ops.values() for backend in op.backends]
+    parts = [(part, op) for op in ops.values() for part in op.parts]
+    found = {(part, backend): op.verdict(part, backend, device) for part, op in parts for backend in op.backends}
+    keys = [proof.key(part, op.package, backend, device) for part, op in parts for backend in op.backends]
     wrong = [", ".join(pair) for pair, verdict in found.items() if verdict is not None and not verdict.right]
     if torch.distributed.get_rank() == 0 and not any(found.values()):
         resolve.warn_unproven()
-    agreement.agree(device, {op.name: op.choices(device) for op in ops.values()}, keys, wrong)
+    agreement.agree(device, {part: op.choices(part, device) for part, op in parts}, keys, wrong)
     resolve.choose.cache_clear()

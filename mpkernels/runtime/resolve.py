@@ -24,6 +24,7 @@ from mpkernels.runtime.tuned_table import BACKENDS, BackendName
 ENVIRONMENT_VARIABLE, VERDICTS_VARIABLE = "MPKERNELS_BACKEND", "MPKERNELS_VERDICTS"
 
 ops: dict[str, Any] = {}  # name -> Op, which enters itself
+parts: dict[str, Any] = {}  # name -> Op that has this part of the cases of a proof
 
 
 class Key(NamedTuple):
@@ -81,7 +82,7 @@ def choose(name: str, key, setting: bytes | str | None, preferred: str | None) -
     op, setting = ops[name], "auto" if setting is None else os.fsdecode(setting)
     backend = _forced(op, key.device, parse_setting(setting))
     if backend is None:
-        served = (backend for backend in _candidates(op, key.device, preferred) if _serves(op, backend, key))
+        served = (backend for backend in _candidates(op, key, preferred) if op.why_not_key(backend, key) is None)
         return op.kernel(next(served, "eager"), key.device)
     reason = op.why_not_key(backend, key)
     if reason is not None:
@@ -102,33 +103,27 @@ def _forced(op, device: torch.device, forced: dict[str, str]) -> str | None:
     return None if backend == "auto" else backend
 
 
-def _candidates(op, device: torch.device, preferred: str | None) -> list[str]:
-    """What `auto` may take on `device`, the best first; a table may prefer what is slow as a rule."""
-    if device.type != "cuda":
+def _candidates(op, key, preferred: str | None) -> list[str]:
+    """What `auto` may take on the device, the best first; a table may prefer what is slow as a rule."""
+    if key.device.type != "cuda":
         found = [backend for backend in op.backends if backend != "triton"]  # whose interpreter is for tests
     else:
-        choices = _proven(op, proof.indexed(device))
+        choices = _proven(op, op.part_of(key), proof.indexed(key.device))
         found = [b for b in proof.PREFERENCE if b == "eager" or (b in choices and (b == preferred or not choices[b]))]
     return sorted(found, key=lambda backend: backend != preferred)
 
 
-def _serves(op, backend: str, key) -> bool:
-    """Whether `backend` can serve such a call, and on a GPU was proven on its like."""
-    is_covered = key.device.type != "cuda" or backend == "eager" or op.covers(key)
-    return is_covered and op.why_not_key(backend, key) is None
-
-
-def _proven(op, device: torch.device) -> dict[str, bool]:
+def _proven(op, part: str | None, device: torch.device) -> dict[str, bool]:
     """op.choices; SelfCheckDeferred where verdicts are still to be read and something else than eager execution goes on."""
     if not torch.cuda.is_available():  # a FakeTensor's, say
         return {}
     if not proof.is_read(device) and (op.is_tracing() or torch.cuda.is_current_stream_capturing()):
         raise proof.SelfCheckDeferred
-    choices = op.choices(device)
-    unproven = device not in proof.agreed and not any(op.verdict(backend, device) for backend in op.backends)
+    found = (op.verdict(name, backend, device) for name in op.parts for backend in op.backends)
+    unproven = device not in proof.agreed and not any(found)
     if unproven and any(op.why_not(backend, device, op.dtype) is None for backend in ("native", "triton")):
         warn_unproven()
-    return choices
+    return {} if part is None else op.choices(part, device)
 
 
 def warn_unproven() -> None:

@@ -18,7 +18,7 @@ class Case:
     """arguments(memory, random): of the op. written: places of the tensors or lists that it writes.
 
     check(before, after, results, device): AssertionError where the results, or what was written, are wrong.
-    call: the call's key without the device, None where all serve it.
+    call: the call's key without the device.
     parts: the arguments of calls whose first results, one behind the other, have to be the bits of the whole call's.
     """
 
@@ -26,7 +26,7 @@ class Case:
     arguments: Callable[[Memory, torch.Generator], tuple]
     check: Callable[[tuple, tuple, tuple, torch.device], None]
     written: tuple[int, ...] = ()
-    call: tuple | None = None
+    call: tuple = (torch.float32,)
     parts: Callable[[tuple], Iterator[tuple]] | None = None
 
     def make(self, memory: Memory) -> tuple:

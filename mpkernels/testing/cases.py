@@ -25,8 +25,13 @@ def of(op: str, *, few: bool, full: bool = False) -> Iterator[Case]:
     return families[op](few, full)
 
 
-def sizes(op: str, device: torch.device) -> dict[str, Callable[[torch.device], tuple]]:
-    """What a race is run on: a name and the arguments of the op, made on the device."""
+def sizes(part: str, device: torch.device) -> dict[str, Callable[[torch.device], tuple]]:
+    """What a race of a part of an op's cases is run on: a name and the arguments of the op, made on the device."""
     few = device.type == "cpu"
-    family = {"linear_act": linear_act_cases, "linear_act_backward": linear_act_cases, "quantize": quantize_cases}
-    return family.get(op, step_cases).sizes(op, few)
+    family = {
+        "linear_act": linear_act_cases,
+        "linear_act 8-bit": scaled_cases,
+        "linear_act_backward": linear_act_cases,
+        "quantize": quantize_cases,
+    }
+    return family.get(part, step_cases).sizes(part, few)

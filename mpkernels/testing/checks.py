@@ -14,15 +14,21 @@ from mpkernels.testing.timing import interleave
 ROUNDS = 5  # of a race
 
 
-def wrong(op: Op, backend: str, device: torch.device, *, few: bool = True, full: bool = False) -> str | None:
-    """What `backend` first does wrong, in a sentence, or None. Raises what a kernel raises, or that it is not here."""
+def wrong(
+    op: Op, backend: str, device: torch.device, part: str | None = None, *, few: bool = True, full: bool = False
+) -> str | None:
+    """What `backend` first does wrong, in a sentence, or None. Raises what a kernel raises, or that it is not here.
+
+    part: of the op's cases; None: all.
+    """
     reason = op.why_not(backend, device, op.dtype)
     if reason is not None:
         raise RuntimeError(f"{op.name}: {backend} {reason}")
     function = op.function(backend)
     with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
         for case in cases.of(op.name, few=few, full=full):
-            if case.call is not None and op.why_not_key(backend, op.key(device, *case.call)) is not None:
+            key = op.key(device, *case.call)
+            if op.why_not_key(backend, key) is not None or part not in (None, op.part_of(key)):
                 continue
             try:
                 _check(function, case, device)
@@ -118,12 +124,12 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
 
 
-def race(op: Op, backend: str, device: torch.device) -> dict[str, float]:
+def race(op: Op, backend: str, device: torch.device, part: str) -> dict[str, float]:
     """How many times as fast as eager `backend` is, at each size; of eager itself nothing."""
     speeds = {}
     if backend == "eager":
         return speeds
-    for name, make in cases.sizes(op.name, device).items():
+    for name, make in cases.sizes(part, device).items():
         runs = {}
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -14,7 +14,7 @@ import torch
 import mpkernels.ops  # noqa: F401 - the ops are defined there
 from mpkernels.runtime import proof
 from mpkernels.runtime.proof import Verdict
-from mpkernels.runtime.resolve import ops
+from mpkernels.runtime.resolve import parts
 from mpkernels.testing import checks
 
 MOST_MEMORY = 1 << 30  # bytes that a proof may take of a GPU
@@ -22,16 +22,16 @@ MOST_MEMORY_FULL = 24 << 30  # with offsets beyond 2^31
 
 
 def main(device: str, todo: list[list[str]], paths: list[str], full: bool) -> None:
-    """Prove each [op, backend] of `todo` on `device`."""
+    """Prove each [part of an op's cases, backend] of `todo` on `device`."""
     device = torch.device(device)
     reason = _not_now(device, full)
-    for name, backend in todo:
-        prove_one(ops[name], backend, device, [Path(path) for path in paths], full, reason)
+    for part, backend in todo:
+        prove_one(part, backend, device, [Path(path) for path in paths], full, reason)
 
 
-def prove_one(op, backend: str, device: torch.device, paths: list[Path], full: bool, not_now: str | None = None) -> None:
-    key = proof.key(op.name, op.package, backend, device)
-    more = {"op": op.name, "backend": backend, "device": proof.machine(device)["name"]}
+def prove_one(part: str, backend: str, device: torch.device, paths: list[Path], full: bool, not_now: str | None = None) -> None:
+    key = proof.key(part, parts[part].package, backend, device)
+    more = {"op": part, "backend": backend, "device": proof.machine(device)["name"]}
 
     def say(verdict: Verdict, keep: bool = True) -> None:
         kept = [proof.record(path, key, verdict, **more) for path in paths] if keep else [True]
@@ -42,7 +42,7 @@ def prove_one(op, backend: str, device: torch.device, paths: list[Path], full: b
         say(Verdict("not now", proof.sentence(not_now)), keep=False)
         return
     say(Verdict("started"))
-    verdict = _found(op, backend, device, full)
+    verdict = _found(part, backend, device, full)
     say(verdict._replace(note=proof.sentence(verdict.note), date=time.strftime("%Y-%m-%d")))
     if device.type == "cuda":
         try:
@@ -51,19 +51,19 @@ def prove_one(op, backend: str, device: torch.device, paths: list[Path], full: b
             os._exit(3)
 
 
-def _found(op, backend: str, device: torch.device, full: bool) -> Verdict:
+def _found(part: str, backend: str, device: torch.device, full: bool) -> Verdict:
     try:
-        wrong = checks.wrong(op, backend, device, few=device.type != "cuda", full=full)
-        return Verdict("wrong", wrong) if wrong is not None else Verdict("right", speeds=_speeds(op, backend, device))
+        wrong = checks.wrong(parts[part], backend, device, part, few=device.type != "cuda", full=full)
+        return Verdict("wrong", wrong) if wrong is not None else Verdict("right", speeds=_speeds(part, backend, device))
     except torch.OutOfMemoryError as error:
         return Verdict("not now", f"{error}")
     except Exception as error:  # whatever a kernel raises that does not compile or run here
         return Verdict("crashed", f"{type(error).__name__}: {error}")
 
 
-def _speeds(op, backend: str, device: torch.device) -> dict[str, float]:
+def _speeds(part: str, backend: str, device: torch.device) -> dict[str, float]:
     try:
-        return checks.race(op, backend, device)
+        return checks.race(parts[part], backend, device, part)
     except torch.OutOfMemoryError:  # of eager, say: what is right stays right
         return {}
 

@@ -203,12 +203,13 @@ def _check_backward(before, after, results, device) -> None:
 # ----- the race ---------------------------------------------------------------
 
 
-def sizes(op: str, few: bool):
-    found = {}
-    for M, K, N in _SIZES[few]:
-        make = _racing_forward if op == "linear_act" else _racing_backward
-        found[f"M={M} K={K} N={N}"] = functools.partial(make, M, N, K)
-    return found
+def sizes(part: str, few: bool):
+    make = _racing_forward if part == "linear_act" else _racing_backward
+    return by_size(make, few)
+
+
+def by_size(make, few: bool):
+    return {f"M={M} K={K} N={N}": functools.partial(make, M, N, K) for M, K, N in _SIZES[few]}
 
 
 def _random(device, *shapes):

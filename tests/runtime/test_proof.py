@@ -109,11 +109,12 @@ def op(monkeypatch):
     del ops[made.name]
 
 
-def found(op, path=None, **verdicts):
-    """Write verdicts: a state, or speeds of what is right."""
+def found(op, path=None, part=None, **verdicts):
+    """Write verdicts of an op, or of a part of its cases: a state, or speeds of what is right."""
+    part = part or op.name
     for backend, value in verdicts.items():
         verdict = Verdict(value) if isinstance(value, str) else Verdict("right", speeds=dict(zip("abcd", value)))
-        assert proof.record(path or proof.own_file(), proof.key(op.name, op.package, backend, GPU), verdict)
+        assert proof.record(path or proof.own_file(), proof.key(part, op.package, backend, GPU), verdict)
 
 
 def chosen(op, size: int = 3) -> str:
@@ -328,10 +329,25 @@ def test_proof_covers_what_its_cases_are(op_name):
 
     op = ops[op_name]
     keys = [CallKey(GPU, *case.call) for few in (True, False) for case in cases.of(op_name, few=few, full=not few)]
-    assert all(map(op.covers, keys))
+    assert set(map(op.part_of, keys)) == set(op.parts)
+    for part in op.parts:
+        found(op, part=part, triton="right")
     for changed in ({"activation": Activation.GELU}, {"dtype": f32}, {"dtype": torch.float64}):
-        assert not op.covers(keys[0]._replace(**changed))
-        assert not resolve._serves(op, "triton", keys[0]._replace(**changed))
+        assert op.part_of(keys[0]._replace(**changed)) is None
+        assert resolve._candidates(op, keys[0]._replace(**changed), None) == ["eager"]
+
+
+@pytest.mark.parametrize("wrong", ["linear_act", "linear_act 8-bit"])
+@pytest.mark.parametrize("agreed", [False, True])
+def test_proof_of_8_bits_is_one_of_its_own(wrong, agreed):
+    """What is wrong with 8-bit sums says nothing of 16-bit ones, nor the reverse; ranks agree on each."""
+    for part in forward_op.parts:
+        found(forward_op, part=part, triton="wrong" if part == wrong else "right")
+    if agreed:
+        proof.agreed[GPU] = {part: forward_op.choices(part, GPU) for part in forward_op.parts}
+    for part, dtype in forward_op.parts.items():
+        taken = resolve._candidates(forward_op, CallKey(GPU, dtype), None)
+        assert taken == (["eager"] if part == wrong else ["triton", "eager"])
 
 
 # ----- files ---------------------------------------------------------------
@@ -343,7 +359,7 @@ def test_proof_from_a_named_file_goes_first(op, monkeypatch, tmp_path):
     found(op, path=tmp_path / "pinned.json", native="right")
     monkeypatch.setenv(VERDICTS_VARIABLE, str(tmp_path / "pinned.json"))
     assert chosen(op) == "native"
-    assert op.choices(GPU) == {"native": False, "triton": False}
+    assert op.choices(op.name, GPU) == {"native": False, "triton": False}
 
 
 def test_proof_from_a_named_file_that_is_not_there(op, monkeypatch, tmp_path):
@@ -423,4 +439,4 @@ def test_command_shows_verdicts(verdict, expected, op):
     """With date, and what auto takes; nothing is run on a GPU."""
     if verdict is not None:
         proof.record(proof.own_file(), proof.key(op.name, op.package, "native", GPU), verdict)
-    assert command.state(op, GPU, "native") == expected
+    assert command.state(op.name, GPU, "native") == expected

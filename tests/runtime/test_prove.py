@@ -75,7 +75,7 @@ def test_prove_tells_what_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(checks, "wrong", lambda op, *_, **__: "off by one" if op.name == "sgd_" else None)
     monkeypatch.setattr(checks, "race", lambda *_: {"small": 1.5})
     for op, backend in ITEMS:
-        child.prove_one(resolve.ops[op], backend, CPU, [proof.own_file()], False)
+        child.prove_one(op, backend, CPU, [proof.own_file()], False)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["state"] for row in rows] == ["started", "right"] * 2 + ["started", "wrong"]
     monkeypatch.setattr(module, "prove", lambda *_, **__: [row for row in rows if row["state"] != "started"])
@@ -174,8 +174,22 @@ def test_prove_started_alone_is_a_crash():
 
 
 def prove_one(capsys, name="update_scale_", not_now=None) -> list[dict]:
-    child.prove_one(resolve.ops[name], "eager", CPU, [proof.own_file()], False, not_now)
+    child.prove_one(name, "eager", CPU, [proof.own_file()], False, not_now)
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_child_holds_8_bits_apart(monkeypatch, capsys):
+    """Of an implementation whose 8-bit sums are wrong the rest is right."""
+    op = resolve.ops["linear_act"]
+    right = op.function("eager")
+
+    def function(x, *others):
+        out, *rest = right(x, *others)
+        return (out + (out.abs().amax() + 1 if x.dtype.itemsize == 1 else 0), *rest)
+
+    monkeypatch.setattr(op, "function", lambda backend: function)
+    states = {part: prove_one(capsys, part)[-1]["state"] for part in op.parts}
+    assert states == {"linear_act": "right", "linear_act 8-bit": "wrong"}
 
 
 @pytest.mark.parametrize(
@@ -425,9 +439,10 @@ def test_prove_leaves_tritons_gemm_to_full(monkeypatch):
     monkeypatch.undo()
     for op in resolve.ops.values():
         monkeypatch.setattr(op, "why_not", lambda backend, device, dtype: None)
+    monkeypatch.setattr(resolve, "parts", {part: op for op in resolve.ops.values() for part in op.parts})
     usual, full = set(module.items(GPU, False)), set(module.items(GPU, True))
-    assert full - usual == {("linear_act", "triton"), ("linear_act_backward", "triton")}
-    assert usual >= {(name, backend) for name in resolve.ops for backend in ("native", "eager")}
+    assert full - usual == {("linear_act", "triton"), ("linear_act 8-bit", "triton"), ("linear_act_backward", "triton")}
+    assert usual >= {(part, backend) for part in resolve.parts for backend in ("native", "eager")}
 
 
 def test_prove_table_shows_what_auto_takes(monkeypatch):

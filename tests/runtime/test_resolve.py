@@ -200,8 +200,8 @@ def test_resolve_reports_hoppers_gemm(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(native, "cuda_why_not", lambda device: None)
     for op in (forward_op, backward_op):
-        monkeypatch.setattr(op, "verdict", lambda backend, device: None)
-        assert command.state(op, gpu, "native") == ("unproven", "python -m mpkernels prove")
+        monkeypatch.setattr(op, "verdict", lambda part, backend, device: None)
+        assert command.state(op.name, gpu, "native") == ("unproven", "python -m mpkernels prove")
     monkeypatch.setattr(native, "why_not", lambda: "not built")
     monkeypatch.setattr(resolve, "ops", {"linear_act": forward_op})
     assert mpk.is_available("native")

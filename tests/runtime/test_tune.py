@@ -195,7 +195,7 @@ def test_tune_says_what_auto_does_not_take_yet(backend, proven, command, monkeyp
     """On a GPU a table decides among the proven alone."""
     monkeypatch.setattr(cache, "machine", lambda device: {"name": device.type})
     monkeypatch.setattr(cache, "_warned", set())
-    monkeypatch.setattr(forward_op, "choices", lambda device: proven)
+    monkeypatch.setattr(forward_op, "choices", lambda part, device: proven)
     monkeypatch.setattr(tune, "tune_problem", lambda *_: {FPROP: {"backend": backend, "tile": None, "us": 1.0, "lost": {}}})
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two ops, linear_act and its backward: their schemas, and what implements them."""
 
+import functools
+
 import torch
 
 from mpkernels.ops.linear_act import checks, flops
@@ -16,16 +18,14 @@ _IMPLEMENTATIONS = (
     Implementation("eager", ("cpu", "cuda")),
     Implementation("triton", ("cuda", "cpu"), saves_mask=True),
 )
+_PARTS = {"linear_act": torch.float16, "linear_act 8-bit": torch.float8_e4m3fn}
+_PARTS_BACKWARD = {"linear_act_backward": torch.float16}
 
 
-def _covers_backward(key: CallKey) -> bool:
-    """Cases of a proof compute in 16 bits, without an activation or with a ReLU: see mpkernels/testing/linear_act_cases.py."""
-    return key.activation <= Activation.RELU and key.dtype.itemsize == 2
-
-
-def _covers_forward(key: CallKey) -> bool:
-    """Those of forward in 8 bits too."""
-    return key.activation <= Activation.RELU and key.dtype.itemsize <= 2
+def _part_of(parts: dict[str, torch.dtype], key: CallKey) -> str | None:
+    """Cases of a proof have no activation or a ReLU: see mpkernels/testing/linear_act_cases.py and scaled_cases.py."""
+    alike = (part for part, dtype in parts.items() if dtype.itemsize == key.dtype.itemsize)
+    return next(alike, None) if key.activation <= Activation.RELU else None
 
 
 forward_op = Op(
@@ -41,8 +41,8 @@ forward_op = Op(
     check=checks.check_forward,
     fake=checks.fake_forward,
     fill=checks.fill_forward,
-    covers=_covers_forward,
-    dtype=torch.float16,
+    parts=_PARTS,
+    part_of=functools.partial(_part_of, _PARTS),
 )
 backward_op = Op(
     "linear_act_backward(Tensor grad_out, Tensor? x, Tensor weight, Tensor? weight_copy, Tensor? saved, int activation, "
@@ -56,8 +56,8 @@ backward_op = Op(
     check=checks.check_backward,
     fake=checks.fake_backward,
     fill=checks.fill_backward,
-    covers=_covers_backward,
-    dtype=torch.float16,
+    parts=_PARTS_BACKWARD,
+    part_of=functools.partial(_part_of, _PARTS_BACKWARD),
 )
 flops.register()
 
