@@ -6,6 +6,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+_NO_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")  # of a handle, a workspace
 MULTIPLE = 16  # of both sizes of b, and of addresses: what cuBLAS asks for
 
 
@@ -33,10 +34,17 @@ def _scaled_mm(a, b):
 
 @functools.cache
 def _is_served(device: torch.device, a_dtype: torch.dtype, b_dtype: torch.dtype) -> bool:
-    """Whether a trial goes through: that depends on the GPU, the versions of CUDA and of torch, and the pair of formats."""
+    """Whether a trial goes through: that depends on the GPU, the versions of CUDA and of torch, and the pair of formats.
+
+    Raises what says nothing of these: it is asked once.
+    """
     ones = torch.ones(MULTIPLE, MULTIPLE, dtype=torch.float32, device=device)
     try:
         _scaled_mm(ones.to(a_dtype), ones.to(b_dtype).t())
-    except (AttributeError, RuntimeError, TypeError, ValueError):
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or any(
+            text in str(error) for text in _NO_MEMORY
+        ):
+            raise
         return False
     return True

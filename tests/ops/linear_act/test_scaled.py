@@ -5,6 +5,7 @@ A scaled call is one of bf16 operands `q * scale`, which is exact in bf16, so th
 products of two e4m3 numbers, multiples of 2**-18 up to 2**18, are exact in fp64 up to K = 2**17, whatever the scales of rows.
 """
 
+import contextlib
 import math
 from fractions import Fraction
 
@@ -351,3 +352,31 @@ def test_scaled_mm_decodes_what_is_not_served(shape, served, monkeypatch, genera
     a, b = whole_numbers(M, K, e5m2, generator), whole_numbers(N, K, e4m3, generator)
     assert torch.equal(scaled_mm.multiply(a, b.t()), a.float() @ b.float().t())
     assert seen == [(bf16, bf16)]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_of_the_formats"),
+    [
+        (ValueError("Invalid scaling configuration"), True),
+        (NotImplementedError("no Float8_e5m2 there"), True),
+        (RuntimeError("torch._scaled_mm is only supported on CUDA devices with compute capability >= 9.0"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic`"), True),
+        (torch.OutOfMemoryError("2 MB"), False),
+        (torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False),
+    ],
+)
+def test_scaled_mm_is_tried_again_after_what_passes(error, is_of_the_formats, monkeypatch):
+    """A GPU without memory at the first call would leave eight bits for good, and say nothing."""
+
+    def fails(*_):
+        raise error
+
+    scaled_mm._is_served.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(scaled_mm, "_scaled_mm", fails)
+        with contextlib.nullcontext() if is_of_the_formats else pytest.raises(type(error)):
+            assert not scaled_mm._is_served(torch.device("cpu"), e4m3, e4m3)
+    monkeypatch.setattr(scaled_mm, "_scaled_mm", lambda *_: None)
+    assert scaled_mm._is_served(torch.device("cpu"), e4m3, e4m3) != is_of_the_formats
+    scaled_mm._is_served.cache_clear()
