@@ -318,6 +318,16 @@ def test_float8_has_no_copies(generator):
     assert same_bits(again(x), model(x))
 
 
+def test_float8_convert_refuses_float64():
+    """As the first forward would; 16 bits of float64 parameters work."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).double())
+    with pytest.raises(ValueError, match=r"^1 has float64 parameters, which policy mixed_float8 cannot quantize"):
+        mpk.convert(model, ROW)
+    assert {type(module) for module in model} == {nn.Linear}
+    assert mpk.convert(model, {"*": ROW, "1": "mixed_float16"}) is model
+    assert mpk.convert(model.float(), ROW) is model
+
+
 def test_float8_refuses():
     x, weight = torch.ones(3, 8), torch.ones(4, 8)
     with pytest.raises(RuntimeError, match="quantizes the weight itself and takes no weight_copy"):

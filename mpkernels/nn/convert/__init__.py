@@ -50,9 +50,9 @@ def convert(
     Converting again changes the policy. Adapters may be put around a linear before or afterwards.
     A policy with a `grad_dtype` other than the parameters' is for the optimizers here: torch's own and DDP refuse such
     gradients; `grad_dtype=None` is for them.
-    Raises ValueError for an unknown policy, a glob that matches nothing, and policies that do not go together; TypeError
-    for what is no module; RuntimeError for a cast that would drop hooks, and for a converted linear that an `mpk.watch`
-    watches. Nothing has changed then.
+    Raises ValueError for an unknown policy, a glob that matches nothing, policies that do not go together, and eight bits of
+    float64 parameters; TypeError for what is no module; RuntimeError for a cast that would drop hooks, and for a converted
+    linear that an `mpk.watch` watches. Nothing has changed then.
     """
     _check_module(model)
     policies = dict(policy) if isinstance(policy, Mapping) else {"*": policy}
@@ -77,6 +77,7 @@ def convert(
             small[linear] = f"too small to pay: {size} weights (min_size={least})"
         else:
             chosen[linear] = found[-1]
+            _check_can_compute(name, linear, found[-1])
     stays = kept | {linear for linear, p in chosen.items() if p.param_dtype != narrow}
     stay = {id(t) for m in stays for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
     if narrow is not None:
@@ -196,6 +197,14 @@ def _narrow_dtype(policies: Iterable[Policy]) -> torch.dtype | None:
             "policy, beside which float32 and float64 may stand"
         )
     return narrow.pop() if narrow else None
+
+
+def _check_can_compute(name: str, linear: nn.Module, policy: Policy) -> None:
+    if policy.float8 and linear.weight.dtype == torch.float64:
+        raise ValueError(
+            f"{name or 'the model'} has float64 parameters, which policy {policy} cannot quantize: call model.float() before, "
+            "exclude it, or use a policy of 16 bits"
+        )
 
 
 def _convert_linear(linear: nn.Module, policy: Policy) -> None:
