@@ -66,8 +66,9 @@ What a layer does with eight bits, all of it from the same ops:
 | `grad_weight = grad_z.T @ x` | bf16, of x as it was kept | the same |
 | kept for backward | x in eight bits; a bit per output of a ReLU, 16 of another activation | the same |
 
-- Scales are made from the very tensor, in each call. Products are summed unscaled in fp32; both scales multiply the sum,
-  the bias is added, the activation applied, and the output rounded once.
+- Scales are made from the very tensor, in each call. Products are summed unscaled in fp32; both scales multiply the sum, x's
+  first, the bias is added, the activation applied, and the output rounded once. So a row of x whose largest number is above
+  2^128 / (448 * in_features) may overflow, however small the weights: 7.4e32 with 1,024 in_features.
 - A row of the result depends on its own row of x alone with scales by row, which `batch_invariant` therefore takes, and not
   with one scale for a tensor.
 - The weight is quantized in each call, along K and again along N in backward: no copy of it is kept from step to step.

@@ -318,6 +318,18 @@ def test_float8_has_no_copies(generator):
     assert same_bits(again(x), model(x))
 
 
+def test_float8_rows_of_x_end_before_fp32():
+    """As docs/formats.md says: x's scale multiplies the sum first. Below that end nothing overflows that bf16 has."""
+    K = 1024
+    end = 2.0**128 / (448 * K)
+    assert f"{end:.1e}" == "7.4e+32"
+    x, weight = torch.ones(1, K), torch.full((4, K), 0.4375)  # 448 times its scale
+    for size, reached in ((0.9 * end, True), (2 * end, False)):
+        out = mpk.functional.linear_act(x * size, weight, policy=ROW)
+        assert out.isfinite().all() == reached
+        assert mpk.functional.linear_act(x * size, weight, policy="mixed_bfloat16").isfinite().all()
+
+
 def test_float8_convert_refuses_float64():
     """As the first forward would; 16 bits of float64 parameters work."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).double())

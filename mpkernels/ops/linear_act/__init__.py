@@ -41,7 +41,8 @@ Numerics
     out, grad_x, grad_weight and grad_bias are rounded once, to their own dtype. grad_z is rounded to compute_dtype for
     the two GEMMs; grad_bias sums it unrounded, grad_prev_bias the accumulator. Bounds: tests/bounds.py.
     Of 8-bit operands the unscaled products are summed; the sum is multiplied by x_scale, then by weight_scale, which is exact
-    within fp32's range, then the bias is added. A scale that is NaN makes its row or column NaN.
+    within fp32's range: the sum times x_scale is to fit it too. Then the bias is added. A scale that is NaN makes its row or
+    column NaN.
     With `batch_invariant` a row of out has the same bits whatever the other rows are and however many: one order of the
     sum, by K and N alone. On a CPU M=1 pays for it, and in bf16 every M where dot-product instructions multiply (AMX).
 
