@@ -293,12 +293,14 @@ def main(*tasks: type[Task]) -> None:
         tasks = [task for name in arguments.tasks or TASKS for task in importlib.import_module(name).TASKS]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)  # models this small gain nothing from more, and waiting for a busy core costs milliseconds
+    ran = False
     for of_task in tasks:
         try:
             task = of_task(device, arguments.size or ("gpu" if device.type == "cuda" else "cpu"))
         except Missing as why:
             print(f"{of_task.name}: skipped, it {why}\n", flush=True)
             continue
+        ran = True
         known = task.recipes
         if unknown := set(arguments.recipes or ()) - set(known):
             parser.error(f"{task.name}: unknown recipe {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
@@ -307,6 +309,8 @@ def main(*tasks: type[Task]) -> None:
         rows = task.measure(chosen, 1 if arguments.quick else 3)
         report.write(arguments.out, rows)
         print(f"{report.table(rows)}\n{time.perf_counter() - start:.0f} s\n", flush=True)
+    if not ran:
+        sys.exit("no task has its data")
 
 
 # By file; each has TASKS of its own.

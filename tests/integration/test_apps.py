@@ -36,9 +36,9 @@ def apps(monkeypatch):
 @pytest.mark.parametrize("name", [n if n == "gpt" else pytest.param(n, marks=pytest.mark.sweep) for n in NAMES])
 def test_apps_run(name, tmp_path, apps):
     done = run(name, "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
     if "skipped, it needs the data of" in done.stdout:
         pytest.skip(done.stdout.splitlines()[0])
+    assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "apps.jsonl").read_text().splitlines()]
     tasks = apps(name).TASKS
     assert [(row["case"], row["implementation"]) for row in rows] == [(f"apps/{t.name}", r) for t in tasks for r in t.recipes]
@@ -112,6 +112,8 @@ def test_apps_without_a_package(apps, tmp_path, monkeypatch, capsys):
     assert first.startswith("line: skipped, it needs the data of no_such_package, which is not installed: make apps, or pip")
     assert second.startswith("line, on ")
     assert len((tmp_path / "apps.jsonl").read_text().splitlines()) == len(runner.RECIPES)
+    with pytest.raises(SystemExit, match="no task has its data"):  # with code 1, as for any sentence
+        runner.main(Line.without_data(runner))
 
 
 def test_apps_recipes_see_the_same(apps):
