@@ -189,7 +189,12 @@ def chart(axes, chosen: list[dict], where: str) -> None:
         drawn = axes.barh(places, [row[key] for row in of], height, color=colors[ours, key], label=f"{what}, {who}")
         axes.bar_label(drawn, [f"{row[key]:.2f}" for row in of], padding=2, fontsize=6)
     axes.figure.set_size_inches(7, 1 + 0.7 * len(tasks))
-    axes.set_yticks(range(len(tasks)), [TASKS[task.removeprefix("apps/")][0] for task in tasks], fontsize=8)
+    label(axes, [TASKS[task.removeprefix("apps/")][0] for task in tasks], where)
+
+
+def label(axes, labels: list[str], where: str) -> None:
+    """Bars, a row of them for each label from the top down, as parts of what fp32 takes."""
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()
     axes.set(xlabel="of fp32's; shorter is better")

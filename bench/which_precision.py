@@ -97,13 +97,7 @@ def chart(axes, chosen: list[dict], where: str) -> None:
             label = (f"ours, {name}" if name == BOTH else name) if place == 0 else None
             bar = axes.barh(place + (i - 1) * height, value, height, color=color, label=label)
             axes.bar_label(bar, [f"{value:.2f}"], padding=3, fontsize=8)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.invert_yaxis()
-    axes.set(xlabel="of fp32's; shorter is better")
-    axes.set_title(f"A training step on {where}", fontsize=9)
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    savings.label(axes, labels, where)
 
 
 def charts(found: list[dict]) -> dict[str, tuple[list[dict], Callable]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers whose policy computes in eight bits: values, gradients and what is kept, and where they run."""
+"""Layers whose policy computes in eight bits, or keeps in them what backward needs: values, gradients, bytes, where they run."""
 
 import copy
 import math
@@ -18,7 +18,7 @@ from tests import bounds
 from tests.linear_act_cases import same_bits
 
 bf16, f16, f32, e4m3, e5m2 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2
-ROW, HYBRID = "mixed_float8", "mixed_float8_hybrid"
+ROW, HYBRID, SAVED = "mixed_float8", "mixed_float8_hybrid", "mixed_bfloat16,saved=float8_e4m3fn"
 POLICIES = (ROW, HYBRID, "mixed_float8,scaling=tensor,wgrad=float32,grad=float32", "param=float32,compute=float8_e5m2")
 ACTIVATIONS = (None, "relu", "relu2", "gelu", "gelu_tanh", "silu")
 
@@ -154,23 +154,31 @@ def test_float8_sequence_is_its_layers(generator):
     assert all(same_bits(a, p.grad) for a, p in zip(grads, mlp.parameters(), strict=True))
 
 
-def test_float8_trains_as_bfloat16_does(generator):
+@pytest.mark.parametrize(
+    "text, of_16_bits, activation",
+    [
+        (ROW, "mixed_bfloat16", nn.ReLU),
+        (HYBRID, "mixed_bfloat16", nn.ReLU),
+        ("mixed_float16,saved=float8_e4m3fn", "mixed_float16", nn.GELU),
+    ],
+)
+def test_float8_trains_as_16_bits_do(text, of_16_bits, activation):
     """A regression, paired: the final loss of eight bits is at most a tenth above that of 16."""
-    final = {}
-    for text in ("mixed_bfloat16", ROW, HYBRID):
+    final = []
+    for policy in (text, of_16_bits):
         torch.manual_seed(0)
-        model = mpk.convert(nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)), text)
-        optimizer = mpk.optim.AdamW(model.named_parameters(), lr=3e-3)
+        model = mpk.convert(nn.Sequential(nn.Linear(16, 64), activation(), nn.Linear(64, 4)), policy)
+        optimizer, scaler = mpk.optim.AdamW(model.named_parameters(), lr=3e-3), mpk.GradScaler()
         x = torch.randn(256, 16)
         y = torch.tanh(x @ torch.randn(16, 4) / 4)
         for _ in range(100):
             loss = nn.functional.mse_loss(model(x), y)
-            loss.backward()
-            optimizer.step()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
-        final[text] = loss.item()
-    assert final[ROW] <= 1.1 * final["mixed_bfloat16"]
-    assert final[HYBRID] <= 1.1 * final["mixed_bfloat16"]
+        final.append(loss.item())
+    assert final[0] <= 1.1 * final[1]
 
 
 # ----- what is kept ---------------------------------------------------------------
@@ -236,7 +244,7 @@ def test_float8_keeps_what_is_wanted(generator):
 # ----- where it runs ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", [ROW, HYBRID])
+@pytest.mark.parametrize("text", [ROW, HYBRID, SAVED])
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_float8_compiles(text, activation, generator):
     layer = mpk.MPLinear(24, 16, activation=activation, policy=text)
@@ -247,9 +255,10 @@ def test_float8_compiles(text, activation, generator):
         assert all(same_bits(a, b) for a, b in zip(run(compiled, x, grad_out), run(layer, x, grad_out), strict=True))
 
 
+@pytest.mark.parametrize("text", [ROW, SAVED])
 @pytest.mark.parametrize("strict", [False, True])
-def test_float8_exports_and_traces(strict, generator):
-    layer, x = mpk.MPLinear(24, 16, activation="relu", policy=ROW), torch.randn(5, 24, generator=generator)
+def test_float8_exports_and_traces(strict, text, generator):
+    layer, x = mpk.MPLinear(24, 16, activation="relu", policy=text), torch.randn(5, 24, generator=generator)
     exported = torch.export.export(layer, (x,), strict=strict).module()
     assert same_bits(exported(2 * x), layer(2 * x))
     if not strict:
@@ -257,8 +266,9 @@ def test_float8_exports_and_traces(strict, generator):
         assert same_bits(torch.fx.symbolic_trace(layer)(2 * x), layer(2 * x))
 
 
-def test_float8_under_transforms(generator):
-    layer, x = mpk.MPLinear(24, 16, activation="gelu", policy=ROW), torch.randn(5, 24, generator=generator)
+@pytest.mark.parametrize("text", [ROW, SAVED])
+def test_float8_under_transforms(text, generator):
+    layer, x = mpk.MPLinear(24, 16, activation="gelu", policy=text), torch.randn(5, 24, generator=generator)
     parameters = dict(layer.named_parameters())
     loss = lambda p, x: torch.func.functional_call(layer, p, (x,)).square().sum()
     grads = torch.func.grad(loss)(parameters, x)
