@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers whose policy computes in eight bits, or keeps in them what backward needs: values, gradients, bytes, where they run."""
+"""Layers whose policy computes in eight bits, or keeps in them what backward needs: values, gradients, bytes, where it runs."""
 
 import copy
 import math
