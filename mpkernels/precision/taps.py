@@ -2,6 +2,7 @@
 """Taps: what a watch puts on layers, to write the largest magnitudes of their tensors into a table on the device."""
 
 import functools
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -276,6 +277,8 @@ class Fault:
 
 def first_fault(rows: list[list[float]], order: list[int]) -> Fault | None:
     """rows: a table as lists. order: the rows of layers in the order of execution, of which backward is the reverse."""
+    if all(map(math.isfinite, itertools.chain(*rows))):
+        return None
     if not math.isfinite(rows[0][DATA]):
         return Fault("data", 0, "what the model was given", rows[0][DATA])
     for row in order:

@@ -132,7 +132,7 @@ class Watch:
             "table": self._table.to("cpu", copy=True),
             "last": self._last.to("cpu", copy=True),
             "adapt": None if self._adaptation is None else self._adaptation.state_dict(),
-            "pending": [table.read().clone() for table in self._pending],
+            "pending": [torch.tensor(rows.read(), dtype=self._table.dtype, device="cpu") for rows in self._pending],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -147,7 +147,7 @@ class Watch:
         self._order = None if order is None else list(order)
         self._table.copy_(state_dict["table"])
         self._last.copy_(state_dict["last"])
-        self._pending = deque(_OnHost(table.clone()) for table in state_dict["pending"])
+        self._pending = deque(map(_OnHost, state_dict["pending"]))
         if self._adaptation is not None:
             self._adaptation.load_state_dict(state_dict["adapt"])
 
@@ -173,7 +173,7 @@ class Watch:
         self._pending.append(_OnHost(self._last))
         if len(self._pending) <= LAG:
             return None
-        rows = self._pending.popleft().read().tolist()
+        rows = self._pending.popleft().read()
         return self._adaptation.decide(self._steps, self._steps - LAG, rows, self._order)
 
     def _sentence(self, has_ended: bool) -> str | None:
@@ -236,16 +236,17 @@ def _remove(handles: list) -> None:
 
 
 class _OnHost:
-    """A table on its way to the host."""
+    """The rows of a table on their way to the host."""
 
     def __init__(self, table: torch.Tensor) -> None:
-        self.table, self.event = copy_to_host(table) if table.is_cuda else (table.clone(), None)
+        self.rows, self.event = copy_to_host(table) if table.is_cuda else (table.tolist(), None)
 
-    def read(self) -> torch.Tensor:
-        """Waits for it, which after LAG steps is no wait."""
-        if self.event is not None:
-            self.event.synchronize()
-        return self.table
+    def read(self) -> list[list[float]]:
+        """Waits for them, which after LAG steps is no wait."""
+        if self.event is None:
+            return self.rows
+        self.event.synchronize()
+        return self.rows.tolist()
 
 
 def _check_adapt(adapt: object, optimizer, scaler: GradScaler | None, process_group) -> None:
