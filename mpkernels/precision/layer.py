@@ -158,7 +158,8 @@ class Layer:
             x, grad = x[chosen], None if grad is None else grad[chosen]
             blocks = [(slice(0, largest), 1.0), (slice(largest, None), (M - largest) / (len(chosen) - largest))]
         of_tensor = [p for p in self.policies if p.scaling == "tensor"]
-        wholes = {p: self._run(p, exact, x, _times(grad, self.loss_scale)) for p in of_tensor}
+        split = of_tensor if len(blocks) > 1 else ()  # one block is the whole: nothing of it has to wait
+        wholes = {p: self._run(p, exact, x, _times(grad, self.loss_scale)) for p in split}
         exact.tensor_scales = {p: (scale_of(x, p, None), scale_of(weight, p, None)) for p in of_tensor}
         totals: list[torch.Tensor | None] = [None] * len(self.policies)
         for at, share in blocks:
@@ -197,12 +198,13 @@ class Layer:
         scaled = _times(grad, self.loss_scale)
         for i, (policy, found) in enumerate(zip(self.policies, self.sums, strict=True)):
             out, grads = parts[policy] if policy in parts else self._run(policy, exact, x, scaled)
-            wrong = out.double().sub_(exact.out)
+            wrong, stored = out.double().sub_(exact.out), out.dtype
+            del out
             square = _square(wrong)
             found.wrong["out"] += share * square
             is_finite = math.isfinite(square)
             if found.bound_ratio is not None:
-                ratio = exact.bound_ratio(policy, x.dtype, out.dtype, wrong)
+                ratio = exact.bound_ratio(policy, x.dtype, stored, wrong)
                 found.bound_ratio = max(found.bound_ratio, ratio) if is_finite else None
             if grad is None:
                 continue

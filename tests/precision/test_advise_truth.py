@@ -36,8 +36,12 @@ def test_advised_models_train_as_fp32(name):
     assert found["to_bf16"] <= found["spread"]
 
 
+IN_EIGHT_BITS = ("float32", "mixed_bfloat16", *measured.EIGHT_BITS, "mixed_float8,scaling=tensor")
+
+
+@pytest.mark.parametrize("policies", [measured.FORMATS, IN_EIGHT_BITS], ids=["16 bits", "8 bits"])
 @pytest.mark.parametrize("M, K, N", [(64, 512, 512), (512, 512, 512), (2048, 64, 256)])
-def test_advise_needs_little_memory(M, K, N):
+def test_advise_needs_little_memory(M, K, N, policies):
     """Beside a step in fp32 at most 4 times the tensors of the largest layer, whether that is weight or activations."""
     torch.manual_seed(0)
     model, x, y = nn.Sequential(nn.Linear(K, N), nn.ReLU(), nn.Linear(N, 10)), torch.randn(M, K), torch.randint(10, (M,))
@@ -49,6 +53,6 @@ def test_advise_needs_little_memory(M, K, N):
         loss(model).backward()
         model.zero_grad()
 
-    advise = functools.partial(mpk.advise, model, loss, policies=measured.FORMATS, loss_budget=1e9)
+    advise = functools.partial(mpk.advise, model, loss, policies=policies, loss_budget=1e9)
     over = peak_bytes(advise, torch.device("cpu")) - peak_bytes(step, torch.device("cpu"))
     assert over <= 4 * 2 * 4 * (M * K + K * N + M * N)
