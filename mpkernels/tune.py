@@ -22,7 +22,7 @@ from mpkernels.ops.linear_act.epilogues import Activation
 from mpkernels.runtime import cache, tuned_table
 from mpkernels.runtime.op import Op
 from mpkernels.runtime.tuned_table import Entry, GemmKey
-from mpkernels.runtime.untouched import fork_rng
+from mpkernels.runtime.untouched import fork_rng, run_once
 from mpkernels.testing.timing import interleave
 
 SHAPES = {  # M, K, N
@@ -86,14 +86,9 @@ class _Recorder(TorchDispatchMode):
 
 def record(model: torch.nn.Module, example_inputs) -> dict[tuple[torch.device, GemmKey], int]:
     """The GEMMs of one forward and backward: (device, problem) -> rows."""
-    inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
     recorder = _Recorder()
-    with fork_rng(model), torch.enable_grad(), recorder:
-        out = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
-        outs = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
-        wanted = [p for p in model.parameters() if p.requires_grad]
-        if outs and wanted:
-            torch.autograd.grad(outs, wanted, [torch.ones_like(t) for t in outs], allow_unused=True)
+    with fork_rng(model), recorder:
+        run_once(model, example_inputs)
     return recorder.found
 
 

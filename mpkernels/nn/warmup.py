@@ -3,14 +3,12 @@
 
 import contextlib
 import sys
-from collections import abc
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from mpkernels.runtime import resolve
-from mpkernels.runtime.untouched import untouched
+from mpkernels.runtime.untouched import run_once, untouched
 
 
 @torch._disable_dynamo
@@ -28,22 +26,12 @@ def warmup(model: nn.Module, example_inputs: object) -> None:
         raise RuntimeError("warmup: call it before the capture, not inside")
     if wrapped := [name or type(m).__name__ for name, m in model.named_modules() if _is_wrapped(m)]:
         raise RuntimeError(f"warmup: {wrapped[0]} is distributed already: call it before DDP and fully_shard")
-    args, kwargs = _arguments(example_inputs)
-    params = [p for p in model.parameters() if p.requires_grad]
-    with untouched(model), torch.inference_mode(False), torch.enable_grad(), _uncompiled():
-        outputs = [t for t in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(t, torch.Tensor) and t.requires_grad]
-        if outputs and params:  # not backward(): that adds to .grad, and steps optimizers that live in hooks
-            torch.autograd.grad(outputs, params, [torch.zeros_like(t) for t in outputs], allow_unused=True)
-    for device, dtype in {(p.device, p.dtype) for p in params}:
+    with untouched(model), _uncompiled():
+        run_once(model, example_inputs)
+    for device, dtype in {(p.device, p.dtype) for p in model.parameters() if p.requires_grad}:
         for op in resolve.ops.values():
             if op.writes:  # the step's: those of the layers have just run, in their compute dtypes
                 op.backend(device, dtype)
-
-
-def _arguments(example_inputs) -> tuple[tuple, dict]:
-    if isinstance(example_inputs, abc.Mapping):
-        return (), dict(example_inputs)
-    return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
 
 
 def _is_wrapped(module: nn.Module) -> bool:

@@ -2,12 +2,26 @@
 """A forward that is not the user's leaves buffers and random numbers as they were."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 is_inside = False  # whether `untouched` runs a forward now: no call of training, which a watch leaves out
+
+
+def run_once(model: nn.Module, example_inputs: object) -> None:
+    """One forward and backward, for what they call: no gradient is left. A tensor, a tuple or list of arguments, or a dict of
+    keyword arguments.
+    """
+    args = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    params = [p for p in model.parameters() if p.requires_grad]
+    with torch.inference_mode(False), torch.enable_grad():
+        found = model(**example_inputs) if isinstance(example_inputs, Mapping) else model(*args)
+        outputs = [t for t in pytree.tree_leaves(found) if isinstance(t, torch.Tensor) and t.requires_grad]
+        if outputs and params:  # not backward(): that adds to .grad, and steps optimizers that live in hooks
+            torch.autograd.grad(outputs, params, [torch.zeros_like(t) for t in outputs], allow_unused=True)
 
 
 def fork_rng(model: nn.Module):
