@@ -146,19 +146,6 @@ def _check_sum(got, r, accumulated, dtype, bound) -> None:
     _check_error(f"grad_bias_below, {bound}", error, allowed, got[finite], r[finite])
 
 
-def check_mask(positive, x, weight, bias, compute_dtype, out_dtype, acc_roundoff=2.0**-24) -> None:
-    """The mask (bool, (*, N)) may differ from fp64's only where the pre-activation is within bound 1 of 0; NaN is 1."""
-    x, weight, bias = _operand(x, compute_dtype), _operand(weight, compute_dtype), _bias(bias, compute_dtype)
-    z = _product(x, weight.T) + bias
-    got = positive.reshape(z.shape).cpu().numpy()
-    accumulated = _accumulated(x, weight.T, np.abs(bias), compute_dtype, acc_roundoff)
-    doubtful = np.abs(z) <= _bound(z, accumulated, out_dtype)
-    wrong = (got == (z <= 0)) & ~doubtful
-    if wrong.any():
-        at = tuple(int(i) for i in np.argwhere(wrong)[0])
-        raise AssertionError(f"mask: {int(wrong.sum())} wrong bits, first {at}: {got[at]} for the pre-activation {z[at]:.9g}")
-
-
 def _wide(tensor: torch.Tensor, compute_dtype: torch.dtype) -> np.ndarray:
     """The values in the format that r is computed in."""
     return tensor.detach().cpu().double().numpy().astype(np.longdouble if compute_dtype == torch.float64 else np.float64)
@@ -173,11 +160,6 @@ def _operand(tensor: torch.Tensor, compute_dtype: torch.dtype) -> np.ndarray:
 
 def _bias(bias: torch.Tensor | None, compute_dtype: torch.dtype) -> np.ndarray:
     return np.zeros(1) if bias is None else _wide(bias, compute_dtype)
-
-
-def _exact(x, weight, bias, activation, compute_dtype) -> np.ndarray:
-    z = _product(_operand(x, compute_dtype), _operand(weight, compute_dtype).T) + _bias(bias, compute_dtype)
-    return _activated(z, activation)
 
 
 def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:

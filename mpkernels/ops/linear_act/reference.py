@@ -17,12 +17,6 @@ def linear_act(x, weight, bias, activation, compute_dtype):
     return activate(z, activation)
 
 
-def linear_act_scaled(q_x, x_scale, q_weight, weight_scale, bias, activation):
-    """The same for 8-bit operands and their scales, the sums left exact: of e4m3fn they are for K <= 2**17."""
-    z = q_x.double() @ q_weight.double().T * x_scale.double() * weight_scale.double().expand(q_weight.shape[0], 1).T
-    return activate(z if bias is None else z + bias.double(), activation)
-
-
 def activate(z, activation):
     """act(z) in fp64."""
     if activation == Activation.RELU:
@@ -62,13 +56,6 @@ def linear_act_backward(grad_out, x, weight, positive, compute_dtype):
     grad_bias = grad_z.sum(0)
     grad_z = _rounded(grad_z, compute_dtype)
     return grad_z @ _rounded(weight, compute_dtype), grad_z.T @ _rounded(x, compute_dtype), grad_bias
-
-
-def linear_act_backward_of_prev(grad_x, positive):
-    """fp64 (grad_x, grad_bias) of the previous layer, for the fp64 grad_x (M, K) that arrives at its output; `positive` is its
-    own mask, or None."""
-    grad_z = grad_x if positive is None else torch.where(positive, grad_x, 0)
-    return grad_z, grad_z.sum(0)
 
 
 def _rounded(tensor, dtype):
