@@ -2,8 +2,8 @@
 """Build mpkernels/_C.abi3.so, or say in a sentence what is missing; in an isolated build, without torch, install the Python
 part, which works by itself.
 
-The library uses the stable ABI of LibTorch and no Python C API: one file serves every Python from 3.11 and every torch from
-2.11. CUDA sources are compiled when nvcc is there; no GPU is asked for.
+The library uses the stable ABI of LibTorch and the limited API of Python: one file serves every Python from 3.11 and every
+torch from 2.11. CUDA sources are compiled when nvcc is there; no GPU is asked for.
 """
 
 import importlib.util

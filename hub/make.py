@@ -64,7 +64,7 @@ def main(folder: Path) -> None:
         shutil.copy(ROOT / "hub" / "CARD.md", folder / variant / "CARD.md")
         shutil.copy(ROOT / "LICENSE", folder / variant / "LICENSE")
     (folder / "universal" / "build.toml").write_text(f"{general()}\n[torch-noarch]\n")
-    write_library(folder / "native", name)
+    write_library(folder / "native")
 
 
 def namespace() -> str:
@@ -101,7 +101,7 @@ def rewritten(text: str, path: Path, name: str) -> str:
     text = CHILD.sub(LOADED.format(name=name, up="/.." * len(dots)), text)
     text = re.sub(r"^( *)from mpkernels(?:\.([\w.]+))? import ", rf"\1from {dots}\2 import ", text, flags=re.M)
     text = re.sub(r"^( *)import mpkernels\.(\w+)(?=  #|$)", rf"\1from {dots} import \2", text, flags=re.M)
-    text = re.sub(r"\btorch\.ops\.mpkernels(_C)?\b", rf"torch.ops.{name}\1", text)
+    text = re.sub(r"\btorch\.ops\.mpkernels\b", rf"torch.ops.{name}", text)
     text = re.sub(r'"mpkernels(::|", "FRAGMENT")', rf'"{name}\1', text)
     text = text.replace("python -m mpkernels prove", "prove() of this kernel")
     if path == PACKAGE / "runtime" / "native.py":
@@ -115,22 +115,19 @@ def rewritten(text: str, path: Path, name: str) -> str:
 # ----- C++ -------------------------------------------------------------------------------------
 
 
-def write_library(folder: Path, name: str) -> None:
-    """The sources with their schemas under that name. kernel-builder imports the library as a module: so it becomes one."""
+def write_library(folder: Path) -> None:
+    """The sources; that of the extension module is the binding that kernel-builder asks for."""
     sources = {".cpp": [], ".cu": []}
     for path in sorted(path for path in CSRC.rglob("*") if path.is_file()):
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text()
-        if path.name == "ops.cpp":
+        if path.name == "python.cpp":
             target = folder / "torch-ext" / "torch_binding.cpp"
-            text = (
-                text.replace("\n\n#include", '\n\n#include "registration.h"\n#include')
-                + "\nREGISTER_EXTENSION(TORCH_EXTENSION_NAME)\n"
-            )
+            text = text.replace('"native_op.h"', '"../csrc/common/native_op.h"')
         elif path.suffix in sources:
             sources[path.suffix].append(str(path.relative_to(ROOT)))
-        target.write_text(text.replace("mpkernels_C", f"{name}_C"))
+        target.write_text(text)
     headers = sorted(str(path.relative_to(folder)) for path in (folder / "csrc").rglob("*.*h"))
     text = (
         general()

@@ -3,14 +3,11 @@
 
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
 
-namespace mpk {
+#include "tensor.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+namespace mpk {
 
 inline void check_same_device(const char* name, const Tensor& tensor, const Tensor& like) {
   STD_TORCH_CHECK(tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index(), name,

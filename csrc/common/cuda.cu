@@ -2,11 +2,10 @@
 // What only the CUDA runtime and a torch with CUDA know: device, stream, versions.
 
 #include <dlfcn.h>
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "launch.h"
+#include "native_op.h"
 #include "stream.h"
 
 namespace mpk {
@@ -39,9 +38,14 @@ int64_t load_kernels(int64_t device) {
   return KnownKernel::load_all();
 }
 
+const NativeOp registered[] = {
+    {"cuda_versions", Device::kNone, cuda_versions},
+    {"load_kernels", Device::kNone, load_kernels},
+};
+
 }  // namespace
 
-OnDevice::OnDevice(const torch::stable::Tensor& tensor) {
+OnDevice::OnDevice(const Tensor& tensor) {
   const int32_t device = tensor.get_device_index();
   guard_ = std::make_unique<torch::stable::accelerator::DeviceGuard>(device);
   check_cuda(cudaSetDevice(device));  // the runtime is linked statically and keeps a current device of its own
@@ -50,11 +54,6 @@ OnDevice::OnDevice(const torch::stable::Tensor& tensor) {
   stream_ = static_cast<cudaStream_t>(stream);
 }
 
-bool is_on_device(const torch::stable::Tensor& tensor) { return tensor.is_cuda(); }
+bool is_on_device(const Tensor& tensor) { return tensor.is_cuda(); }
 
 }  // namespace mpk
-
-STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, CompositeExplicitAutograd, m) {
-  m.impl("cuda_versions", TORCH_BOX(&mpk::cuda_versions));
-  m.impl("load_kernels", TORCH_BOX(&mpk::load_kernels));
-}

@@ -6,16 +6,17 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <memory>
+
+#include "tensor.h"
 
 namespace mpk {
 
 // While it lives, the device of `tensor` is the current one.
 class OnDevice {
  public:
-  explicit OnDevice(const torch::stable::Tensor& tensor);
+  explicit OnDevice(const Tensor& tensor);
 
   // torch's current one
   cudaStream_t stream() const { return stream_; }
@@ -26,13 +27,22 @@ class OnDevice {
 };
 
 // Whether kernels can read it.
-bool is_on_device(const torch::stable::Tensor& tensor);
+bool is_on_device(const Tensor& tensor);
 
 // Memory for `count` S on the device of `like`, of torch's allocator, which in a CUDA graph belongs to the graph.
 template <class S>
-torch::stable::Tensor scratch(const torch::stable::Tensor& like, int64_t count) {
-  const int64_t bytes = count * static_cast<int64_t>(sizeof(S));
-  return torch::stable::new_empty(like, {bytes}, torch::headeronly::ScalarType::Byte);
-}
+class Scratch {
+ public:
+  Scratch(const Tensor& like, int64_t count)
+      : memory_(torch::stable::empty({count * static_cast<int64_t>(sizeof(S))}, ScalarType::Byte, std::nullopt,
+                                     torch::stable::Device(like.is_cuda() ? torch::headeronly::DeviceType::CUDA
+                                                                          : torch::headeronly::DeviceType::CPU,
+                                                           like.is_cuda() ? like.get_device_index() : -1))) {}
+
+  S* data() const { return static_cast<S*>(memory_.mutable_data_ptr()); }
+
+ private:
+  torch::stable::Tensor memory_;
+};
 
 }  // namespace mpk

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // grad_stats_ on the CPU: one parallel region over all tensors, every gradient read once. And amax_, of one tensor.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <cstring>
 #include <numeric>
@@ -10,6 +8,7 @@
 #include "../common/chunk_partition.h"
 #include "../common/clones.h"
 #include "../common/factor.h"
+#include "../common/native_op.h"
 #include "../common/prefetch.h"
 #include "update.h"
 
@@ -292,7 +291,7 @@ void with_numbers(Tensor& table, const F& f) {
 // The number at `index` of `table` is raised; what is below 0 there is below every magnitude.
 void amax_(Tensor x, Tensor table, int64_t index, bool ignores_minus_inf) {
   STD_TORCH_CHECK(index >= 0 && index < table.numel(), "index must be in the table");
-  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
   const std::optional<double> amax = find_amax_of(x.scalar_type())(x.const_data_ptr(), x.numel(), ignores_minus_inf);
   if (!amax || x.numel() == 0) return;
   with_numbers(table, [&](auto* numbers) {
@@ -311,14 +310,11 @@ void end_step_(Tensor table, Tensor last, std::optional<Tensor> scale, int64_t i
   });
 }
 
+const NativeOp registered[] = {
+    {"grad_stats_", Device::kCpu, grad_stats_},
+    {"amax_", Device::kCpu, amax_},
+    {"end_step_", Device::kCpu, end_step_},
+};
+
 }  // namespace
 }  // namespace mpk
-
-STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, CPU, m) {
-  m.impl("grad_stats_", TORCH_BOX(&mpk::grad_stats_));
-  m.impl("amax_", TORCH_BOX(&mpk::amax_));
-  m.impl("end_step_", TORCH_BOX(&mpk::end_step_));
-}
-
-// Of a tensor with a graph too, without torch's warning of what has no derivative, for which it looks at every argument.
-STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, AutogradCPU, m) { m.impl("amax_", TORCH_BOX(&mpk::amax_)); }

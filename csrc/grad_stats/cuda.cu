@@ -2,8 +2,6 @@
 // grad_stats_ on the GPU: a block for each chunk; the last block of a tensor sums its chunks, the last of the call gives the
 // verdict. Every sum has an order of its own, whatever block is first or last.
 
-#include <torch/csrc/stable/library.h>
-
 #include <map>
 #include <mutex>
 #include <utility>
@@ -13,6 +11,7 @@
 #include "../common/last_block.cuh"
 #include "../common/launch.h"
 #include "../common/multi_tensor.cuh"
+#include "../common/native_op.h"
 #include "../common/stream.h"
 #include "../common/tensor_list.h"
 #include "../common/vector.cuh"
@@ -272,15 +271,15 @@ int64_t chunk_length(const TensorList& grads) {
 
 // kTickets of a launch, 0 before and after it: the stream's, whose launches follow one another. A CUDA graph can be replayed
 // beside the stream that it was captured in, and has its own.
-Tensor tickets_for(const Tensor& like, cudaStream_t stream) {
+Scratch<unsigned> tickets_for(const Tensor& like, cudaStream_t stream) {
   const auto make = [&] {
-    const Tensor tickets = scratch<unsigned>(like, kTickets);
-    check_cuda(cudaMemsetAsync(tickets.mutable_data_ptr(), 0, kTickets * sizeof(unsigned), stream));
+    const Scratch<unsigned> tickets(like, kTickets);
+    check_cuda(cudaMemsetAsync(tickets.data(), 0, kTickets * sizeof(unsigned), stream));
     return tickets;
   };
   if (is_capturing(stream)) return make();
   static std::mutex mutex;
-  static auto& of_streams = *new std::map<std::pair<int32_t, cudaStream_t>, Tensor>;  // at exit CUDA may be gone before it
+  static auto& of_streams = *new std::map<std::pair<int32_t, cudaStream_t>, Scratch<unsigned>>;  // at exit CUDA may be gone before it
   const std::lock_guard<std::mutex> lock(mutex);
   const std::pair<int32_t, cudaStream_t> key{like.get_device_index(), stream};
   const auto found = of_streams.find(key);
@@ -288,8 +287,8 @@ Tensor tickets_for(const Tensor& like, cudaStream_t stream) {
 }
 
 void launch_table(StatsArguments& a, const Tensor& like, cudaStream_t stream) {
-  const Tensor chunks = scratch<Stats>(like, a.tensors.chunks);
-  a.chunks = static_cast<Stats*>(chunks.mutable_data_ptr());
+  const Scratch<Stats> chunks(like, a.tensors.chunks);
+  a.chunks = chunks.data();
   if (a.verdict.grad_norm != nullptr) {
     launch<stats_kernel<true>>(a.tensors.chunks, kThreads, 0, stream, a);
   } else {
@@ -301,7 +300,8 @@ void grad_stats_(Tensor grads_, std::optional<Tensor> grad_scale, Tensor found_i
                  std::optional<Tensor> grad_norm) {
   const TensorList grads("grads", grads_);
   const OnDevice device(found_inf);
-  const Tensor rows = scratch<Stats>(found_inf, grads.size()), tickets = tickets_for(found_inf, device.stream());
+  const Scratch<Stats> rows(found_inf, grads.size());
+  const Scratch<unsigned> tickets = tickets_for(found_inf, device.stream());
   StatsArguments a;
   a.verdict = {grad_scale ? grad_scale->const_data_ptr<float>() : nullptr,
                found_inf.mutable_data_ptr<float>(),
@@ -310,8 +310,8 @@ void grad_stats_(Tensor grads_, std::optional<Tensor> grad_scale, Tensor found_i
                grad_norm ? grad_norm->mutable_data_ptr<double>() : nullptr,
                amax.stride(0),
                nonfinite.stride(0)};
-  a.rows = static_cast<Stats*>(rows.mutable_data_ptr());
-  a.tickets = static_cast<unsigned*>(tickets.mutable_data_ptr());
+  a.rows = rows.data();
+  a.tickets = tickets.data();
   const int64_t length = chunk_length(grads);
   a.tensors.clear(length);
   for (int64_t row = 0; row < grads.size(); ++row) {
@@ -326,7 +326,7 @@ void grad_stats_(Tensor grads_, std::optional<Tensor> grad_scale, Tensor found_i
   }
 }
 
+const NativeOp registered("grad_stats_", Device::kCuda, grad_stats_);
+
 }  // namespace
 }  // namespace mpk
-
-STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, CUDA, m) { m.impl("grad_stats_", TORCH_BOX(&mpk::grad_stats_)); }

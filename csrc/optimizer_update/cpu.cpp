@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The update of every rule on the CPU: one parallel region over all tensors, every byte read and written once.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <variant>
 
@@ -10,6 +8,7 @@
 #include "../common/chunk_partition.h"
 #include "../common/clones.h"
 #include "../common/factor.h"
+#include "../common/native_op.h"
 #include "../common/prefetch.h"
 #include "rules.h"
 
@@ -168,12 +167,14 @@ struct CpuUpdate {
   }
 };
 
+// An op for each rule, registered while the library is loaded.
+const bool registered = [] {
+  for_each_rule([](auto rule) {
+    using Rule = decltype(rule);
+    static const NativeOp op(Rule::kName, Device::kCpu, PrivateOp<Rule, CpuUpdate<Rule>>::call);
+  });
+  return true;
+}();
+
 }  // namespace
 }  // namespace mpk
-
-STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, CPU, m) {
-  mpk::for_each_rule([&](auto rule) {
-    using Op = mpk::PrivateOp<decltype(rule), mpk::CpuUpdate<decltype(rule)>>;
-    m.impl(decltype(rule)::kName, TORCH_BOX(&Op::call));
-  });
-}

@@ -2,8 +2,7 @@
 // The update of every rule on the GPU: one launch over many tensors, every byte read and written once, behind a small one for
 // what the elements of each tensor share.
 
-#include <torch/csrc/stable/library.h>
-
+#include "../common/native_op.h"
 #include "cuda.cuh"
 #include "rules.h"
 
@@ -169,25 +168,26 @@ struct CudaUpdate {
       using T = decltype(t);
       using S = std::conditional_t<Variant::kStates == 0, T, decltype(s)>;
       using Scalars = typename Rule::template Scalars<T>;
-      const Tensor memory = scratch<Scalars>(call.on, rows.size());
-      Scalars* const scalars = static_cast<Scalars*>(memory.mutable_data_ptr());
-      launch_scalars<Rule, T>(call, step, rows, scalars, stream);
+      const Scratch<Scalars> scalars(call.on, rows.size());
+      launch_scalars<Rule, T>(call, step, rows, scalars.data(), stream);
       ArgumentsOf<Rule, Variant, T> a;
       static_assert(sizeof(a) <= kArgumentBytes);
       a.step = step;
-      a.scalars = scalars;
+      a.scalars = scalars.data();
       constexpr auto kKernel = update_kernel<Rule, Variant, T, S>;
       for_each_table(a.tensors, rows, call.lists, [&] { launch<kKernel>(a.tensors.chunks, kThreads, 0, stream, a); });
     });
   }
 };
 
+// An op for each rule, registered while the library is loaded.
+const bool registered = [] {
+  for_each_rule([](auto rule) {
+    using Rule = decltype(rule);
+    static const NativeOp op(Rule::kName, Device::kCuda, PrivateOp<Rule, CudaUpdate<Rule>>::call);
+  });
+  return true;
+}();
+
 }  // namespace
 }  // namespace mpk
-
-STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, CUDA, m) {
-  mpk::for_each_rule([&](auto rule) {
-    using Op = mpk::PrivateOp<decltype(rule), mpk::CudaUpdate<decltype(rule)>>;
-    m.impl(decltype(rule)::kName, TORCH_BOX(&Op::call));
-  });
-}

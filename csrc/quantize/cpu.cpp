@@ -2,7 +2,6 @@
 // quantize on the CPU. x is (outer, n, inner), contiguous, and n is reduced away; a row or a block of columns is read for its
 // largest magnitude, and again, from the cache where it fits, to be encoded.
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -12,6 +11,7 @@
 #include "../common/cast.h"
 #include "../common/check.h"
 #include "../common/clones.h"
+#include "../common/native_op.h"
 #include "format.h"
 
 namespace mpk {
@@ -141,7 +141,7 @@ void quantize(Tensor x, int64_t outer, int64_t n, int64_t inner, int64_t mantiss
   run(input, outer, n, inner, q.mutable_data_ptr<uint8_t>(), scale.mutable_data_ptr<float>());
 }
 
+const NativeOp registered("quantize", Device::kCpu, quantize);
+
 }  // namespace
 }  // namespace mpk
-
-STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, CPU, m) { m.impl("quantize", TORCH_BOX(&mpk::quantize)); }

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // update_scale_ on the CPU.
 
-#include <torch/csrc/stable/library.h>
-
 #include "../common/check.h"
+#include "../common/native_op.h"
 #include "update.h"
 
 namespace mpk {
@@ -19,7 +18,7 @@ void update_scale_(Tensor grad_scale, Tensor growth_tracker, Tensor hysteresis_t
   update_scale(state, options, *found_inf.const_data_ptr<float>());
 }
 
+const NativeOp registered("update_scale_", Device::kCpu, update_scale_);
+
 }  // namespace
 }  // namespace mpk
-
-STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, CPU, m) { m.impl("update_scale_", TORCH_BOX(&mpk::update_scale_)); }

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // update_scale_ on the GPU: one thread.
 
-#include <torch/csrc/stable/library.h>
-
 #include "../common/check.h"
 #include "../common/launch.h"
+#include "../common/native_op.h"
 #include "../common/stream.h"
 #include "update.h"
 
@@ -26,7 +25,7 @@ void update_scale_(Tensor grad_scale, Tensor growth_tracker, Tensor hysteresis_t
   launch<update_scale_kernel>(1, 1, 0, device.stream(), state, options, found_inf.const_data_ptr<float>());
 }
 
+const NativeOp registered("update_scale_", Device::kCuda, update_scale_);
+
 }  // namespace
 }  // namespace mpk
-
-STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, CUDA, m) { m.impl("update_scale_", TORCH_BOX(&mpk::update_scale_)); }

@@ -179,15 +179,12 @@ def is_native(table: torch.Tensor) -> bool:
 @functools.cache
 def raise_native() -> Callable[..., None]:
     """Once the library is loaded; what a call looks up costs small layers as much as the op."""
-    amax_ = torch.ops.mpkernels_C.amax_.default
+    amax_ = native.ops.amax_
 
     def raise_(table: torch.Tensor, row: int, column: int, values: torch.Tensor, *, ignores_minus_inf: bool = False) -> None:
-        if type(values) is not torch.Tensor:
-            values = _plain(values)
-        try:
-            amax_(values, table, row * COLUMNS + column, ignores_minus_inf)
-        except NotImplementedError:  # a nested tensor, not a jagged one, which is of a class of its own
-            amax_(_plain(values), table, row * COLUMNS + column, ignores_minus_inf)
+        if type(values) is not torch.Tensor or values.is_nested or not values.is_contiguous():
+            values = _plain(values).contiguous()
+        amax_(values, table, row * COLUMNS + column, ignores_minus_inf)
 
     return raise_
 
@@ -244,7 +241,7 @@ def end_step_of(table: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor, to
     """(table, last, scale): move `table` to `last`, with the loss scale of the step, and begin anew."""
     if not is_native(table):
         return _end_step
-    end_step_ = torch.ops.mpkernels_C.end_step_.default
+    end_step_ = native.ops.end_step_
 
     def end_step(table: torch.Tensor, last: torch.Tensor, scale: torch.Tensor | None) -> None:
         end_step_(table, last, scale if scale is None or scale.is_cpu else scale.cpu(), SCALE, NOTHING)

@@ -2,8 +2,10 @@
 """Load the compiled library if there is one, else remember why not."""
 
 import functools
+import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,29 +15,43 @@ BUILD = "run pip install --no-build-isolation ."
 # Of the native ops, where the package is used in place: a library that was built from others is not used.
 SCHEMAS = Path(__file__).parents[2] / "csrc" / "ops.cpp"
 
+ops: Any = None  # the library's module once `why_not()` is None: a function for each op, its arguments by position
+
 
 @functools.cache
 def why_not() -> str | None:
     """None once the library is loaded, else one sentence."""
+    global ops
     if not LIBRARY.exists():
         return f"not built; {BUILD}"
     try:
-        torch.ops.load_library(str(LIBRARY))
-    except OSError as error:
+        loaded = load(LIBRARY)
+    except ImportError as error:
         return f"{LIBRARY.name} does not load: {error}"
-    differs = _first_difference() if SCHEMAS.exists() else None
-    return differs and f"{LIBRARY.name} was built from other sources: its {differs} is not that of {SCHEMAS.name}; {BUILD}"
-
-
-def _first_difference() -> str | None:
-    """The name of the first of the sources' ops that the library does not have, or not with these arguments."""
-    for schema in re.findall(r'm\.def\("(.+?)"\)', SCHEMAS.read_text()):
-        expected = torch._C.parse_schema(f"mpkernels_C::{schema}")
-        name = expected.name.removeprefix("mpkernels_C::")
-        op = getattr(torch.ops.mpkernels_C, name, None)
-        if op is None or str(op.default._schema) != str(expected):
-            return name
+    differs = _first_difference(loaded) if SCHEMAS.exists() else None
+    if differs is not None:
+        return f"{LIBRARY.name} was built from other sources: its {differs} is not that of {SCHEMAS.name}; {BUILD}"
+    ops = loaded
     return None
+
+
+def load(library: Path) -> Any:
+    """Its module. Raises ImportError."""
+    spec = importlib.util.spec_from_file_location(library.name.split(".")[0], library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def schemas() -> dict[str, str]:
+    """The native ops of the sources, by name."""
+    return {s.split("(")[0]: s for s in re.findall(r'^    "(.+)",$', SCHEMAS.read_text(), flags=re.MULTILINE)}
+
+
+def _first_difference(loaded: Any) -> str | None:
+    """The name of the first of the sources' ops that the library does not have, or not with these arguments."""
+    has = getattr(loaded, "schemas", ())
+    return next((name for name, schema in schemas().items() if schema not in has), None)
 
 
 @functools.cache
@@ -48,10 +64,9 @@ def cuda_why_not(device: torch.device) -> str | None:
         return f"needs an NVIDIA GPU, this torch is built for ROCm {torch.version.hip}"
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
-    try:
-        runtime, driver = torch.ops.mpkernels_C.cuda_versions()
-    except NotImplementedError:
+    if not hasattr(ops, "cuda_versions"):
         return f"{LIBRARY.name} was built without nvcc"
+    runtime, driver = ops.cuda_versions()
     reason = _too_old(runtime, driver, torch.cuda.get_device_capability(device))
     return _load_kernels(device) if reason is None else reason
 
@@ -59,7 +74,7 @@ def cuda_why_not(device: torch.device) -> str | None:
 def _load_kernels(device: torch.device) -> str | None:
     """Load every kernel of the library on `device`, since a first launch may be inside a capture, which cannot load one."""
     try:
-        torch.ops.mpkernels_C.load_kernels(torch.cuda.current_device() if device.index is None else device.index)
+        ops.load_kernels(torch.cuda.current_device() if device.index is None else device.index)
     except RuntimeError as error:
         return f"its kernels do not load: {error}"
     return None

@@ -100,7 +100,7 @@ def fprop(ops, p: Problem, memory: Memory, config: tuple[int, int, int], splits:
     out, mask = memory.output(M, N, dtype), memory.output(M, -(-N // 32), torch.int32)
     splits, epilogue = min(splits, -(-K // BLOCK_K)), (p.bias, relu)
     if splits == 1:
-        ops.linear_act_fprop(p.x, p.weight, *epilogue, out, mask if relu else None, *config)
+        ops.linear_act_fprop(p.x, p.weight, *epilogue, out, mask if relu else None, *config, 1)
     else:
         parts = workspace(memory, splits, M, N)
         ops.linear_act_fprop(p.x, p.weight, None, False, parts.flatten(0, 1), None, *config, splits)
@@ -117,7 +117,7 @@ def dgrad(ops, p: Problem, memory: Memory, config: tuple[int, int, int], splits:
     out, sums = memory.output(M, K, dtype), memory.output(-(-M // SUM_ROWS), K, torch.float32)
     splits = 1 if selects else min(splits, -(-p.grad_z.shape[1] // BLOCK_K))
     if splits == 1:
-        ops.linear_act_dgrad(p.grad_z, p.weight, p.mask if selects else None, out, sums if selects else None, *config)
+        ops.linear_act_dgrad(p.grad_z, p.weight, p.mask if selects else None, out, sums if selects else None, *config, 1)
     else:
         parts = workspace(memory, splits, M, K)
         ops.linear_act_dgrad(p.grad_z, p.weight, None, parts.flatten(0, 1), None, *config, splits)
@@ -197,7 +197,7 @@ def main(arguments: list[str]) -> int:
         print(f"sweep: native {reason}")
         return 1
     blocks = torch.cuda.get_device_properties(device).multi_processor_count
-    wrong = sweep(torch.ops.mpkernels_C, device, options.sizes, blocks=blocks)
+    wrong = sweep(native.ops, device, options.sizes, blocks=blocks)
     print("\n".join(wrong[:50]))
     if options.rows:
         with options.rows.open("a") as file:

@@ -2,8 +2,8 @@
 """The CUDA kernels, compiled by the C++ compiler against tests/emulator, as operators on CPU tensors.
 
 `library()` builds build/host/<name>/<name>.so where a source is newer: mpkernels_host has the step's kernels,
-mpkernels_hopper those of sm_90a and the tests' own. `HostOps` replaces `torch.ops.mpkernels_C`: it tells the emulator
-which memory the call may touch, and runs the kernels that are registered for CUDA.
+mpkernels_hopper those of sm_90a and the tests' own. `HostOps` replaces `native.ops`: it tells the emulator which memory the
+call may touch, and runs the kernels that are registered for CUDA.
 """
 
 import ctypes
@@ -13,18 +13,20 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.utils import cpp_extension
 
+from mpkernels.runtime import native
 from tests.paths import ROOT
 from tests.steps import leaves
 
 BUILD = ROOT / "build/host"
 OPS = ("adamw_", "grad_stats_", "lion_", "sgd_", "update_scale_")
-EMULATOR = tuple(f"tests/emulator/{name}" for name in ("fibers.cpp", "sm90.cpp", "on_device.cpp"))
+EMULATOR = ("csrc/common/python.cpp", *(f"tests/emulator/{name}" for name in ("fibers.cpp", "sm90.cpp", "on_device.cpp")))
 FOLDERS = ("grad_stats", "optimizer_update", "update_scale")
 STEP = ("csrc/ops.cpp", *(f"csrc/{folder}/cuda.cu" for folder in FOLDERS), "tests/emulator/wrong_kernels.cu")
 HOPPER = (
@@ -45,6 +47,8 @@ TABLES = {
 }  # how many lists a call begins with, and which is grads
 ITEMSIZES = {5: 2, 6: 4, 7: 8, 15: 2}  # by c10::ScalarType
 
+native.why_not()  # which sets `native.ops`, before a test replaces it
+
 
 class Counts(ctypes.Structure):
     """What kernels did: launches; by csrc/common/vector.cuh accesses of memory and bytes; by TMA bytes. Attributes set."""
@@ -62,7 +66,7 @@ def why_not() -> str | None:
 
 @functools.cache
 def library(name: str = "mpkernels_host") -> ctypes.CDLL:
-    """The library, built and loaded; its operators are those of torch.ops.<name>."""
+    """The library, built and loaded."""
     build = BUILD / name
     build.mkdir(parents=True, exist_ok=True)
     path = build / f"{name}.so"
@@ -72,17 +76,24 @@ def library(name: str = "mpkernels_host") -> ctypes.CDLL:
         built = subprocess.run([sys.executable, "-m", "ninja", "-C", str(build)], capture_output=True, text=True)
         if built.returncode:
             raise RuntimeError(built.stdout)
-    torch.ops.load_library(str(path))
     loaded = ctypes.CDLL(str(path))
     loaded.host_run_kernel.restype = ctypes.c_char_p
     return loaded
 
 
+@functools.cache
+def module(name: str):
+    """The native ops of the library."""
+    library(name)
+    return native.load(BUILD / name / f"{name}.so")
+
+
 def _ninja(name: str, path: Path) -> str:
     includes = [ROOT / "tests/emulator", ROOT / "csrc"]
-    includes = " ".join(f"-I{i}" for i in includes) + "".join(f" -isystem {i}" for i in cpp_extension.include_paths())
+    system = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
+    includes = " ".join(f"-I{i}" for i in includes) + "".join(f" -isystem {i}" for i in system)
     libraries = f"-L{cpp_extension.TORCH_LIB_PATH} -Wl,--no-as-needed -ltorch_cpu -ltorch -lc10"
-    defines = f"-Dmpkernels_C={name} -DTORCH_TARGET_VERSION=0x020b000000000000"  # a schema may not be registered twice
+    defines = f"-DTORCH_EXTENSION_NAME={name} -DMPK_EMULATOR -DTORCH_TARGET_VERSION=0x020b000000000000"
     lines = [
         "rule compile",
         f"  command = g++ {FLAGS} {defines} {includes} -MMD -MF $out.d -x c++ -c $in -o $out",
@@ -129,7 +140,7 @@ def take_counts(name: str = "mpkernels_host") -> Counts:
 
 @dataclass
 class HostOps:
-    """The operators of mpkernels_C, by a library of the emulator. host_tensors: those of a call that are not on the device.
+    """The native ops, by a library of the emulator. host_tensors: those of a call that are not on the device.
 
     Of the others a call may write those that its schema says, and read the rest.
     """
@@ -138,10 +149,8 @@ class HostOps:
     library: str = "mpkernels_host"
 
     def __getattr__(self, name: str):
-        library(self.library)
-        op = getattr(getattr(torch.ops, self.library), name).default
-        cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-        is_written = [a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments]
+        op, schema = getattr(module(self.library), name), torch._C.parse_schema(native.schemas()[name])
+        is_written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
 
         def call(*args):
             lists, grads = TABLES.get(name, (0, 0))
@@ -149,6 +158,6 @@ class HostOps:
             for arg, written in list(zip(args, is_written))[lists:]:  # the last arguments may have defaults
                 tensors[written] += [t for t in leaves([arg]) if not any(t is h for h in self.host_tensors)]
             set_memory(tensors[True], tensors[False], self.library, memory_of(args[:lists], grads))
-            return op.redispatch(cuda, *args)
+            return op(*args)
 
         return call

@@ -9,9 +9,9 @@
 
 namespace mpk {
 
-OnDevice::OnDevice(const torch::stable::Tensor&) {}
+OnDevice::OnDevice(const Tensor&) {}
 
-bool is_on_device(const torch::stable::Tensor& tensor) { return host::is_known(tensor.const_data_ptr()); }
+bool is_on_device(const Tensor& tensor) { return host::is_known(tensor.const_data_ptr()); }
 
 }  // namespace mpk
 

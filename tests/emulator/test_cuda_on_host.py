@@ -48,7 +48,7 @@ PYTHON_ONLY = ("opcheck", "raises", "bumps_versions", "an_error", "1000_steps")
 def host(monkeypatch, request):
     """The native ops run the CUDA kernels, in an order of threads and blocks that is the test's own."""
     host_kernels.library().host_seed(zlib.crc32(request.node.name.encode()))
-    monkeypatch.setattr(torch.ops, "mpkernels_C", HostOps())
+    monkeypatch.setattr(native, "ops", HostOps())
     monkeypatch.setattr(steps, "problem", lambda: PROBLEM)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, ",".join(f"{op}=native" for op in host_kernels.OPS))
 
@@ -134,7 +134,7 @@ def check_as_on_cpu(kind, args, host_ops=None):
     for _ in range(2):
         native_of(UPDATES[kind])(**expected)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.ops, "mpkernels_C", host_ops or HostOps())
+        patch.setattr(native, "ops", host_ops or HostOps())
         for _ in range(2):
             native_of(UPDATES[kind])(**args)
     assert raw(written(args)) == raw(written(expected))
@@ -254,11 +254,11 @@ def test_cuda_capture_refuses_lr_on_the_cpu(kind, generator, monkeypatch):
     before, step = raw(written(args)), native_of(UPDATES[kind])
     host_kernels.library().host_set_capturing(True)
     try:
-        monkeypatch.setattr(torch.ops, "mpkernels_C", HostOps(host_tensors=(args["lr"],)))
+        monkeypatch.setattr(native, "ops", HostOps(host_tensors=(args["lr"],)))
         with pytest.raises(RuntimeError, match=f"{kind}_: lr is on the CPU and would be frozen in the CUDA graph"):
             step(**args)
         assert raw(written(args)) == before
-        monkeypatch.setattr(torch.ops, "mpkernels_C", HostOps())
+        monkeypatch.setattr(native, "ops", HostOps())
         step(**args)
         assert raw(written(args)) != before
     finally:

@@ -50,7 +50,7 @@ def a_gpu(monkeypatch):
     ops = SimpleNamespace(cuda_versions=lambda: (13000, 13000), load_kernels=devices.append)
     monkeypatch.setattr(native, "why_not", lambda: None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.ops, "mpkernels_C", ops, raising=False)
+    monkeypatch.setattr(native, "ops", ops)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     native.cuda_why_not.cache_clear()

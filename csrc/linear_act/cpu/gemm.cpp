@@ -7,7 +7,6 @@
 //   dispatch.h      the micro-kernels of an ISA             epilogue.h   accumulators to the output
 //   microkernels.h  register tiles, packing, dot-products   vnni.h       the bf16 dot-product and when it is safe
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -17,6 +16,7 @@
 #include <vector>
 
 #include "../../common/check.h"
+#include "../../common/native_op.h"
 #include "activation_backward.h"
 #include "dispatch.h"
 #include "epilogue.h"
@@ -193,11 +193,11 @@ void linear_act_gradients(Tensor grad_out, std::optional<Tensor> saved, int64_t 
   }
 }
 
+const NativeOp registered[] = {
+    {"linear_act_multiply", Device::kCpu, linear_act_multiply},
+    {"linear_act_products_stay_normal", Device::kCpu, linear_act_products_stay_normal},
+    {"linear_act_gradients", Device::kCpu, linear_act_gradients},
+};
+
 }  // namespace
 }  // namespace mpk
-
-STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, CPU, m) {
-  m.impl("linear_act_multiply", TORCH_BOX(&mpk::linear_act_multiply));
-  m.impl("linear_act_products_stay_normal", TORCH_BOX(&mpk::linear_act_products_stay_normal));
-  m.impl("linear_act_gradients", TORCH_BOX(&mpk::linear_act_gradients));
-}

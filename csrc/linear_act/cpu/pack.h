@@ -4,8 +4,6 @@
 
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <memory>
 #include <utility>

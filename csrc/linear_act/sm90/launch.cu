@@ -2,10 +2,9 @@
 // The operators of linear_act on Hopper: arguments checked, tensor maps encoded, the GEMM in its three roles and the passes
 // around it launched. Sizes are positive.
 
-#include <torch/csrc/stable/library.h>
-
 #include "common/check.h"
 #include "common/clusters.h"
+#include "common/native_op.h"
 #include "common/stream.h"
 #include "kernel.cuh"
 #include "select.cuh"
@@ -20,7 +19,7 @@ void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t 
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name, " must be ", rows, " x ",
                   columns);
   STD_TORCH_CHECK(rows > 0 && columns > 0 && rows <= kMaxSize && columns <= kMaxSize, name, " is empty or too large");
-  const int64_t bytes = static_cast<int64_t>(tensor.element_size());
+  const int64_t bytes = size_of(tensor.scalar_type());
   const bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 && tensor.stride(0) * bytes % 16 == 0;
   STD_TORCH_CHECK(tensor.stride(1) == 1 && (tensor.stride(0) >= columns || rows == 1) && aligned, name,
                   " must have contiguous rows at multiples of 16 bytes");
@@ -283,13 +282,13 @@ void sum_parts(Tensor parts, Tensor out, std::optional<Tensor> bias, bool relu, 
   launch_sum<double>(parts, out, epilogue, device.stream());
 }
 
+const NativeOp registered[] = {
+    {"linear_act_fprop", Device::kCuda, fprop},
+    {"linear_act_dgrad", Device::kCuda, dgrad},
+    {"linear_act_wgrad", Device::kCuda, wgrad},
+    {"linear_act_select", Device::kCuda, select},
+    {"linear_act_sum", Device::kCuda, sum_parts},
+};
+
 }  // namespace
 }  // namespace mpk
-
-STABLE_TORCH_LIBRARY_IMPL(mpkernels_C, CUDA, m) {
-  m.impl("linear_act_fprop", TORCH_BOX(&mpk::fprop));
-  m.impl("linear_act_dgrad", TORCH_BOX(&mpk::dgrad));
-  m.impl("linear_act_wgrad", TORCH_BOX(&mpk::wgrad));
-  m.impl("linear_act_select", TORCH_BOX(&mpk::select));
-  m.impl("linear_act_sum", TORCH_BOX(&mpk::sum_parts));
-}

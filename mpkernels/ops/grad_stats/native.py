@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """grad_stats_ in C++: amax, count of non-finite, found_inf and norm, every gradient read once."""
 
-import torch
-
 from mpkernels.ops.common.layout import Tensors, described, is_dense, why_not_native
 from mpkernels.ops.grad_stats import StatsCall
+from mpkernels.runtime import native
 from mpkernels.runtime.resolve import Key
 
 
@@ -16,4 +15,4 @@ def grad_stats_(call: StatsCall) -> None:
     grads = described(call.grads)
     if not grads.contiguous:
         grads = Tensors(grad if is_dense(grad) else grad.contiguous() for grad in grads)
-    torch.ops.mpkernels_C.grad_stats_(grads.table, *call[1:])
+    native.ops.grad_stats_(grads.table, *call[1:])

@@ -64,13 +64,11 @@ def _multiply(
         bias = bias.contiguous()
     if _is_for_onednn(a, b, compute_dtype, out_dtype) and activation <= Activation.RELU and not batch_invariant:
         wide = bias if bias is None or bias.dtype == torch.float32 else cast(bias, torch.float32)
-        if torch.ops.mpkernels_C.linear_act_products_stay_normal.default(a, b, wide):
+        if native.ops.linear_act_products_stay_normal(a, b, wide):
             return onednn.multiply(a, b, wide, activation)
     out = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
     a, b = _readable(a, compute_dtype), _readable(b, compute_dtype)
-    torch.ops.mpkernels_C.linear_act_multiply.default(
-        a, b, bias, compute_dtype, activation, batch_invariant, out, preactivation, *scales
-    )
+    native.ops.linear_act_multiply(a, b, bias, compute_dtype, activation, batch_invariant, out, preactivation, *scales)
     return out
 
 
@@ -111,7 +109,7 @@ def _gradients(call: BackwardCall, grad_x_dtype: torch.dtype):
     grad_bias = grad.new_empty(N, dtype=call.grad_bias_dtype) if wants_bias else None
     x = _readable(passes.rows(call.x), compute_dtype) if wants_weight else None
     weight = _readable(operand, compute_dtype)
-    torch.ops.mpkernels_C.linear_act_gradients.default(
+    native.ops.linear_act_gradients(
         grad, saved, call.activation, x, weight, compute_dtype, grad_z, grad_x, grad_weight, grad_bias, adds
     )
     if later:

@@ -69,11 +69,11 @@ def linear_act(call: ForwardCall):
         rows = INVARIANT_M if call.batch_invariant else M
         config, splits = choose(rows, N, K, _num_sms(x.device), may_split=not call.batch_invariant)
         if splits == 1:
-            torch.ops.mpkernels_C.linear_act_fprop(a, b, call.bias, relu, out, mask, *config)
+            native.ops.linear_act_fprop(a, b, call.bias, relu, out, mask, *config, 1)
         else:
             parts = _empty_parts(a, splits, M, N)
-            torch.ops.mpkernels_C.linear_act_fprop(a, b, None, False, parts.view(-1, N), None, *config, splits)
-            torch.ops.mpkernels_C.linear_act_sum(parts[:, :M], out, call.bias, relu, mask)
+            native.ops.linear_act_fprop(a, b, None, False, parts.view(-1, N), None, *config, splits)
+            native.ops.linear_act_sum(parts[:, :M], out, call.bias, relu, mask)
     return out if is_matrix else out.view(*x.shape[:-1], N), mask, x_compute
 
 
@@ -190,7 +190,7 @@ def _select(grad_out, mask, compute_dtype, wants_grad_z, grad_bias_dtype):
     grad_z = grad_out.new_empty((M, N), dtype=compute_dtype) if wants_grad_z and not is_grad_z else None
     sums = None if grad_bias_dtype is None else grad_out.new_empty((-(-M // SELECT_ROWS), N), dtype=torch.float32)
     if grad_out.numel() and (grad_z is not None or sums is not None):
-        torch.ops.mpkernels_C.linear_act_select(grad_out, mask, grad_z, sums)
+        native.ops.linear_act_select(grad_out, mask, grad_z, sums)
     grad_bias = None if sums is None else _sum(sums, grad_bias_dtype)
     return grad_out if is_grad_z else grad_z, grad_bias
 
@@ -200,7 +200,7 @@ def _sum(parts, dtype, added_to=None):
     if parts.numel() == 0:
         return parts.new_zeros(parts.shape[1:], dtype=dtype)
     out = parts.new_empty(parts.shape[1:], dtype=dtype) if added_to is None else added_to
-    torch.ops.mpkernels_C.linear_act_sum(parts, out, None, False, None, added_to is not None)
+    native.ops.linear_act_sum(parts, out, None, False, None, added_to is not None)
     return out
 
 
@@ -215,10 +215,10 @@ def _dgrad(grad_z, weight, prev_mask, dtype, grad_prev_bias_dtype):
     config, splits = choose(M, K, N, _num_sms(grad_z.device), may_split=not has_epilogue)
     if splits > 1:
         parts = _empty_parts(grad_z, splits, M, K)
-        torch.ops.mpkernels_C.linear_act_dgrad(grad_z, weight, None, parts.view(-1, K), None, *config, splits)
+        native.ops.linear_act_dgrad(grad_z, weight, None, parts.view(-1, K), None, *config, splits)
         return _sum(parts[:, :M], dtype), None
     grad_x = grad_z.new_empty((M, K), dtype=_stored(dtype, grad_z.dtype))
-    torch.ops.mpkernels_C.linear_act_dgrad(grad_z, weight, prev_mask, grad_x, sums, *config)
+    native.ops.linear_act_dgrad(grad_z, weight, prev_mask, grad_x, sums, *config, 1)
     return cast(grad_x, dtype), None if sums is None else _sum(sums, grad_prev_bias_dtype)
 
 
@@ -230,13 +230,13 @@ def _wgrad(grad_z, x, dtype, added_to=None):
     config, splits = choose(N, K, M, _num_sms(grad_z.device))
     if splits > 1:
         parts = _empty_parts(grad_z, splits, N, K)
-        torch.ops.mpkernels_C.linear_act_wgrad(grad_z, x, parts.view(-1, K), splits, *config)
+        native.ops.linear_act_wgrad(grad_z, x, parts.view(-1, K), splits, *config)
         return _sum(parts[:, :N], dtype, added_to)
     if added_to is not None and added_to.data_ptr() % 16 == 0:
-        torch.ops.mpkernels_C.linear_act_wgrad(grad_z, x, added_to, 1, *config, True)
+        native.ops.linear_act_wgrad(grad_z, x, added_to, 1, *config, True)
         return added_to
     grad_weight = grad_z.new_empty((N, K), dtype=_stored(dtype, grad_z.dtype))
-    torch.ops.mpkernels_C.linear_act_wgrad(grad_z, x, grad_weight, 1, *config)
+    native.ops.linear_act_wgrad(grad_z, x, grad_weight, 1, *config)
     return cast(grad_weight, dtype)
 
 

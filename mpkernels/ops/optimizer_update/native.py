@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The update of every rule in C++, one pass over all tensors: csrc/optimizer_update."""
 
-import torch
-
 from mpkernels.ops.common.layout import SameLayout, described, why_not_native
+from mpkernels.runtime import native
 from mpkernels.runtime.resolve import Key
 
 
@@ -13,6 +12,6 @@ def why_not(key: Key) -> str | None:
 
 def update(call) -> None:
     layout = SameLayout(call.masters, call.grads, *call.states, call.copies)
-    op = getattr(torch.ops.mpkernels_C, call.rule.name)
+    op = getattr(native.ops, call.rule.name)
     if op(*layout.tables, described(call.steps).table, call.masters[0], *call.numbers):
         layout.write_back()  # always on a GPU, which does not tell; a skipped step has left the copies as they were

@@ -16,5 +16,5 @@ def quantize(call: QuantizeCall):
     q, scale = empty(call)
     if not q.numel():
         return q, scale.fill_(1)
-    torch.ops.mpkernels_C.quantize(call.x.contiguous(), *call.matrix, FORMATS[call.dtype].mantissa, q.view(torch.uint8), scale)
+    native.ops.quantize(call.x.contiguous(), *call.matrix, FORMATS[call.dtype].mantissa, q.view(torch.uint8), scale)
     return q, scale

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """update_scale_ in C++: scale * backoff at an overflow, * growth after growth_interval good steps."""
 
-import torch
-
 from mpkernels.ops.common.layout import why_not_native
 from mpkernels.ops.update_scale import ScaleCall
+from mpkernels.runtime import native
 from mpkernels.runtime.resolve import Key
 
 
@@ -13,4 +12,4 @@ def why_not(key: Key) -> str | None:
 
 
 def update_scale_(call: ScaleCall) -> None:
-    torch.ops.mpkernels_C.update_scale_(*call)
+    native.ops.update_scale_(*call)

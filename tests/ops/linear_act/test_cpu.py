@@ -44,7 +44,7 @@ def multiply(
 ):  # fmt: skip
     out = torch.full((a.shape[0], b.shape[0]), torch.nan).to(out_dtype)
     args = (a, b, bias, compute, activation, batch_invariant, out, saved, *scales, isa)
-    torch.ops.mpkernels_C.linear_act_multiply(*args)
+    native.ops.linear_act_multiply(*args)
     return out
 
 

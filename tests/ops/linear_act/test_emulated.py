@@ -89,7 +89,7 @@ def check_fprop(shape, config, dtype, out_dtype, bias_dtype, relu, generator):
     bias = None if bias_dtype is None else torch.randn(2 * N, generator=generator).to(bias_dtype)[::2]
     mask = Poisoned(M, -(-N // 32), torch.float32) if relu else None
     words = mask.view.view(torch.int32) if relu else None
-    ops().linear_act_fprop(x, weight, bias, relu, out.view, words, *config)
+    ops().linear_act_fprop(x, weight, bias, relu, out.view, words, *config, 1)
     out.check_only_view_is_written()
     bounds.check_forward(out.view, x, weight, bias, int(relu), dtype, random_sign=True)
     if relu:
@@ -122,7 +122,7 @@ def test_fprop_nan_and_inf(dtype, generator):
     weight[:, 0] = 1.0
     out, mask = torch.empty(8, 40, dtype=dtype), torch.empty(8, 2, dtype=torch.int32)
     for bias in (None, torch.full((40,), -0.0)):
-        ops().linear_act_fprop(x, weight, bias, True, out, mask, 128, 1, 1)
+        ops().linear_act_fprop(x, weight, bias, True, out, mask, 128, 1, 1, 1)
         expected = torch.tensor([math.nan, math.inf, 0.0, 0.0, 0.0, 1.0, 0.0, 2.0])[:, None].expand(8, 40)
         assert torch.equal(out.float().nan_to_num(nan=-7.0), expected.nan_to_num(nan=-7.0))
         assert positive_bits(mask, 40).equal(torch.tensor([1, 1, 0, 0, 0, 1, 0, 1]).bool()[:, None].expand(8, 40))
@@ -133,7 +133,7 @@ def test_fprop_nan_and_inf(dtype, generator):
 
 def run_dgrad(grad_z, weight, mask, out_dtype, sums, config):
     out = Poisoned(grad_z.shape[0], weight.shape[1], out_dtype)
-    ops().linear_act_dgrad(grad_z, weight, mask, out.view, sums, *config)
+    ops().linear_act_dgrad(grad_z, weight, mask, out.view, sums, *config, 1)
     out.check_only_view_is_written()
     return out.view
 
@@ -254,7 +254,7 @@ def test_tensor_maps_are_cached_by_address_and_shape(generator):
     for shape, stride, dtype in views + views[::-1]:
         x = memory.view(dtype).as_strided(shape, stride)
         w, y = weight.view(dtype)[: 16 * shape[1]].view(16, -1), out.view(dtype)[: 16 * shape[0]].view(-1, 16)
-        ops().linear_act_fprop(x, w, None, False, y.fill_(math.nan), None, 128, 1, 1)
+        ops().linear_act_fprop(x, w, None, False, y.fill_(math.nan), None, 128, 1, 1, 1)
         bounds.check_forward(y, x, w, None, 0, dtype, random_sign=dtype == F16)
 
 
@@ -269,7 +269,7 @@ def every_role(config, generator, repeat):
 
     def fprop():
         out, mask = torch.empty(M, N, dtype=F16), torch.empty(M, -(-N // 32), dtype=torch.int32)
-        ops().linear_act_fprop(x, weight, None, True, out, mask, *config)
+        ops().linear_act_fprop(x, weight, None, True, out, mask, *config, 1)
         return [out, mask]
 
     def dgrad():
@@ -319,9 +319,9 @@ def test_bytes_moved(config, generator):
 def test_shared_memory_is_asked_for_once(generator):
     """Not at every call: a driver call each."""
     x, weight, out = (torch.randn(8, 8, generator=generator).half() for _ in range(3))
-    ops().linear_act_fprop(x, weight, None, False, out, None, 128, 1, 1)
+    ops().linear_act_fprop(x, weight, None, False, out, None, 128, 1, 1, 1)
     host_kernels.take_counts(LIBRARY)
-    ops().linear_act_fprop(x, weight, None, False, out, None, 128, 1, 1)
+    ops().linear_act_fprop(x, weight, None, False, out, None, 128, 1, 1, 1)
     counts = host_kernels.take_counts(LIBRARY)
     assert (counts.launches, counts.attributes) == (1, 0)
 

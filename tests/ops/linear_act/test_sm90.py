@@ -14,6 +14,7 @@ import torch
 from mpkernels.ops.linear_act import Activation, checks, sm90
 from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
 from mpkernels.ops.linear_act.epilogues import empty_mask
+from mpkernels.runtime import native
 from tests import bounds, linear_act_cases
 from tests.emulator import host_kernels
 from tests.linear_act_cases import DTYPES, LAYOUTS, Case, bits_of, data, same_bits
@@ -34,7 +35,7 @@ def device(request, monkeypatch) -> torch.device:
         if reason is not None:
             pytest.skip(reason)
         host_kernels.library(LIBRARY).host_seed(zlib.crc32(request.node.name.encode()))
-        monkeypatch.setattr(torch.ops, "mpkernels_C", host_kernels.HostOps(library=LIBRARY))
+        monkeypatch.setattr(native, "ops", host_kernels.HostOps(library=LIBRARY))
         monkeypatch.setattr(sm90, "_num_sms", lambda device: 4)
     return torch.device(request.param)
 
@@ -64,7 +65,7 @@ def fprop(x, weight, bias, relu, out_dtype, config):
     """(out, mask)."""
     M, N = x.shape[0], weight.shape[0]
     out, mask = x.new_full((M, N), torch.nan, dtype=out_dtype), empty_mask(x, M, N) if relu else None
-    torch.ops.mpkernels_C.linear_act_fprop(x, weight, bias, relu, out, mask, *config)
+    native.ops.linear_act_fprop(x, weight, bias, relu, out, mask, *config, 1)
     return out, mask
 
 
@@ -324,8 +325,8 @@ def test_hopper_split_sums_have_the_epilogue(monkeypatch, generator, device):
 def test_hopper_batch_invariant_has_one_config(columns, monkeypatch):
     """One config whatever the number of rows, and no sum in parts: fprop has none."""
     configs = []
-    ops = SimpleNamespace(linear_act_fprop=lambda x, weight, bias, relu, out, mask, *config: configs.append(config))
-    monkeypatch.setattr(torch.ops, "mpkernels_C", ops)
+    ops = SimpleNamespace(linear_act_fprop=lambda x, weight, bias, relu, out, mask, *config: configs.append(config[:-1]))
+    monkeypatch.setattr(native, "ops", ops)
     monkeypatch.setattr(sm90, "_num_sms", lambda device: 132)
     weight = torch.zeros(columns, 8, dtype=f16)
     for rows in (1, 2, 127, 128, 129, 1024, 4096):
