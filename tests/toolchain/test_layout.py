@@ -262,12 +262,6 @@ def test_layout_schemas_have_no_text(name):
     assert not [a.name for a in schema.arguments if "str" in str(a.type)]
 
 
-def test_layout_native_schemas_have_no_text():
-    schemas = re.findall(r'm\.def\("(.*)"\)', (ROOT / "csrc" / "ops.cpp").read_text())
-    assert schemas
-    assert not [schema for schema in schemas if re.search(r"\bstr\b", schema)]
-
-
 @pytest.mark.parametrize("name", sorted(resolve.ops))
 def test_layout_ops_that_write_say_so(name):
     """Names of ops that write end with `_`; they return nothing, the others write nothing."""
