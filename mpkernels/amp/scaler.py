@@ -12,7 +12,7 @@ from mpkernels.amp import overflow_report, values
 from mpkernels.amp.scale_state import ScaleState
 from mpkernels.ops import update_scale
 from mpkernels.optim.grad_reading import scalar
-from mpkernels.optim.optimizer import Optimizer
+from mpkernels.optim.optimizer import Optimizer, not_compiled
 from mpkernels.runtime.op import move_versions
 
 _FUSED = "_step_supports_amp_scaling"  # torch's sign of an optimizer that takes the scale as an attribute
@@ -58,9 +58,13 @@ class GradScaler(ScaleState):
         """
         if not self._enabled:
             return outputs
-        values.refuse_float16(outputs, self._init_scale)
         if isinstance(outputs, torch.Tensor):
-            return super().scale(outputs)
+            if outputs.dtype == torch.float16:
+                values.refuse_float16(outputs, self._init_scale)
+            if self._scale is None:
+                self._lazy_init_scale_growth_tracker(outputs.device)
+            return outputs * scalar(self._scale, outputs.device)
+        values.refuse_float16(outputs, self._init_scale)
         if isinstance(outputs, abc.Iterable):
             scaled = map(self.scale, outputs)
             return type(outputs)(scaled) if isinstance(outputs, list | tuple) else scaled
@@ -82,7 +86,7 @@ class GradScaler(ScaleState):
         state = self._per_optimizer_states.get(id(optimizer)) if self._enabled else None
         return OptState.READY if state is None else state["stage"]
 
-    @torch._disable_dynamo
+    @not_compiled
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the scale; those of our optimizers become fp32 where they have 16 bits."""
         stage = self._stage(optimizer)
@@ -95,7 +99,7 @@ class GradScaler(ScaleState):
             raise RuntimeError("unscale_() is being called after step(): call it between backward and step()")
         super().unscale_(optimizer)
 
-    @torch._disable_dynamo
+    @not_compiled
     def clip_grad_norm_(self, optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
         """Clip the global norm of the unscaled gradients to `max_norm`; returns the norm, on the device.
 
@@ -127,7 +131,7 @@ class GradScaler(ScaleState):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         return torch.nn.utils.clip_grad_norm_(params, max_norm)
 
-    @torch._disable_dynamo
+    @not_compiled
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Step the optimizer unless a gradient is inf or NaN, before or after unscaling; decided on the device.
 
@@ -140,7 +144,8 @@ class GradScaler(ScaleState):
         if not self._enabled:
             return super().step(optimizer, *args, **kwargs)
         ours = isinstance(optimizer, Optimizer)
-        if any(argument is not None if ours else callable(argument) for argument in (*args, *kwargs.values())):
+        arguments = (*args, *kwargs.values())
+        if arguments and any(argument is not None if ours else callable(argument) for argument in arguments):
             raise RuntimeError(
                 "Closure use is not currently supported if GradScaler is enabled: call scaler.scale(loss).backward() and then "
                 "scaler.step(optimizer) without a closure; an optimizer that needs one (LBFGS) works in float32 or bfloat16, "
@@ -193,7 +198,7 @@ class GradScaler(ScaleState):
             vars(optimizer).update(before)
             raise
 
-    @torch._disable_dynamo
+    @not_compiled
     def update(self, new_scale: float | torch.Tensor | None = None) -> None:
         """Grow, keep or back off the scale, on the device; count skipped steps. A step without any gradient changes nothing.
 
@@ -202,8 +207,11 @@ class GradScaler(ScaleState):
         if not self._enabled:
             return
         scale, growth_tracker = self._check_scale_growth_tracker("update")
-        states, updated = self._per_optimizer_states.values(), [scale, growth_tracker, self._hysteresis_tracker]
-        if new_scale is None and not any(state["stage"] is not OptState.READY for state in states):
+        found, is_stepped, updated = [], False, [scale, growth_tracker, self._hysteresis_tracker]
+        for state in self._per_optimizer_states.values():
+            is_stepped |= state["stage"] is not OptState.READY
+            found += state["found_inf_per_device"].values()
+        if new_scale is None and not is_stepped:
             raise AssertionError(
                 "No inf checks were recorded prior to update: call step() of an optimizer first, and update() once after it"
             )
@@ -213,7 +221,6 @@ class GradScaler(ScaleState):
         if new_scale is not None:
             super().update(new_scale)
             updated = [tensor.clone() for tensor in updated]  # copies of no effect: the op is to count
-        found = [found for state in states for found in state["found_inf_per_device"].values()]
         if found:
             updated.append(self._skipped)
             update_scale.op.run_checked(update_scale.ScaleCall(
@@ -246,5 +253,6 @@ class GradScaler(ScaleState):
 
 def _any(found: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     """Whether one of these flags, of whatever devices, is set."""
-    found = [scalar(flag, device) for flag in found]
-    return found[0] if len(found) == 1 else torch.stack(found).amax()
+    if len(found) == 1:
+        return scalar(found[0], device)
+    return torch.stack([scalar(flag, device) for flag in found]).amax()

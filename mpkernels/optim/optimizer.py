@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base of the optimizers: what a new one declares, and a step that is one read of the gradients and one pass."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, overload
 
 import torch
+from torch.autograd import profiler
+from torch.optim import optimizer as torchs
 
 from mpkernels.optim import distributed, hyperparameters
 from mpkernels.optim.format_checks import check_gradient, check_not_shared, check_parameter, name_of, names_of
@@ -19,6 +22,57 @@ Params = Iterable[torch.Tensor | tuple[str, torch.Tensor] | dict[str, Any]]  # o
 Scalar = torch.Tensor | None
 
 _SWITCHES = {name: hyperparameters.flag(name) for name in ("write_grads", "skip_nonfinite")}
+
+
+# What torch.compile compiles frames by; None: nothing is compiled.
+_frame_compiler = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
+
+
+def not_compiled(function):
+    """`torch.compiler.disable`, which costs as much as all checks of a small step, where something is compiled, else nothing.
+
+    It also imports dynamo when this file is imported; torch's own optimizers take `_disable_dynamo`, which does not.
+    """
+    disabled = torch._disable_dynamo(function)
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return (function if _frame_compiler() is None else disabled)(*args, **kwargs)
+
+    wrapper._torchdynamo_disable = True
+    return wrapper
+
+
+def _without_grad(function):
+    """`torch.no_grad()` of a function, which is nine calls of Python."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(before)
+
+    return wrapper
+
+
+def _hooked(step):
+    """What torch wraps steps in, hooks and a range of profilers, where there are any.
+
+    A range takes as long as a step of small tensors, whether a profiler is on or not.
+    """
+    wrapped = torch.optim.Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def wrapper(self, *args, **kwargs):
+        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or torchs._global_optimizer_pre_hooks
+        others = len(torchs._global_optimizer_post_hooks) > 1  # one is of step_plan, which is for other optimizers
+        is_watched = hooks or others or profiler._is_profiler_enabled
+        return (wrapped if is_watched else step)(self, *args, **kwargs)
+
+    return wrapper
 
 
 class Optimizer(StatefulOptimizer):
@@ -85,9 +139,9 @@ class Optimizer(StatefulOptimizer):
     def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
     # NOTE: under torch.compile the step is a graph break: it is one or two kernels already, and dynamo would trace our
-    # bookkeeping in nine graphs. torch.compiler.disable does the same, but imports dynamo when this file is imported.
-    @torch._disable_dynamo
-    @torch.no_grad()
+    # bookkeeping in nine graphs.
+    @not_compiled
+    @_without_grad
     def step(self, closure=None):
         """Take a step, or skip it on the device where a scaler or `skip_nonfinite` asks for it. Returns the closure's loss.
 
@@ -129,8 +183,21 @@ class Optimizer(StatefulOptimizer):
             unscaling.write()
         self._plans.release_grads()
         if on_taken is not None:
+            for name in ("grad_scale", "found_inf"):  # what the user has set was for this step
+                vars(self).pop(name, None)
             on_taken(self._reader.found_inf_by_device())
         return loss
+
+    profile_hook_step = staticmethod(_hooked)  # torch calls it of each class
+
+    @not_compiled
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's, without its range of profilers where none is on."""
+        if not set_to_none or profiler._is_profiler_enabled:
+            return super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def _read_for_step(
         self, plan: StepPlan, grad_scale: Scalar, found_inf: Scalar, *, are_ours: bool
@@ -146,7 +213,7 @@ class Optimizer(StatefulOptimizer):
             found_inf = self._reader.found_inf()
         norm, result = None if max_norm is None else self._reader.norm, []
         for lists in plan.updates:
-            scaling = [scalar(value, lists.device) for value in (grad_scale, found_inf, norm)]
+            scaling = [value if value is None else scalar(value, lists.device) for value in (grad_scale, found_inf, norm)]
             call = self._op.call(*lists.arguments, *scaling, max_norm)
             if is_foreign or lists.has_lr_tensor:
                 self._op.check(call)
@@ -217,13 +284,7 @@ class Optimizer(StatefulOptimizer):
         on_taken: called with found_inf by device when the update is under way: a hook that raises then does not undo it.
         """
         read = self._reader.stats
-
-        def taken(found: dict) -> None:
-            for name in ("grad_scale", "found_inf"):  # what the user has set was for this step
-                vars(self).pop(name, None)
-            on_taken(found)
-
-        self._scaling = self._times_preset(grad_scale), found_inf, taken
+        self._scaling = self._times_preset(grad_scale), found_inf, on_taken
         try:
             return self.step()
         finally:

@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import mpkernels as mpk
 from mpkernels.runtime.op import Op
@@ -28,3 +29,39 @@ def test_step_goes_through_few_files(make, max_norm):
         optimizer.zero_grad()
     assert len({file for file, _ in calls}) <= MOST_FILES, calls
     assert [call.args[0].name for call in chosen.call_args_list] == ["grad_stats_", optimizer._op.name]
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_profiler_sees_the_ranges_of_torchs_optimizers(set_to_none):
+    def step():
+        parameter.grad = torch.ones(3)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none)
+
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = mpk.optim.AdamW([parameter])
+    step()
+    with torch.profiler.profile() as profile:
+        step()
+    ranges = {event.name for event in profile.events() if event.is_user_annotation}
+    assert {"Optimizer.step#AdamW.step", "Optimizer.zero_grad#AdamW.zero_grad"} <= ranges
+    assert parameter.grad is None if set_to_none else not parameter.grad.any()
+
+
+@pytest.mark.parametrize("register", [
+    lambda optimizer, hook: optimizer.register_step_pre_hook(hook),
+    lambda optimizer, hook: optimizer.register_step_post_hook(hook),
+    lambda _, hook: register_optimizer_step_pre_hook(hook),
+    lambda _, hook: register_optimizer_step_post_hook(hook),
+])  # fmt: skip
+def test_hooks_of_steps_run_once(register):
+    parameter, ran = nn.Parameter(torch.zeros(3)), []
+    optimizer = mpk.optim.AdamW([parameter])
+    handle = register(optimizer, lambda stepped, args, kwargs: ran.append(stepped))
+    try:
+        for t in range(3):  # before there is a plan, and with one
+            parameter.grad = torch.ones(3)
+            optimizer.step()
+            assert ran == [optimizer] * (t + 1)
+    finally:
+        handle.remove()
