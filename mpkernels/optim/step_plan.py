@@ -6,8 +6,8 @@ A plan is made for one `Signature`: it matches that of a step or not, it `is_cur
 """
 
 import weakref
-from itertools import chain, compress, starmap, zip_longest
-from operator import attrgetter, is_, itemgetter
+from itertools import chain, compress, repeat, starmap, zip_longest
+from operator import attrgetter, is_, is_not, itemgetter
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -26,7 +26,7 @@ _hook = None  # of torch, while there is a plan or was one
 _NEVER_SEEN = object()
 MAX_PLANS = 8  # of steps that find other parameters with a gradient, as experts and dropped layers alternate
 
-_version = attrgetter("_version")
+_version, _grad, _is_placed = attrgetter("_version"), attrgetter("grad"), attrgetter("grads.placed")
 _params_of = itemgetter("params")
 
 
@@ -82,8 +82,8 @@ class Signature:
 
     def __init__(self, param_groups: list[dict], partition: list[int]):
         self.params = list(chain.from_iterable(map(_params_of, param_groups)))
-        self.grads = [p.grad for p in self.params]
-        self.present = [grad is not None for grad in self.grads]
+        self.grads = list(map(_grad, self.params))
+        self.present = list(map(is_not, self.grads, repeat(None)))
         self.all_present = all(self.present)
         self.sizes = list(map(len, map(_params_of, param_groups)))
         self.partition = partition
@@ -91,14 +91,11 @@ class Signature:
     def redistribute_grads(self) -> None:
         """Lay the gradients of DTensors out as the parameters lie: a collective where they do not."""
         distributed.redistribute_grads(self.params)
-        self.grads = [p.grad for p in self.params]
+        self.grads = list(map(_grad, self.params))
 
     def matches(self, other: "Signature") -> bool:
         same = self.present == other.present and self.sizes == other.sizes and self.partition == other.partition
-        return same and self.has_params_of(other)
-
-    def has_params_of(self, other: "Signature") -> bool:
-        return len(self.params) == len(other.params) and all(map(is_, self.params, other.params))
+        return same and all(map(is_, self.params, other.params))
 
     def with_gradient(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         if self.all_present:
@@ -139,6 +136,7 @@ class StepPlan:
         self._owners = [(itemgetter(name), lists.entries) for lists in self.updates for name in ("step", *lists.moments)]
         self._owners.append((itemgetter("master"), [self.entries[i] for i in self.has_master]))
         self._state_tensors = list(self._find_state_tensors())
+        self._placed = [*self.local_params, *self._state_tensors]
         self._is_fake = any_fake(self.local_params)
         self._addresses = self._find_addresses()
         self._copied_addresses = [self._addresses[i] for i in self._copied]
@@ -170,13 +168,22 @@ class StepPlan:
     # ----- whether it is still what it was ---------------------------------------------------
 
     def is_current(self, state: dict, values: GroupValues) -> bool:
-        """Whether these parameters and what is in their state are, but for values, what they were when the plan was made."""
-        return (
-            self._copies_generation == compute_copy.generation
-            and values.moments == self.moments
-            and self._has_entries_of(state)
-            and self._has_same_tensors()
-        )
+        """Whether these parameters and what is in their state are, but for values, what they were when the plan was made.
+
+        NOTE: users replace what is in the state, as offloading to the host and back does.
+        """
+        if self._copies_generation != compute_copy.generation or values.moments != self.moments:
+            return False
+        params = list(map(self.local, self.params)) if self.dtensors else self.local_params
+        try:
+            return (
+                self._has_entries_of(state)
+                and self._params_match(*params)
+                and all(map(is_, self._find_state_tensors(), self._state_tensors))
+                and self._find_addresses() == self._addresses
+            )
+        except (KeyError, TypeError, RuntimeError):  # an entry is gone, is no tensor, or has no address
+            return False
 
     def _has_entries_of(self, state: dict) -> bool:
         keys, entries = self._state
@@ -185,18 +192,6 @@ class StepPlan:
         self._state = list(state), list(state.values())
         return all(state.get(p) is entry for p, entry in zip(self.params, self.entries, strict=True))
 
-    def _has_same_tensors(self) -> bool:
-        """NOTE: users replace what is in the state, as offloading to the host and back does."""
-        params = list(map(self.local, self.params)) if self.dtensors else self.local_params
-        try:
-            return (
-                self._params_match(*params)
-                and all(map(is_, self._find_state_tensors(), self._state_tensors))
-                and self._find_addresses() == self._addresses
-            )
-        except (KeyError, TypeError, RuntimeError):  # an entry is gone, is no tensor, or has no address
-            return False
-
     def _find_state_tensors(self) -> chain:
         return chain.from_iterable(starmap(map, self._owners))
 
@@ -204,8 +199,7 @@ class StepPlan:
         """NOTE: of DTensors it asks anew for what this rank holds."""
         if self.dtensors:
             return addresses(map(distributed.local, chain(self.params, self._state_tensors)))
-        tensors = chain(self.local_params, self._state_tensors)
-        return addresses(tensors) if self._is_fake else list(map(torch.Tensor.data_ptr, tensors))
+        return addresses(self._placed) if self._is_fake else list(map(torch.Tensor.data_ptr, self._placed))
 
     def take_options(self, values: GroupValues, param_groups: list[dict], options_of, all_moments: tuple[str, ...]) -> None:
         """Put the hyperparameters into the arguments of the updates, where they are not those already."""
@@ -237,7 +231,7 @@ class StepPlan:
 
     def grads_of_params(self) -> list[torch.Tensor]:
         """As the parameters have them, DTensors too."""
-        return [p.grad for p in self.params]
+        return list(map(_grad, self.params))
 
     def release_grads(self) -> None:
         """Or those of this step would live on while the next backward allocates its own."""
@@ -246,7 +240,7 @@ class StepPlan:
 
     def has_memory(self) -> bool:
         """Whether no gradient lies at address 0, as what was freed does; what has no elements does too."""
-        return all(lists.grads.placed for lists in self.updates)
+        return all(map(_is_placed, self.updates))
 
     # ----- what was written by others --------------------------------------------------------
 
@@ -257,7 +251,7 @@ class StepPlan:
             for i in self._externally_written(versions):
                 master_weights.take_over(self.masters[i], self.local_params[i])
             self.versions = versions
-        for copy, stamp in zip(self.compute_copies, self._find_copy_stamps(), strict=True):
+        for copy, stamp in self._find_copy_stamps():
             if copy.stamp != stamp:
                 copy.write(cast(copy.weight, copy.tensor.dtype))
 
@@ -265,7 +259,7 @@ class StepPlan:
         """To be called after the update."""
         if self.has_master:
             self.versions = self._find_versions()
-        for copy, stamp in zip(self.compute_copies, self._find_copy_stamps(), strict=True):
+        for copy, stamp in self._find_copy_stamps():
             copy.stamp = stamp
 
     def _find_versions(self) -> list:
@@ -274,8 +268,8 @@ class StepPlan:
         return list(zip(versions, map(_version, self.params), strict=True)) if self.dtensors else versions
 
     def _find_copy_stamps(self) -> zip:
-        """`compute_copy.stamp` of the weights, whose addresses are known here."""
-        return zip(map(_version, self._copied_params), self._copied_addresses, strict=True)
+        """Each compute copy with `compute_copy.stamp` of its weight, whose address is known here."""
+        return zip(self.compute_copies, zip(map(_version, self._copied_params), self._copied_addresses))
 
     def _externally_written(self, versions: list) -> list[int]:
         """Places of parameters with a master that may have been written since our last write."""
@@ -333,8 +327,9 @@ class PlanCache:
 
     def add(self, plan: StepPlan) -> None:
         self.save_stamps()
-        kept = (p for p in self.plans if not p.signature.matches(plan.signature) and p.signature.has_params_of(plan.signature))
-        self.plans = [plan, *kept][:MAX_PLANS]
+        params = list(map(id, plan.signature.params))
+        others = (p for p in self.plans if not p.signature.matches(plan.signature))
+        self.plans = [plan, *(p for p in others if list(map(id, p.signature.params)) == params)][:MAX_PLANS]
         known = {id(p) for some in self.plans for p in some.params}
         self.stamps = {key: stamp for key, stamp in self.stamps.items() if key in known}
 

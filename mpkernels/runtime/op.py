@@ -91,7 +91,10 @@ class Op:
 
     def run_checked(self, call):
         """`run` of tensors that have passed `check` before; only their values are new. Versions are the caller's to move."""
-        return self.execute(call, self.resolve(call)) if is_direct(call) else self.dispatch(call)
+        if not is_direct(call):
+            return self.dispatch(call)
+        kernel = self.resolve(call)
+        return self.execute(call, kernel) if torch._C._is_any_autocast_enabled() else kernel.function(call)
 
     def dispatch(self, call):
         """The op on a call, by the dispatcher."""
@@ -245,7 +248,7 @@ def are_plain(values) -> bool:
         if kind in PLAIN:
             if value.is_neg():
                 return False
-        elif kind not in _NO_TENSORS and isinstance(value, torch.Tensor):
+        elif kind not in _NO_TENSORS and not isinstance(value, list) and isinstance(value, torch.Tensor):
             return False
     return True
 

@@ -12,7 +12,7 @@ from mpkernels.runtime import native
 from mpkernels.runtime.fake import addresses, any_fake
 
 _SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}  # of c10
-_dtype_of = attrgetter("dtype")
+_dtype_of, _is_contiguous = attrgetter("dtype"), attrgetter("contiguous")
 
 
 def why_not_native(device: torch.device) -> str | None:
@@ -97,7 +97,7 @@ class Tensors(list):
     def replace(self, tensors: list[torch.Tensor]) -> None:
         """Hold these, which the caller has found to have the `same_formats`."""
         self[:] = tensors
-        now = addresses(self) if self.table is None else list(map(torch.Tensor.data_ptr, self))
+        now = addresses(self) if self.table is None else list(map(torch.Tensor.data_ptr, tensors))
         if now != self.addresses:
             self._locate(now)
 
@@ -116,9 +116,9 @@ class SameLayout:
     """
 
     def __init__(self, masters: list[torch.Tensor], grads: list[torch.Tensor], *written: list[torch.Tensor]):
-        self.lists = [described(tensors) for tensors in (masters, grads, *written)]
+        self.lists = [t if type(t) is Tensors else Tensors(t) for t in (masters, grads, *written)]
         self._copied = []
-        if not all(tensors.contiguous for tensors in self.lists):
+        if not all(map(_is_contiguous, self.lists)):
             lists = [list(tensors) for tensors in self.lists]
             with torch.no_grad():
                 for i, master in enumerate(masters):

@@ -11,7 +11,7 @@ def why_not(key: Key) -> str | None:
 
 
 def update(call) -> None:
-    layout = SameLayout(call.masters, call.grads, *call.states, call.copies)
+    layout = SameLayout(*call.lists)
     op = getattr(native.ops, call.rule.name)
     if op(*layout.tables, described(call.steps).table, call.masters[0], *call.numbers):
         layout.write_back()  # always on a GPU, which does not tell; a skipped step has left the copies as they were

@@ -25,7 +25,7 @@ def why_not(key: Key) -> str | None:
 
 def update(call) -> None:
     name, device = call.rule.name, call.masters[0].device
-    layout = SameLayout(call.masters, call.grads, *call.states, call.copies)
+    layout = SameLayout(*call.lists)
     masters, grads, *states, copies = layout.lists
     counts = table.numbers(map(torch.Tensor.data_ptr, call.steps), device)
     arguments = table.lr_arguments(name, call.lr, device) | rule_arguments(call) | dict(

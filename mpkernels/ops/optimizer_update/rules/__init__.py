@@ -84,6 +84,11 @@ class _UpdateCall:
         return self[2 : 2 + len(self.rule.states)]
 
     @property
+    def lists(self) -> tuple[list[torch.Tensor], ...]:
+        """Those of one layout: masters, grads, states, copies."""
+        return self[: 3 + len(self.rule.states)]
+
+    @property
     def numbers(self) -> tuple:
         """The arguments behind the lists."""
         return self[4 + len(self.rule.states) :]
