@@ -26,6 +26,11 @@ class GradStats:
     grad_norm: torch.Tensor | None
     grad_scale: torch.Tensor | None  # a copy: update() changes the scaler's
 
+    @property
+    def is_reusable(self) -> bool:
+        """Not on a GPU, where a captured graph owns what it writes; not what a mode has made."""
+        return self.amax.is_cpu and type(self.amax) is torch.Tensor and not self.amax.is_inference()
+
 
 @dataclass(frozen=True)
 class LastRead:
@@ -59,12 +64,17 @@ class GradReader:
     def found_inf_by_device(self) -> dict[torch.device, torch.Tensor]:
         return {device: stats.found_inf for device, stats in self.stats.items()}
 
-    def read(self, plan: StepPlan, grad_scale: torch.Tensor | None, *, norm: bool) -> None:
-        """Read all gradients once: the statistics of each, found_inf and (norm) their norm, over all devices and ranks."""
+    def read(self, plan: StepPlan, grad_scale: torch.Tensor | None, *, norm: bool, spare: dict | None = None) -> None:
+        """Read all gradients once: the statistics of each, found_inf and (norm) their norm, over all devices and ranks.
+
+        spare: `stats` of a read that nothing is told of any more.
+        """
         if plan.ranks.many:
             self._read_on_ranks(plan, grad_scale, norm)
         else:
-            self.stats = {r.device: read_list(r.device, r.params, r.grads, grad_scale, norm) for r in plan.readings}
+            self.stats, spare = {}, spare or {}
+            for r in plan.readings:
+                self.stats[r.device] = read_list(r.device, r.params, r.grads, grad_scale, norm, spare.get(r.device))
             if len(self.stats) > 1:
                 combine_devices(list(self.stats.values()))
         if norm and self.stats:
@@ -97,12 +107,12 @@ class GradReader:
 
         What the pending clip read holds for the step, but on many ranks: only a collective knows of another rank's writes.
         """
-        clip = self.clip_in_force(plan)
+        clip = None if self._clip is None else self.clip_in_force(plan)
         max_norm = max_norm if clip is None else clip.max_norm
         if clip is None or not self.stats or plan.ranks.many:
-            self.stats = {}
+            spare, self.stats = self.stats if check else None, {}  # no check: of unscaled gradients the report tells the former
             if check or max_norm is not None:
-                self.read(plan, grad_scale, norm=max_norm is not None)
+                self.read(plan, grad_scale, norm=max_norm is not None, spare=spare)
         return max_norm
 
     # ----- the pending clip ---------------------------------------------------------------------
@@ -185,18 +195,22 @@ def _version_and_place(grad: torch.Tensor) -> tuple:
 
 
 def read_list(
-    device, params: list[torch.Tensor], grads: list[torch.Tensor], grad_scale: torch.Tensor | None, norm: bool
-) -> GradStats:
-    """One read of `grads`, the (local) gradients of `params`; without any, statistics of nothing."""
-    scale = scalar(grad_scale, device)
+    device: torch.device, params: list[torch.Tensor], grads: list[torch.Tensor], grad_scale: torch.Tensor | None, norm: bool,
+    spare: GradStats | None = None,
+) -> GradStats:  # fmt: skip
+    """One read of `grads`, the (local) gradients of `params`; without any, statistics of nothing.
+
+    spare: statistics whose tensors may be written again, but for what a scaler and users are given, found_inf and the norm.
+    """
     make = torch.empty if params else torch.zeros  # the op writes all of them
+    is_spare = spare is not None and spare.params is params and spare.is_reusable
     stats = GradStats(
         params=params,
         found_inf=make((), dtype=torch.float32, device=device),
-        amax=make(len(params), dtype=torch.float64, device=device),
-        nonfinite=make(len(params), dtype=torch.int64, device=device),
+        amax=spare.amax if is_spare else make(len(params), dtype=torch.float64, device=device),
+        nonfinite=spare.nonfinite if is_spare else make(len(params), dtype=torch.int64, device=device),
         grad_norm=make((), dtype=torch.float64, device=device) if norm else None,
-        grad_scale=None if scale is None else scale.clone(),
+        grad_scale=None if grad_scale is None else scalar(grad_scale, device).clone(),
     )
     if params:
         given = (grads, stats.grad_scale, stats.found_inf, stats.amax, stats.nonfinite, stats.grad_norm)
