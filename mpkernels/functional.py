@@ -18,7 +18,7 @@ from mpkernels.ops.linear_act.epilogues import Activation, ActivationName, activ
 from mpkernels.ops.quantize import QuantizeCall, check_format
 from mpkernels.ops.quantize import op as _quantize
 from mpkernels.policy import Policy, PolicyName
-from mpkernels.runtime.op import is_dtensor
+from mpkernels.runtime.op import PLAIN, is_dtensor
 
 
 def linear_act(
@@ -101,17 +101,14 @@ def forward(
     weight_copy: the weight in the compute dtype, or None. prev, next: the links between layers of one
     MPSequential. out_dtype: the output's; None: as the policy says.
     """
-    is_fused = isinstance(prev, FusedBackwardLink) and prev.activation_grad_fused  # then no other call may take its place
-    if has_torch_function_variadic(x, weight, bias) and not is_fused and _is_overridden(x, weight, bias):
-        name = name_of(activation)
-        if policy is not None:
-            policy = str(dataclasses.replace(policy, output_dtype=out_dtype or policy.output_dtype))
-        copy = {} if weight_copy is None else {"weight_copy": weight_copy}
-        return handle_torch_function(linear_act, (x, weight, bias), x, weight, bias, name, policy, **copy)
-    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
+    if has_torch_function_variadic(x, weight, bias):
+        is_fused = isinstance(prev, FusedBackwardLink) and prev.activation_grad_fused  # then no other call may take its place
+        if not is_fused and _is_overridden(x, weight, bias):
+            return _overridden(x, weight, bias, weight_copy, activation, policy, out_dtype)
+    if not (type(x) in PLAIN and type(weight) in PLAIN and (bias is None or type(bias) in PLAIN)):
         refuse_what_is_no_tensor(x=x, weight=weight, bias=bias)
-    if x.is_nested and x.layout == torch.jagged:
-        return _over_values(x, lambda values: forward(values, weight, bias, weight_copy, activation, policy))
+        if x.is_nested and x.layout == torch.jagged:
+            return _over_values(x, lambda values: forward(values, weight, bias, weight_copy, activation, policy))
     if policy is None:
         compute_dtype = out_dtype = _common_dtype(x, weight, bias)
         grad_dtype, batch_invariant, accumulate_grad, saved_dtype = None, False, False, None
@@ -133,6 +130,14 @@ def forward(
         batch_invariant=batch_invariant, accumulate_grad=accumulate_grad, saved_dtype=saved_dtype, prev=prev,
         next=next,
     )  # fmt: skip
+
+
+def _overridden(x, weight, bias, weight_copy, activation: Activation, policy: Policy | None, out_dtype: torch.dtype | None):
+    """`linear_act` by the class or the mode that takes the call."""
+    if policy is not None:
+        policy = str(dataclasses.replace(policy, output_dtype=out_dtype or policy.output_dtype))
+    copy = {} if weight_copy is None else {"weight_copy": weight_copy}
+    return handle_torch_function(linear_act, (x, weight, bias), x, weight, bias, name_of(activation), policy, **copy)
 
 
 def _over_values(x, function):
@@ -159,7 +164,7 @@ _DISABLED = torch._C._disabled_torch_function_impl  # what Parameter has, and DT
 def _output_dtype(x, weight, policy: Policy) -> torch.dtype:
     if policy.param_dtype == policy.compute_dtype:
         return weight.dtype
-    return autocast_dtype(x.device) or x.dtype
+    return (torch._C._is_any_autocast_enabled() and autocast_dtype(x.device)) or x.dtype
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -118,12 +118,14 @@ class MPLinear(nn.Linear):
         """The layer's output; `input` as nn.Linear calls it. The others are MPSequential's: None means the layer's own."""
         if not isinstance(input, torch.Tensor):  # torch.fx traces all arguments, of which a graph of this layer alone has one
             return functional.forward(input, self.weight, self.bias, None, self._activation, self.policy)
-        observer = self._observer
+        observer, parameters = self._observer, self._parameters
         if observer is not None:
             input = observer.enter(self, input)
-        weight = self.weight  # once: a parametrization makes it anew at each look, and some count the looks
+        # Each once: a parametrization makes it anew at each look, and some count the looks. nn.Module.__getattr__ is in Python.
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        weight, bias = self.weight if weight is None else weight, self.bias if bias is None else bias
         copy, activation = self._weight_copy(weight), self._activation if activation is None else activation
-        out = functional.forward(input, weight, self.bias, copy, activation, self.policy, prev, next, out_dtype)
+        out = functional.forward(input, weight, bias, copy, activation, self.policy, prev, next, out_dtype)
         if observer is not None:
             observer.leave(self, out)
         return out
@@ -133,25 +135,23 @@ class MPLinear(nn.Linear):
 
         None is kept in eight bits: there are two of those, whose scales are known when all of the weight was read.
         """
-        policy = self.policy
-        if policy is None or policy.float8 or torch.compiler.is_compiling() or not isinstance(weight, torch.Tensor):
-            return None  # no Tensor: what torch.fx traces by
-        if torch._C._get_tracing_state() is not None:
-            return None  # torch.jit.trace would keep it as a constant
-        if weight.dtype == policy.compute_dtype:
+        cached, policy = self._cached, self.policy
+        if policy is None or (cached is None and not (self.training and torch.is_grad_enabled())):
             return None
-        if self._cached is not None:
-            if self._cached.weight is not weight or not self._cached.is_fresh():
-                self._cached = _cast(weight, policy.compute_dtype)
-            return self._cached.tensor
-        if torch.is_grad_enabled() and self.training and (type(weight) is nn.Parameter or compute_copy.is_plain(weight)):
-            copy = compute_copy.for_layer(self, weight, policy.compute_dtype)
-            if copy is None:
-                return None
-            if not copy.is_fresh():
-                copy.write(cast(weight.detach(), copy.tensor.dtype))
-            return copy.tensor
-        return None
+        if policy.float8 or torch.compiler.is_compiling() or not isinstance(weight, torch.Tensor):
+            return None  # no Tensor: what torch.fx traces by
+        if torch._C._get_tracing_state() is not None or weight.dtype == policy.compute_dtype:
+            return None  # torch.jit.trace would keep it as a constant
+        if cached is not None:
+            if cached.weight is not weight or not cached.is_fresh():
+                self._cached = cached = _cast(weight, policy.compute_dtype)
+            return cached.tensor
+        copy = compute_copy.for_layer(self, weight, policy.compute_dtype) if compute_copy.is_plain(weight) else None
+        if copy is None:
+            return None
+        if not copy.is_fresh():
+            copy.write(cast(weight.detach(), copy.tensor.dtype))
+        return copy.tensor
 
     def __prepare_scriptable__(self):
         raise RuntimeError("torch.jit.script cannot read MPLinear: mpk.revert(model) first, or use torch.jit.trace")
