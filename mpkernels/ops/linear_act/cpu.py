@@ -27,47 +27,51 @@ def linear_act(call: ForwardCall):
     if onednn.seen:  # backward may be eager's
         onednn.forget(call)
     x, (N, K), compute_dtype, activation = call.x, call.weight.shape, call.compute_dtype, call.activation
-    x_compute = saved = None
-    if x.dtype != compute_dtype:
-        x_compute = cast(x, compute_dtype) if x.dtype == torch.float64 else x.to(compute_dtype)  # round: x -> compute dtype
-    a = x if x_compute is None else x_compute
-    if x.dim() != 2:
+    a, x_compute, saved = x, None, None
+    if x.dtype is not compute_dtype:
+        # Tensor.type is Tensor.to with less to parse, which is as much as a small product
+        a = x_compute = cast(x, compute_dtype) if x.dtype is torch.float64 else x.type(compute_dtype)  # round: x -> compute
+    is_matrix = x.dim() == 2
+    if not is_matrix:
         a = a.reshape(x.shape[:-1].numel(), K)
     if call.save and activation > Activation.RELU:
-        saved = a.new_empty((a.shape[0], N), dtype=call.preactivation_dtype)
-    out = _multiply(
-        a, call.operand, compute_dtype, call.out_dtype,
-        bias=call.bias, activation=activation, preactivation=saved, batch_invariant=call.batch_invariant,
-        scales=(_each(call.x_scale, a.shape[0]), _each(call.weight_scale, N)) if call.is_scaled else (),
-    )  # fmt: skip
+        saved = a.new_empty(a.shape[0], N, dtype=call.preactivation_dtype)
+    scales = (_each(call.x_scale, a.shape[0]), _each(call.weight_scale, N)) if call.x_scale is not None else ()
+    weight = call.weight if call.weight_copy is None else call.weight_copy
+    out = _multiply(a, weight, compute_dtype, call.out_dtype, call.bias, activation, saved, call.batch_invariant, scales)
     if call.save and activation == Activation.RELU:
         saved = epilogues.pack_mask(out)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], N), saved, x_compute
+    return out if is_matrix else out.view(*x.shape[:-1], N), saved, x_compute
 
 
 def linear_act_backward(call: BackwardCall):
-    if torch.float64 in (call.grad_out.dtype, None if call.saved is None else call.saved.dtype):
+    saved = call.saved
+    if call.grad_out.dtype is torch.float64 or (saved is not None and saved.dtype is torch.float64):
         return passes.backward(_multiply, call)  # fp32 takes its smallest numbers for 0
     if not call.is_fused:
-        return *_gradients(call, call.grad_x_dtype), None
-    grad_x, grad_weight, grad_bias = _gradients(call, torch.float32)
+        return _gradients(call, call.grad_x_dtype)
+    grad_x, grad_weight, grad_bias, _ = _gradients(call, torch.float32)
     grad_z, grad_prev_bias = passes.prev_backward(call, passes.rows(grad_x))
     return cast(grad_z, call.grad_x_dtype).view(grad_x.shape), grad_weight, grad_bias, grad_prev_bias
 
 
 def _multiply(
-    a, b, compute_dtype, out_dtype, *, bias=None, activation=Activation.NONE, preactivation=None, batch_invariant=False,
-    scales=(), again=(False, False),
+    a, b, compute_dtype, out_dtype, bias=None, activation=Activation.NONE, preactivation=None, batch_invariant=False, scales=(),
+    again=(False, False),
 ):  # fmt: skip
     """round(act(a @ b.T + bias)) as passes.py has it."""
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
-    if _is_for_onednn(a, b, compute_dtype, out_dtype) and activation <= Activation.RELU and not batch_invariant:
+    may_be_onednn = out_dtype is torch.bfloat16 and activation <= Activation.RELU and not batch_invariant
+    if may_be_onednn and _is_for_onednn(a, b, compute_dtype):
         wide = bias if bias is None or bias.dtype == torch.float32 else cast(bias, torch.float32)
         if native.ops.linear_act_products_stay_normal(a, b, wide):
             return onednn.multiply(a, b, wide, activation)
-    out = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
-    a, b = _readable(a, compute_dtype), _readable(b, compute_dtype)
+    out = a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype)
+    if a.dtype is not compute_dtype or 1 not in a.stride():
+        a = _readable(a, compute_dtype)
+    if b.dtype is not compute_dtype or 1 not in b.stride():
+        b = _readable(b, compute_dtype)
     native.ops.linear_act_multiply(a, b, bias, compute_dtype, activation, batch_invariant, out, preactivation, *scales)
     return out
 
@@ -77,9 +81,9 @@ def _each(scale: torch.Tensor, rows: int) -> torch.Tensor:
     return (scale.reshape(rows) if scale.dim() else scale.expand(rows)).contiguous()
 
 
-def _is_for_onednn(a: torch.Tensor, b: torch.Tensor, compute_dtype: torch.dtype, out_dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies a @ b.T faster, their values aside."""
-    if not (compute_dtype is out_dtype is a.dtype is b.dtype is torch.bfloat16):
+def _is_for_onednn(a: torch.Tensor, b: torch.Tensor, compute_dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies a @ b.T into bf16 faster, their values aside."""
+    if not (compute_dtype is a.dtype is b.dtype is torch.bfloat16):
         return False
     (M, K), N = a.shape, b.shape[0]
     return (
@@ -92,30 +96,40 @@ def _is_for_onednn(a: torch.Tensor, b: torch.Tensor, compute_dtype: torch.dtype,
 
 
 def _gradients(call: BackwardCall, grad_x_dtype: torch.dtype):
-    """grad_x, grad_weight and grad_bias: one pass for grad_z and grad_bias, and the products."""
-    compute_dtype, (N, K) = call.compute_dtype, call.weight.shape
-    wants_x, wants_weight, wants_bias = call.output_mask
-    grad = passes.rows(call.grad_out)
-    grad = grad if grad.stride(1) == 1 else grad.contiguous()
-    saved = _saved(call, grad)
-    rounds = saved is not None or (grad.dtype != compute_dtype and grad.dtype != torch.float32)
-    grad_z = grad.new_empty(grad.shape, dtype=compute_dtype) if rounds and (wants_x or wants_weight) else None
-    z, operand = grad if grad_z is None else grad_z, call.operand
-    later = wants_x and compute_dtype is torch.bfloat16 and _is_for_onednn(z, operand.t(), compute_dtype, grad_x_dtype)
-    grad_x = grad.new_empty((grad.shape[0], K), dtype=grad_x_dtype) if wants_x and not later else None
-    grad_weight, adds = call.grad_weight_sum, call.grad_weight_sum is not None
-    if wants_weight and not adds:
-        grad_weight = grad.new_empty((N, K), dtype=call.grad_weight_dtype)
-    grad_bias = grad.new_empty(N, dtype=call.grad_bias_dtype) if wants_bias else None
-    x = _readable(passes.rows(call.x), compute_dtype) if wants_weight else None
-    weight = _readable(operand, compute_dtype)
+    """grad_x, grad_weight, grad_bias and None: one pass for grad_z and grad_bias, and the products."""
+    grad, x, weight, compute_dtype, activation = call.grad_out, call.x, call.weight, call.compute_dtype, call.activation
+    (N, K), (wants_x, wants_weight, wants_bias), adds = weight.shape, call.output_mask, call.grad_weight_sum is not None
+    weight = weight if call.weight_copy is None else call.weight_copy
+    is_matrix, saved, dtype = grad.dim() == 2, None, grad.dtype
+    if not is_matrix:
+        grad = passes.rows(grad)
+    if not (grad.is_contiguous() or grad.stride(1) == 1):
+        grad = grad.contiguous()
+    if activation != Activation.NONE:
+        saved = _saved(call, grad)
+    grad_z = grad_x = grad_weight = grad_bias = None
+    if (wants_x or wants_weight) and (saved is not None or (dtype is not compute_dtype and dtype is not torch.float32)):
+        grad_z = grad.new_empty(grad.shape, dtype=compute_dtype)
+    z = grad if grad_z is None else grad_z
+    weight = weight if weight.dtype is compute_dtype and weight.is_contiguous() else _readable(weight, compute_dtype)
+    later = wants_x and grad_x_dtype is torch.bfloat16 and _is_for_onednn(z, weight.t(), compute_dtype)
+    if wants_x and not later:
+        grad_x = grad.new_empty(grad.shape[0], K, dtype=grad_x_dtype)
+    if wants_weight:
+        x = x if is_matrix else passes.rows(x)
+        x = x if x.is_contiguous() else _readable(x, compute_dtype)
+        grad_weight = call.grad_weight_sum if adds else grad.new_empty(N, K, dtype=call.grad_weight_dtype)
+    if wants_bias:
+        grad_bias = grad.new_empty(N, dtype=call.grad_bias_dtype)
     native.ops.linear_act_gradients(
-        grad, saved, call.activation, x, weight, compute_dtype, grad_z, grad_x, grad_weight, grad_bias, adds
-    )
+        grad, saved, activation, x if wants_weight else None, weight, compute_dtype,
+        grad_z, grad_x, grad_weight, grad_bias, adds,
+    )  # fmt: skip
     if later:
-        grad_x = _multiply(z, operand.t(), compute_dtype, grad_x_dtype)
-    grad_x = None if grad_x is None else passes.as_grad_x(call, grad_x)
-    return grad_x, None if adds else grad_weight, grad_bias
+        grad_x = _multiply(z, weight.t(), compute_dtype, grad_x_dtype)
+    if grad_x is not None and not is_matrix:
+        grad_x = passes.as_grad_x(call, grad_x)
+    return grad_x, None if adds else grad_weight, grad_bias, None
 
 
 def _saved(call: BackwardCall, grad: torch.Tensor) -> torch.Tensor | None:
