@@ -207,9 +207,10 @@ class Op:
 
     @staticmethod
     def is_tracing() -> bool:
-        """Whether something else than eager execution goes on: a compiler, a mode, a transform."""
+        """Whether something else than eager execution goes on: a compiler, a mode, a transform, torch.jit.trace."""
         return bool(
             torch.compiler.is_compiling()
+            or torch._C._get_tracing_state() is not None
             or torch._C._len_torch_dispatch_stack()
             or torch._C._are_functorch_transforms_active()
             or (_VMAP_MODE is not None and torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE))

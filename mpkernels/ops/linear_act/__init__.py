@@ -74,7 +74,7 @@ from mpkernels.ops.linear_act import autograd
 from mpkernels.ops.linear_act.call import ForwardCall, FusedBackwardLink
 from mpkernels.ops.linear_act.epilogues import Activation, ActivationName, activation_of, name_of
 from mpkernels.ops.linear_act.schema import backward_op, forward_op, op_of
-from mpkernels.runtime.op import PLAIN, is_direct, is_dtensor, without_defaults
+from mpkernels.runtime.op import PLAIN, Op, is_direct, is_dtensor, without_defaults
 
 __all__ = [
     "Activation", "ActivationName", "FusedBackwardLink", "activation_of", "backward_op", "forward_op", "linear_act", "name_of",
@@ -97,24 +97,29 @@ def linear_act(
         from mpkernels.ops.linear_act import sharding
 
         sharding.check(weight, bias, activation, out_dtype)
-    call = ForwardCall(x, weight, bias, weight_copy, int(activation), compute_dtype, out_dtype, 0, batch_invariant, grad_dtype)
-    if saved_dtype is not None:
-        call = call._replace(saved_dtype=saved_dtype)
+    with_grad = torch.is_grad_enabled()
+    requires_grad = weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
+    has_node = (with_grad and (requires_grad or prev is not None)) or torch.autograd.forward_ad._current_level >= 0
+    call = ForwardCall(
+        x, weight, bias, weight_copy, int(activation), compute_dtype, out_dtype, 0, batch_invariant, grad_dtype,
+        saved_dtype=saved_dtype,
+    )  # fmt: skip
     if prev is not None and prev.activation_grad_fused:
         call = call._replace(prev_saved=prev.saved, prev_activation=int(prev.activation), prev_bias=prev.bias)
-    direct = is_direct(call)
-    if not direct and torch.compiler.is_compiling():
-        return _by_dispatcher(call, next, saves_mask(x.device, compute_dtype), torch.is_grad_enabled())
-    if direct and not call.is_valid():
-        forward_op.check(call)
+    direct, transforms = not Op.is_tracing() and call.is_valid(), False
+    if not direct:
+        if torch.compiler.is_compiling():
+            return _by_dispatcher(call, next, saves_mask(x.device, compute_dtype), with_grad)
+        if is_direct(call):
+            forward_op.check(call)
     kernel = forward_op.resolve(call)
-    if torch._C._get_tracing_state() is not None:  # of torch.jit.trace, whose check wants the same graph without gradients
-        return _by_dispatcher(call, None, kernel.saves_mask, True)
-    with_grad, transforms = torch.is_grad_enabled(), torch._C._are_functorch_transforms_active()
+    if not direct:
+        if torch._C._get_tracing_state() is not None:  # of torch.jit.trace, whose check wants the same graph without gradients
+            return _by_dispatcher(call, None, kernel.saves_mask, True)
+        transforms = torch._C._are_functorch_transforms_active()
     if with_grad and (activation > Activation.RELU or kernel.saves_mask or saved_dtype is not None):
         call = _saving(call, next, kernel.saves_mask)
-    requires_grad = weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
-    if transforms or (with_grad and (requires_grad or prev is not None)) or torch.autograd.forward_ad._current_level >= 0:
+    if has_node or transforms:
         apply = autograd.LinearAct.apply if transforms else autograd.apply_in_eager
         out, (saved, _) = apply(x, weight, bias, call.prev_bias, call, kernel if direct else None)
         if accumulate_grad and not transforms and out.requires_grad:

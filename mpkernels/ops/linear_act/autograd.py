@@ -12,7 +12,7 @@ from mpkernels.ops.linear_act import accumulate, eight_bits
 from mpkernels.ops.linear_act.call import BackwardCall, ForwardCall
 from mpkernels.ops.linear_act.epilogues import Activation
 from mpkernels.ops.linear_act.schema import backward_op, forward_op
-from mpkernels.runtime.op import move_versions
+from mpkernels.runtime.op import Op, move_versions
 from mpkernels.runtime.resolve import Kernel
 
 
@@ -45,12 +45,10 @@ apply_in_eager = super(torch.autograd.Function, LinearAct).apply
 
 def _keep(ctx, call: ForwardCall, wants_weight: bool, out, saved, x_compute) -> None:
     """What `_grads` needs of a call."""
-    x, weight, bias, prev_bias = call.x, call.weight, call.bias, call.prev_bias
-    activation = Activation.NONE if call.activation_grad_fused else call.activation
-    kept = None
-    if activation != Activation.NONE:
+    x, weight, bias, prev_bias, grad_dtype = call.x, call.weight, call.bias, call.prev_bias, call.grad_dtype
+    activation, kept, kept_x = 0 if call.activation_grad_fused else call.activation, None, None
+    if activation:
         kept = saved if call.save else out if activation == Activation.RELU else None
-    kept_x = None
     if wants_weight:
         kept_x = x if x.dtype == call.compute_dtype else x_compute
     scales = ()
@@ -62,12 +60,8 @@ def _keep(ctx, call: ForwardCall, wants_weight: bool, out, saved, x_compute) -> 
         scales = x_scale, scale
     ctx.save_for_backward(kept_x, weight, call.weight_copy, kept, call.prev_saved, *scales)
     ctx.set_materialize_grads(False)
-    ctx.activation, ctx.activation_grad_fused, ctx.prev_activation = (
-        activation,
-        call.activation_grad_fused,
-        call.prev_activation,
-    )
-    grad_dtype = call.grad_dtype
+    ctx.activation, ctx.prev_activation = activation, call.prev_activation
+    ctx.activation_grad_fused = call.activation_grad_fused
     ctx.dtypes = (
         call.compute_dtype, x.dtype, grad_dtype or weight.dtype, grad_dtype or (weight if bias is None else bias).dtype,
     )  # fmt: skip
@@ -89,25 +83,34 @@ def _grads(ctx, wanted, grad_out) -> tuple:
         x, saved = (eight_bits.decode(t, s, ctx.dtypes[0]) for t, s in zip((x, saved), scales, strict=True))
     output_mask = [wants_x, wants_weight, wants_bias]
     call = BackwardCall(grad_out, x, weight, weight_copy, saved, ctx.activation, *ctx.dtypes, output_mask)
-    if wants_x and (ctx.prev_activation != Activation.NONE or grad_prev_bias_dtype is not None):
+    if wants_x and (ctx.prev_activation or grad_prev_bias_dtype is not None):
         fused = {"prev_activation": ctx.prev_activation, "grad_prev_bias_dtype": grad_prev_bias_dtype}
         call = call._replace(prev_saved=prev_saved, **fused)
     if ctx.accumulate_grad and wants_weight:
         call = call._replace(grad_weight_sum=accumulate.weight_grad(ctx, call))
-    grad_x, grad_weight, grad_bias, grad_prev_bias = once_differentiable(run_backward, *call)
+    if torch.is_grad_enabled():
+        grad_x, grad_weight, grad_bias, grad_prev_bias = once_differentiable(_run_backward, *call)
+    else:
+        grad_x, grad_weight, grad_bias, grad_prev_bias = run_backward(call)
     grad_x, grad_weight = grad_x if wants_x else None, grad_weight if wants_weight else None
     if ctx.on_grads is not None:
         ctx.on_grads(grad_x, grad_weight)
     return grad_x, grad_weight, grad_bias if wants_bias else None, None if grad_prev_bias_dtype is None else grad_prev_bias
 
 
-def run_backward(*args):
-    """The results of `linear_act_backward` for the fields of a BackwardCall."""
-    call = BackwardCall(*args)
-    grads = backward_op.run(call)
+def run_backward(call: BackwardCall) -> tuple:
+    """The results of `linear_act_backward`."""
+    if not Op.is_tracing() and call.is_valid():
+        grads = backward_op.execute(call, backward_op.resolve(call))
+    else:
+        grads = backward_op.run(call)
     if call.grad_weight_sum is not None:
         move_versions([call.grad_weight_sum])
     return grads
+
+
+def _run_backward(*fields):
+    return run_backward(BackwardCall(*fields))
 
 
 def once_differentiable(backward, *args):

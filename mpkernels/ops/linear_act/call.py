@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The calls of linear_act and its backward: the arguments of the schemas by name, and what follows from them.
 
-`is_valid` is the fast-path predicate: all that every call pays for. Where it says no, mpkernels/ops/linear_act/checks.py
-builds the message.
+`is_valid` is the fast-path predicate: all that every call pays for. It says yes of plain tensors that fit; where it says no,
+mpkernels/ops/linear_act/checks.py builds the message, or the dispatcher has to see the call.
 """
 
 import math
@@ -13,6 +13,7 @@ import torch
 
 from mpkernels.ops.common.cast import DTYPES, FLOAT8_DTYPES
 from mpkernels.ops.linear_act.epilogues import Activation
+from mpkernels.runtime.op import PLAIN
 from mpkernels.runtime.tuned_table import GemmKey, gemm_key
 
 _DTYPES, _ACTIVATIONS, _STRIDED = frozenset(DTYPES), frozenset(map(int, Activation)), torch.strided
@@ -91,22 +92,20 @@ class ForwardCall(NamedTuple):
             return self._is_valid_scaled()
         x, weight, bias, copy, prev_bias = self.x, self.weight, self.bias, self.weight_copy, self.prev_bias
         device = x.device
-        if not _fit(device, x, weight, bias, copy, prev_bias):
+        if not _fit(device, x, weight, bias, copy, prev_bias) or weight.dim() != 2 or not x.dim():
             return False  # NOTE: a nested tensor has no shape
-        shape, weight_shape = x.shape, weight.shape
+        shape, (N, K) = x.shape, weight.shape
         return (
-            self.compute_dtype in _DTYPES
+            shape[-1] == K
+            and (bias is None or bias.shape == (N,))
+            and (copy is None or (copy.dtype is self.compute_dtype and copy.shape == (N, K)))
+            and self.compute_dtype in _DTYPES
             and self.out_dtype in _DTYPES
-            and len(weight_shape) == 2
-            and len(shape) > 0
-            and shape[-1] == weight_shape[1]
-            and (bias is None or bias.shape == weight_shape[:1])
-            and (copy is None or (copy.shape == weight_shape and copy.dtype == self.compute_dtype))
             and self.activation in _ACTIVATIONS
             and self.save in (0, 1)
             and (self.saved_dtype is None or self.saved_dtype in FLOAT8_DTYPES)
             and (not self.prev_activation or fits(self.prev_saved, self.prev_activation, shape, device))
-            and (prev_bias is None or prev_bias.shape == shape[-1:])
+            and (prev_bias is None or prev_bias.shape == (K,))
         )
 
     def _is_valid_scaled(self) -> bool:
@@ -181,19 +180,14 @@ class BackwardCall(NamedTuple):
     def is_valid(self) -> bool:
         grad_out, x, weight, copy = self.grad_out, self.x, self.weight, self.weight_copy
         device = grad_out.device
-        if not _fit(device, grad_out, x, weight, copy):
+        if not _fit(device, grad_out, x, weight, copy) or weight.dim() != 2 or not grad_out.dim():
             return False  # NOTE: a nested tensor has no shape
-        shape, weight_shape = grad_out.shape, weight.shape
+        shape, (N, K) = grad_out.shape, weight.shape
         return (
-            _DTYPES.issuperset((self.compute_dtype, self.grad_x_dtype, self.grad_weight_dtype, self.grad_bias_dtype))
-            and len(weight_shape) == 2
-            and len(shape) > 0
-            and shape[-1] == weight_shape[0]
-            and (copy is None or (copy.shape == weight_shape and copy.dtype == self.compute_dtype))
-            and (
-                not self.output_mask[1]
-                or (x is not None and x.dtype == self.compute_dtype and x.shape == (*shape[:-1], weight_shape[1]))
-            )
+            shape[-1] == N
+            and (copy is None or (copy.dtype is self.compute_dtype and copy.shape == (N, K)))
+            and (not self.output_mask[1] or (x is not None and x.dtype is self.compute_dtype and x.shape == (*shape[:-1], K)))
+            and _DTYPES.issuperset((self.compute_dtype, self.grad_x_dtype, self.grad_weight_dtype, self.grad_bias_dtype))
             and (not self.activation or fits(self.saved, self.activation, shape, device))
             and (not self.is_fused or self._may_be_fused())
         )
@@ -239,10 +233,15 @@ def fits(saved: torch.Tensor | None, activation: int, shape: tuple[int, ...], de
 
 
 def _fit(device: torch.device, *tensors: Any, dtypes: Collection[torch.dtype] = _DTYPES) -> bool:
-    """Whether they are dense, of one of `dtypes`, and on `device`."""
+    """Whether they are plain and dense, of one of `dtypes`, and on `device`."""
     for tensor in tensors:
         if tensor is not None and not (
-            tensor.dtype in dtypes and tensor.layout is _STRIDED and not tensor.is_nested and tensor.device == device
+            type(tensor) in PLAIN
+            and tensor.dtype in dtypes
+            and tensor.layout is _STRIDED
+            and tensor.device == device
+            and not tensor.is_nested
+            and not tensor.is_neg()
         ):
             return False
     return True

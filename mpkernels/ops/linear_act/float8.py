@@ -23,7 +23,7 @@ from mpkernels.ops.linear_act.checks import check_tensors
 from mpkernels.ops.linear_act.epilogues import Activation, activation_backward
 from mpkernels.ops.linear_act.schema import forward_op
 from mpkernels.ops.quantize import QuantizeCall
-from mpkernels.runtime.op import Op, is_direct, is_dtensor
+from mpkernels.runtime.op import is_direct, is_dtensor
 
 
 class Recipe(NamedTuple):
@@ -36,7 +36,7 @@ class Recipe(NamedTuple):
 
     def quantize(self, tensor: torch.Tensor, dtype: torch.dtype, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(q, scale) of an operand that is summed over `axis`."""
-        return _run(quantize.op, QuantizeCall(tensor, dtype, axis if self.by_row else None))
+        return quantize.op.run(QuantizeCall(tensor, dtype, axis if self.by_row else None))
 
 
 def linear_act(
@@ -61,10 +61,6 @@ def linear_act(
     return out
 
 
-def _run(op: Op, call):
-    return op.run(call) if torch._C._get_tracing_state() is None else op.dispatch(call)
-
-
 class _LinearAct(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -74,7 +70,7 @@ class _LinearAct(torch.autograd.Function):
         q_x, x_scale = recipe.quantize(x, recipe.dtype, -1)
         q_weight, weight_scale = recipe.quantize(weight, recipe.dtype, 1)
         call = ForwardCall(q_x, q_weight, bias, None, activation, recipe.dtype, out_dtype, save, batch_invariant)
-        out, saved, _ = _run(forward_op, call._replace(x_scale=x_scale, weight_scale=weight_scale))
+        out, saved, _ = forward_op.run(call._replace(x_scale=x_scale, weight_scale=weight_scale))
         return out, (q_x, x_scale, saved)
 
     @staticmethod
@@ -122,5 +118,5 @@ def _gradients(grad_out, q_x, x_scale, saved, weight, activation, recipe: Recipe
         )
         if sum_of is not None:
             call = call._replace(grad_weight_sum=sum_of(call))
-        _, grad_weight, grad_bias, _ = run_backward(*call)
+        _, grad_weight, grad_bias, _ = run_backward(call)
     return grad_x, grad_weight if wants_weight else None, grad_bias if wants_bias else None

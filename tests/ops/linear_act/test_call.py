@@ -43,3 +43,19 @@ def test_a_call_has_the_arguments_of_the_schema(op):
     assert fields[len(names) :] == (("grad_weight_sum",) if op is backward_op else ())
     defaults = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
     assert {name: op.call._field_defaults[name] for name in defaults} == defaults
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "weight_copy"])
+def test_a_call_that_the_dispatcher_has_to_see_takes_the_slow_path(name):
+    """A class of its own may change what an op does; of a lazily negated view a kernel would not see that it is one."""
+    x, weight, copy = torch.ones(6, 4), torch.ones(5, 4), torch.ones(5, 4)
+    good = ForwardCall(x, weight, torch.ones(5), copy, Activation.NONE, f32, f32, 0)
+    assert good.is_valid()
+    assert not good._replace(**{name: getattr(good, name).as_subclass(Own)}).is_valid()
+    negated = torch.complex(getattr(good, name), getattr(good, name)).conj().imag
+    assert negated.is_neg()
+    assert not good._replace(**{name: negated}).is_valid()
+
+
+class Own(torch.Tensor):
+    pass
