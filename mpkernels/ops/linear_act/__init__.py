@@ -102,12 +102,13 @@ def linear_act(
     has_node = (with_grad and (requires_grad or prev is not None)) or torch.autograd.forward_ad._current_level >= 0
     call = ForwardCall(
         x, weight, bias, weight_copy, int(activation), compute_dtype, out_dtype, 0, batch_invariant, grad_dtype,
-        saved_dtype=saved_dtype,
+        saved_dtype=saved_dtype, keeps_x=has_node and weight.requires_grad,
     )  # fmt: skip
     if prev is not None and prev.activation_grad_fused:
         call = call._replace(prev_saved=prev.saved, prev_activation=int(prev.activation), prev_bias=prev.bias)
     direct, transforms = not Op.is_tracing() and call.is_valid(), False
     if not direct:
+        call = call._replace(keeps_x=True)
         if torch.compiler.is_compiling():
             return _by_dispatcher(call, next, saves_mask(x.device, compute_dtype), with_grad)
         if is_direct(call):

@@ -37,6 +37,7 @@ class ForwardCall(NamedTuple):
     """A call of `linear_act`. activation_grad_fused and the three after it are of the fused backward: see FusedBackwardLink.
 
     saved_dtype: what its derivative keeps x and the preactivation in, with scales by row; None: as they are.
+    keeps_x: whether x_compute is wanted. Of eager execution alone: it is no argument of the op.
     """
 
     x: torch.Tensor
@@ -56,6 +57,7 @@ class ForwardCall(NamedTuple):
     x_scale: torch.Tensor | None = None
     weight_scale: torch.Tensor | None = None
     saved_dtype: torch.dtype | None = None
+    keeps_x: bool = True
 
     @property
     def is_scaled(self) -> bool:

@@ -28,7 +28,7 @@ def linear_act(call: ForwardCall):
         onednn.forget(call)
     x, (N, K), compute_dtype, activation = call.x, call.weight.shape, call.compute_dtype, call.activation
     a, x_compute, saved = x, None, None
-    if x.dtype is not compute_dtype:
+    if x.dtype is not compute_dtype and (call.keeps_x or call.out_dtype is torch.bfloat16):  # what oneDNN may multiply
         # Tensor.type is Tensor.to with less to parse, which is as much as a small product
         a = x_compute = cast(x, compute_dtype) if x.dtype is torch.float64 else x.type(compute_dtype)  # round: x -> compute
     is_matrix = x.dim() == 2

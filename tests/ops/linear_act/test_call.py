@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from mpkernels.ops.linear_act import Activation, backward_op, forward_op
+from mpkernels.ops.linear_act import Activation, backward_op, forward_op, linear_act
 from mpkernels.ops.linear_act.call import BackwardCall, ForwardCall
 
 f16, f32 = torch.float16, torch.float32
@@ -40,7 +40,7 @@ def test_a_call_has_the_arguments_of_the_schema(op):
     schema = getattr(torch.ops.mpkernels, op.name).default._schema
     names, fields = [argument.name for argument in schema.arguments], op.call._fields
     assert fields[: len(names)] == tuple(names)
-    assert fields[len(names) :] == (("grad_weight_sum",) if op is backward_op else ())
+    assert fields[len(names) :] == (("grad_weight_sum",) if op is backward_op else ("keeps_x",))
     defaults = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
     assert {name: op.call._field_defaults[name] for name in defaults} == defaults
 
@@ -59,3 +59,13 @@ def test_a_call_that_the_dispatcher_has_to_see_takes_the_slow_path(name):
 
 class Own(torch.Tensor):
     pass
+
+
+@pytest.mark.parametrize(("trains_weight", "with_grad", "keeps_x"), [(1, 1, True), (1, 0, False), (0, 1, False)])
+def test_x_is_kept_for_the_gradient_of_the_weight_alone(trains_weight, with_grad, keeps_x, monkeypatch):
+    calls, execute = [], forward_op.execute
+    monkeypatch.setattr(forward_op, "execute", lambda call, kernel: calls.append(call) or execute(call, kernel))
+    x, weight = torch.ones(6, 4, requires_grad=True), torch.ones(5, 4, requires_grad=bool(trains_weight))
+    with torch.set_grad_enabled(bool(with_grad)):
+        linear_act(x, weight, activation=Activation.NONE, compute_dtype=f16, out_dtype=f32)
+    assert [call.keeps_x for call in calls] == [keeps_x]

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from mpkernels.ops.linear_act import Activation
+from mpkernels.ops.linear_act import Activation, forward_op
+from mpkernels.ops.linear_act.call import ForwardCall
 from mpkernels.runtime import native
 from tests import bounds
 from tests.linear_act_cases import bf16, data, f16, f32, f64, same_bits
@@ -230,3 +231,20 @@ def test_linear_act_cpu_refuses(change, message):
     good = {"a": torch.ones(2, 4), "b": torch.ones(3, 4), "bias": None, "compute": f32, "out_dtype": f32}
     with pytest.raises(RuntimeError, match=message):
         multiply(**good | change)
+
+
+@pytest.mark.parametrize("out_dtype", [f32, f16, bf16], ids=str)
+@pytest.mark.parametrize("compute", [f32, f16, bf16], ids=str)
+@pytest.mark.parametrize("dtype", [f64, f32, f16, bf16], ids=str)
+def test_x_is_not_cast_where_no_backward_reads_it(dtype, compute, out_dtype, generator):
+    """The products round it as they read it. But for what oneDNN may multiply; to the same bits, with any layout."""
+    function = forward_op.kernel("native", torch.device("cpu")).function
+    weight, bias = matrix((9, 33), f32, generator), matrix((1, 9), f32, generator)[0]
+    for transposed in (False, True):
+        x = matrix((7, 33), dtype, generator, transposed)
+        call = ForwardCall(x, weight, bias, None, NONE, compute, out_dtype, 0)
+        expected, _, kept = function(call)
+        got, _, x_compute = function(call._replace(keeps_x=False))
+        assert same_bits(got, expected)
+        assert (kept is None) == (dtype == compute)
+        assert x_compute is None or out_dtype == bf16
