@@ -209,8 +209,7 @@ def _fp32_sums():
     """Whatever the process allows cuBLAS, here it neither accumulates nor reduces in 16 bits."""
     matmul = torch.backends.cuda.matmul
     with _settings:
-        # older versions of torch have no allow_splitk beside it
-        allowed = {name: _allowed(matmul, name) for name in _REDUCTIONS if getattr(matmul, name)}
+        allowed = {n: (getattr(matmul, n), getattr(matmul, f"{n}_split_k")) for n in _REDUCTIONS if getattr(matmul, n)}
         if matmul.allow_fp16_accumulation:
             allowed["allow_fp16_accumulation"] = True
         for name in allowed:
@@ -220,10 +219,3 @@ def _fp32_sums():
         finally:
             for name, value in allowed.items():
                 setattr(matmul, name, value)
-
-
-def _allowed(matmul, name):
-    try:
-        return getattr(matmul, name), getattr(matmul, f"{name}_split_k")
-    except AttributeError:
-        return getattr(matmul, name)
