@@ -11,7 +11,8 @@ schema, in their order and with their defaults. A call has
 
 An implementation is a module of the op's folder, named as its backend (`eager.py`, `triton.py`, `native.py`), or as
 `Implementation.module` says where a backend has several (`cpu.py` and `sm90.py` are linear_act's `native`). It is imported at
-its first use, and has a function named as the op, which takes the call, and `why_not(key) -> str | None`.
+its first use on a device that has what it needs, and has a function named as the op, which takes the call, and, where it
+does not take every call, `why_not(key) -> str | None`.
 Where a result is not wanted it may return None for it; the dispatcher is given what the op's `fill` makes of that.
 
 mpkernels/runtime/resolve.py chooses; a call is chosen for once.
@@ -180,7 +181,10 @@ class Op:
         implementation = self.implementation(backend, key.device)
         if implementation is None:
             return f"not implemented for {key.device.type}"
-        return self._module(implementation).why_not(key)
+        reason = implementation.why_not(key.device)
+        if reason is None and (refuses := getattr(self._module(implementation), "why_not", None)) is not None:
+            return refuses(key)
+        return reason
 
     def backend(self, device: torch.device, dtype: torch.dtype) -> BackendName:
         """Name of the backend of `plainest`."""

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mpkernels.runtime import cache, proof
+from mpkernels.runtime import cache, native, proof
 from mpkernels.runtime.tuned_table import BACKENDS, BackendName
 
 ENVIRONMENT_VARIABLE, VERDICTS_VARIABLE = "MPKERNELS_BACKEND", "MPKERNELS_VERDICTS"
@@ -63,6 +63,19 @@ class Implementation:
         if self.sm is None or device.type != "cuda":
             return True
         return torch.version.hip is None and torch.cuda.get_device_capability(device) == divmod(self.sm, 10)
+
+    def why_not(self, device: torch.device) -> str | None:
+        """One sentence why it serves no call on `device`, one of its device types, or None."""
+        if self.backend == "eager":
+            return None
+        if self.backend == "triton":
+            return triton_why_not(device)
+        if device.type != "cuda":
+            return native.why_not()
+        reason = native.cuda_why_not(device)
+        if reason is None and not self.exists_on(device):
+            return "needs sm{}, got sm{}{}".format(self.sm, *torch.cuda.get_device_capability(device))
+        return reason
 
 
 @functools.cache

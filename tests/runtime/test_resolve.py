@@ -155,6 +155,7 @@ def test_resolve_forced_for_all_leaves_other_architectures(capability, backend, 
     from mpkernels.ops.linear_act import forward_op, sm90
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(Implementation, "why_not", lambda self, device: None)
     monkeypatch.setattr(sm90, "why_not", lambda key: None)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "native")
     resolve.choose.cache_clear()
@@ -243,6 +244,19 @@ def test_resolve_does_not_take_a_rocm_gpu_for_hopper(monkeypatch):
     assert resolve.triton_why_not.__wrapped__(gpu) == "needs an NVIDIA GPU, this torch is built for ROCm 6.4.1"
     monkeypatch.setattr(native, "why_not", lambda: None)
     assert native.cuda_why_not.__wrapped__(gpu) == "needs an NVIDIA GPU, this torch is built for ROCm 6.4.1"
+
+
+def test_resolve_asks_a_module_after_its_backend(op, monkeypatch):
+    """It need not be there, nor what it imports, where nothing of its backend runs."""
+    from mpkernels.runtime import native
+
+    gpu, hopper = torch.device("cuda", 0), Implementation("native", ("cuda",), sm=90)
+    monkeypatch.setattr(native, "cuda_why_not", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert hopper.why_not(gpu) == "needs sm90, got sm80"
+    monkeypatch.setattr(native, "why_not", lambda: "not built")
+    op.modules.clear()
+    assert op.why_not("native", CPU, torch.float32) == "not built"
 
 
 @pytest.mark.parametrize("backend", ["cuda", "auto", "", None])

@@ -8,16 +8,10 @@ from operator import attrgetter
 
 import torch
 
-from mpkernels.runtime import native
 from mpkernels.runtime.fake import addresses, any_fake
 
 _SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}  # of c10
 _dtype_of, _is_contiguous = attrgetter("dtype"), attrgetter("contiguous")
-
-
-def why_not_native(device: torch.device) -> str | None:
-    """Why the step of the compiled library does not serve `device`, or None."""
-    return native.cuda_why_not(device) if device.type == "cuda" else native.why_not()
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

@@ -13,13 +13,8 @@ import torch
 from mpkernels.ops.common.multi_tensor import count_nonfinite, inv_scale, skip_flag, values_are_here
 from mpkernels.ops.grad_stats import StatsCall
 from mpkernels.runtime.fake import copy_
-from mpkernels.runtime.resolve import Key
 
 SEGMENT = 1 << 18  # elements
-
-
-def why_not(key: Key) -> str | None:
-    return None
 
 
 def grad_stats_(call: StatsCall) -> None:

@@ -1,14 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """grad_stats_ in C++: amax, count of non-finite, found_inf and norm, every gradient read once."""
 
-from mpkernels.ops.common.layout import Tensors, described, is_dense, why_not_native
+from mpkernels.ops.common.layout import Tensors, described, is_dense
 from mpkernels.ops.grad_stats import StatsCall
 from mpkernels.runtime import native
-from mpkernels.runtime.resolve import Key
-
-
-def why_not(key: Key) -> str | None:
-    return why_not_native(key.device)
 
 
 def grad_stats_(call: StatsCall) -> None:

@@ -7,21 +7,12 @@ Under TRITON_INTERPRET=1 it runs on the CPU.
 import torch
 
 from mpkernels.ops.common import triton_table as table
+from mpkernels.ops.common.kernels_triton import TYPES
 from mpkernels.ops.common.layout import is_dense
 from mpkernels.ops.grad_stats import StatsCall
-from mpkernels.runtime.resolve import Key, triton_why_not
-
-try:
-    from mpkernels.ops.common.kernels_triton import TYPES
-    from mpkernels.ops.grad_stats.kernels_triton import chunk_kernel, tensor_kernel, verdict_kernel
-except ImportError:  # without Triton there is still `why_not`, which says so
-    chunk_kernel = None
+from mpkernels.ops.grad_stats.kernels_triton import chunk_kernel, tensor_kernel, verdict_kernel
 
 REDUCE_BLOCK = 256
-
-
-def why_not(key: Key) -> str | None:
-    return triton_why_not(key.device)
 
 
 def grad_stats_(call: StatsCall) -> None:

@@ -19,8 +19,7 @@ ONEDNN_SIZE, ONEDNN_PRODUCTS = 256, 1 << 28
 
 
 def why_not(key: CallKey) -> str | None:
-    reason = native.why_not() or epilogues.why_not("cpu", key.activation)
-    return reason or ("has no float64" if key.dtype == torch.float64 else None)
+    return "has no float64" if key.dtype == torch.float64 else epilogues.why_not("cpu", key.activation)
 
 
 def linear_act(call: ForwardCall):

@@ -36,15 +36,6 @@ SUM_ELEMENTS, SUM_CLOCKS = 300, 4000  # of the sum of split parts: fp32 written 
 
 
 def why_not(key: CallKey) -> str | None:
-    reason = native.cuda_why_not(key.device)
-    if reason is not None:
-        return reason
-    major, minor = torch.cuda.get_device_capability(key.device)
-    return f"needs sm90, got sm{major}{minor}" if (major, minor) != (9, 0) else why_not_call(key)
-
-
-def why_not_call(key: CallKey) -> str | None:
-    """`why_not` of a GPU that is an sm_90."""
     if key.dtype not in (torch.float16, torch.bfloat16):
         return f"needs float16 or bfloat16 to compute in, got {key.dtype}"
     if key.N % 8 or key.K % 8:

@@ -11,22 +11,16 @@ import contextvars
 import functools
 
 import torch
+import triton
 
 from mpkernels.ops.common.cast import cast
 from mpkernels.ops.linear_act import epilogues
+from mpkernels.ops.linear_act import kernels_triton as kernels
+from mpkernels.ops.linear_act import kernels_triton_tma as tma
 from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
 from mpkernels.ops.linear_act.epilogues import Activation, acc_dtype, empty_saved, mask_pitch
 from mpkernels.ops.linear_act.tile_config import TMA_SMS, Float8, Operand, float8, plan
 from mpkernels.runtime import tuned_table
-from mpkernels.runtime.resolve import triton_why_not
-
-try:
-    import triton
-
-    from mpkernels.ops.linear_act import kernels_triton as kernels
-    from mpkernels.ops.linear_act import kernels_triton_tma as tma
-except ImportError:  # without Triton there is still `why_not`, which says so
-    triton = kernels = tma = None
 
 CAST_FIRST = 128  # rows from which a cast weight is worth the pass that makes it: the descriptor kernel reads no other
 INTERPRETED_PROGRAMS = 3  # few, so that each works on several tiles
@@ -37,7 +31,7 @@ SELECT_ROWS = 256  # summed by one program of the select pass
 
 
 def why_not(key: CallKey) -> str | None:
-    return triton_why_not(key.device) or epilogues.why_not("triton", key.activation)
+    return epilogues.why_not("triton", key.activation)
 
 
 def linear_act(call: ForwardCall):

@@ -9,11 +9,6 @@ import torch
 from mpkernels.ops.common.cast import cast
 from mpkernels.ops.common.multi_tensor import grad_factor, inv_scale, skip_flag, values_are_here
 from mpkernels.ops.optimizer_update.fused import Contiguous, update_fused, why_not_fused
-from mpkernels.runtime.resolve import Key
-
-
-def why_not(key: Key) -> str | None:
-    return None
 
 
 def update(call) -> None:

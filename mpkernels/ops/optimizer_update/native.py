@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The update of every rule in C++, one pass over all tensors: csrc/optimizer_update."""
 
-from mpkernels.ops.common.layout import SameLayout, described, why_not_native
+from mpkernels.ops.common.layout import SameLayout, described
 from mpkernels.runtime import native
-from mpkernels.runtime.resolve import Key
-
-
-def why_not(key: Key) -> str | None:
-    return why_not_native(key.device)
 
 
 def update(call) -> None:

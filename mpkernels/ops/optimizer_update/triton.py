@@ -7,20 +7,11 @@ Everything that decides lies on the device and is read there: no wait for it. Un
 import torch
 
 from mpkernels.ops.common import triton_table as table
+from mpkernels.ops.common.kernels_triton import TYPES, advance
 from mpkernels.ops.common.layout import SameLayout
-from mpkernels.runtime.resolve import Key, triton_why_not
-
-try:
-    from mpkernels.ops.common.kernels_triton import TYPES, advance
-    from mpkernels.ops.optimizer_update import kernels_triton as kernels
-except ImportError:  # without Triton there is still `why_not`, which says so
-    kernels = None
+from mpkernels.ops.optimizer_update import kernels_triton as kernels
 
 _PARAMETERS = 7  # that the kernel takes: p0 to p6
-
-
-def why_not(key: Key) -> str | None:
-    return triton_why_not(key.device)
 
 
 def update(call) -> None:

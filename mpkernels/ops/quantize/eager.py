@@ -4,14 +4,9 @@
 import torch
 
 from mpkernels.ops.quantize import FORMATS, NAN, Format, QuantizeCall, empty
-from mpkernels.runtime.resolve import Key
 
 INF = 0x7F800000  # the bits of fp32's
 ABOVE_LARGEST = 0x1FFFFF  # carries into the exponent from 0x600001 on: of a mantissa above 1.75, the largest number's
-
-
-def why_not(key: Key) -> str | None:
-    return None
 
 
 def quantize(call: QuantizeCall):

@@ -5,11 +5,6 @@ import torch
 
 from mpkernels.ops.quantize import FORMATS, QuantizeCall, empty
 from mpkernels.runtime import native
-from mpkernels.runtime.resolve import Key
-
-
-def why_not(key: Key) -> str | None:
-    return native.why_not()
 
 
 def quantize(call: QuantizeCall):

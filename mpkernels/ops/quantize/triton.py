@@ -5,23 +5,13 @@ q is stored as bytes, so that GPUs without 8-bit floats serve too. Under TRITON_
 """
 
 import torch
+import triton
 
 from mpkernels.ops.quantize import FORMATS, QuantizeCall, empty
-from mpkernels.runtime.resolve import Key, triton_why_not
-
-try:
-    import triton
-
-    from mpkernels.ops.quantize.kernels_triton import amax_kernel, encode_kernel
-except ImportError:  # without Triton there is still `why_not`, which says so
-    amax_kernel = None
+from mpkernels.ops.quantize.kernels_triton import amax_kernel, encode_kernel
 
 TILE = 2048  # numbers
 MOST_GROUPS = 64  # of a tile, where the numbers of one group do not lie side by side
-
-
-def why_not(key: Key) -> str | None:
-    return triton_why_not(key.device)
 
 
 def blocks(groups: int, n: int, inner: int) -> dict[str, int]:

@@ -5,11 +5,6 @@ import torch
 
 from mpkernels.ops.update_scale import ScaleCall
 from mpkernels.runtime.fake import copy_
-from mpkernels.runtime.resolve import Key
-
-
-def why_not(key: Key) -> str | None:
-    return None
 
 
 def update_scale_(call: ScaleCall) -> None:

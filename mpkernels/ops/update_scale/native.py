@@ -1,14 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """update_scale_ in C++: scale * backoff at an overflow, * growth after growth_interval good steps."""
 
-from mpkernels.ops.common.layout import why_not_native
 from mpkernels.ops.update_scale import ScaleCall
 from mpkernels.runtime import native
-from mpkernels.runtime.resolve import Key
-
-
-def why_not(key: Key) -> str | None:
-    return why_not_native(key.device)
 
 
 def update_scale_(call: ScaleCall) -> None:

@@ -4,16 +4,7 @@
 import torch
 
 from mpkernels.ops.update_scale import ScaleCall
-from mpkernels.runtime.resolve import Key, triton_why_not
-
-try:
-    from mpkernels.ops.update_scale.kernels_triton import update_scale_kernel
-except ImportError:  # without Triton there is still `why_not`, which says so
-    update_scale_kernel = None
-
-
-def why_not(key: Key) -> str | None:
-    return triton_why_not(key.device)
+from mpkernels.ops.update_scale.kernels_triton import update_scale_kernel
 
 
 def update_scale_(call: ScaleCall) -> None:

@@ -138,7 +138,7 @@ def test_linear_act_gpu_has_enough_shapes():
     for case in made:
         d = case.dtypes
         key = CallKey(torch.device("cuda"), d.compute, d.out, int(case.activation), case.N, case.K)
-        reason = sm90.why_not_call(key)
+        reason = sm90.why_not(key)
         assert reason is None, f"{case}: {reason}"
         assert d.compute in (f16, bf16)
     assert {case.activation for case in made} == set(SELECTING)

@@ -120,7 +120,7 @@ def test_hopper_empty(M, N, K, generator, device):
 def test_hopper_refuses_with_the_reason(change, reason):
     sizes = dict(N=16, K=16, out=f16) | change
     key = CallKey(torch.device("cuda"), f16, sizes["out"], Activation.RELU, sizes["N"], sizes["K"])
-    assert re.search(f"needs .*{reason}", sm90.why_not_call(key))
+    assert re.search(f"needs .*{reason}", sm90.why_not(key))
 
 
 HALF = torch.zeros(40, 64, dtype=f16)
