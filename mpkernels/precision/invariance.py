@@ -115,7 +115,7 @@ def _same_rows(expected: tuple, found: tuple) -> bool | None:
     if len(grown) != 1 or any(shape[d] != part[d] for d in range(len(shape)) if d not in grown):
         return None
     d, ours, theirs = grown[0], dict(expected[1] or ()), dict(found[1] or ())
-    if d not in ours or d not in theirs:
+    if d not in ours:  # nor is it in theirs
         return None
     a, b = ours[d].narrow(d, 0, part[d]), theirs[d]
     return a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))

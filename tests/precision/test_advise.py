@@ -152,6 +152,8 @@ def test_advise_of_cancellation():
     assert advice.policy["planted"] == FP32
     assert f"of {advice.loss_budget:.1e} for all layers" in advice.why("planted")
     assert "not mixed_bfloat16: adds " in advice.why("planted")
+    added = sum(row.policies[row.policy].noise for row in advice.rows)
+    assert str(advice).endswith(f"what the policies add to it: {added:.1e}, of a budget of {advice.loss_budget:.1e}")
     assert advise(model).policy["planted"] == FP16
 
 

@@ -151,6 +151,12 @@ def test_advise_chooses_the_cheapest_within_budgets(way, monkeypatch):
     assert found_cost <= 1.1 * best_cost
 
 
+def test_advise_chooses_by_small_numbers():
+    """Noise is a part of a loss: steps far below 1 count."""
+    items = [[Option(1, 3e-6, 8), Option(2, 1e-6, 8)], [Option(1, 2e-6, 8), Option(4, 1e-6, 8)]]
+    assert choose._greedy(items, [0, 0], 4e-6, math.inf) == [1, 0]
+
+
 def test_advise_of_budgets_that_nothing_meets():
     with pytest.raises(ValueError, match=r"in range adds less than .* to the loss, and loss_budget is 1e-30"):
         mpk.advise(mlp(), step, loss_budget=1e-30)

@@ -49,6 +49,18 @@ def test_plan_of_every_combination(case):
         check(row, *STEPS[case])
 
 
+def test_plan_of_a_model_that_reads_what_was_there_before():
+    """A tensor that is no parameter nor buffer, as a table in a module's globals."""
+    table = torch.ones(8)
+
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * table
+
+    (row,) = mpk.plan(lambda: Scaled(4, 8), lambda n: torch.ones(n, 4), policies=["float32"], batch_sizes=(2,)).rows
+    assert row.parameters == 4 * (8 * 4 + 8)
+
+
 def test_plan_interpolates_between_two_runs():
     """Every size between the smallest and the largest is what a run of it alone says, and so is the largest that fits."""
     plan = mpk.plan(mlp, rows, memory=4e6, policies=["mixed_bfloat16"], batch_sizes=(2, 500, 2000))
