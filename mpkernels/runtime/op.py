@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import profiler
 
 from mpkernels.runtime import agreement, proof, resolve, tuned_table
 from mpkernels.runtime.resolve import Implementation, Kernel, Key, ops
@@ -95,7 +96,8 @@ class Op:
         if not is_direct(call):
             return self.dispatch(call)
         kernel = self.resolve(call)
-        return self.execute(call, kernel) if torch._C._is_any_autocast_enabled() else kernel.function(call)
+        is_plain = not (torch._C._is_any_autocast_enabled() or profiler._is_profiler_enabled)
+        return kernel.function(call) if is_plain else self.execute(call, kernel)
 
     def dispatch(self, call):
         """The op on a call, by the dispatcher."""
@@ -126,6 +128,12 @@ class Op:
         return self._execute(call, kernel)
 
     def _execute(self, call, kernel: Kernel):
+        if profiler._is_profiler_enabled:  # which sees no op that is not the dispatcher's
+            with profiler.record_function(f"mpkernels.{self.name} ({kernel.backend})"):
+                return self._run_kernel(call, kernel)
+        return self._run_kernel(call, kernel)
+
+    def _run_kernel(self, call, kernel: Kernel):
         if self.writes:
             return kernel.function(call)
         # A result that torch knows as a view could not be changed in place (`+=`, nn.ReLU(inplace=True)).

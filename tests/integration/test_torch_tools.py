@@ -17,6 +17,7 @@ import mpkernels as mpk
 from mpkernels import functional
 from mpkernels.nn import MPMLP, MPLinear
 from mpkernels.ops import linear_act as ops
+from mpkernels.runtime import resolve
 from tests import bounds
 from tests.linear_act_cases import same_bits, saving_masks
 
@@ -364,3 +365,26 @@ def test_modes_change_nothing_in_a_converted_model(policy, generator):
     grads = torch.autograd.grad(out.double().sum(), list(model.parameters()))
     assert all(map(same_bits, [out, *grads], expected))
     assert log.calls.count(functional.linear_act) == 6
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_torch_profiler_names_ops_and_backends(backend, monkeypatch):
+    """Once each, though no dispatcher sees them; and nothing is looked up where none is in use."""
+    if any(resolve.ops[op].why_not(backend, torch.device("cpu"), torch.float32) for op in ("adamw_", "grad_stats_")):
+        pytest.skip(f"{backend} is not here")
+    monkeypatch.setenv("MPKERNELS_BACKEND", backend)
+    model = MPLinear(4, 3, policy="mixed_float16")
+    optimizer, scaler = mpk.optim.AdamW(model.parameters()), mpk.GradScaler("cpu")
+
+    def step():
+        scaler.scale(model(torch.ones(2, 4)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    step()
+    with torch.profiler.profile() as profile:
+        step()
+    names = [event.key for event in profile.key_averages() if event.key.startswith("mpkernels.")]
+    ops = ("linear_act", "linear_act_backward", "grad_stats_", "adamw_", "update_scale_")
+    assert sorted(names) == sorted(f"mpkernels.{op} ({backend})" for op in ops)
+    assert all(event.count == 1 for event in profile.key_averages() if event.key in names)
