@@ -123,7 +123,7 @@ def plan(
     A model on a GPU needs a torch that was built for GPUs, but no GPU. What is not seen: memory that an op frees before it
     returns, gaps between blocks, what torch does not allocate, and the addresses given to a step's op: 160 bytes a parameter.
     Raises TypeError and ValueError for arguments that are not as above, ValueError for a policy whose parameters have
-    another dtype than the model's, RuntimeError for a model on meta.
+    another dtype than the model's, RuntimeError for a model on meta, and for one that needs values.
     """
     chosen = [Policy.parse(p) for p in several("plan", "policies", policies)]
     makers = _optimizers(optimizers)
@@ -245,10 +245,17 @@ def _run(make_model, make_batch, n: int, policy: Policy, make_optimizer: Callabl
 def _fake_mode() -> Iterator[Any]:
     """FakeTensors inside; random numbers are afterwards what they were, though a model's maker may seed."""
     from torch._subclasses import FakeTensorMode
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
-        yield mode
+        try:
+            yield mode
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise RuntimeError(
+                f"plan: the model or the batch needs the values of a tensor, for {error}, and FakeTensors have none: nothing may "
+                "depend on data, as .item() and x[mask] do"
+            ) from error
 
 
 def _made(make_model: Callable[[], nn.Module]) -> nn.Module:

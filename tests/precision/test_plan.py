@@ -192,3 +192,21 @@ def test_plan_of_a_model_that_returns_no_gradient():
 
     with pytest.raises(ValueError, match="the model returns no tensor that has a gradient"):
         mpk.plan(lambda: Counts(96, 8), rows, policies=["float32"], batch_sizes=[4])
+
+
+class OfValues(nn.Linear):
+    """Its sizes or branches depend on the data."""
+
+    def __init__(self, ask):
+        super().__init__(96, 8)
+        self.ask = ask
+
+    def forward(self, x):
+        self.ask(x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("ask", [lambda x: x.sum().item(), lambda x: x[x > 0]], ids=["item", "mask"])
+def test_plan_says_that_it_has_no_values(ask):
+    with pytest.raises(RuntimeError, match=r"plan: the model or the batch needs the values of a tensor, for aten\.\w+"):
+        mpk.plan(lambda: OfValues(ask), rows, policies=["float32"], batch_sizes=[4])
