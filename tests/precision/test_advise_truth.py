@@ -36,6 +36,17 @@ def test_advised_models_train_as_fp32(name):
     assert found["to_bf16"] <= found["spread"]
 
 
+@by_name
+def test_advised_models_need_no_more_than_bfloat16(name):
+    """Neither the bytes that a step holds nor those that its products read and write."""
+    advice = measured.advised(name, 0)
+    chosen, bf16 = ([advice[n].policies[p] for n, p in named] for named in (
+        [(n, str(p)) for n, p in advice.policy.items()], [(n, "mixed_bfloat16") for n in advice.policy],
+    ))  # fmt: skip
+    for field in ("bytes", "traffic"):
+        assert sum(getattr(row, field) for row in chosen) <= sum(getattr(row, field) for row in bf16)
+
+
 IN_EIGHT_BITS = ("float32", "mixed_bfloat16", *measured.EIGHT_BITS, "mixed_float8,scaling=tensor")
 
 
