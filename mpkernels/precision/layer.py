@@ -47,6 +47,12 @@ class PolicyRow:
     traffic: int
     seconds: float | None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "range": dict(self.range), "error": dict(self.error)}  # a MappingProxyType is not pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, range=MappingProxyType(state["range"]), error=MappingProxyType(state["error"]))
+
 
 def cost_of(rows: Iterable[PolicyRow]) -> str:
     """The field that says what is cheaper: seconds where all are known."""

@@ -5,6 +5,7 @@ import copy
 import itertools
 import json
 import math
+import pickle
 import random
 import sys
 import xml.etree.ElementTree as ET
@@ -328,6 +329,13 @@ def test_advice_says_why():
         advice.why("0", "float64")
     assert mpk.convert(mlp(), advice.policy)[0].policy is not None
     assert mpk.advise(nn.Linear(16, 6), step).why("").startswith("the model: mixed_float16: adds ")
+
+
+def test_advice_is_copied_and_pickled():
+    advice = mpk.advise(mlp(), step)
+    assert advice == copy.deepcopy(advice) == pickle.loads(pickle.dumps(advice))
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        copy.deepcopy(advice)["0"].policies["float32"].error["out"] = 0.0
 
 
 @pytest.mark.parametrize(
