@@ -11,7 +11,7 @@ from mpkernels.nn.convert.linears import linears, why_not
 from mpkernels.policy import Policy, PolicyName
 from mpkernels.precision import choose
 from mpkernels.precision.advice import Advice, AdviceRow
-from mpkernels.precision.capture import Call, capture, check_is_module, check_is_step, is_positive, several
+from mpkernels.precision.capture import Call, capture, check_is_module, check_is_step, is_positive, several, uncompiled
 from mpkernels.precision.layer import Layer, PolicyRow, Ranges, cost_of
 from mpkernels.precision.tables import size_text
 from mpkernels.precision.verdict import problem
@@ -46,6 +46,7 @@ def advise(
     """
     check_is_module("advise", model)
     check_is_step("advise", step)
+    model = uncompiled(model)
     candidates = [Policy.parse(p) for p in several("advise", "policies", policies)]
     modules = _targets(model, candidates)
     for name, value in (("loss_scale", loss_scale), ("loss_budget", loss_budget), ("memory", memory)):

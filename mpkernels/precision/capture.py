@@ -24,6 +24,11 @@ def check_is_module(name: str, model: object) -> None:
             raise RuntimeError(f"{name}: {which} is on meta and has no values: load the model first")
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What torch.compile was given, if it was: hooks in a compiled model break its graph, and names would be other ones."""
+    return getattr(model, "_orig_mod", model)
+
+
 def check_is_step(name: str, step: object) -> None:
     """TypeError for what cannot be called, which most often is the loss itself."""
     if not callable(step):
@@ -158,7 +163,7 @@ def capture(model: nn.Module, step: Callable, targets: Mapping[str, nn.Module], 
         check_loss("advise", loss)
         value = float(loss.detach())
         is_backward = True
-        loss.backward()
+        run_backward("advise", loss)
         del loss
         with torch.no_grad():
             for call in itertools.chain(waiting.values(), *without_graph.values()):
@@ -201,6 +206,15 @@ class _Outside:
     def leave(self, module: nn.Module, args: tuple, out: Any) -> None:
         if self.was_on:
             torch.set_autocast_enabled(self.device, True)
+
+
+def run_backward(name: str, loss: torch.Tensor) -> None:
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise RuntimeError(f"{name}: step has called backward itself: it must leave that to {name}") from error
 
 
 def check_loss(name: str, loss: Any) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpkernels.precision.capture import check_is_module, check_is_step, check_loss, hooked, mapped, tensors_of, untouched
+from mpkernels.precision.capture import (
+    check_is_module, check_is_step, check_loss, hooked, mapped, run_backward, tensors_of, uncompiled, untouched,
+)  # fmt: skip
 from mpkernels.precision.report import Report
 
 
@@ -25,6 +27,7 @@ def find_nonfinite(model: nn.Module, step: Callable[[nn.Module], torch.Tensor]) 
     """
     check_is_module("find_nonfinite", model)
     check_is_step("find_nonfinite", step)
+    model = uncompiled(model)
     with untouched(model), torch.enable_grad():
         search = _Search()
         with hooked(model, search.register):
@@ -35,7 +38,7 @@ def find_nonfinite(model: nn.Module, step: Callable[[nn.Module], torch.Tensor]) 
                 message = f"first in forward: the loss is {loss.item():g}, every module's output is finite{last}"
                 search.found = Report(False, message, None, "forward", amax=search.last_amax)
             if search.found is None:
-                loss.backward()
+                run_backward("find_nonfinite", loss)
         found = _of_parameters(model) if search.found is None else search.found
         return Report(True, "every output and every gradient is finite") if found is None else found
 

@@ -17,7 +17,7 @@ from mpkernels.nn.convert.linears import why_not
 from mpkernels.nn.linear import is_watched
 from mpkernels.precision import watch_report
 from mpkernels.precision.adapt import LAG, Adapt, Adaptation
-from mpkernels.precision.capture import check_is_module, is_linear
+from mpkernels.precision.capture import check_is_module, is_linear, uncompiled
 from mpkernels.precision.tables import shown
 from mpkernels.precision.taps import COLUMNS, NOTHING, InputTap, Tap, end_step_of
 from mpkernels.precision.watch_report import WatchReport
@@ -53,7 +53,7 @@ def watch(
         raise TypeError(f"watch: process_group must be a ProcessGroup that this rank is in, got {process_group!r}")
     if adapt is not None:
         _check_adapt(adapt, optimizer, scaler, process_group)
-    return Watch(getattr(model, "_orig_mod", model), optimizer, scaler, adapt, process_group)
+    return Watch(uncompiled(model), optimizer, scaler, adapt, process_group)
 
 
 class Watch:

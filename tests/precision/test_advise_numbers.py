@@ -38,6 +38,12 @@ def step(model):
     return F.cross_entropy(model(X), Y)
 
 
+def backward_itself(model):
+    loss = step(model)
+    loss.backward()
+    return loss
+
+
 # ----- numbers ----------------------------------------------------------------------
 
 
@@ -338,6 +344,11 @@ def test_advice_is_copied_and_pickled():
         copy.deepcopy(advice)["0"].policies["float32"].error["out"] = 0.0
 
 
+def test_advise_of_a_compiled_model_has_the_names_of_the_model():
+    advice = mpk.advise(torch.compile(mlp(), backend="eager"), step)
+    assert advice == mpk.advise(mlp(), step)
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -349,6 +360,7 @@ def test_advice_is_copied_and_pickled():
         ({"step": lambda model: 3.0}, TypeError, "step must return the loss, a tensor, got float"),
         ({"step": lambda model: model(X)}, ValueError, r"step must return a scalar, got shape \(24, 6\)"),
         ({"step": lambda model: step(model).detach()}, RuntimeError, "the loss has no graph"),
+        ({"step": backward_itself}, RuntimeError, "advise: step has called backward itself: it must leave that to advise"),
         ({"policies": ["fp8"]}, ValueError, "unknown policy 'fp8'"),
         ({"policies": []}, ValueError, "policies must not be empty"),
         ({"policies": ["mixed_float32"]}, ValueError, "mixed_float32 has wider parameters than the model"),

@@ -147,6 +147,11 @@ def test_find_nonfinite_leaves_the_model_alone():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_find_nonfinite_of_a_compiled_model_has_the_names_of_the_model():
+    model = model_with(Scale(1e38))
+    assert mpk.find_nonfinite(torch.compile(model, backend="eager"), step) == mpk.find_nonfinite(model, step)
+
+
 def test_find_nonfinite_refuses():
     model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(TypeError, match="model must be a"):
@@ -159,5 +164,7 @@ def test_find_nonfinite_refuses():
         mpk.find_nonfinite(model, lambda model: model(X))
     with pytest.raises(RuntimeError, match="the loss has no graph"):
         mpk.find_nonfinite(model, lambda model: model(X).mean().detach())
+    with pytest.raises(RuntimeError, match="find_nonfinite: step has called backward itself"):
+        mpk.find_nonfinite(model, lambda model: (loss := step(model), loss.backward())[0])
     with pytest.raises(RuntimeError, match="is on meta and has no values"):
         mpk.find_nonfinite(nn.Linear(2, 2, device="meta"), step)
