@@ -235,12 +235,10 @@ def environment(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         visible = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
         properties = torch.cuda.get_device_properties(device)
-        uuid = getattr(properties, "uuid", None)
-        named = str(device.index) if uuid is None else f"GPU-{uuid}"
         if device.index < len(visible):
             found["CUDA_VISIBLE_DEVICES"] = visible[device.index]
         elif "MIG" not in properties.name:  # of a slice this is the whole GPU's; a process sees one slice at most
-            found["CUDA_VISIBLE_DEVICES"] = named
+            found["CUDA_VISIBLE_DEVICES"] = f"GPU-{properties.uuid}"
         found.pop("TRITON_INTERPRET", None)
     return found
 
@@ -255,7 +253,7 @@ def _progress(done: int, total: int, row: dict) -> None:
 @contextlib.contextmanager
 def _lock(device: torch.device):
     """A file of this node, made by one process alone, which writes to it while it proves."""
-    name = f"mpkernels-prove-{os.getuid() if hasattr(os, 'getuid') else 'user'}-{device.type}{device.index or 0}.lock"
+    name = f"mpkernels-prove-{os.getuid()}-{device.type}{device.index or 0}.lock"
     path = Path(tempfile.gettempdir(), name)
     for _ in range(2):
         try:
@@ -305,7 +303,7 @@ def table(rows: list[dict], device: torch.device) -> str:
     """What was found: right or what was wrong, times eager's speed at each size, what `auto` takes."""
     lines = [f"{'op':22} {'backend':8} {'auto':5} {'times the speed of eager':36} verdict"]
     for row in rows:
-        verdict = Verdict(*(row[name] for name in Verdict._fields))
+        verdict = _verdict(row)
         speeds = "  ".join(f"{speed:.2f}" for speed in verdict.speeds.values())
         takes = "takes" if takes_first(rows, row["op"], device) == row["backend"] else ""
         asked = f"; memcheck: {row['memcheck']}" if verdict.right and "memcheck" in row else ""
@@ -321,12 +319,12 @@ def takes_first(rows: list[dict], op: str, device: torch.device) -> str:
     """What `auto` takes by these verdicts; on a CPU it takes what the tests proved."""
     if device.type != "cuda":
         return resolve.parts[op].backend(device, resolve.parts[op].parts[op])
-    for backend in proof.PREFERENCE:
-        for row in rows:
-            verdict = Verdict(*(row[name] for name in Verdict._fields))
-            if (row["op"], row["backend"]) == (op, backend) and verdict.right and not verdict.slow:
-                return backend
-    return "eager"
+    right = {row["backend"] for row in rows if row["op"] == op and (verdict := _verdict(row)).right and not verdict.slow}
+    return next((backend for backend in proof.PREFERENCE if backend in right), "eager")
+
+
+def _verdict(row: dict) -> Verdict:
+    return Verdict(*(row[name] for name in Verdict._fields))
 
 
 def main(arguments: list[str]) -> int:
