@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """MPSequential: what convert makes of an nn.Sequential. What runs as one call is decided by its forward, at each call."""
 
-import sys
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from mpkernels import functional
 from mpkernels.nn.linear import MPLinear, has_hooks
 from mpkernels.ops.linear_act.call import FusedBackwardLink
 from mpkernels.ops.linear_act.epilogues import Activation
+from mpkernels.runtime.op import is_dtensor
 
 _FORWARDS = {cls: cls.forward for cls in (MPLinear, nn.ReLU, nn.Identity)}
 _CALL = nn.Module.__call__  # may be patched later, by what wants to see every call
@@ -130,8 +130,7 @@ def _is_plain_tensor(x) -> bool:
         return True
     if not isinstance(x, torch.Tensor) or type(x).__torch_function__ is not _NO_TORCH_FUNCTION:
         return False
-    tensor = sys.modules.get("torch.distributed.tensor")  # imported by what made one
-    return tensor is None or not isinstance(x, tensor.DTensor)
+    return not is_dtensor(x)
 
 
 def hooks_on_all_modules() -> bool:

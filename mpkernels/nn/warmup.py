@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mpkernels.runtime import resolve
+from mpkernels.runtime.op import is_dtensor
 from mpkernels.runtime.untouched import run_once, untouched
 
 
@@ -38,8 +39,7 @@ def _is_wrapped(module: nn.Module) -> bool:
     """DDP waits for gradients that never come; FSDP2 makes other tensors of its parameters."""
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return True
-    tensor = sys.modules.get("torch.distributed.tensor")  # imported by what has sharded something
-    return tensor is not None and any(isinstance(p, tensor.DTensor) for p in module.parameters(recurse=False))
+    return any(map(is_dtensor, module.parameters(recurse=False)))
 
 
 def _uncompiled():
