@@ -70,13 +70,15 @@ def _bound(where: str, formats: tuple[str, ...]) -> Iterator[dict]:
 
 
 def advise_memory() -> Iterator[dict]:
-    excess = []
-    for name in OF_COST:
-        model, loss, step, advise = _of_cost(name)
-        step()
-        over = peak_bytes(advise, CPU) - peak_bytes(step, CPU)
-        excess.append(over / _largest_layer(model, loss))
-    yield figure("peak of advise over that of an fp32 step, in tensors of the largest layer", max(excess), 4, len(excess))
+    what = "peak of advise over that of an fp32 step, in tensors of the largest layer"
+    for where, policies in (("", measured.FORMATS), (", with operands of 8 bits", measured.WITH_EIGHT_BITS)):
+        excess = []
+        for name in OF_COST:
+            model, loss, step, advise = _of_cost(name, policies)
+            step()
+            over = peak_bytes(advise, CPU) - peak_bytes(step, CPU)
+            excess.append(over / _largest_layer(model, loss))
+        yield figure(f"{what}{where}", max(excess), 4, len(excess))
 
 
 def advise_time() -> Iterator[dict]:
@@ -88,8 +90,8 @@ def advise_time() -> Iterator[dict]:
     yield figure("time of advise with 5 policies, in fp32 training steps", max(ratios), 10, len(ratios))
 
 
-def _of_cost(name: str) -> tuple:
-    """(model, loss, a step in fp32, advise of 5 policies)."""
+def _of_cost(name: str, policies: tuple[str, ...] = measured.FORMATS) -> tuple:
+    """(model, loss, a step in fp32, advise of these policies)."""
     model, inputs, targets = models.make(name, CPU)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     loss = lambda model: F.cross_entropy(model(*inputs).flatten(0, -2), targets.flatten())
@@ -99,7 +101,7 @@ def _of_cost(name: str) -> tuple:
         optimizer.step()
         optimizer.zero_grad()
 
-    return model, loss, step, lambda: mpk.advise(model, loss, policies=measured.FORMATS, loss_budget=1e9)
+    return model, loss, step, lambda: mpk.advise(model, loss, policies=policies, loss_budget=1e9)
 
 
 def _largest_layer(model: torch.nn.Module, loss: Callable) -> int:

@@ -20,6 +20,7 @@ from tests import models
 
 FORMATS = ("float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16")
 EIGHT_BITS = ("mixed_float8", "mixed_float8_hybrid")
+WITH_EIGHT_BITS = ("float32", "mixed_bfloat16", *EIGHT_BITS, "mixed_float8,scaling=tensor")
 
 # ----- the change of the loss ----------------------------------------------------------------------
 

@@ -47,10 +47,7 @@ def test_advised_models_need_no_more_than_bfloat16(name):
         assert sum(getattr(row, field) for row in chosen) <= sum(getattr(row, field) for row in bf16)
 
 
-IN_EIGHT_BITS = ("float32", "mixed_bfloat16", *measured.EIGHT_BITS, "mixed_float8,scaling=tensor")
-
-
-@pytest.mark.parametrize("policies", [measured.FORMATS, IN_EIGHT_BITS], ids=["16 bits", "8 bits"])
+@pytest.mark.parametrize("policies", [measured.FORMATS, measured.WITH_EIGHT_BITS], ids=["16 bits", "8 bits"])
 @pytest.mark.parametrize("M, K, N", [(64, 512, 512), (512, 512, 512), (2048, 64, 256)])
 def test_advise_needs_little_memory(M, K, N, policies):
     """Beside a step in fp32 at most 4 times the tensors of the largest layer, whether that is weight or activations."""
