@@ -50,14 +50,14 @@ def by_fsdp(policy: str, activation: str):
 
 def join(found: list[int]) -> None:
     """What kernels do, in this process: see `joined` and `moved` of test_mpmlp.py."""
-    run = ops.backward_op._run
+    execute = ops.backward_op.execute
 
-    def record(call):
-        *grads, grad_prev_bias = run(call)
+    def record(call, kernel):
+        *grads, grad_prev_bias = execute(call, kernel)
         found.extend([] if grad_prev_bias is None else [grad_prev_bias.shape[0]])
         return *grads, grad_prev_bias
 
-    ops.forward_op._chosen, ops.backward_op._run = saving_masks(), record
+    ops.forward_op._chosen, ops.backward_op.execute = saving_masks(), record
 
 
 def is_one_process(rank, wrapped, joined):
