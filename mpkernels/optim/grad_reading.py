@@ -204,13 +204,15 @@ def read_list(
     """
     make = torch.empty if params else torch.zeros  # the op writes all of them
     is_spare = spare is not None and spare.params is params and spare.is_reusable
+    if (scale := scalar(grad_scale, device)) is not None:
+        scale = spare.grad_scale.copy_(scale) if is_spare and spare.grad_scale is not None else scale.clone()
     stats = GradStats(
         params=params,
         found_inf=make((), dtype=torch.float32, device=device),
         amax=spare.amax if is_spare else make(len(params), dtype=torch.float64, device=device),
         nonfinite=spare.nonfinite if is_spare else make(len(params), dtype=torch.int64, device=device),
         grad_norm=make((), dtype=torch.float64, device=device) if norm else None,
-        grad_scale=None if grad_scale is None else scalar(grad_scale, device).clone(),
+        grad_scale=scale,
     )
     if params:
         given = (grads, stats.grad_scale, stats.found_inf, stats.amax, stats.nonfinite, stats.grad_norm)

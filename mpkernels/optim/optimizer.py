@@ -181,7 +181,7 @@ class Optimizer(StatefulOptimizer):
         self._reader.drop_clip()
         for unscaling in unscalings:
             unscaling.write()
-        self._plans.release_grads()
+        plan.release_grads()
         if on_taken is not None:
             for name in ("grad_scale", "found_inf"):  # what the user has set was for this step
                 vars(self).pop(name, None)

@@ -76,24 +76,22 @@ class Tensors(list):
         self.contiguous = all(map(torch.Tensor.is_contiguous, self)) and not any(map(torch.Tensor.is_neg, self))
         now, types = addresses(self), map(_SCALAR_TYPES.__getitem__, map(_dtype_of, self))
         self._numbers = array("q", map(torch.Tensor.numel, self)) + array("q", types) + array("q", now)
+        self.addresses = now
         if 0 in now and any_fake(self):
             self.table = None  # which no native op is given
         elif self:
             self.table = torch.frombuffer(self._numbers, dtype=torch.int64).view(3, len(self))
         else:
             self.table = torch.empty(3, 0, dtype=torch.int64, device="cpu")
-        self._locate(now)
-
-    def _locate(self, now: list[int]) -> None:
-        self.addresses, self.placed = now, self.table is None or 0 not in now
-        self._numbers[2 * len(now) :] = array("q", now)  # which `table` shows
+        self.placed = self.table is None or 0 not in now
 
     def replace(self, tensors: list[torch.Tensor]) -> None:
         """Hold these, which the caller has found to have the `same_formats`."""
         self[:] = tensors
         now = addresses(self) if self.table is None else list(map(torch.Tensor.data_ptr, tensors))
         if now != self.addresses:
-            self._locate(now)
+            self._numbers[2 * len(now) :] = array("q", now)  # which `table` shows
+            self.addresses, self.placed = now, self.table is None or 0 not in now
 
 
 NO_TENSORS = Tensors([])  # a list that is absent
