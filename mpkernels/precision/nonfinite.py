@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from mpkernels.precision.capture import (
-    check_is_module, check_is_step, check_loss, hooked, mapped, run_backward, tensors_of, uncompiled, untouched,
+    check_is_module,
+    check_is_step,
+    check_loss,
+    hooked,
+    mapped,
+    run_backward,
+    tensors_of,
+    uncompiled,
+    untouched,
 )  # fmt: skip
 from mpkernels.precision.report import Report
 

@@ -253,8 +253,8 @@ def _fake_mode() -> Iterator[Any]:
             yield mode
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise RuntimeError(
-                f"plan: the model or the batch needs the values of a tensor, for {error}, and FakeTensors have none: nothing may "
-                "depend on data, as .item() and x[mask] do"
+                f"plan: the model or the batch needs the values of a tensor, for {error}, and FakeTensors have none: nothing "
+                "may depend on data, as .item() and x[mask] do"
             ) from error
 
 
