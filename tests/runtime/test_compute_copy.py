@@ -360,6 +360,20 @@ def test_copy_saved_for_backward_is_not_overwritten_silently():
         out.sum().backward()
 
 
+def test_backward_keeps_the_copy_alone():
+    """What forward multiplied with; of a layer that casts, the weight."""
+    layer, optimizer = layer_and_optimizer()
+    x, kept = torch.randn(2, 6, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        (got,) = torch.autograd.grad(layer(x).sum(), x)
+    assert [t.dtype for t in kept if t.shape == layer.weight.shape] == [torch.float16]
+    del optimizer, kept[:]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        (expected,) = torch.autograd.grad(layer(x).sum(), x)
+    assert [t.dtype for t in kept if t.shape == layer.weight.shape] == [torch.float32]
+    assert torch.equal(got, expected)
+
+
 def test_refresh_and_cached_weights_want_a_module():
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got 3"):
         mpk.refresh_(3)

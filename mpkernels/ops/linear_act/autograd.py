@@ -58,7 +58,7 @@ def _keep(ctx, call: ForwardCall, wants_weight: bool, out, saved, x_compute) -> 
         if activation > Activation.RELU:
             kept, scale = eight_bits.encode_preactivation(kept, call.saved_dtype)
         scales = x_scale, scale
-    ctx.save_for_backward(kept_x, weight, call.weight_copy, kept, call.prev_saved, *scales)
+    ctx.save_for_backward(kept_x, call.operand, kept, call.prev_saved, *scales)
     ctx.set_materialize_grads(False)
     ctx.activation, ctx.prev_activation = activation, call.prev_activation
     ctx.activation_grad_fused = call.activation_grad_fused
@@ -78,11 +78,11 @@ def _grads(ctx, wanted, grad_out) -> tuple:
     wants_bias = wants_bias and not ctx.activation_grad_fused
     if grad_out is None or not (wants_x or wants_weight or wants_bias):
         return None, None, None, None
-    x, weight, weight_copy, saved, prev_saved, *scales = ctx.saved_tensors
+    x, weight, saved, prev_saved, *scales = ctx.saved_tensors
     if scales:
         x, saved = (eight_bits.decode(t, s, ctx.dtypes[0]) for t, s in zip((x, saved), scales, strict=True))
     output_mask = [wants_x, wants_weight, wants_bias]
-    call = BackwardCall(grad_out, x, weight, weight_copy, saved, ctx.activation, *ctx.dtypes, output_mask)
+    call = BackwardCall(grad_out, x, weight, None, saved, ctx.activation, *ctx.dtypes, output_mask)
     if wants_x and (ctx.prev_activation or grad_prev_bias_dtype is not None):
         fused = {"prev_activation": ctx.prev_activation, "grad_prev_bias_dtype": grad_prev_bias_dtype}
         call = call._replace(prev_saved=prev_saved, **fused)
