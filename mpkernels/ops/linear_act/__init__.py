@@ -100,12 +100,13 @@ def linear_act(
     with_grad = torch.is_grad_enabled()
     requires_grad = weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
     has_node = (with_grad and (requires_grad or prev is not None)) or torch.autograd.forward_ad._current_level >= 0
+    fused = (None, 0, None)
+    if prev is not None and prev.activation_grad_fused:
+        fused = prev.saved, int(prev.activation), prev.bias
     call = ForwardCall(
-        x, weight, bias, weight_copy, int(activation), compute_dtype, out_dtype, 0, batch_invariant, grad_dtype,
+        x, weight, bias, weight_copy, int(activation), compute_dtype, out_dtype, 0, batch_invariant, grad_dtype, False, *fused,
         saved_dtype=saved_dtype, keeps_x=has_node and weight.requires_grad,
     )  # fmt: skip
-    if prev is not None and prev.activation_grad_fused:
-        call = call._replace(prev_saved=prev.saved, prev_activation=int(prev.activation), prev_bias=prev.bias)
     direct, transforms = not Op.is_tracing() and call.is_valid(), False
     if not direct:
         call = call._replace(keeps_x=True)

@@ -81,11 +81,9 @@ def _grads(ctx, wanted, grad_out) -> tuple:
     x, weight, saved, prev_saved, *scales = ctx.saved_tensors
     if scales:
         x, saved = (eight_bits.decode(t, s, ctx.dtypes[0]) for t, s in zip((x, saved), scales, strict=True))
+    fused = (prev_saved, ctx.prev_activation, grad_prev_bias_dtype) if wants_x else ()
     output_mask = [wants_x, wants_weight, wants_bias]
-    call = BackwardCall(grad_out, x, weight, None, saved, ctx.activation, *ctx.dtypes, output_mask)
-    if wants_x and (ctx.prev_activation or grad_prev_bias_dtype is not None):
-        fused = {"prev_activation": ctx.prev_activation, "grad_prev_bias_dtype": grad_prev_bias_dtype}
-        call = call._replace(prev_saved=prev_saved, **fused)
+    call = BackwardCall(grad_out, x, weight, None, saved, ctx.activation, *ctx.dtypes, output_mask, *fused)
     if ctx.accumulate_grad and wants_weight:
         call = call._replace(grad_weight_sum=accumulate.weight_grad(ctx, call))
     if torch.is_grad_enabled():

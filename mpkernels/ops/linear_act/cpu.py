@@ -108,7 +108,7 @@ def _gradients(call: BackwardCall, grad_x_dtype: torch.dtype):
         saved = _saved(call, grad)
     grad_z = grad_x = grad_weight = grad_bias = None
     if (wants_x or wants_weight) and (saved is not None or (dtype is not compute_dtype and dtype is not torch.float32)):
-        grad_z = grad.new_empty(grad.shape, dtype=compute_dtype)
+        grad_z = grad.new_empty(*grad.shape, dtype=compute_dtype)
     z = grad if grad_z is None else grad_z
     weight = weight if weight.dtype is compute_dtype and weight.is_contiguous() else _readable(weight, compute_dtype)
     later = wants_x and grad_x_dtype is torch.bfloat16 and _is_for_onednn(z, weight.t(), compute_dtype)
