@@ -26,11 +26,6 @@ class GradStats:
     grad_norm: torch.Tensor | None
     grad_scale: torch.Tensor | None  # a copy: update() changes the scaler's
 
-    @property
-    def is_reusable(self) -> bool:
-        """Not on a GPU, where a captured graph owns what it writes; not what a mode has made."""
-        return self.amax.is_cpu and type(self.amax) is torch.Tensor and not self.amax.is_inference()
-
 
 @dataclass(frozen=True)
 class LastRead:
@@ -203,7 +198,8 @@ def read_list(
     spare: statistics whose tensors may be written again, but for what a scaler and users are given, found_inf and the norm.
     """
     make = torch.empty if params else torch.zeros  # the op writes all of them
-    is_spare = spare is not None and spare.params is params and spare.is_reusable
+    # Not on a GPU, where a captured graph owns what it writes; not what a mode has made.
+    is_spare = spare is not None and spare.params is params and spare.amax.is_cpu and type(spare.amax) is torch.Tensor
     if (scale := scalar(grad_scale, device)) is not None:
         scale = spare.grad_scale.copy_(scale) if is_spare and spare.grad_scale is not None else scale.clone()
     stats = GradStats(

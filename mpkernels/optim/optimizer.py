@@ -9,7 +9,7 @@ import torch
 from torch.autograd import profiler
 from torch.optim import optimizer as torchs
 
-from mpkernels.optim import distributed, hyperparameters
+from mpkernels.optim import distributed, hyperparameters, step_plan
 from mpkernels.optim.format_checks import check_gradient, check_not_shared, check_parameter, name_of, names_of
 from mpkernels.optim.grad_reading import GradReader, LastRead, Unscaling, scalar
 from mpkernels.optim.stateful import StatefulOptimizer
@@ -29,9 +29,9 @@ _frame_compiler = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback"
 
 
 def not_compiled(function):
-    """`torch.compiler.disable`, which costs as much as all checks of a small step, where something is compiled, else nothing.
+    """What `torch.compiler.disable` makes of a function, at no cost where nothing is compiled.
 
-    It also imports dynamo when this file is imported; torch's own optimizers take `_disable_dynamo`, which does not.
+    NOTE: that itself would import dynamo when this file is imported; `_disable_dynamo` does so at the first call of `disabled`.
     """
     disabled = torch._disable_dynamo(function)
 
@@ -68,7 +68,7 @@ def _hooked(step):
     @functools.wraps(step)
     def wrapper(self, *args, **kwargs):
         hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or torchs._global_optimizer_pre_hooks
-        others = len(torchs._global_optimizer_post_hooks) > 1  # one is of step_plan, which is for other optimizers
+        others = len(torchs._global_optimizer_post_hooks) > (step_plan.hook is not None)  # which is for other optimizers
         is_watched = hooks or others or profiler._is_profiler_enabled
         return (wrapped if is_watched else step)(self, *args, **kwargs)
 
@@ -232,8 +232,10 @@ class Optimizer(StatefulOptimizer):
         if plan is None or not plan.is_current(self.state, values):
             plan = self._make_plan(signature)
         else:
-            plans.use(plan)
-            plan.take_options(values, groups, self._options, self._moments)
+            if plan is not plans.plans[0]:
+                plans.use(plan)
+            if plan.values_generation != values.generation:
+                plan.take_options(values, groups, self._options, self._moments)
             if plan.dtensors:
                 signature.redistribute_grads()
                 self._check_formats(plan.ranks)

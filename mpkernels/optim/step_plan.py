@@ -22,7 +22,7 @@ from mpkernels.runtime.fake import addresses, any_fake
 from mpkernels.runtime.op import Op
 
 _optimizers: weakref.WeakSet = weakref.WeakSet()  # that have a plan
-_hook = None  # of torch, while there is a plan or was one
+hook = None  # of torch, while there is a plan or was one
 _NEVER_SEEN = object()
 MAX_PLANS = 8  # of steps that find other parameters with a gradient, as experts and dropped layers alternate
 
@@ -112,14 +112,14 @@ class StepPlan:
     """The lists of a step, with their addresses and versions.
 
     signature: what it is for. state: the optimizer's, with all that these parameters need. versions: of the parameters after
-    our last write, None before it.
+    our last write, None before it. values_generation: of the hyperparameters that were taken.
     """
 
     def __init__(self, signature: Signature, state: dict, values: GroupValues, ranks: distributed.Ranks, optimizer):
         self.signature, self.ranks, self.dtensors = signature, ranks, ranks.dtensors
         signature.grads = []  # a plan keeps no gradients
         self.params = list(compress(signature.params, signature.present))
-        self.moments, self._values_generation = values.moments, None
+        self.moments, self.values_generation = values.moments, None
         self._copies_generation = compute_copy.generation
         self.versions: list | None = None
         self.entries = [state[p] for p in self.params]
@@ -127,7 +127,7 @@ class StepPlan:
         self.local_params = list(map(self.local, self.params))
         self.has_master = [i for i, entry in enumerate(self.entries) if "master" in entry]
         self._always_taken_over = [i for i in self.has_master if self._may_be_written_unseen(self.params[i])]
-        self._claim_copies()
+        claimed = self._claim_copies()
         _watch_other_optimizers(optimizer)
         self.updates = update_lists(self)
         self.readings = readings(self)
@@ -139,7 +139,7 @@ class StepPlan:
         self._placed = [*self.local_params, *self._state_tensors]
         self._is_fake = any_fake(self.local_params)
         self._addresses = self._find_addresses()
-        self._copied_addresses = [self._addresses[i] for i in self._copied]
+        self._copied = [(copy, self.params[i], self._addresses[i]) for i, copy in claimed.items()]
         self._params_match, self._grads_match = same_formats(self.local_params), None
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -150,16 +150,16 @@ class StepPlan:
         """NOTE: what `state_dict()` hands out of a DTensor has a version counter of its own."""
         return distributed.is_dtensor(parameter) or compute_copy.is_shared(parameter)
 
-    def _claim_copies(self) -> None:
-        """What the op writes, and the 16-bit copies: the parameter of a master, or what layers ask for."""
+    def _claim_copies(self) -> dict[int, compute_copy.ComputeCopy]:
+        """What the op writes, and the 16-bit copies: the parameter of a master, or what layers ask for, which is returned."""
         claimed = compute_copy.claim(self.params)
-        self.compute_copies, self._copied = list(claimed.values()), list(claimed)
-        self._copied_params = [self.params[i] for i in claimed]
+        self.compute_copies = list(claimed.values())
         self.masters, self.copies = list(self.local_params), [self._no_copy(p) for p in self.params]
         for i, copy in claimed.items():
             self.copies[i] = copy.tensor
         for i in self.has_master:
             self.masters[i], self.copies[i] = self.local(self.entries[i]["master"]), self.local_params[i]
+        return claimed
 
     @staticmethod
     def _no_copy(parameter: torch.Tensor) -> torch.Tensor:
@@ -202,12 +202,11 @@ class StepPlan:
         return addresses(self._placed) if self._is_fake else list(map(torch.Tensor.data_ptr, self._placed))
 
     def take_options(self, values: GroupValues, param_groups: list[dict], options_of, all_moments: tuple[str, ...]) -> None:
-        """Put the hyperparameters into the arguments of the updates, where they are not those already."""
-        if self._values_generation != values.generation:
-            for lists in self.updates:
-                group = param_groups[lists.group]
-                lists.set_options(group["lr"], options_of(group), all_moments)
-            self._values_generation = values.generation
+        """Put the hyperparameters into the arguments of the updates."""
+        for lists in self.updates:
+            group = param_groups[lists.group]
+            lists.set_options(group["lr"], options_of(group), all_moments)
+        self.values_generation = values.generation
 
     # ----- the gradients of a step -----------------------------------------------------------
 
@@ -251,25 +250,21 @@ class StepPlan:
             for i in self._externally_written(versions):
                 master_weights.take_over(self.masters[i], self.local_params[i])
             self.versions = versions
-        for copy, stamp in self._find_copy_stamps():
-            if copy.stamp != stamp:
+        for copy, weight, address in self._copied:
+            if copy.stamp != (weight._version, address):
                 copy.write(cast(copy.weight, copy.tensor.dtype))
 
     def record_writes(self) -> None:
         """To be called after the update."""
         if self.has_master:
             self.versions = self._find_versions()
-        for copy, stamp in self._find_copy_stamps():
-            copy.stamp = stamp
+        for copy, weight, address in self._copied:
+            copy.stamp = weight._version, address  # `compute_copy.stamp` of a weight whose address is known
 
     def _find_versions(self) -> list:
         """What changes when a parameter, or what this rank holds of it, is written visibly."""
         versions = list(map(_version, self.local_params))
         return list(zip(versions, map(_version, self.params), strict=True)) if self.dtensors else versions
-
-    def _find_copy_stamps(self) -> zip:
-        """Each compute copy with `compute_copy.stamp` of its weight, whose address is known here."""
-        return zip(self.compute_copies, zip(map(_version, self._copied_params), self._copied_addresses))
 
     def _externally_written(self, versions: list) -> list[int]:
         """Places of parameters with a master that may have been written since our last write."""
@@ -287,8 +282,8 @@ class StepPlan:
 
 def _watch_other_optimizers(optimizer: torch.optim.Optimizer) -> None:
     """NOTE: torch offers a hook for the steps of all optimizers or of one that is known."""
-    global _hook
-    _hook = _hook or register_optimizer_step_post_hook(_after_any_step)
+    global hook
+    hook = hook or register_optimizer_step_post_hook(_after_any_step)
     _optimizers.add(optimizer)
 
 
@@ -319,11 +314,10 @@ class PlanCache:
 
     def use(self, plan: StepPlan) -> None:
         """Put `plan` first. What was written meanwhile under other plans is not external to it."""
-        if plan is not self.plans[0]:
-            self.save_stamps()
-            plan.versions = [self.stamps.get(id(p), (None,))[0] for p in plan.params]
-            self.plans.remove(plan)
-            self.plans.insert(0, plan)
+        self.save_stamps()
+        plan.versions = [self.stamps.get(id(p), (None,))[0] for p in plan.params]
+        self.plans.remove(plan)
+        self.plans.insert(0, plan)
 
     def add(self, plan: StepPlan) -> None:
         self.save_stamps()

@@ -403,3 +403,19 @@ def test_norm_of_unscaled_gradients_without_clipping():
         scaler.step(optimizer)
         results.append(raw(params))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_scaled_steps_in_and_out_of_inference_mode(backend, monkeypatch):
+    """What one step has made the next may write again: not a tensor of inference mode."""
+    monkeypatch.setenv("MPKERNELS_BACKEND", backend)
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer, scaler = mpk.optim.SGD([parameter], lr=1.0), mpk.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.zeros(()))
+    for t, mode in enumerate([torch.no_grad, torch.inference_mode, torch.no_grad, torch.no_grad]):
+        parameter.grad = torch.full((3,), 4.0 if t != 1 else torch.inf)
+        with mode():
+            scaler.step(optimizer)
+        assert (scaler.overflow_report(optimizer) == "") == (t != 1)
+        scaler.update(4.0)
+    assert parameter.tolist() == [-3.0] * 3

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of the way of a gradient, warm: how many of our Python files a step goes through, and that each op chooses once."""
 
+from collections import OrderedDict
 from unittest import mock
 
 import pytest
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim import optimizer as torchs
 
 import mpkernels as mpk
+from mpkernels.optim import step_plan
 from mpkernels.runtime.op import Op
 from tests.call_trace import trace
 
@@ -51,10 +53,14 @@ def test_profiler_sees_the_ranges_of_torchs_optimizers(set_to_none):
 @pytest.mark.parametrize("register", [
     lambda optimizer, hook: optimizer.register_step_pre_hook(hook),
     lambda optimizer, hook: optimizer.register_step_post_hook(hook),
-    lambda _, hook: register_optimizer_step_pre_hook(hook),
-    lambda _, hook: register_optimizer_step_post_hook(hook),
+    lambda _, hook: torchs.register_optimizer_step_pre_hook(hook),
+    lambda _, hook: torchs.register_optimizer_step_post_hook(hook),
 ])  # fmt: skip
-def test_hooks_of_steps_run_once(register):
+@pytest.mark.parametrize("is_first", [True, False])
+def test_hooks_of_steps_run_once(register, is_first, monkeypatch):
+    if is_first:  # of all optimizers of the process: nothing of ours is registered yet
+        monkeypatch.setattr(step_plan, "hook", None)
+        monkeypatch.setattr(torchs, "_global_optimizer_post_hooks", OrderedDict())
     parameter, ran = nn.Parameter(torch.zeros(3)), []
     optimizer = mpk.optim.AdamW([parameter])
     handle = register(optimizer, lambda stepped, args, kwargs: ran.append(stepped))

@@ -16,7 +16,7 @@ _PARAMETERS = 7  # that the kernel takes: p0 to p6
 
 def update(call) -> None:
     name, device = call.rule.name, call.masters[0].device
-    layout = SameLayout(*call.lists)
+    layout = SameLayout(*call[: call.num_lists])
     masters, grads, *states, copies = layout.lists
     counts = table.numbers(map(torch.Tensor.data_ptr, call.steps), device)
     arguments = table.lr_arguments(name, call.lr, device) | rule_arguments(call) | dict(

@@ -63,11 +63,14 @@ class Rule:
         """The class of its calls: the arguments of the schema by name, in their order."""
         names = ["masters", "grads", *self.states, "copies", "steps", "lr", *self.parameters, "maximize", *_SCALED]
         fields = namedtuple("UpdateCall", names, defaults=[None] * len(_SCALED))
-        return type("UpdateCall", (_UpdateCall, fields), {"__slots__": (), "rule": self})
+        return type("UpdateCall", (_UpdateCall, fields), {"__slots__": (), "rule": self, "num_lists": 3 + len(self.states)})
 
 
 class _UpdateCall:
-    """What follows from the arguments of a call."""
+    """What follows from the arguments of a call.
+
+    num_lists: how many come first, of one layout: masters, grads, states, copies. Then come steps, and numbers.
+    """
 
     __slots__ = ()
     gemm_key = None
@@ -82,16 +85,6 @@ class _UpdateCall:
     @property
     def states(self) -> tuple[list[torch.Tensor], ...]:
         return self[2 : 2 + len(self.rule.states)]
-
-    @property
-    def lists(self) -> tuple[list[torch.Tensor], ...]:
-        """Those of one layout: masters, grads, states, copies."""
-        return self[: 3 + len(self.rule.states)]
-
-    @property
-    def numbers(self) -> tuple:
-        """The arguments behind the lists."""
-        return self[4 + len(self.rule.states) :]
 
     @property
     def parameters(self) -> dict[str, float | bool]:
