@@ -57,9 +57,6 @@ class StatsCall(NamedTuple):
     def written(self) -> list[torch.Tensor]:
         return [self.found_inf, self.amax, self.nonfinite, *(() if self.grad_norm is None else (self.grad_norm,))]
 
-    def is_valid(self) -> bool:
-        return False
-
 
 def check(call: StatsCall) -> None:
     """Raise RuntimeError for what does not fit."""

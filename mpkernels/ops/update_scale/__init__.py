@@ -61,9 +61,6 @@ class ScaleCall(NamedTuple):
     def written(self) -> tuple[torch.Tensor, ...]:
         return self[:4]
 
-    def is_valid(self) -> bool:
-        return False
-
 
 def check(call: ScaleCall) -> None:
     """Raise RuntimeError for what does not fit."""

@@ -79,9 +79,6 @@ class _UpdateCall:
     def key(self) -> Key:
         return Key(self.masters[0].device, self.masters[0].dtype)
 
-    def is_valid(self) -> bool:
-        return False
-
     @property
     def states(self) -> tuple[list[torch.Tensor], ...]:
         return self[2 : 2 + len(self.rule.states)]
