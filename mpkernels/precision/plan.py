@@ -16,7 +16,7 @@ from mpkernels.nn.convert.linears import linears
 from mpkernels.optim.optimizer import Optimizer
 from mpkernels.policy import Policy, PolicyName
 from mpkernels.precision import memory as step_memory
-from mpkernels.precision.capture import is_positive, mapped, several, tensors_of
+from mpkernels.precision.capture import is_positive, mapped, several, tensors_of, uncompiled
 from mpkernels.precision.memory import Trace, Usage
 from mpkernels.precision.tables import flops_text, size_text, table
 from mpkernels.runtime import compute_copy
@@ -260,7 +260,7 @@ def _fake_mode() -> Iterator[Any]:
 
 def _made(make_model: Callable[[], nn.Module]) -> nn.Module:
     try:
-        return make_model()
+        return uncompiled(make_model())
     except RuntimeError as error:
         if "UninitializedParameter" not in str(error):
             raise

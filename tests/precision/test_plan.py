@@ -194,6 +194,11 @@ def test_plan_of_a_model_that_returns_no_gradient():
         mpk.plan(lambda: Counts(96, 8), rows, policies=["float32"], batch_sizes=[4])
 
 
+def test_plan_of_a_compiled_model_is_that_of_the_model():
+    plan = lambda make: mpk.plan(make, rows, policies=["mixed_float16"], batch_sizes=[4])
+    assert plan(lambda: torch.compile(mlp())).rows == plan(mlp).rows
+
+
 class OfValues(nn.Linear):
     """Its sizes or branches depend on the data."""
 
