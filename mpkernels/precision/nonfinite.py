@@ -31,7 +31,7 @@ def find_nonfinite(model: nn.Module, step: Callable[[nn.Module], torch.Tensor]) 
     where the first module was, the data is. In backward the gradient of a module's input counts, and of its parameters.
     It waits for the device. The model stays what it was: gradients, buffers, hooks, random numbers.
     Raises TypeError for what is no module or function, and for a loss that is no tensor, ValueError for a loss that is no
-    scalar, RuntimeError for one without a graph.
+    scalar, RuntimeError for one without a graph and for a step that does not call the model.
     """
     check_is_module("find_nonfinite", model)
     check_is_step("find_nonfinite", step)
@@ -47,6 +47,8 @@ def find_nonfinite(model: nn.Module, step: Callable[[nn.Module], torch.Tensor]) 
                 search.found = Report(False, message, None, "forward", amax=search.last_amax)
             if search.found is None:
                 run_backward("find_nonfinite", loss)
+        if search.found is None and search.last is None and all(p.grad is None for p in model.parameters()):
+            raise RuntimeError("find_nonfinite: step called no module of the model: it must call the model that it is given")
         found = _of_parameters(model) if search.found is None else search.found
         return Report(True, "every output and every gradient is finite") if found is None else found
 

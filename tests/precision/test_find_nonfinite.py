@@ -164,6 +164,8 @@ def test_find_nonfinite_refuses():
         mpk.find_nonfinite(model, lambda model: model(X))
     with pytest.raises(RuntimeError, match="the loss has no graph"):
         mpk.find_nonfinite(model, lambda model: model(X).mean().detach())
+    with pytest.raises(RuntimeError, match="step called no module of the model: it must call the model that it is given"):
+        mpk.find_nonfinite(model, lambda _: step(nn.Linear(8, 8)))
     with pytest.raises(RuntimeError, match="find_nonfinite: step has called backward itself"):
         mpk.find_nonfinite(model, lambda model: (loss := step(model), loss.backward())[0])
     with pytest.raises(RuntimeError, match="is on meta and has no values"):
