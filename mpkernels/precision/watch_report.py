@@ -90,7 +90,7 @@ def _layer(tap: Tap, note: str, row: list[float]) -> LayerAmax:
     largest, room = max((v for v in (out, grad_x) if v is not None), default=0.0), None
     if 0 < largest < math.inf:
         dtype = (tap.dtype or next(tap.module.parameters()).dtype) if policy is None else policy.range_dtype
-        room = math.log2(torch.finfo(dtype).max / largest)
+        room = math.log2(torch.finfo(dtype).max) - math.log2(largest)
     return LayerAmax(tap.name, "" if policy is None else str(policy), out, grad_x, room, note)
 
 

@@ -455,6 +455,17 @@ def test_watch_report_is_a_table():
     assert lines[2].split()[3] == "-"
 
 
+def test_watch_room_of_small_numbers_in_float64():
+    """How often over it is from the end is no float."""
+    model = nn.Linear(2, 2, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(2) / 1024)
+    with mpk.watch(model) as watch:
+        model(torch.ones(1, 2, dtype=torch.float64))
+        (layer,) = watch.report().layers
+    assert layer.room == pytest.approx(1034)
+
+
 def test_watch_room_is_that_of_the_format():
     model = mpk.convert(nn.Sequential(nn.Linear(2, 2, bias=False)), "mixed_float16")
     with torch.no_grad():
