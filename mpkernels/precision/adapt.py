@@ -110,8 +110,9 @@ class Adaptation:
             if hasattr(tap.module, "adopt") and (rung := self._rung(tap.module.policy)) is not None
         }
         if not self.layers:
-            names = ", ".join(map(str, self.ladder))
-            raise ValueError(f"watch: adapt: no linear has a policy of the ladder ({names}): mpk.convert(model, ...) first")
+            names, theirs = ", ".join(map(str, self.ladder)), {str(p) for t in taps if (p := getattr(t.module, "policy", None))}
+            remedy = f"they have {', '.join(sorted(theirs))}" if theirs else "mpk.convert(model, ...) first"
+            raise ValueError(f"watch: adapt: no linear has a policy of the ladder ({names}): {remedy}")
         self.changes: list[Change] = []
         self._last_scale: float | None = None
         self._scale_before: float | None = None  # from which it has been falling

@@ -419,7 +419,7 @@ def test_watch_refuses_to_adapt():
     for options in ((optimizer,), (optimizer, mpk.GradScaler(enabled=False))):
         with pytest.raises(ValueError, match="nothing skips a step that overflows"):
             mpk.watch(model, *options, adapt=mpk.Adapt())
-    with pytest.raises(ValueError, match=r"no linear has a policy of the ladder \(mixed_bfloat16, float32\)"):
+    with pytest.raises(ValueError, match=r"has a policy of the ladder \(mixed_bfloat16, float32\): they have mixed_float16"):
         mpk.watch(model, optimizer, scaler, adapt=mpk.Adapt(ladder=LADDER[1:]))
     assert not hooks_of(model)
     assert scaler._layer_watch is None
