@@ -6,7 +6,7 @@ schema, in their order and with their defaults. A call has
 
     key           hashable: all that the choice of an implementation may depend on; `device` and `dtype` come first
     is_valid()    of an op that writes nothing: a fast predicate; where it says no, the op's `check` builds the message, raises
-    gemm_key      what a tuned table is asked by, or None
+    gemm_key      what a tuned table is asked by, or None; an op that no table is about has none
     written       of an op that writes: the tensors whose version counters are moved (raw-pointer writes do not move them)
 
 An implementation is a module of the op's folder, named as its backend (`eager.py`, `triton.py`, `native.py`), or as
@@ -110,7 +110,7 @@ class Op:
         if table is None:
             table = tuned_table.load(key.device)
         if table:
-            entry = table.get(call.gemm_key)
+            entry = table.get(getattr(call, "gemm_key", None))
             preferred = None if entry is None else entry.backend
         return self._chosen(key, preferred)
 

@@ -326,6 +326,17 @@ def op(monkeypatch):
     del ops[made.name]
 
 
+def test_table_is_about_no_op_without_a_gemm():
+    table = {tuned_table.gemm_key("fprop", 4, 1, 1, 0, f32): Entry("eager", None)}
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    with tuned_table.override(CPU, table):
+        mpk.optim.SGD([parameter], lr=1.0).step()
+        q, _ = mpk.functional.quantize(parameter.detach(), torch.float8_e4m3fn)
+    assert not parameter.any()
+    assert not q.float().any()
+
+
 def test_table_decides_by_problem_among_what_is_in_auto(op):
     table = {tuned_table.gemm_key("fprop", 4, 1, 1, 0, f32): Entry("native", None)}
     table[tuned_table.gemm_key("fprop", 64, 1, 1, 0, f32)] = Entry("triton", None)

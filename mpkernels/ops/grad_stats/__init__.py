@@ -47,8 +47,6 @@ class StatsCall(NamedTuple):
     nonfinite: torch.Tensor
     grad_norm: torch.Tensor | None = None
 
-    gemm_key = None
-
     @property
     def key(self) -> Key:
         return Key(self.grads[0].device, self.grads[0].dtype)

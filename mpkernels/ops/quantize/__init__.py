@@ -61,8 +61,6 @@ class QuantizeCall(NamedTuple):
     dtype: torch.dtype
     axis: int | None = None
 
-    gemm_key = None
-
     @property
     def key(self) -> Key:
         return Key(self.x.device, torch.float32)

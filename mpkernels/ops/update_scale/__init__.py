@@ -51,8 +51,6 @@ class ScaleCall(NamedTuple):
     min_scale: float
     max_scale: float
 
-    gemm_key = None
-
     @property
     def key(self) -> Key:
         return Key(self.grad_scale.device, self.grad_scale.dtype)

@@ -73,7 +73,6 @@ class _UpdateCall:
     """
 
     __slots__ = ()
-    gemm_key = None
 
     @property
     def key(self) -> Key:
