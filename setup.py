@@ -87,6 +87,9 @@ def extension() -> dict:
         cpp_extension.CUDA_HOME = str(home)  # None under a CPU-only torch, whatever the environment says
         cpp_extension._check_cuda_version = lambda *_: None  # torch's own may be of another generation: nothing of it is linked
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)  # without a GPU torch finds none to build for
+        if torch.version.cuda is None:
+            NVCC_FLAGS.append("-MD")
+            drop_stale_objects()
         sources += cuda_sources
         options = {
             "include_dirs": [str(home / "include"), str(ROOT / "csrc")],
@@ -106,6 +109,14 @@ def extension() -> dict:
         "cmdclass": {"build_ext": cpp_extension.BuildExtension},
         "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }
+
+
+def drop_stale_objects() -> None:
+    """Of .cu files, a header of which is newer by the .d that nvcc wrote: a torch without CUDA has ninja look into none."""
+    for listed in ROOT.glob("build/temp*/**/*.d"):
+        made, read = listed.with_suffix(".o"), listed.read_text().replace("\\\n", " ").split()[2:]
+        if made.exists() and any(not Path(p).exists() or Path(p).stat().st_mtime > made.stat().st_mtime for p in read):
+            made.unlink()
 
 
 def check_compilers() -> None:

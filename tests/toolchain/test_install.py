@@ -18,11 +18,11 @@ needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 # ----- setup.py -------------------------------------------------------------------------------------
 
 
-def setup(before: str = "", **environment: str) -> subprocess.CompletedProcess:
+def setup(before: str = "", folder=ROOT, **environment: str) -> subprocess.CompletedProcess:
     """`setup.py --name` as it answers behind a few lines that change what it finds."""
     script = f"import runpy, sys\n{before}\nsys.argv = ['setup.py', '--name']\nrunpy.run_path('setup.py', run_name='__main__')"
     command = [sys.executable, "-c", script]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
 NO_TORCH = "sys.modules['torch'] = None"
@@ -77,10 +77,12 @@ def test_setup_builds_python_alone_elsewhere(system):
 
 TOOLKIT = """
 import types
+sys.modules['torch'].version = types.SimpleNamespace(cuda='13.0')
 extension = types.SimpleNamespace(BuildExtension=None, _check_cuda_version=lambda *_: sys.exit('refused'))
 def build(*args, **options):
     extension._check_cuda_version('c++', None)
-    sys.exit(f"{extension.CUDA_HOME} {options['include_dirs'][0]} {options['library_dirs'][0]}")
+    lists_headers = '-MD' in options['extra_compile_args']['nvcc']
+    sys.exit(f"{extension.CUDA_HOME} {options['include_dirs'][0]} {options['library_dirs'][0]} {lists_headers}")
 extension.CppExtension = build
 sys.modules['torch.utils'].cpp_extension = extension
 """
@@ -92,7 +94,24 @@ def test_setup_builds_with_the_toolkit_that_is_named(tmp_path):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch(mode=0o755)
     result = setup(TORCH.format("2.13.0+cu130") + TOOLKIT, CUDA_HOME=str(tmp_path))
-    assert result.stderr.splitlines() == [f"{tmp_path} {tmp_path}/include {tmp_path}/lib64"]
+    assert result.stderr.splitlines() == [f"{tmp_path} {tmp_path}/include {tmp_path}/lib64 False"]
+
+
+@pytest.mark.parametrize("cuda", [None, "13.0"])
+@pytest.mark.parametrize("touched, stays", [("a.cuh", False), ("a.cu", False), ("other.cuh", True)])
+def test_setup_drops_objects_older_than_their_headers(touched, stays, cuda, tmp_path):
+    """Of .cu files, by nvcc's list: under a torch without CUDA ninja reads none."""
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    made = tmp_path / "build" / "temp.linux-x86_64" / "csrc" / "a.o"
+    sources = [tmp_path / "csrc" / name for name in ("a.cu", "a.cuh", "other.cuh")]
+    for path in (tmp_path / "bin/nvcc", tmp_path / "include/cuda_runtime.h", made, *sources):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    made.with_suffix(".d").write_text(f"{made} : {sources[0]} \\\n    {sources[1]} \\\n")
+    os.utime(tmp_path / "csrc" / touched, (2e9, 2e9))
+    result = setup(TORCH.format("2.13.0") + TOOLKIT.replace("'13.0'", repr(cuda)), tmp_path, CUDA_HOME=str(tmp_path))
+    assert result.stderr.splitlines() == [f"{tmp_path} {tmp_path}/include {tmp_path}/lib64 {cuda is None}"]
+    assert made.exists() == (stays or cuda is not None)
 
 
 # ----- make -----------------------------------------------------------------------------------------
