@@ -266,6 +266,14 @@ __device__ __forceinline__ void wgmma_wait_all(float (&acc)[kValues]) {
   for (int i = 0; i < kValues; ++i) asm volatile("" : "+f"(acc[i])::"memory");
 }
 
+// The same of several.
+template <int kAccs, int kValues>
+__device__ __forceinline__ void wgmma_wait_all(float (&accs)[kAccs][kValues]) {
+  wgmma_wait<0>();
+#pragma unroll
+  for (int i = 0; i < kAccs * kValues; ++i) asm volatile("" : "+f"(accs[i / kValues][i % kValues])::"memory");
+}
+
 // clang-format off
 #define MPK_ACC8(i) \
   "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3]), \

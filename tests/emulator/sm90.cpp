@@ -32,6 +32,7 @@ constexpr uint32_t kLine = 16;      // bytes that a swizzle keeps together
 constexpr uint32_t kBoxRow = 128;   // bytes, the width of the swizzle
 constexpr int64_t kMaxTx = (1 << 20) - 1;
 constexpr int kMaxN = 256, kRows = 64, kWarpRows = 16, kK = 16;
+constexpr size_t kMaxAccumulators = 2;  // of a thread at a time
 
 // ----- state of a block -----
 
@@ -54,7 +55,7 @@ struct Thread {
   std::vector<uint32_t> unfenced;     // lines of shared memory with unfenced stores
   // wgmma
   bool fenced = false;
-  float* acc = nullptr;  // registers that the warpgroup's products own
+  std::vector<float*> accs;  // registers that the warpgroup's products own
   int64_t issued = 0;
   std::vector<int64_t> committed;  // products up to the end of each group
   size_t waited = 0;               // groups
@@ -79,6 +80,7 @@ struct Product {
   Operand a, b;
   int n;
   bool accumulate, bf16;
+  size_t acc;
   int issued = 0;    // by threads
   Delay delay[4]{};  // by warp
   Interval reads[2]{};
@@ -91,13 +93,17 @@ struct PendingRead {
   size_t group;
 };
 
+struct Accumulator {
+  int n = 0;
+  alignas(32) float tile[kRows][kMaxN];
+};
+
 struct Warpgroup {
   std::deque<Product> products;  // those that some warp has not waited for; the first has index `first`
   int64_t first = 0;
   int64_t done[4] = {}, waited[4] = {};  // by warp
   Queue queues[4];
-  int n = 0;
-  alignas(32) float tile[kRows][kMaxN];
+  Accumulator accs[kMaxAccumulators];
 };
 
 struct State {
@@ -384,7 +390,7 @@ void run_product(State& state, Warpgroup& warpgroup, int warp) {
   const Product& product = warpgroup.products[warpgroup.done[warp] - warpgroup.first];
   gather(state, product.a, warp * kWarpRows, kWarpRows, false, product.bf16, a);
   gather(state, product.b, 0, product.n, true, product.bf16, b);
-  float* const tile = warpgroup.tile[warp * kWarpRows];
+  float* const tile = warpgroup.accs[product.acc].tile[warp * kWarpRows];
   if (!product.accumulate) std::fill(tile, tile + kWarpRows * kMaxN, 0.0f);
   multiply_add(a, b, tile, product.n);
   ++warpgroup.done[warp];
@@ -405,9 +411,9 @@ Warpgroup& this_warpgroup() {
 }
 
 // Value i of the thread: element (16 warp + lane / 4 + 8 (i / 2 % 2), 8 (i / 4) + 2 (lane % 4) + i % 2).
-float& element(Warpgroup& warpgroup, int i) {
+float& element(Accumulator& acc, int i) {
   const int thread = threadIdx.x % kWarpgroup, lane = thread % kWarp;
-  return warpgroup.tile[thread / kWarp * kWarpRows + lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2];
+  return acc.tile[thread / kWarp * kWarpRows + lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2];
 }
 
 void start_product(Product& product) {
@@ -506,7 +512,7 @@ void finish_units(const Block& block) {
   }
   for (const Thread& thread : state.threads) {
     if (thread.groups.back().stores > 0) fail("a TMA store that is in no group");
-    if (thread.acc != nullptr) fail("a thread ends before its wgmma");
+    if (!thread.accs.empty()) fail("a thread ends before its wgmma");
   }
 }
 
@@ -653,28 +659,35 @@ void wgmma(float* acc, int n, Operand a, Operand b, bool accumulate, bool bf16) 
   Warpgroup& warpgroup = this_warpgroup();
   Thread& thread = this_thread();
   if (!thread.fenced) fail("wgmma with no wgmma.fence since the accumulator was the thread's");
-  if (thread.acc == nullptr) {
+  const size_t which = std::find(thread.accs.begin(), thread.accs.end(), acc) - thread.accs.begin();
+  if (which == kMaxAccumulators) fail("the emulator has two accumulators at a time");
+  if (which == thread.accs.size()) {
     for (int i = 0; i < n / 2; ++i) {
-      element(warpgroup, i) = acc[i];
+      element(warpgroup.accs[which], i) = acc[i];
       acc[i] = std::numeric_limits<float>::quiet_NaN();
     }
-    thread.acc = acc;
-    warpgroup.n = n;
+    thread.accs.push_back(acc);
+    warpgroup.accs[which].n = n;
   }
-  if (thread.acc != acc || warpgroup.n != n) fail("the emulator has one accumulator at a time");
+  if (warpgroup.accs[which].n != n) fail("wgmma of two sizes into one accumulator");
   const int64_t index = thread.issued++ - warpgroup.first;
   if (index == static_cast<int64_t>(warpgroup.products.size())) {
-    warpgroup.products.push_back({a, b, n, accumulate, bf16});
+    warpgroup.products.push_back({a, b, n, accumulate, bf16, which});
     start_product(warpgroup.products.back());
   }
   Product& product = warpgroup.products[index];
-  if (!(product.a == a && product.b == b) || product.n != n || product.accumulate != accumulate || product.bf16 != bf16) {
+  const bool same_operands = product.a == a && product.b == b && product.n == n && product.bf16 == bf16;
+  if (!same_operands || product.accumulate != accumulate || product.acc != which) {
     fail("the threads of a warpgroup differ in their wgmma");
   }
   if (++product.issued == static_cast<int>(kWarpgroup)) products_to_run += 4;
 }
 
-void wgmma_commit() { this_thread().committed.push_back(this_thread().issued); }
+// .sync.aligned, as all of wgmma: what a lane does behind it, all of its warp have come to.
+void wgmma_commit() {
+  sync_warp("wgmma.commit_group");
+  this_thread().committed.push_back(this_thread().issued);
+}
 
 void wgmma_wait(int groups) {
   Warpgroup& warpgroup = this_warpgroup();
@@ -685,9 +698,12 @@ void wgmma_wait(int groups) {
   while (warpgroup.done[warp] < products) wait_in(warpgroup.queues[warp], "wgmma's products");
   on_wait(warpgroup, warp, products);
   thread.waited = std::max(thread.waited, waited);
-  if (thread.acc == nullptr || thread.waited < all || products < thread.issued) return;
-  for (int i = 0; i < warpgroup.n / 2; ++i) thread.acc[i] = element(warpgroup, i);
-  thread.acc = nullptr;
+  if (thread.accs.empty() || thread.waited < all || products < thread.issued) return;
+  for (size_t which = 0; which < thread.accs.size(); ++which) {
+    Accumulator& acc = warpgroup.accs[which];
+    for (int i = 0; i < acc.n / 2; ++i) thread.accs[which][i] = element(acc, i);
+  }
+  thread.accs.clear();
   thread.fenced = false;
 }
 

@@ -263,7 +263,7 @@ enum Misuse {
   kTwoInstructions,
   kWgmmaDiffers,
   kUnfinishedWgmma,
-  kTwoAccumulators,
+  kThreeAccumulators,
   kPartOfWarpgroup,
   kEndsInWarp,
   kUnfencedArrival,
@@ -274,7 +274,7 @@ __global__ void misuse(const Arguments& g) {
   auto* const barrier = reinterpret_cast<Barrier*>(shared + 4096);
   const int thread = static_cast<int>(threadIdx.x), rank = static_cast<int>(sm90::cluster_rank());
   const uint64_t tile = 1ull << 62 | 64ull << 32 | sm90::shared_address(shared) >> 4;
-  float acc[32] = {}, other[32] = {};
+  float acc[32] = {}, other[32] = {}, third[32] = {};
   const auto multiply = [&](float (&to)[32], uint64_t a) { sm90::wgmma<Half, 64, false, false>(to, a, tile, false); };
   if (thread == 0 && g.wrong != kUninitialized) {
     sm90::barrier_init(barrier, g.wrong == kEndedBlock ? 128 : 1);
@@ -332,10 +332,11 @@ __global__ void misuse(const Arguments& g) {
     case kUnfinishedWgmma:
       sm90::wgmma_fence();
       return multiply(acc, tile);
-    case kTwoAccumulators:
+    case kThreeAccumulators:
       sm90::wgmma_fence();
       multiply(acc, tile);
-      return multiply(other, tile);
+      multiply(other, tile);
+      return multiply(third, tile);
     case kPartOfWarpgroup:
       sm90::wgmma_fence();
       return multiply(acc, tile);

@@ -336,7 +336,7 @@ MISUSE = [
     ("a warp at two instructions", "lanes of a warp at"),
     ("wgmma of two descriptors", "the threads of a warpgroup differ in their wgmma"),
     ("unfinished wgmma", "a thread ends before its wgmma"),
-    ("two accumulators", "the emulator has one accumulator at a time"),
+    ("three accumulators", "the emulator has two accumulators at a time"),
     ("wgmma by three warps", "wgmma by a part of a warpgroup"),
     ("ends while its warp shuffles", "while"),
     ("arrives relaxed past an mbarrier", "a relaxed arrival after an mbarrier with no fence"),

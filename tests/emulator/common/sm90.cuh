@@ -144,6 +144,11 @@ void wgmma_wait_all(float (&)[kValues]) {
   host::wgmma_wait(0);
 }
 
+template <int kAccs, int kValues>
+void wgmma_wait_all(float (&)[kAccs][kValues]) {
+  host::wgmma_wait(0);
+}
+
 template <class T, int N, bool trans_a, bool trans_b>
 void wgmma(float (&acc)[N / 2], uint64_t desc_a, uint64_t desc_b, bool accumulate) {
   static_assert(N == 64 || N == 128 || N == 192 || N == 256);
