@@ -186,6 +186,13 @@ __device__ __forceinline__ T shuffle_xor(T value, int lanes) {
   return __shfl_xor_sync(~0u, value, lanes);
 }
 
+// The value of lane `lane`. All lanes take part.
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int lane) {
+  static_assert(sizeof(T) == 4);
+  return __shfl_sync(~0u, value, lane);
+}
+
 // What the lanes of the warp stored to shared memory before is visible to all of them.
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 

@@ -109,6 +109,11 @@ T __shfl_xor_sync(unsigned, T value, unsigned lanes) {
   return host::exchange(value, host::lane() ^ lanes, "a shuffle");
 }
 
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return host::exchange(value, static_cast<unsigned>(lane) % 32, "a shuffle");
+}
+
 // A bit of each lane. All lanes take part.
 inline unsigned __ballot_sync(unsigned, bool predicate) {
   unsigned bits = 0;

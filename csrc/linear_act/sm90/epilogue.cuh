@@ -133,17 +133,19 @@ __device__ __forceinline__ void write_mask(const GemmArguments& g, const uint8_t
   }
 }
 
-// dgrad: the previous layer's mask for one row of a tile; all ones without a mask, zero outside of the matrix.
-template <int kWords>
-__device__ __forceinline__ void read_mask(const GemmArguments& g, int row, int column, uint32_t (&words)[kWords]) {
-  const int inside = row < g.M ? (g.N - column + 31) / 32 : 0;  // words
+// dgrad: the previous layer's mask of the 64 rows from `row` on; all ones without a mask, zero outside of the matrix. words[c]
+// is of epilogue tile c, by a lane as in write_mask: of row lane % 16 of the warp's 16, the columns from 32 (lane / 16) on.
+template <int kTiles>
+__device__ __forceinline__ void read_mask(const GemmArguments& g, const ThreadCoord& at, int row, int column,
+                                          uint32_t (&words)[kTiles]) {
+  row += at.warp * 16 + at.lane % 16;
+  column += at.lane / 16 * 32;
+  const int inside = row < g.M ? g.N - column : 0;  // columns
   const uint32_t* const from = g.mask + row * g.mask_pitch + column / 32;
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) words[i] = i < inside ? ~0u : 0;
-  if (g.mask == nullptr) return;
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) {
-    if (i < inside) words[i] = __ldg(from + i);
+  for (int c = 0; c < kTiles; ++c) {
+    words[c] = c * kEpilogueN < inside ? ~0u : 0;
+    if (g.mask != nullptr && c * kEpilogueN < inside) words[c] = __ldg(from + c * kEpilogueN / 32);
   }
 }
 
@@ -197,23 +199,17 @@ __device__ __forceinline__ void add_earlier(const GemmArguments& g, const Thread
 
 // ----- the epilogue of a tile -----
 
-// dgrad: the previous layer's mask for a thread's two rows of the tile.
+// dgrad: the previous layer's mask of the warpgroup's rows of the tile.
 template <Role kRole, int BLOCK_N>
 struct MaskFragment {
-  uint32_t words[2][kRole == Role::kDgrad ? BLOCK_N / 32 : 1];
+  uint32_t words[kRole == Role::kDgrad ? BLOCK_N / kEpilogueN : 1];
 };
 
 // What the epilogue reads of global memory, requested before the main loop, which hides the latency.
 template <Role kRole, int BLOCK_N>
 __device__ __forceinline__ void load_epilogue(const GemmArguments& g, const ThreadCoord& at, const WorkTile& tile,
                                               MaskFragment<kRole, BLOCK_N>& mask) {
-  if constexpr (kRole == Role::kDgrad) {
-    const int first_row = at.first_row();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      read_mask(g, tile.row + first_row + acc_row(at.thread, half), tile.column, mask.words[half]);
-    }
-  }
+  if constexpr (kRole == Role::kDgrad) read_mask(g, at, tile.row + at.first_row(), tile.column, mask.words);
 }
 
 // bias: fprop, of the tile's columns.
@@ -233,6 +229,11 @@ __device__ __forceinline__ void store_epilogue(const GemmArguments& g, const Thr
     }
     at.sync_warpgroup();  // the buffer is free
 
+    uint32_t masks[2][2];  // of a thread's two rows, of 32 columns each
+    if constexpr (kRole == Role::kDgrad) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) masks[i / 2][i % 2] = sm90::shuffle(mask.words[c], at.lane / 4 + i / 2 * 8 + i % 2 * 16);
+    }
     AccFragment values;
 #pragma unroll
     for (int i = 0; i < kEpilogueN / 2; ++i) {
@@ -240,18 +241,18 @@ __device__ __forceinline__ void store_epilogue(const GemmArguments& g, const Thr
       const int j = i / 4, half = i / 2 % 2;
       if constexpr (kRole == Role::kFprop) values.at[i] += bias[c * kEpilogueN + acc_column(at.thread, j) + i % 2];
       if constexpr (kRole == Role::kDgrad) {
-        const uint32_t bit = mask.words[half][c * 2 + j / 4] >> (acc_column(at.thread, j) % 32 + i % 2) & 1;
+        const uint32_t bit = masks[half][j / 4] >> (acc_column(at.thread, j) % 32 + i % 2) & 1;
         values.at[i] = bit ? values.at[i] : 0;
       }
+    }
+    if constexpr (kRole == Role::kDgrad) {
+      if (g.column_sums != nullptr) sum_columns(values, at, shared.sums[at.warpgroup]);
     }
     OutFragment<Out> out;
     out.round(values, kRole == Role::kFprop && g.relu);
     out.write(staging, values, at);
     if constexpr (kRole == Role::kFprop) {
       if (g.mask != nullptr) write_mask<Out>(g, staging, at, tile.row + first_row, column);
-    }
-    if constexpr (kRole == Role::kDgrad) {
-      if (g.column_sums != nullptr) sum_columns(values, at, shared.sums[at.warpgroup]);
     }
 
     sm90::fence_proxy_async();

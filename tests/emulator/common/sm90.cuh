@@ -87,6 +87,12 @@ T shuffle_xor(T value, int lanes) {
   return __shfl_xor_sync(~0u, value, lanes);
 }
 
+template <class T>
+T shuffle(T value, int lane) {
+  static_assert(sizeof(T) == 4);
+  return __shfl_sync(~0u, value, lane);
+}
+
 inline void sync_warp() { host::sync_warp("__syncwarp"); }
 
 template <int N>
