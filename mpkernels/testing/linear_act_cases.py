@@ -16,6 +16,8 @@ f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
 ROWS, COLUMNS = (1, 8, 127, 128, 129, 257, 1000), (8, 72, 264, 520)
 UNEVEN = (33, 50, 41)  # which not every kernel takes
 FEW = ((33, 50, 40), (1, 8, 72), (129, 72, 264))  # M, N, K
+# So many tiles that each SM of a large GPU has several, and so many that it has one: of fprop, dgrad and wgrad.
+MANY_TILES = ((16384, 768, 256), (16384, 256, 768), (256, 16384, 768), (1536, 1536, 264), (1536, 264, 1536), (264, 1536, 1536))
 KINDS = ("plain", "special", "strided", "misaligned")
 _SUM = BackwardCall._fields.index("grad_weight_sum")
 LARGE = (32776, 65544, 8)  # more than 2^31 outputs
@@ -38,6 +40,8 @@ def _families(few: bool, full: bool) -> Iterator[tuple[int, tuple[int, int, int]
     for i, shape in enumerate(shapes):
         for dtype in (f16, bf16):
             yield i, shape, dtype, "plain"
+    for i, shape in enumerate(() if few else MANY_TILES):
+        yield i, shape, (f16, bf16)[i % 2], "plain"
     M, N, K = shapes[0] if few else (257, 264, 520)
     for i, kind in enumerate(KINDS[1:]):
         for dtype in (f16, bf16):

@@ -24,7 +24,8 @@ from mpkernels.runtime import native
 
 SIZES, MAX_SIZE = 2000, 700  # random sizes, and the largest M, N and K
 GUARD = 4096  # bytes on either side of an output
-TILES, CLUSTERS, SPLITS = (128, 192, 256), (1, 2), (1, 2, 3, 8)
+TILES = ((128, False), (192, False), (192, True), (256, False))  # columns, and whether by ping-pong
+CLUSTERS, SPLITS = (1, 2), (1, 2, 3, 8)
 CONFIGS = list(itertools.product(TILES, CLUSTERS, SPLITS))
 FACTS = ("is not the fp64 result rounded", "has other bits the second time", "wrote past an output", "wrote an operand")
 
@@ -94,7 +95,7 @@ def workspace(memory: Memory, splits: int, rows: int, columns: int) -> torch.Ten
     return memory.output(splits * rows, columns, torch.float32).view(splits, rows, columns)
 
 
-def fprop(ops, p: Problem, memory: Memory, config: tuple[int, int, int], splits: int, dtype: torch.dtype) -> Iterator:
+def fprop(ops, p: Problem, memory: Memory, config: tuple[int, int, int, bool], splits: int, dtype: torch.dtype) -> Iterator:
     """Pairs of the result and the expected value."""
     (M, K), N, relu = p.x.shape, p.weight.shape[0], splits % 2 == 1
     out, mask = memory.output(M, N, dtype), memory.output(M, -(-N // 32), torch.int32)
@@ -112,7 +113,7 @@ def fprop(ops, p: Problem, memory: Memory, config: tuple[int, int, int], splits:
         yield mask, pack(exact > 0)
 
 
-def dgrad(ops, p: Problem, memory: Memory, config: tuple[int, int, int], splits: int, dtype: torch.dtype) -> Iterator:
+def dgrad(ops, p: Problem, memory: Memory, config: tuple[int, int, int, bool], splits: int, dtype: torch.dtype) -> Iterator:
     M, K, selects = *p.x.shape, splits % 2 == 1
     out, sums = memory.output(M, K, dtype), memory.output(-(-M // SUM_ROWS), K, torch.float32)
     splits = 1 if selects else min(splits, -(-p.grad_z.shape[1] // BLOCK_K))
@@ -129,7 +130,7 @@ def dgrad(ops, p: Problem, memory: Memory, config: tuple[int, int, int], splits:
         yield sums, torch.nn.functional.pad(exact, (0, 0, 0, -M % SUM_ROWS)).view(-1, SUM_ROWS, K).sum(1).float()
 
 
-def wgrad(ops, p: Problem, memory: Memory, config: tuple[int, int, int], splits: int, dtype: torch.dtype) -> Iterator:
+def wgrad(ops, p: Problem, memory: Memory, config: tuple[int, int, int, bool], splits: int, dtype: torch.dtype) -> Iterator:
     (M, N), K = p.grad_z.shape, p.x.shape[1]
     splits = min(splits, -(-M // BLOCK_K))
     exact = p.grad_z.double().t() @ p.x.double()
@@ -172,10 +173,11 @@ def sweep(ops, device: torch.device, sizes: int, max_size: int = MAX_SIZE, block
         p = problem(random, device, max_size)
         said, flags = [], []
         for j, (name, role) in enumerate(ROLES.items()):
-            block_n, cluster, splits = CONFIGS[(i + 5 * j) % len(CONFIGS)]
-            config = (block_n, cluster, int(random.choice((blocks, 2))))
+            (block_n, ping_pong), cluster, splits = CONFIGS[(i + 5 * j) % len(CONFIGS)]
+            config = (block_n, cluster, int(random.choice((blocks, 2))), ping_pong)
             dtype = (p.x.dtype, torch.float32)[random.integers(2)]
-            said.append(f"{name} of {sizes_of(p)}, {p.x.dtype} to {dtype}, tile {block_n}, cluster {cluster}, splits {splits}")
+            tile = f"{block_n}{' ping-pong' * ping_pong}"
+            said.append(f"{name} of {sizes_of(p)}, {p.x.dtype} to {dtype}, tile {tile}, cluster {cluster}, splits {splits}")
             flags.append(faults(role, ops, p, config, splits, dtype))
         for what, row in zip(said, torch.stack(flags).tolist(), strict=True):  # one wait for the device a size
             found += [f"{what}: {fact}" for fact, is_so in zip(FACTS, row, strict=True) if is_so]

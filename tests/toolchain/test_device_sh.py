@@ -201,13 +201,13 @@ class Ops:
             result[i * rows : i * rows + a.shape[0]] = left.double() @ right.double()
         return result
 
-    def linear_act_fprop(self, x, weight, bias, relu, out, mask, block_n, cluster, blocks, splits=1):
+    def linear_act_fprop(self, x, weight, bias, relu, out, mask, block_n, cluster, blocks, ping_pong, splits):
         exact = self.parts(x, weight.t(), out, splits) + (0 if bias is None else bias.double())
         self.write(out, exact.relu() if relu else exact, x)
         if mask is not None:
             mask.copy_(sweep.pack(exact > 0) ^ (self.wrong == "mask"))
 
-    def linear_act_dgrad(self, grad_z, weight, mask, out, sums, block_n, cluster, blocks, splits=1):
+    def linear_act_dgrad(self, grad_z, weight, mask, out, sums, block_n, cluster, blocks, ping_pong, splits):
         exact = self.parts(grad_z, weight, out, splits)
         if mask is not None:
             exact *= torch.from_numpy(linear_act_cases.bits_of(mask, exact.shape[1])[:, : exact.shape[1]])

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The epilogue of the sm_90a GEMM, by each consumer warpgroup for its 64 rows: bias and ReLU with its mask (fprop), or the mask
-// of the previous layer and column sums (dgrad); one rounding; a TMA store through shared memory, which drains while the next
-// tile is multiplied. The accumulator is taken in epilogue tiles of 64 columns; the mask is read off what is staged of them.
+// The epilogue of the sm_90a GEMM, by each consumer warpgroup for 64 rows at a time: bias and ReLU with its mask (fprop), or
+// the mask of the previous layer and column sums (dgrad); one rounding; a TMA store through shared memory, which drains while
+// the next tile is multiplied. The accumulator is taken in epilogue tiles of 64 columns; the mask is read off what is staged of
+// them.
 
 #pragma once
 
@@ -33,14 +34,13 @@ __device__ __forceinline__ void for_each_constant(const F& f, std::integer_seque
 struct ThreadCoord {
   int warpgroup, thread, warp, lane, quad_lane;
 
-  __device__ ThreadCoord()
-      : warpgroup(static_cast<int>(threadIdx.x) / kWarpgroup - 1),
-        thread(static_cast<int>(threadIdx.x) % kWarpgroup),
+  template <class Index>
+  __device__ explicit ThreadCoord(Index thread_of_block)
+      : warpgroup(static_cast<int>(thread_of_block / kWarpgroup) - 1),
+        thread(static_cast<int>(thread_of_block % kWarpgroup)),
         warp(thread / 32),
         lane(thread % 32),
         quad_lane(lane % 4) {}
-
-  __device__ int first_row() const { return warpgroup * kWarpgroupRows; }  // of the warpgroup, in the tile
 
   __device__ void sync_warpgroup() const { sm90::named_barrier_sync(1 + warpgroup, kWarpgroup); }
 };
@@ -179,16 +179,16 @@ __device__ __forceinline__ void sum_columns(const AccFragment& acc, const Thread
 // ----- sums of results -----
 
 // wgrad: adds what is in memory where the tile will be stored to the accumulator.
-template <int BLOCK_N>
-__device__ __forceinline__ void add_earlier(const GemmArguments& g, const ThreadCoord& at, const WorkTile& tile,
-                                            float (&acc)[BLOCK_N / 2]) {
+template <int kValues>
+__device__ __forceinline__ void add_earlier(const GemmArguments& g, const ThreadCoord& at, const WorkTile& tile, int first_row,
+                                            float (&acc)[kValues]) {
   const int column = tile.column + acc_column(at.thread, 0);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = tile.row + at.first_row() + acc_row(at.thread, half), left = row < g.M ? g.N - column : 0;
+    const int row = tile.row + first_row + acc_row(at.thread, half), left = row < g.M ? g.N - column : 0;
     const float* const from = g.added_to + row * g.added_to_pitch + column;
 #pragma unroll
-    for (int j = 0; j < BLOCK_N / 8; ++j) {
+    for (int j = 0; j < kValues / 4; ++j) {
       Elements<float, 2> earlier{};
       if (8 * j < left) load<LoadStreaming>(from + 8 * j, earlier);  // N is even
       acc[acc_index(j, half)] += earlier.at[0];
@@ -199,32 +199,31 @@ __device__ __forceinline__ void add_earlier(const GemmArguments& g, const Thread
 
 // ----- the epilogue of a tile -----
 
-// dgrad: the previous layer's mask of the warpgroup's rows of the tile.
-template <Role kRole, int BLOCK_N>
+// dgrad: the previous layer's mask of 64 rows of the tile.
+template <Role kRole, class Tile>
 struct MaskFragment {
-  uint32_t words[kRole == Role::kDgrad ? BLOCK_N / kEpilogueN : 1];
+  uint32_t words[kRole == Role::kDgrad ? Tile::kN / kEpilogueN : 1];
 };
 
-// What the epilogue reads of global memory, requested before the main loop, which hides the latency.
-template <Role kRole, int BLOCK_N>
+// What the epilogue of the 64 rows from first_row on reads of global memory.
+template <Role kRole, class Tile>
 __device__ __forceinline__ void load_epilogue(const GemmArguments& g, const ThreadCoord& at, const WorkTile& tile,
-                                              MaskFragment<kRole, BLOCK_N>& mask) {
-  if constexpr (kRole == Role::kDgrad) read_mask(g, at, tile.row + at.first_row(), tile.column, mask.words);
+                                              int first_row, MaskFragment<kRole, Tile>& mask) {
+  if constexpr (kRole == Role::kDgrad) read_mask(g, at, tile.row + first_row, tile.column, mask.words);
 }
 
-// bias: fprop, of the tile's columns.
-template <Role kRole, class Out, int BLOCK_N>
+// Of the 64 rows from first_row on. bias: fprop, of the tile's columns.
+template <Role kRole, class Out, class Tile>
 __device__ __forceinline__ void store_epilogue(const GemmArguments& g, const ThreadCoord& at, const WorkTile& tile,
-                                               SharedStorage<BLOCK_N>& shared, const float* bias,
-                                               const MaskFragment<kRole, BLOCK_N>& mask, const float (&acc)[BLOCK_N / 2]) {
-  const int first_row = at.first_row();
+                                               int first_row, SharedStorage<Tile>& shared, const float* bias,
+                                               const MaskFragment<kRole, Tile>& mask, const float (&acc)[Tile::kN / 2]) {
   constexpr int kBoxes = kEpilogueN * sizeof(Out) / kRowBytes;    // of an epilogue tile
   constexpr int kBuffers = kStagingBytes / (kBoxes * kBoxBytes);  // epilogue tiles in flight
 #pragma unroll
-  for (int c = 0; c < BLOCK_N / kEpilogueN; ++c) {
+  for (int c = 0; c < Tile::kN / kEpilogueN; ++c) {
     uint8_t* const staging = shared.staging[at.warpgroup] + c % kBuffers * kBoxes * kBoxBytes;
     const int column = tile.column + c * kEpilogueN;
-    if (at.thread == 0) {  // the last tile's stores have long read their buffers
+    if (at.thread == 0) {  // the last tile's stores have long read their buffers; those of a first part are hidden
       c == 0 ? sm90::tma_store_wait_read<0>() : sm90::tma_store_wait_read<kBuffers - 1>();
     }
     at.sync_warpgroup();  // the buffer is free

@@ -6,7 +6,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <type_traits>
 
+#include "common/host_device.h"
 #include "common/tensor_map.h"
 
 namespace mpk {
@@ -23,16 +25,37 @@ enum class Role { kFprop, kDgrad, kWgrad };
 constexpr bool is_a_transposed(Role role) { return role == Role::kWgrad; }
 constexpr bool is_b_transposed(Role role) { return role != Role::kFprop; }
 
-// ----- tile shape: BLOCK_N, 128, 192 or 256, is a template parameter -----
+// ----- tile shape -----
 
 constexpr int kBlockM = 128, kBlockK = 64;
 constexpr int kWarpgroup = 128, kConsumerWarpgroups = 2;
 constexpr int kGemmThreads = kWarpgroup * (1 + kConsumerWarpgroups);
-constexpr int kDescribers = kWarpgroup - 32;                   // threads of the producer, beside the warp that loads
-constexpr int kWarpgroupRows = kBlockM / kConsumerWarpgroups;  // of a consumer; of one row of column sums of dgrad
-constexpr int kMaxCluster = 2;                                 // blocks that share a tile column of b
-constexpr int kTileStages = 2;                                 // descriptions of tiles in flight
-constexpr int kGroupM = 8;                                     // tile rows of a band in the tile order
+constexpr int kDescribers = kWarpgroup - 32;  // threads of the producer, beside the warp that loads
+constexpr int kWarpgroupRows = 64;            // of a WGMMA, which a warpgroup executes; of one row of column sums of dgrad
+constexpr int kMaxCluster = 2;                // blocks that share a tile column of b
+constexpr int kGroupM = 8;                    // tile rows of a band in the tile order
+
+// How a block computes tiles of kBlockM x N. Cooperative: its consumer warpgroups have half of the rows of each tile.
+// Ping-pong: each has tiles of its own, every second one, and while one is in its epilogue the other one multiplies.
+enum class KernelSchedule { kCooperative, kPingPong };
+
+template <int N, KernelSchedule kSchedule>
+struct Tile {
+  static constexpr int kN = N;
+  static constexpr bool kPingPong = kSchedule == KernelSchedule::kPingPong;
+  static constexpr int kWarpgroups = kPingPong ? 1 : kConsumerWarpgroups;  // that multiply it
+  static constexpr int kInFlight = kConsumerWarpgroups / kWarpgroups;      // tiles that are computed at a time
+  static constexpr int kParts = kBlockM / kWarpgroupRows / kWarpgroups;    // of it, each of kWarpgroupRows, by a warpgroup
+  static constexpr int kStages = N == 128 ? 6 : 4;                         // of operands
+  static constexpr int kDescriptions = 2 * kInFlight;                      // of tiles
+  // Of arithmetic with a thread's index. Unsigned, it is so short that ptxas repeats it, and keeps nothing of it in registers.
+  using ThreadIndex = std::conditional_t<kPingPong, unsigned, int>;
+
+  // Of a part of a warpgroup's, in the tile.
+  static MPK_HOST_DEVICE constexpr int first_row(int warpgroup, int part) {
+    return (warpgroup % kWarpgroups * kParts + part) * kWarpgroupRows;
+  }
+};
 
 // A workspace of split-K holds whole clusters of tiles, one split below the other.
 constexpr int kSplitAlignment = kMaxCluster * kBlockM;

@@ -45,27 +45,27 @@ void check_sums(const Tensor& sums, int64_t rows, int64_t columns) {
 // num_sms: the persistent grid has at most so many blocks.
 struct TileConfig {
   int64_t block_n, cluster, num_sms;
+  bool ping_pong;
 };
 
-template <Role kRole, class T, class Out, int BLOCK_N>
+template <Role kRole, class T, class Out, class Tile>
 void launch_gemm(const GemmArguments& g, const TileConfig& config, cudaStream_t stream) {
-  const int64_t tiles = ceil_div(g.M, kBlockM * g.cluster) * ceil_div(g.N, BLOCK_N) * g.splits;
+  const int64_t tiles = ceil_div(g.M, kBlockM * g.cluster) * ceil_div(g.N, Tile::kN) * g.splits;
   STD_TORCH_CHECK(tiles <= kMaxSize, "too many tiles");
   const unsigned grid = static_cast<unsigned>(std::min(tiles, std::max<int64_t>(config.num_sms / g.cluster, 1)) * g.cluster);
-  launch_clusters<gemm_kernel<kRole, T, Out, BLOCK_N>>(grid, g.cluster, kGemmThreads, sizeof(SharedStorage<BLOCK_N>), stream,
-                                                       g);
+  launch_clusters<gemm_kernel<kRole, T, Out, Tile>>(grid, g.cluster, kGemmThreads, sizeof(SharedStorage<Tile>), stream, g);
 }
 
 template <Role kRole, class T>
 void launch_gemm(const GemmArguments& g, const TileConfig& config, ScalarType out, cudaStream_t stream) {
-  const auto launch_as = [&](auto columns) {
-    constexpr int BLOCK_N = decltype(columns)::value;
-    if (out == ScalarType::Float) return launch_gemm<kRole, T, float, BLOCK_N>(g, config, stream);
-    launch_gemm<kRole, T, T, BLOCK_N>(g, config, stream);
+  const auto launch_as = [&](auto tile) {
+    if (out == ScalarType::Float) return launch_gemm<kRole, T, float, decltype(tile)>(g, config, stream);
+    launch_gemm<kRole, T, T, decltype(tile)>(g, config, stream);
   };
-  if (config.block_n == 256) return launch_as(std::integral_constant<int, 256>());
-  if (config.block_n == 192) return launch_as(std::integral_constant<int, 192>());
-  launch_as(std::integral_constant<int, 128>());
+  if (config.ping_pong) return launch_as(Tile<192, KernelSchedule::kPingPong>());
+  if (config.block_n == 256) return launch_as(Tile<256, KernelSchedule::kCooperative>());
+  if (config.block_n == 192) return launch_as(Tile<192, KernelSchedule::kCooperative>());
+  launch_as(Tile<128, KernelSchedule::kCooperative>());
 }
 
 // out (M x N, of each split below that of the previous one) = a b over K; the rest of `g` is the epilogue's.
@@ -75,6 +75,7 @@ void run_gemm(GemmArguments g, const Tensor& a, const Tensor& b, const Tensor& o
   STD_TORCH_CHECK((config.block_n == 128 || config.block_n == 192 || config.block_n == 256) &&
                       (config.cluster == 1 || config.cluster == 2) && config.num_sms > 0,
                   "block_n must be 128, 192 or 256, cluster 1 or 2, blocks positive");
+  STD_TORCH_CHECK(!config.ping_pong || config.block_n == 192, "ping-pong needs a block_n of 192, got ", config.block_n);
   const ScalarType dtype = a.scalar_type();
   STD_TORCH_CHECK((dtype == ScalarType::Half || dtype == ScalarType::BFloat16) && b.scalar_type() == dtype &&
                       (out.scalar_type() == dtype || out.scalar_type() == ScalarType::Float),
@@ -117,7 +118,7 @@ BiasVector bias_vector(const std::optional<Tensor>& bias, int64_t columns, const
 // ----- the operators -----
 
 void fprop(Tensor x, Tensor weight, std::optional<Tensor> bias, bool relu, Tensor out, std::optional<Tensor> mask,
-           int64_t block_n, int64_t cluster, int64_t num_sms, int64_t splits) {
+           int64_t block_n, int64_t cluster, int64_t num_sms, bool ping_pong, int64_t splits) {
   const int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
   check_matrix("x", x, M, K);
   check_matrix("weight", weight, N, K);
@@ -133,11 +134,11 @@ void fprop(Tensor x, Tensor weight, std::optional<Tensor> bias, bool relu, Tenso
     g.mask_pitch = mask->stride(0);
   }
   const OnDevice device(x);
-  run_gemm<Role::kFprop>(g, x, weight, out, K, {block_n, cluster, num_sms}, device.stream());
+  run_gemm<Role::kFprop>(g, x, weight, out, K, {block_n, cluster, num_sms, ping_pong}, device.stream());
 }
 
 void dgrad(Tensor grad_z, Tensor weight, std::optional<Tensor> mask, Tensor grad_x, std::optional<Tensor> column_sums,
-           int64_t block_n, int64_t cluster, int64_t num_sms, int64_t splits) {
+           int64_t block_n, int64_t cluster, int64_t num_sms, bool ping_pong, int64_t splits) {
   const int64_t M = grad_z.size(0), N = grad_z.size(1), K = weight.size(1);
   check_matrix("grad_z", grad_z, M, N);
   check_matrix("weight", weight, N, K);
@@ -156,10 +157,11 @@ void dgrad(Tensor grad_z, Tensor weight, std::optional<Tensor> mask, Tensor grad
     g.column_sums = column_sums->mutable_data_ptr<float>();
   }
   const OnDevice device(grad_z);
-  run_gemm<Role::kDgrad>(g, grad_z, weight, grad_x, N, {block_n, cluster, num_sms}, device.stream());
+  run_gemm<Role::kDgrad>(g, grad_z, weight, grad_x, N, {block_n, cluster, num_sms, ping_pong}, device.stream());
 }
 
-void wgrad(Tensor grad_z, Tensor x, Tensor out, int64_t splits, int64_t block_n, int64_t cluster, int64_t num_sms, bool adds) {
+void wgrad(Tensor grad_z, Tensor x, Tensor out, int64_t splits, int64_t block_n, int64_t cluster, int64_t num_sms,
+           bool ping_pong, bool adds) {
   const int64_t M = grad_z.size(0), N = grad_z.size(1), K = x.size(1);
   check_matrix("grad_z", grad_z, M, N);
   check_matrix("x", x, M, K);
@@ -171,7 +173,7 @@ void wgrad(Tensor grad_z, Tensor x, Tensor out, int64_t splits, int64_t block_n,
     g.added_to_pitch = out.stride(0);
   }
   const OnDevice device(grad_z);
-  run_gemm<Role::kWgrad>(g, grad_z, x, out, M, {block_n, cluster, num_sms}, device.stream());
+  run_gemm<Role::kWgrad>(g, grad_z, x, out, M, {block_n, cluster, num_sms, ping_pong}, device.stream());
 }
 
 template <class G, class T>
@@ -283,10 +285,8 @@ void sum_parts(Tensor parts, Tensor out, std::optional<Tensor> bias, bool relu, 
 }
 
 const NativeOp registered[] = {
-    {"linear_act_fprop", Device::kCuda, fprop},
-    {"linear_act_dgrad", Device::kCuda, dgrad},
-    {"linear_act_wgrad", Device::kCuda, wgrad},
-    {"linear_act_select", Device::kCuda, select},
+    {"linear_act_fprop", Device::kCuda, fprop},   {"linear_act_dgrad", Device::kCuda, dgrad},
+    {"linear_act_wgrad", Device::kCuda, wgrad},   {"linear_act_select", Device::kCuda, select},
     {"linear_act_sum", Device::kCuda, sum_parts},
 };
 

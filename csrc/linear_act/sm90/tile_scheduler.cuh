@@ -19,19 +19,21 @@ struct WorkTile {
   int out_row;      // where the result is written: with split-K, in the split's part of the workspace
   Range k_blocks;
   bool exists;  // false behind the last tile
+  int stage;    // where the operands' pipeline is at the first k-block
+  uint32_t phase;
 };
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // The blocks of a cluster take tiles one above the other, so that they share the columns of b.
-template <int BLOCK_N>
+template <class Tile>
 class PersistentTileScheduler {
  public:
   __device__ explicit PersistentTileScheduler(const GemmArguments& g)
       : g_(g),
         rank_(static_cast<int>(sm90::cluster_rank())),
         rows_(static_cast<int>(ceil_div(g.M, kBlockM * g.cluster))),
-        columns_(static_cast<int>(ceil_div(g.N, BLOCK_N))),
+        columns_(static_cast<int>(ceil_div(g.N, Tile::kN))),
         next_(static_cast<int>(blockIdx.x) / g.cluster) {}
 
   // Whether there is a further tile.
@@ -42,7 +44,7 @@ class PersistentTileScheduler {
     const int split = next_ / tiles;
     const TileCoord at = grouped_tile(next_ % tiles, rows_, columns_, kGroupM);
     tile.row = (at.row * g_.cluster + rank_) * kBlockM;
-    tile.column = at.column * BLOCK_N;
+    tile.column = at.column * Tile::kN;
     tile.out_row = tile.row + split * g_.split_rows;
     tile.k_blocks = split_range(static_cast<int>(ceil_div(g_.K, kBlockK)), split, g_.splits);
     next_ += static_cast<int>(gridDim.x) / g_.cluster;

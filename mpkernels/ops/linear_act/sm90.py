@@ -29,9 +29,16 @@ SELECT_ROWS, SUM_ROWS = 128, 64  # that one row of column sums stands for, of th
 INVARIANT_M = 1024  # whose tile batch_invariant takes for every M
 K_BLOCKS_PER_SPLIT = 8  # at least: a part costs the write and the read of an fp32 tile
 MAX_SPLITS = 8
-# Clocks of an SM by the columns of a tile: for a k-block of 64, and for what of a tile no product hides. NOTE: reckoned, from
-# 4096 operations a clock, more bytes per operation in smaller tiles, and instructions counted; not measured.
-CLOCKS = {256: (1024, 2700), 192: (800, 2150), 128: (600, 1600)}
+# Clocks of an SM by the columns of a tile and whether by ping-pong: for a k-block of 64, for what of a tile no product hides,
+# and for the epilogue where it runs under the next tile's main loop, but behind the last tile. NOTE: reckoned, from 4096
+# operations a clock, more bytes per operation in smaller tiles, the bytes of shared memory that an epilogue takes from the
+# products meanwhile (of ping-pong), and instructions counted; not measured.
+CLOCKS = {
+    (256, False): (1024, 2700, 0),
+    (192, False): (800, 2150, 0),
+    (192, True): (800, 1000, 3500),
+    (128, False): (600, 1600, 0),
+}
 SUM_ELEMENTS, SUM_CLOCKS = 300, 4000  # of the sum of split parts: fp32 written and read in a clock; a launch, reckoned too
 
 
@@ -95,11 +102,15 @@ def linear_act_backward(call: BackwardCall):
 
 
 class TileConfig(NamedTuple):
-    """Columns of a tile (rows are BLOCK_M), blocks of a cluster that share their columns, and the SMs of the GPU."""
+    """Columns of a tile (rows are BLOCK_M), blocks of a cluster that share their columns, and the SMs of the GPU.
+
+    ping_pong: each consumer warpgroup of a block has tiles of its own; both have half of each otherwise.
+    """
 
     block_n: int
     cluster: int
     num_sms: int
+    ping_pong: bool = False
 
 
 @functools.lru_cache(maxsize=4096)
@@ -111,7 +122,8 @@ def choose(rows: int, columns: int, K: int, num_sms: int, may_split: bool = True
     tiles_m = -(-rows // BLOCK_M)
     cluster = 2 if tiles_m % 2 == 0 or tiles_m >= 16 else 1
     most = max(1, min(-(-K // BLOCK_K) // K_BLOCKS_PER_SPLIT, MAX_SPLITS)) if may_split else 1
-    candidates = [(TileConfig(n, cluster, num_sms), splits) for splits in range(1, most + 1) for n in CLOCKS]
+    tiles = [TileConfig(n, cluster, num_sms, ping_pong) for n, ping_pong in CLOCKS]
+    candidates = [(config, splits) for splits in range(1, most + 1) for config in tiles]
     return min(candidates, key=lambda candidate: clocks(rows, columns, K, *candidate))
 
 
@@ -119,9 +131,10 @@ def clocks(rows: int, columns: int, K: int, config: TileConfig, splits: int = 1)
     """Clocks of a GEMM by the waves of its tiles; the parts of a split sum are written and read once more."""
     tiles = -(-rows // (BLOCK_M * config.cluster)) * -(-columns // config.block_n) * splits
     waves = -(-tiles // max(config.num_sms // config.cluster, 1))
-    per_k_block, per_tile = CLOCKS[config.block_n]
+    per_k_block, per_tile, epilogue = CLOCKS[config.block_n, config.ping_pong]
     k_blocks = -(-K // (BLOCK_K * splits))
-    return waves * (k_blocks * per_k_block + per_tile) + (splits > 1) * (splits * rows * columns / SUM_ELEMENTS + SUM_CLOCKS)
+    gemm = waves * max(k_blocks * per_k_block + per_tile, epilogue) + epilogue
+    return gemm + (splits > 1) * (splits * rows * columns / SUM_ELEMENTS + SUM_CLOCKS)
 
 
 @functools.cache

@@ -22,8 +22,10 @@ LIBRARY = "mpkernels_hopper"
 BLOCK_M, BLOCK_K = 128, 64
 SUM_ROWS = 64  # rows of the matrix per row of column sums
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
-# (block_n, cluster, num_sms): one or several tiles per block, clusters of one or two, whose second tile may lie outside
-CONFIGS = [(256, 1, 100), (256, 2, 2), (128, 1, 2), (128, 2, 100), (192, 2, 2)]
+# (block_n, cluster, num_sms, ping_pong): one or several tiles per block, clusters of one or two, whose second tile may lie
+# outside
+CONFIGS = [(256, 1, 100, False), (256, 2, 2, False), (128, 1, 2, False), (128, 2, 100, False), (192, 2, 2, False)]
+CONFIGS += [(192, 1, 2, True), (192, 2, 4, True)]
 SHAPES = [(1, 8, 8), (128, 256, 64), (200, 264, 136), (257, 520, 320), (385, 136, 72)]  # M, N and K of the GEMM
 
 
@@ -111,7 +113,7 @@ def test_fprop_matches_reference(shape, config, generator):
 @pytest.mark.parametrize("relu", [False, True])
 def test_fprop_of_every_dtype(dtype, out_dtype, relu, generator):
     out_dtype = dtype if out_dtype == "compute" else F32
-    check_fprop((150, 200, 104), (128, 1, 3), dtype, out_dtype, None if relu else F32, relu, generator)
+    check_fprop((150, 200, 104), (128, 1, 3, False), dtype, out_dtype, None if relu else F32, relu, generator)
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
@@ -122,7 +124,7 @@ def test_fprop_nan_and_inf(dtype, generator):
     weight[:, 0] = 1.0
     out, mask = torch.empty(8, 40, dtype=dtype), torch.empty(8, 2, dtype=torch.int32)
     for bias in (None, torch.full((40,), -0.0)):
-        ops().linear_act_fprop(x, weight, bias, True, out, mask, 128, 1, 1, 1)
+        ops().linear_act_fprop(x, weight, bias, True, out, mask, 128, 1, 1, False, 1)
         expected = torch.tensor([math.nan, math.inf, 0.0, 0.0, 0.0, 1.0, 0.0, 2.0])[:, None].expand(8, 40)
         assert torch.equal(out.float().nan_to_num(nan=-7.0), expected.nan_to_num(nan=-7.0))
         assert positive_bits(mask, 40).equal(torch.tensor([1, 1, 0, 0, 0, 1, 0, 1]).bool()[:, None].expand(8, 40))
@@ -168,7 +170,7 @@ def test_dgrad_mask_selects(generator):
     weight[0, :3] = torch.tensor([math.inf, math.nan, 1.0])
     mask, sums = torch.zeros(64, 2, dtype=torch.int32), torch.empty(1, 64)
     mask[:, 0] = ~0b011
-    grad_x = run_dgrad(grad_z, weight, mask, F16, sums, (128, 1, 1))
+    grad_x = run_dgrad(grad_z, weight, mask, F16, sums, (128, 1, 1, False))
     expected = torch.zeros(64)
     expected[2] = 1
     assert grad_x.float().equal(expected.expand(64, 64))
@@ -254,7 +256,7 @@ def test_tensor_maps_are_cached_by_address_and_shape(generator):
     for shape, stride, dtype in views + views[::-1]:
         x = memory.view(dtype).as_strided(shape, stride)
         w, y = weight.view(dtype)[: 16 * shape[1]].view(16, -1), out.view(dtype)[: 16 * shape[0]].view(-1, 16)
-        ops().linear_act_fprop(x, w, None, False, y.fill_(math.nan), None, 128, 1, 1, 1)
+        ops().linear_act_fprop(x, w, None, False, y.fill_(math.nan), None, 128, 1, 1, False, 1)
         bounds.check_forward(y, x, w, None, 0, dtype, random_sign=dtype == F16)
 
 
@@ -284,22 +286,58 @@ def every_role(config, generator, repeat):
     return [repeat(run) for run in (fprop, dgrad, wgrad)]
 
 
-@pytest.mark.parametrize("block_n", [128, 192, 256])
-def test_schedule_and_config_do_not_matter(block_n, generator):
+@pytest.mark.parametrize("block_n, ping_pong", [(128, False), (192, False), (192, True), (256, False)])
+def test_schedule_and_config_do_not_matter(block_n, ping_pong, generator):
     """The same bits in every order of threads, copies and products, and for every number of blocks and cluster size."""
     state, results = generator.get_state(), []
     for seed, (cluster, blocks) in enumerate([(1, 1), (1, 5), (2, 2), (2, 6), (1, 100), (1, 100)]):
         host_kernels.library(LIBRARY).host_seed(seed)
         generator.set_state(state)
-        results.append(every_role((block_n, cluster, blocks), generator, lambda run: raw(run())))
+        results.append(every_role((block_n, cluster, blocks, ping_pong), generator, lambda run: raw(run())))
     assert all(result == results[0] for result in results)
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("K, blocks", [(8, 1), (136, 2), (392, 1), (392, 5)])  # fewer and more k-blocks than stages
+def test_ping_pong_has_the_bits_of_cooperative(cluster, K, blocks, generator):
+    """All that the epilogues write and read, in 16 bits and in fp32, with and without split-K in uneven parts."""
+    M, N = 330, 392
+    x, weight, grad_z = (operand(*s, BF16, generator) for s in ((M, K), (N, K), (M, N)))
+    bias, (mask_below, _) = torch.randn(N, generator=generator), random_mask(M, K, generator)
+
+    def results(ping_pong):
+        config, found = (192, cluster, blocks * cluster, ping_pong), []  # of 9 or 6 tiles
+        for dtype in (BF16, F32):
+            out, mask = torch.empty(M, N, dtype=dtype), torch.empty(M, -(-N // 32), dtype=torch.int32)
+            ops().linear_act_fprop(x, weight, bias, True, out, mask, *config, 1)
+            sums = torch.empty(-(-M // SUM_ROWS), K)
+            grad_x = run_dgrad(grad_z, weight, mask_below, dtype, sums, config).contiguous()
+            grad_weight = torch.empty(N, K, dtype=dtype)
+            ops().linear_act_wgrad(grad_z, x, grad_weight, 1, *config)
+            found += [out, mask, grad_x, sums, grad_weight]
+        ops().linear_act_wgrad(grad_z, x, grad_weight, 1, *config, True)
+        splits, rows = min(3, -(-K // BLOCK_K)), 2 * 2 * BLOCK_M
+        if splits > 1:
+            parts = torch.empty(splits, rows, N)
+            ops().linear_act_fprop(x, weight, None, False, parts.view(-1, N), None, *config, splits)
+            found.append(parts[:, :M].contiguous())
+        return raw([*found, grad_weight])
+
+    assert results(True) == results(False)
+
+
+@pytest.mark.parametrize("block_n", [128, 256])
+def test_ping_pong_is_of_192_columns(block_n):
+    x, weight, out = (torch.zeros(8, 8, dtype=F16) for _ in range(3))
+    with pytest.raises(RuntimeError, match=f"ping-pong needs a block_n of 192, got {block_n}"):
+        ops().linear_act_fprop(x, weight, None, False, out, None, block_n, 1, 1, True, 1)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_bytes_moved(config, generator):
     """Operands once per tile of the other, b once for both blocks of a cluster; outputs once."""
     M, N, K = 330, 392, 200
-    block_n, cluster, _ = config
+    block_n, cluster = config[:2]
     tiles = lambda rows, columns: (-(-rows // (BLOCK_M * cluster)), -(-columns // block_n))
 
     def moved(run):
@@ -319,9 +357,9 @@ def test_bytes_moved(config, generator):
 def test_shared_memory_is_asked_for_once(generator):
     """Not at every call: a driver call each."""
     x, weight, out = (torch.randn(8, 8, generator=generator).half() for _ in range(3))
-    ops().linear_act_fprop(x, weight, None, False, out, None, 128, 1, 1, 1)
+    ops().linear_act_fprop(x, weight, None, False, out, None, 128, 1, 1, False, 1)
     host_kernels.take_counts(LIBRARY)
-    ops().linear_act_fprop(x, weight, None, False, out, None, 128, 1, 1, 1)
+    ops().linear_act_fprop(x, weight, None, False, out, None, 128, 1, 1, False, 1)
     counts = host_kernels.take_counts(LIBRARY)
     assert (counts.launches, counts.attributes) == (1, 0)
 
@@ -330,16 +368,16 @@ def test_outside_of_a_tensor_is_refused(generator):
     """The emulator checks every address against the tensors of the call."""
     x, weight, out = (torch.randn(64, 64, generator=generator).half() for _ in range(3))
     host_kernels.set_memory([out[:-1]], [x, weight], LIBRARY)
-    op = torch.ops.mpkernels_hopper.linear_act_fprop.default
     with pytest.raises(RuntimeError, match="a store outside of every tensor"):
-        op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), x, weight, None, False, out, None, 128, 1, 1)
+        host_kernels.module(LIBRARY).linear_act_fprop(x, weight, None, False, out, None, 128, 1, 1, False, 1)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("case", range(40))
 def test_every_role_on_random_sizes(case, generator):
     rand = lambda n: int(torch.randint(n, (), generator=generator))
-    config = (128 << rand(2), 1 + rand(2), 1 + rand(6))
+    block_n, ping_pong = [(128, False), (192, False), (192, True), (256, False)][rand(4)]
+    config = (block_n, 1 + rand(2), 1 + rand(6), ping_pong)
     M, N, K = 1 + rand(600), 8 + 8 * rand(90), 8 + 8 * rand(60)
     dtype = (F16, BF16)[rand(2)]
     check_fprop((M, N, K), config, dtype, (dtype, F32)[rand(2)], (None, F16, F32)[rand(3)], bool(rand(2)), generator)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.toolchain.test_cuda_machine_code import has_cuda, of_architecture, run
 
-GEMMS = 36  # 3 roles x 2 operand dtypes x 2 result dtypes x 3 tiles
+GEMMS = 48  # 3 roles x 2 operand dtypes x 2 result dtypes x 3 tiles, of which one has two schedules
 FPROP, DGRAD, WGRAD = (f"RoleE{i}" for i in range(3))
 THREADS = 384
 REGISTERS = 168  # at launch: the most that 384 threads can have; setmaxnreg then moves them to the consumer warpgroups
@@ -38,6 +38,25 @@ def kernel(request) -> str:
     return request.param
 
 
+def width_of(name: str) -> int:
+    """Columns of the tile."""
+    return int(re.search(r"TileILi(\d+)", name)[1])
+
+
+def is_fp32(name: str) -> bool:
+    """Whether the result is."""
+    return "EfN" in name
+
+
+def is_ping_pong(name: str) -> bool:
+    return "ScheduleE1" in name
+
+
+def parts_of(name: str) -> int:
+    """Accumulators of 64 rows that a consumer warpgroup has."""
+    return 1 + is_ping_pong(name)
+
+
 def opcodes(name: str) -> Counter:
     return Counter(line.split()[0] for line in code("sm_90a")[name])
 
@@ -52,6 +71,7 @@ def families(name: str) -> Counter:
 def test_linear_act_gemms_are_all_there():
     assert len(code("sm_90a")) == GEMMS
     assert all(sum(role in name for name in code("sm_90a")) == GEMMS // 3 for role in (FPROP, DGRAD, WGRAD))
+    assert sum(map(is_ping_pong, code("sm_90a"))) == GEMMS // 4
 
 
 def test_linear_act_gemms_exist_on_hopper_only():
@@ -69,9 +89,10 @@ def test_linear_act_gemm_uses_hopper(kernel):
 
 
 def test_linear_act_gemm_is_not_serialized(kernel):
-    """A fence and a wait for the four instructions of a k-block, a wait at the end: ptxas adds others where it serializes."""
+    """A fence and a wait for the four instructions of a k-block, for each accumulator, and a wait at the end: ptxas adds others
+    where it serializes."""
     found = opcodes(kernel)
-    assert families(kernel)["HGMMA"] == 4
+    assert families(kernel)["HGMMA"] == 4 * parts_of(kernel)
     assert (found["WARPGROUP.ARRIVE"], found["WARPGROUP.DEPBAR.LE"]) == (1, 2)
 
 
@@ -98,43 +119,47 @@ def test_linear_act_gemm_has_no_fence_of_the_gpu_in_the_loop(kernel):
 
 
 def test_linear_act_gemm_rounds_once_and_keeps_nan(kernel):
-    found = opcodes(kernel)
-    width = int(re.search(r"Li(\d+)", kernel).group(1))
+    found, columns = opcodes(kernel), width_of(kernel) * parts_of(kernel)
     relu = [op for op in found if op.startswith("F2FP.RELU")]
-    if "EfLi" in kernel:  # float is the result's dtype
+    if is_fp32(kernel):
         assert families(kernel)["F2FP"] == 0
         assert families(kernel)["STSM"] == 0
-        assert found["FMNMX.NAN"] == (width // 2 if FPROP in kernel else 0)
+        assert found["FMNMX.NAN"] == (columns // 2 if FPROP in kernel else 0)
     else:
-        assert families(kernel)["STSM"] == width // 16
-        assert sum(found[op] for op in relu) == (width // 4 if FPROP in kernel else 0)
+        assert families(kernel)["STSM"] == columns // 16
+        assert sum(found[op] for op in relu) == (columns // 4 if FPROP in kernel else 0)
     assert families(kernel)["FMNMX"] == found["FMNMX.NAN"]
 
 
 def test_linear_act_gemm_adds_in_pairs(kernel):
     """wgrad in fp32 reads a sum that it is added to as it reads nothing else: two numbers at a time, each once."""
-    width = int(re.search(r"Li(\d+)", kernel).group(1))
-    adds = WGRAD in kernel and "EfLi" in kernel
-    assert opcodes(kernel)["LDG.E.EF.64"] == (width // 4 if adds else 0)
+    adds = WGRAD in kernel and is_fp32(kernel)
+    assert opcodes(kernel)["LDG.E.EF.64"] == (width_of(kernel) * parts_of(kernel) // 4 if adds else 0)
 
 
-# Instructions of an epilogue tile of 64 columns, from one TMA store to the next (of fp32, two), by role: 16-bit and fp32.
-MOST_OF_AN_EPILOGUE_TILE = {FPROP: (195, 250), DGRAD: (225, 230), WGRAD: (45, 50)}
-MOST_BEFORE_THE_LOOP = {FPROP: 50, DGRAD: 95, WGRAD: 50}  # from the wait for a tile to the first HGMMA
+# Instructions of an epilogue tile of 64 columns, from one TMA store to the next (of fp32, two), by role: 16-bit and fp32. In
+# ping-pong addresses are computed again, for want of registers, and the other warpgroup's products go on meanwhile.
+MOST_OF_AN_EPILOGUE_TILE = {FPROP: (195, 250), DGRAD: (225, 230), WGRAD: (45, 52)}
+MOST_IN_PING_PONG = {FPROP: (215, 275), DGRAD: (245, 245), WGRAD: (60, 62)}
+# From the wait for a tile to the first HGMMA; in ping-pong, the accumulators are cleared there.
+MOST_BEFORE_THE_LOOP = {FPROP: 50, DGRAD: 95, WGRAD: 50}
+CLEARED_BY_ONE = 2  # registers
 
 
 def test_linear_act_gemm_exposes_few_instructions(kernel):
     lines = code("sm_90a")[kernel]
     (role,) = [role for role in MOST_OF_AN_EPILOGUE_TILE if role in kernel]
-    is_fp32 = "EfLi" in kernel
-    stores = [i for i, line in enumerate(lines) if line.startswith("UTMASTG")][:: 1 + is_fp32]
-    width = int(re.search(r"Li(\d+)", kernel).group(1))
-    assert len(stores) == width // 64
-    longest = max(after - before for before, after in itertools.pairwise(stores))
-    assert longest <= MOST_OF_AN_EPILOGUE_TILE[role][is_fp32]
+    stores = [i for i, line in enumerate(lines) if line.startswith("UTMASTG")][:: 1 + is_fp32(kernel)]
+    tiles = width_of(kernel) // 64
+    assert len(stores) == parts_of(kernel) * tiles
+    of_a_part = [stores[i : i + tiles] for i in range(0, len(stores), tiles)]
+    longest = max(after - before for part in of_a_part for before, after in itertools.pairwise(part))
+    assert longest <= (MOST_IN_PING_PONG if is_ping_pong(kernel) else MOST_OF_AN_EPILOGUE_TILE)[role][is_fp32(kernel)]
     wait = next(i for i, line in enumerate(lines) if line.startswith("SYNCS.PHASECHK"))
     first = next(i for i, line in enumerate(lines) if line.startswith("HGMMA"))
-    assert first - wait <= MOST_BEFORE_THE_LOOP[role], "coordinates and bias are the producer's work"
+    cleared = is_ping_pong(kernel) * parts_of(kernel) * width_of(kernel) // 2 // CLEARED_BY_ONE
+    turn = 20 * is_ping_pong(kernel)
+    assert first - wait <= MOST_BEFORE_THE_LOOP[role] + cleared + turn, "coordinates and bias are the producer's work"
 
 
 def test_linear_act_gemm_registers(kernel):

@@ -15,6 +15,7 @@ from mpkernels.ops.linear_act import Activation, checks, sm90
 from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
 from mpkernels.ops.linear_act.epilogues import empty_mask
 from mpkernels.runtime import native
+from mpkernels.testing import linear_act_cases as proven
 from tests import bounds, linear_act_cases
 from tests.emulator import host_kernels
 from tests.linear_act_cases import DTYPES, LAYOUTS, Case, bits_of, data, same_bits
@@ -65,7 +66,7 @@ def fprop(x, weight, bias, relu, out_dtype, config):
     """(out, mask)."""
     M, N = x.shape[0], weight.shape[0]
     out, mask = x.new_full((M, N), torch.nan, dtype=out_dtype), empty_mask(x, M, N) if relu else None
-    native.ops.linear_act_fprop(x, weight, bias, relu, out, mask, *config, 1)
+    native.ops.linear_act_fprop(x, weight, bias, relu, out, mask, *sm90.TileConfig(*config), 1)
     return out, mask
 
 
@@ -274,11 +275,11 @@ def test_hopper_config_is_the_best_by_the_model(num_sms):
         (whole, one), (config, splits) = (sm90.choose(rows, columns, K, num_sms, may_split=m) for m in (False, True))
         clocks = functools.partial(sm90.clocks, rows, columns, K)
         assert one == 1
-        assert whole.block_n in sm90.CLOCKS
+        assert (whole.block_n, whole.ping_pong) in sm90.CLOCKS
         assert whole.cluster in (1, 2)
         assert 1 <= splits <= max(1, -(-K // 64) // sm90.K_BLOCKS_PER_SPLIT)
-        assert all(clocks(whole) <= clocks(whole._replace(block_n=n)) for n in sm90.CLOCKS)
-        assert clocks(whole) <= clocks(whole._replace(block_n=before(rows, columns, num_sms)))
+        assert all(clocks(whole) <= clocks(whole._replace(block_n=n, ping_pong=p)) for n, p in sm90.CLOCKS)
+        assert clocks(whole) <= clocks(whole._replace(block_n=before(rows, columns, num_sms), ping_pong=False))
         assert splits == 1 or clocks(config, splits) < clocks(whole)
 
 
@@ -289,6 +290,26 @@ def test_hopper_config_is_the_best_by_the_model(num_sms):
 ])  # fmt: skip
 def test_hopper_config_of_known_shapes(rows, columns, K, block_n):
     assert sm90.choose(rows, columns, K, SMS, may_split=False)[0].block_n == block_n
+
+
+@pytest.mark.parametrize("rows, columns, K, ping_pong", [
+    (16384, 4096, 512, True), (16384, 3072, 768, True), (65536, 768, 256, True),  # many tiles of few k-blocks
+    (16384, 4096, 2048, False), (8192, 8192, 8192, False),  # an epilogue is little of a tile
+    (8192, 768, 768, False), (1536, 1536, 1536, False),  # three tiles for a block or fewer: the last epilogue is twice as long
+])  # fmt: skip
+def test_hopper_ping_pong_where_epilogues_count(rows, columns, K, ping_pong):
+    config, splits = sm90.choose(rows, columns, K, SMS)
+    assert (config.ping_pong, splits) == (ping_pong, 1)
+    assert config.block_n == 192 or not ping_pong
+
+
+@pytest.mark.parametrize("role", ["fprop", "dgrad", "wgrad"])
+def test_hopper_proof_has_every_tile(role):
+    """On the GPU that it is for: each tile is that of a case or of a race."""
+    shapes = [*proven.MANY_TILES, *((M, N, K) for M, K, N in proven._SIZES[False])]
+    gemms = [{"fprop": (M, N, K), "dgrad": (M, K, N), "wgrad": (N, K, M)}[role] for M, N, K in shapes]
+    chosen = [sm90.choose(*gemm, SMS)[0] for gemm in gemms]
+    assert {(config.block_n, config.ping_pong) for config in chosen} == sm90.CLOCKS.keys()
 
 
 def test_hopper_splits_fill_the_chip():
