@@ -24,6 +24,7 @@ from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
 from mpkernels.ops.linear_act.epilogues import Activation, empty_mask, pack_mask
 from mpkernels.runtime import native
 
+_RELU = int(Activation.RELU)
 BLOCK_M, BLOCK_K = 128, 64
 SELECT_ROWS, SUM_ROWS = 128, 64  # that one row of column sums stands for, of the select pass and of dgrad
 INVARIANT_M = 1024  # whose tile batch_invariant takes for every M
@@ -57,15 +58,15 @@ def linear_act(call: ForwardCall):
     is_matrix = x.dim() == 2
     M = x.shape[0] if is_matrix else x.shape[:-1].numel()
     x_compute = None if x.dtype == compute_dtype else cast(x, compute_dtype)
-    relu = call.activation == Activation.RELU
-    mask = empty_mask(x, M, N) if call.save and relu else None
-    out = x.new_empty((M, N), dtype=call.out_dtype)
-    if out.numel():
+    relu = call.activation == _RELU
+    mask = empty_mask(x, M, N) if relu and call.save else None
+    out = _empty(x, M, N, call.out_dtype)
+    if M and N:
         a, b = _matrix(_rows(x if x_compute is None else x_compute, M, K)), _weight(call)
         if K == 0:  # an empty sum: one step of zeros
             a, b = a.new_zeros((M, 8)), b.new_zeros((N, 8))
-        rows = INVARIANT_M if call.batch_invariant else M
-        config, splits = choose(rows, N, K, _num_sms(x.device), may_split=not call.batch_invariant)
+        invariant = call.batch_invariant
+        config, splits = choose(INVARIANT_M if invariant else M, N, K, _num_sms(x.device), not invariant)
         if splits == 1:
             native.ops.linear_act_fprop(a, b, call.bias, relu, out, mask, *config, 1)
         else:
@@ -76,25 +77,28 @@ def linear_act(call: ForwardCall):
 
 
 def linear_act_backward(call: BackwardCall):
-    grad_out, (N, K) = call.grad_out, call.weight.shape
+    grad_out, compute_dtype, (N, K) = call.grad_out, call.compute_dtype, call.weight.shape
     is_matrix = grad_out.dim() == 2
     M = grad_out.shape[0] if is_matrix else grad_out.shape[:-1].numel()
     wants_x, wants_weight, wants_bias = call.output_mask
     grad_z, grad_bias = _select(
         _rows(grad_out, M, N),
         _mask(call.saved, call.activation, M, N),
-        call.compute_dtype,
+        (M, N),
+        compute_dtype,
         wants_x or wants_weight,
         call.grad_bias_dtype if wants_bias else None,
     )
     grad_x = grad_weight = grad_prev_bias = None
     if wants_x:
         prev_mask = _mask(call.prev_saved, call.prev_activation, M, K)
-        grad_x, grad_prev_bias = _dgrad(grad_z, _weight(call), prev_mask, call.grad_x_dtype, call.grad_prev_bias_dtype)
+        dtypes = call.grad_x_dtype, call.grad_prev_bias_dtype
+        grad_x, grad_prev_bias = _dgrad(grad_z, _weight(call), prev_mask, (M, N, K), compute_dtype, *dtypes)
         grad_x = grad_x if is_matrix else grad_x.view(*grad_out.shape[:-1], K)
     if wants_weight:
         x = _matrix(_rows(call.x, M, K))
-        grad_weight = passes.add_to_sum(call, _wgrad(grad_z, x, call.grad_weight_dtype, call.grad_weight_sum))
+        grad_weight = _wgrad(grad_z, x, (M, N, K), compute_dtype, call.grad_weight_dtype, call.grad_weight_sum)
+        grad_weight = passes.add_to_sum(call, grad_weight)
     return grad_x, grad_weight, grad_bias, grad_prev_bias
 
 
@@ -145,8 +149,14 @@ def _num_sms(device: torch.device) -> int:
 # ----- operands ---------------------------------------------------------------
 
 
+def _empty(like: torch.Tensor, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialized matrix on the device of `like`. NOTE: torch's other ways to one take the host longer."""
+    return torch.empty_strided((rows, columns), (columns or 1, 1), dtype=dtype, device=like.device)
+
+
 def _weight(call: ForwardCall | BackwardCall) -> torch.Tensor:
-    return _matrix(cast(call.operand, call.compute_dtype))
+    weight = call.weight if call.weight_copy is None else call.weight_copy
+    return _matrix(weight if weight.dtype == call.compute_dtype else cast(weight, call.compute_dtype))
 
 
 def _rows(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -155,8 +165,8 @@ def _rows(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def _matrix(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, copied where TMA cannot read it as it lies."""
-    if tensor.is_contiguous() and not (tensor.data_ptr() % 16 or tensor.stride(0) % 8):  # nearly always, and soon said
+    """`tensor`, whose columns are a multiple of 8, copied where TMA cannot read it as it lies."""
+    if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:  # nearly always, and soon said
         return tensor
     return tensor if tma_why_not(tensor) is None else tensor.clone(memory_format=torch.contiguous_format)
 
@@ -177,7 +187,7 @@ def tma_why_not(tensor: torch.Tensor) -> str | None:
 
 def _mask(saved, activation, rows, columns):
     """The mask that `saved` is, or that of the output that it is; None where nothing is selected."""
-    if activation == Activation.NONE:
+    if not activation:
         return None
     if saved.dtype == torch.int32:
         return saved if saved.stride(1) == 1 else saved.contiguous()
@@ -187,59 +197,65 @@ def _mask(saved, activation, rows, columns):
 # ----- backward ---------------------------------------------------------------
 
 
-def _select(grad_out, mask, compute_dtype, wants_grad_z, grad_bias_dtype):
+def _select(grad_out, mask, sizes, compute_dtype, wants_grad_z, grad_bias_dtype):
     """(grad_z in compute_dtype, grad_bias), None where not wanted; grad_out itself where it already is grad_z."""
-    M, N = grad_out.shape
+    M, N = sizes
     is_grad_z = mask is None and grad_out.dtype == compute_dtype and _matrix(grad_out) is grad_out
-    grad_z = grad_out.new_empty((M, N), dtype=compute_dtype) if wants_grad_z and not is_grad_z else None
-    sums = None if grad_bias_dtype is None else grad_out.new_empty((-(-M // SELECT_ROWS), N), dtype=torch.float32)
-    if grad_out.numel() and (grad_z is not None or sums is not None):
+    grad_z = _empty(grad_out, M, N, compute_dtype) if wants_grad_z and not is_grad_z else None
+    sums = None if grad_bias_dtype is None else _empty(grad_out, -(-M // SELECT_ROWS), N, torch.float32)
+    if M and N and (grad_z is not None or sums is not None):
         native.ops.linear_act_select(grad_out, mask, grad_z, sums)
-    grad_bias = None if sums is None else _sum(sums, grad_bias_dtype)
+    grad_bias = None if sums is None else _sum_rows(sums, M, N, grad_bias_dtype)
     return grad_out if is_grad_z else grad_z, grad_bias
 
 
-def _sum(parts, dtype, added_to=None):
-    """parts.sum(0), rounded once to `dtype`; or `added_to`, to which it was added."""
-    if parts.numel() == 0:
-        return parts.new_zeros(parts.shape[1:], dtype=dtype)
-    out = parts.new_empty(parts.shape[1:], dtype=dtype) if added_to is None else added_to
-    native.ops.linear_act_sum(parts, out, None, False, None, added_to is not None)
+def _sum_rows(sums, rows, columns, dtype):
+    """sums.sum(0), rounded once to `dtype`, of column sums of so many `rows`."""
+    if not (rows and columns):
+        return sums.new_zeros(columns, dtype=dtype)
+    out = torch.empty_strided((columns,), (1,), dtype=dtype, device=sums.device)
+    native.ops.linear_act_sum(sums, out)
     return out
 
 
-def _dgrad(grad_z, weight, prev_mask, dtype, grad_prev_bias_dtype):
+def _sum_parts(parts, rows, dtype, added_to=None):
+    """The sum of split parts, of `rows` rows each, rounded once to `dtype`; or `added_to`, to which it was added."""
+    out = _empty(parts, rows, parts.shape[2], dtype) if added_to is None else added_to
+    native.ops.linear_act_sum(parts[:, :rows], out, None, False, None, added_to is not None)
+    return out
+
+
+def _dgrad(grad_z, weight, prev_mask, sizes, compute_dtype, dtype, grad_prev_bias_dtype):
     """(grad_z @ weight, selected by `prev_mask` where it is given, in `dtype`; its column sums unrounded, or None)."""
-    M, (N, K) = grad_z.shape[0], weight.shape
-    parts = -(-M // SUM_ROWS) if N else 0
-    sums = None if grad_prev_bias_dtype is None else grad_z.new_empty((parts, K), dtype=torch.float32)
+    M, N, K = sizes
+    sums = None if grad_prev_bias_dtype is None else _empty(grad_z, -(-M // SUM_ROWS), K, torch.float32)
     if not (N and M and K):
-        return grad_z.new_zeros((M, K), dtype=dtype), None if sums is None else _sum(sums, grad_prev_bias_dtype)
+        return grad_z.new_zeros((M, K), dtype=dtype), None if sums is None else _sum_rows(sums, 0, K, grad_prev_bias_dtype)
     has_epilogue = prev_mask is not None or sums is not None
-    config, splits = choose(M, K, N, _num_sms(grad_z.device), may_split=not has_epilogue)
+    config, splits = choose(M, K, N, _num_sms(grad_z.device), not has_epilogue)
     if splits > 1:
         parts = _empty_parts(grad_z, splits, M, K)
         native.ops.linear_act_dgrad(grad_z, weight, None, parts.view(-1, K), None, *config, splits)
-        return _sum(parts[:, :M], dtype), None
-    grad_x = grad_z.new_empty((M, K), dtype=_stored(dtype, grad_z.dtype))
+        return _sum_parts(parts, M, dtype), None
+    grad_x = _empty(grad_z, M, K, dtype if dtype == compute_dtype else torch.float32)
     native.ops.linear_act_dgrad(grad_z, weight, prev_mask, grad_x, sums, *config, 1)
-    return cast(grad_x, dtype), None if sums is None else _sum(sums, grad_prev_bias_dtype)
+    return cast(grad_x, dtype), None if sums is None else _sum_rows(sums, M, K, grad_prev_bias_dtype)
 
 
-def _wgrad(grad_z, x, dtype, added_to=None):
+def _wgrad(grad_z, x, sizes, compute_dtype, dtype, added_to=None):
     """grad_z.T @ x in `dtype`; or `added_to` (N, K), fp32, where it was added to that: not to one that TMA cannot write."""
-    M, N, K = *grad_z.shape, x.shape[1]
+    M, N, K = sizes
     if not (M and N and K):
         return grad_z.new_zeros((N, K), dtype=dtype)
-    config, splits = choose(N, K, M, _num_sms(grad_z.device))
+    config, splits = choose(N, K, M, _num_sms(grad_z.device), True)
     if splits > 1:
         parts = _empty_parts(grad_z, splits, N, K)
         native.ops.linear_act_wgrad(grad_z, x, parts.view(-1, K), splits, *config)
-        return _sum(parts[:, :N], dtype, added_to)
+        return _sum_parts(parts, N, dtype, added_to)
     if added_to is not None and added_to.data_ptr() % 16 == 0:
         native.ops.linear_act_wgrad(grad_z, x, added_to, 1, *config, True)
         return added_to
-    grad_weight = grad_z.new_empty((N, K), dtype=_stored(dtype, grad_z.dtype))
+    grad_weight = _empty(grad_z, N, K, dtype if dtype == compute_dtype else torch.float32)
     native.ops.linear_act_wgrad(grad_z, x, grad_weight, 1, *config)
     return cast(grad_weight, dtype)
 
@@ -248,8 +264,3 @@ def _empty_parts(like, splits, rows, columns):
     """Memory for the parts of a split sum, of whole tiles, so that one part's last does not touch the next part."""
     rows = -(-rows // (2 * BLOCK_M)) * 2 * BLOCK_M
     return like.new_empty((splits, rows, columns), dtype=torch.float32)
-
-
-def _stored(dtype: torch.dtype, compute_dtype: torch.dtype) -> torch.dtype:
-    """What the GEMM stores: the accumulator itself where it cannot store `dtype`, so that it is rounded once."""
-    return dtype if dtype == compute_dtype else torch.float32
