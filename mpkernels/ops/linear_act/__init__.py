@@ -100,12 +100,12 @@ def linear_act(
     with_grad = torch.is_grad_enabled()
     requires_grad = weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
     has_node = (with_grad and (requires_grad or prev is not None)) or torch.autograd.forward_ad._current_level >= 0
-    fused = (None, 0, None)
+    save, fused = int(with_grad and activation > Activation.RELU), (None, 0, None)
     if prev is not None and prev.activation_grad_fused:
         fused = prev.saved, int(prev.activation), prev.bias
     call = ForwardCall(
-        x, weight, bias, weight_copy, int(activation), compute_dtype, out_dtype, 0, batch_invariant, grad_dtype, False, *fused,
-        saved_dtype=saved_dtype, keeps_x=has_node and weight.requires_grad,
+        x, weight, bias, weight_copy, int(activation), compute_dtype, out_dtype, save, batch_invariant, grad_dtype, False,
+        *fused, saved_dtype=saved_dtype, keeps_x=has_node and weight.requires_grad,
     )  # fmt: skip
     direct, transforms = not Op.is_tracing() and call.is_valid(), False
     if not direct:
@@ -119,7 +119,7 @@ def linear_act(
         if torch._C._get_tracing_state() is not None:  # of torch.jit.trace, whose check wants the same graph without gradients
             return _by_dispatcher(call, None, kernel.saves_mask, True)
         transforms = torch._C._are_functorch_transforms_active()
-    if with_grad and (activation > Activation.RELU or kernel.saves_mask or saved_dtype is not None):
+    if with_grad and (kernel.saves_mask or saved_dtype is not None):
         call = _saving(call, next, kernel.saves_mask)
     if has_node or transforms:
         apply = autograd.LinearAct.apply if transforms else autograd.apply_in_eager
