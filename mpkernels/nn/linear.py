@@ -146,7 +146,7 @@ class MPLinear(nn.Linear):
             if cached.weight is not weight or not cached.is_fresh():
                 self._cached = cached = _cast(weight, policy.compute_dtype)
             return cached.tensor
-        copy = compute_copy.for_layer(self, weight, policy.compute_dtype) if compute_copy.is_plain(weight) else None
+        copy = compute_copy.for_layer(self, weight, policy.compute_dtype)
         if copy is None:
             return None
         if not copy.is_fresh():

@@ -88,7 +88,7 @@ def for_layer(layer: torch.nn.Module, weight: torch.Tensor, dtype: torch.dtype) 
             return copy
         return None
     is_new = request is None or copy is not None or request.dtype != dtype
-    if is_new and weight.is_leaf and weight.requires_grad:
+    if is_new and is_plain(weight) and weight.is_leaf and weight.requires_grad:
         _requests[layer] = _Request(dtype)
         bump_generation()
     return None
