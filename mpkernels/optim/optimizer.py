@@ -3,7 +3,7 @@
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, overload
+from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
 from torch.autograd import profiler
@@ -18,6 +18,8 @@ from mpkernels.optim.update_lists import UpdateLists
 from mpkernels.runtime.op import Op, agree_on_backends, move_versions
 
 Loss = TypeVar("Loss")
+Returned = TypeVar("Returned")
+P = ParamSpec("P")
 Params = Iterable[torch.Tensor | tuple[str, torch.Tensor] | dict[str, Any]]  # of a union of Iterables mypy infers nothing
 Scalar = torch.Tensor | None
 
@@ -28,7 +30,7 @@ _SWITCHES = {name: hyperparameters.flag(name) for name in ("write_grads", "skip_
 _frame_compiler = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
 
 
-def not_compiled(function):
+def not_compiled(function: Callable[P, Returned]) -> Callable[P, Returned]:
     """What `torch.compiler.disable` makes of a function, at no cost where nothing is compiled.
 
     NOTE: that itself would import dynamo when this file is imported; `_disable_dynamo` does so at the first call of `disabled`.
@@ -36,18 +38,18 @@ def not_compiled(function):
     disabled = torch._disable_dynamo(function)
 
     @functools.wraps(function)
-    def wrapper(*args, **kwargs):
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Returned:
         return (function if _frame_compiler() is None else disabled)(*args, **kwargs)
 
     wrapper._torchdynamo_disable = True
     return wrapper
 
 
-def _without_grad(function):
+def _without_grad(function: Callable[P, Returned]) -> Callable[P, Returned]:
     """`torch.no_grad()` of a function, which is nine calls of Python."""
 
     @functools.wraps(function)
-    def wrapper(*args, **kwargs):
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Returned:
         before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
