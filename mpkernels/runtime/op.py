@@ -93,11 +93,7 @@ class Op:
 
     def run_checked(self, call):
         """`run` of tensors that have passed `check` before; only their values are new. Versions are the caller's to move."""
-        if not is_direct(call):
-            return self.dispatch(call)
-        kernel = self.resolve(call)
-        is_plain = not (torch._C._is_any_autocast_enabled() or profiler._is_profiler_enabled)
-        return kernel.function(call) if is_plain else self.execute(call, kernel)
+        return self.execute(call, self.resolve(call)) if is_direct(call) else self.dispatch(call)
 
     def dispatch(self, call):
         """The op on a call, by the dispatcher."""
@@ -124,16 +120,13 @@ class Op:
         """Run a kernel on a call that was checked."""
         if torch._C._is_any_autocast_enabled():
             with torch._C._DisableAutocast():  # dtypes are in the arguments: the torch ops inside are not to be cast again
+                return self.execute(call, kernel)
+        if profiler._is_profiler_enabled:  # which sees the dispatcher's ops alone
+            with profiler.record_function(f"mpkernels.{self.name} ({kernel.backend})"):
                 return self._execute(call, kernel)
         return self._execute(call, kernel)
 
     def _execute(self, call, kernel: Kernel):
-        if profiler._is_profiler_enabled:  # which sees no op that is not the dispatcher's
-            with profiler.record_function(f"mpkernels.{self.name} ({kernel.backend})"):
-                return self._run_kernel(call, kernel)
-        return self._run_kernel(call, kernel)
-
-    def _run_kernel(self, call, kernel: Kernel):
         if self.writes:
             return kernel.function(call)
         # A result that torch knows as a view could not be changed in place (`+=`, nn.ReLU(inplace=True)).
