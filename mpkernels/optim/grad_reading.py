@@ -199,7 +199,8 @@ def read_list(
     """
     make = torch.empty if params else torch.zeros  # the op writes all of them
     # Not on a GPU, where a captured graph owns what it writes; not what a mode has made.
-    is_spare = spare is not None and spare.params is params and spare.amax.is_cpu and type(spare.amax) is torch.Tensor
+    is_spare = spare is not None and spare.params is params and spare.amax.is_cpu
+    is_spare = is_spare and type(spare.amax) is torch.Tensor and not spare.amax.is_inference()
     if (scale := scalar(grad_scale, device)) is not None:
         scale = spare.grad_scale.copy_(scale) if is_spare and spare.grad_scale is not None else scale.clone()
     stats = GradStats(
