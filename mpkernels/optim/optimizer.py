@@ -70,8 +70,9 @@ def _hooked(step):
     @functools.wraps(step)
     def wrapper(self, *args, **kwargs):
         hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or torchs._global_optimizer_pre_hooks
-        others = len(torchs._global_optimizer_post_hooks) > (step_plan.hook is not None)  # which is for other optimizers
-        is_watched = hooks or others or profiler._is_profiler_enabled
+        after, ours = torchs._global_optimizer_post_hooks, step_plan.hook  # which is for other optimizers
+        others = len(after) > (ours is not None and ours.id in after)
+        is_watched = hooks or others or profiler._is_profiler_enabled or args or kwargs  # a closure may register hooks
         return (wrapped if is_watched else step)(self, *args, **kwargs)
 
     return wrapper

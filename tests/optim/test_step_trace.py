@@ -71,3 +71,31 @@ def test_hooks_of_steps_run_once(register, is_first, monkeypatch):
             assert ran == [optimizer] * (t + 1)
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize("register", [
+    lambda optimizer, hook: optimizer.register_step_post_hook(hook),
+    lambda _, hook: torchs.register_optimizer_step_post_hook(hook),
+])  # fmt: skip
+def test_hook_that_a_closure_registers_runs_after_its_step(register):
+    parameter, ran, handles = nn.Parameter(torch.zeros(3)), [], []
+    optimizer = mpk.optim.AdamW([parameter])
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    try:
+        optimizer.step(lambda: handles.append(register(optimizer, lambda *_: ran.append(1))) or 2.0)
+        assert ran == [1]
+    finally:
+        handles[0].remove()
+
+
+def test_hook_runs_where_that_of_ours_was_removed(monkeypatch):
+    """As a test suite does that empties torch's table between its tests."""
+    parameter, ran = nn.Parameter(torch.ones(3)), []
+    optimizer = mpk.optim.AdamW([parameter])
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    monkeypatch.setattr(torchs, "_global_optimizer_post_hooks", OrderedDict())
+    torchs.register_optimizer_step_post_hook(lambda *_: ran.append(1))
+    optimizer.step()
+    assert ran == [1]
