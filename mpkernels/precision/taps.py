@@ -16,6 +16,7 @@ from mpkernels.nn.linear import MPLinear
 from mpkernels.optim.distributed import local
 from mpkernels.precision.capture import tensors_of
 from mpkernels.runtime import native, untouched
+from mpkernels.runtime.fake import is_fake
 
 OUT, GRAD_X, GRAD_WEIGHT, X, WEIGHT = range(5)
 COLUMNS = 5
@@ -78,7 +79,7 @@ class Tap:
 
     def after(self, module: nn.Module, args: tuple, out: object) -> None:
         out = out if isinstance(out, torch.Tensor) else next(tensors_of(out), None)
-        if out is not None and out.is_floating_point():
+        if out is not None and out.dtype in _LOOKED_AT:
             self.leave(module, out)
 
     def enter(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -182,15 +183,19 @@ def raise_native() -> Callable[..., None]:
     amax_ = native.ops.amax_
 
     def raise_(table: torch.Tensor, row: int, column: int, values: torch.Tensor, *, ignores_minus_inf: bool = False) -> None:
-        if type(values) is not torch.Tensor or values.is_nested or not values.is_contiguous():
-            values = _plain(values).contiguous()
+        is_dense = type(values) is torch.Tensor and values.is_contiguous() and not values.is_nested
+        if not is_dense or (ignores_minus_inf and values.is_neg()):
+            values = _plain(values)
+            if type(values) is not torch.Tensor:  # nothing of it need lie in memory: torch's ops know what it holds
+                return _raise(table, row, column, values, ignores_minus_inf=ignores_minus_inf)
+            values = values.contiguous().resolve_neg()
         amax_(values, table, row * COLUMNS + column, ignores_minus_inf)
 
     return raise_
 
 
 def _raise(table: torch.Tensor, row: int, column: int, values: torch.Tensor, *, ignores_minus_inf: bool = False) -> None:
-    if (values := _plain(values)).numel():
+    if (values := _plain(values)).numel() and not is_fake(values):
         (low, high), cell = torch.aminmax(values), table[row, column]
         amax = high if ignores_minus_inf else torch.maximum(high, low.neg_())
         torch.maximum(cell, amax, out=cell)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -14,6 +15,7 @@ import mpkernels as mpk
 from mpkernels.precision import taps
 from mpkernels.runtime import native
 from tests.precision.test_find_nonfinite import Scale
+from tests.ranks import run_ranks
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
 
@@ -474,3 +476,61 @@ def test_watch_room_is_that_of_the_format():
         model(torch.full((1, 2), 65504.0 / 8))
         (layer,) = watch.report().layers
     assert layer.room == pytest.approx(3.0)
+
+
+class Returns(nn.Linear):
+    """A linear that returns what `change` makes of its output."""
+
+    change = None
+
+    def forward(self, x, mask=None):
+        return self.change(super().forward(x))
+
+
+def _watch_collectives(rank, world):
+    from torch.distributed import _functional_collectives as collectives
+    from torch.distributed import group
+
+    model = Returns(8, 4)
+    model.change = lambda out: collectives.all_reduce(out, "sum", group.WORLD)
+    with torch.no_grad(), mpk.watch(model) as watch:
+        out = model(collectives.all_reduce(X.clone(), "sum", group.WORLD))
+        assert type(out) is not torch.Tensor
+        assert watch.report().layers[0].out == amax(out)
+        assert watch._table[0, taps.DATA] == amax(X)
+
+
+def test_watch_waits_for_a_collective_under_way():
+    """Its tensor has no memory of its own."""
+    run_ranks(1, _watch_collectives, 1)
+
+
+@pytest.mark.parametrize("policy", [None, "mixed_float16"])
+def test_watch_does_not_look_at_fake_tensors(policy):
+    model = model_with(policy=policy)
+    with mpk.watch(model) as watch:
+        model(X).float().sum().backward()
+        seen = str(watch.report())
+        model.zero_grad()
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            model(mode.from_tensor(2 * X)).float().sum().backward()
+        assert str(watch.report()) == seen
+
+
+@pytest.mark.parametrize(("sign", "amax_of_data"), [(1, 0.0), (-1, math.inf)])
+def test_watch_sees_the_sign_of_a_mask_that_is_lazily_negated(sign, amax_of_data):
+    """-inf is that of attention masks, inf is not."""
+    model = Returns(2, 2)
+    model.change = lambda out: out
+    with mpk.watch(model) as watch:
+        model(torch.zeros(2), torch._neg_view(torch.full((2,), sign * math.inf)))
+        assert watch._table[0, taps.DATA] == amax_of_data
+
+
+def test_watch_does_not_look_at_what_has_8_bits():
+    """Of which torch has no maximum."""
+    model = Returns(8, 4)
+    model.change = lambda out: out.to(torch.float8_e4m3fn)
+    with mpk.watch(model) as watch:
+        model(X)
+        assert watch.report().layers[0].out is None
