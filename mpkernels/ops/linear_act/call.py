@@ -106,7 +106,7 @@ class ForwardCall(NamedTuple):
             and self.activation in _ACTIVATIONS
             and self.save in (0, 1)
             and (self.saved_dtype is None or self.saved_dtype in FLOAT8_DTYPES)
-            and (not self.prev_activation or fits(self.prev_saved, self.prev_activation, shape, device))
+            and (not self.prev_activation or _is_plain_and_fits(self.prev_saved, self.prev_activation, shape, device))
             and (prev_bias is None or prev_bias.shape == (K,))
         )
 
@@ -190,7 +190,7 @@ class BackwardCall(NamedTuple):
             and (copy is None or (copy.dtype is self.compute_dtype and copy.shape == (N, K)))
             and (not self.output_mask[1] or (x is not None and x.dtype is self.compute_dtype and x.shape == (*shape[:-1], K)))
             and _DTYPES.issuperset((self.compute_dtype, self.grad_x_dtype, self.grad_weight_dtype, self.grad_bias_dtype))
-            and (not self.activation or fits(self.saved, self.activation, shape, device))
+            and (not self.activation or _is_plain_and_fits(self.saved, self.activation, shape, device))
             and (not self.is_fused or self._may_be_fused())
         )
 
@@ -199,7 +199,7 @@ class BackwardCall(NamedTuple):
         return (
             bool(self.output_mask[0])
             and self.grad_prev_bias_dtype in (*DTYPES, None)
-            and (not self.prev_activation or fits(self.prev_saved, self.prev_activation, shape, device))
+            and (not self.prev_activation or _is_plain_and_fits(self.prev_saved, self.prev_activation, shape, device))
         )
 
 
@@ -232,6 +232,11 @@ def fits(saved: torch.Tensor | None, activation: int, shape: tuple[int, ...], de
     if activation == Activation.RELU:
         return saved.shape == (rows, (columns + 31) // 32)
     return saved.shape == (rows, columns) and saved.dtype in DTYPES
+
+
+def _is_plain_and_fits(saved: torch.Tensor | None, activation: int, shape: tuple[int, ...], device: torch.device) -> bool:
+    """Whether it `fits` and is plain, which what a hook on saved tensors returns may not be."""
+    return type(saved) in PLAIN and not saved.is_neg() and fits(saved, activation, shape, device)
 
 
 def _fit(device: torch.device, *tensors: Any, dtypes: Collection[torch.dtype] = _DTYPES) -> bool:

@@ -26,6 +26,39 @@ def test_a_good_call_takes_the_fast_path(make, leading):
     assert make(leading).is_valid()
 
 
+def backward_call_of(saved: torch.Tensor, prev_saved: torch.Tensor) -> BackwardCall:
+    return backward_call((6,))._replace(
+        activation=Activation.RELU, saved=saved, prev_activation=Activation.RELU, prev_saved=prev_saved
+    )
+
+
+def forward_call_of(prev_saved: torch.Tensor) -> ForwardCall:
+    return forward_call((6,))._replace(prev_activation=Activation.RELU, prev_saved=prev_saved)
+
+
+def test_a_call_of_what_is_not_plain_takes_the_slow_path():
+    """What was saved, too, which a hook on saved tensors may have changed."""
+    saved, prev_saved = torch.ones(6, 5), torch.ones(6, 4)
+    assert backward_call_of(saved, prev_saved).is_valid() and forward_call_of(prev_saved).is_valid()
+    for change in (torch._neg_view, lambda t: t.as_subclass(type("Subclass", (torch.Tensor,), {}))):
+        assert not backward_call_of(change(saved), prev_saved).is_valid()
+        assert not backward_call_of(saved, change(prev_saved)).is_valid()
+        assert not forward_call_of(change(prev_saved)).is_valid()
+
+
+@pytest.mark.parametrize("activation", [Activation.RELU, Activation.SILU], ids=lambda a: a.name)
+def test_a_saved_tensor_that_comes_back_negated(activation):
+    """As a lazily negated view, whose negative bit a kernel does not see."""
+
+    def grad_x(unpack):
+        x, weight = torch.linspace(-1, 1, 24).view(6, 4).requires_grad_(), torch.linspace(-1, 1, 20).view(5, 4)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            out = linear_act(x, weight, activation=activation, compute_dtype=f32, out_dtype=f32)
+        return torch.autograd.grad(out.sum(), x)[0]
+
+    assert grad_x(lambda t: torch._neg_view(-t) if t.shape == (6, 5) else t).equal(grad_x(lambda t: t))
+
+
 @pytest.mark.parametrize("make", [forward_call, backward_call])
 @pytest.mark.parametrize("leading", LEADING)
 def test_the_tuned_table_is_asked_by_the_number_of_rows(make, leading):
