@@ -80,7 +80,11 @@ Tensor Arguments::to(std::in_place_type_t<Tensor>, PythonObject* object) {
     raise(PyExc_RuntimeError, "a tensor is on a device that no kernel reads");
   }
   is_cuda_ |= is_cuda;
-  return {static_cast<char*>(t.data) + t.byte_offset, t.ndim, t.shape, t.strides, type_of(t.dtype), is_cuda, t.device.device_id};
+  const Tensor tensor(static_cast<char*>(t.data) + t.byte_offset, t.ndim, t.shape, t.strides, type_of(t.dtype), is_cuda,
+                      t.device.device_id);
+  // A wrapper's, a fake tensor's, or one's whose storage was freed.
+  if (t.data == nullptr && tensor.numel() != 0) raise(PyExc_RuntimeError, "a tensor has no memory");
+  return tensor;
 }
 
 std::optional<Tensor> Arguments::to(std::in_place_type_t<std::optional<Tensor>>, PythonObject* object) {

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How native ops read what Python gives them: arguments by position, tensors through DLPack, errors as exceptions."""
 
+import contextlib
+import sys
 import threading
 import time
 
@@ -53,6 +55,71 @@ def test_native_op_refuses_other_arguments():
         multiply(a, b, out[:1])
     assert out.isnan().all()
     assert multiply(a, b, out).eq(4).all(), "a failed call leaves nothing behind"
+
+
+def test_native_op_refuses_another_dtype_than_it_reads():
+    scale, skipped, counter = torch.ones(()), torch.zeros(2, dtype=torch.int64), torch.zeros((), dtype=torch.int32)
+    for found_inf in (torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int32)):
+        with pytest.raises(RuntimeError, match="another dtype"):
+            native.ops.update_scale_(scale, counter, counter, skipped, found_inf, 2.0, 0.5, 1, 1, 0.0, 1.0)
+    assert scale == 1 and counter == 0
+
+
+@pytest.mark.skipif(not hasattr(native.ops, "linear_act_sum"), reason="the library was built without nvcc")
+def test_native_op_of_gpus_refuses_the_cpu():
+    with pytest.raises(NotImplementedError, match="not implemented on the CPU"):
+        native.ops.linear_act_sum(torch.ones(2, 3, 4), torch.empty(3, 4))
+
+
+def test_native_op_counts_references():
+    """Of what it is given and what it returns, where it raises too."""
+    a, b, out = torch.ones(2, 4), torch.ones(3, 4), torch.empty(2, 3)
+    operands = a.to(torch.bfloat16), b.to(torch.bfloat16)
+    objects = [a, b, out, *operands, f32, None, True]
+
+    def counts():
+        return [sys.getrefcount(each) for each in objects]
+
+    before = counts()
+    for _ in range(1000):
+        multiply(a, b, out)
+        assert native.ops.linear_act_products_stay_normal(*operands, None)
+        with contextlib.suppress(RuntimeError):
+            multiply(a, b, out[:1])
+    assert all(abs(now - then) < 100 for now, then in zip(counts(), before, strict=True))
+
+
+class Wrapper(torch.Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return NotImplemented
+
+
+def freed():
+    t = torch.ones(2, 4)
+    t.untyped_storage().resize_(0)
+    return t
+
+
+NO_MEMORY = {
+    "wrapper": lambda: torch.Tensor._make_wrapper_subclass(Wrapper, (2, 4)),
+    "zeros that are not there": lambda: torch._efficientzerotensor((2, 4)),
+    "functional": lambda: torch._to_functional_tensor(torch.ones(2, 4)),
+    "freed": freed,
+}
+
+
+@pytest.mark.parametrize("make", NO_MEMORY.values(), ids=NO_MEMORY.keys())
+def test_native_op_refuses_what_has_no_memory(make):
+    """Which would end the process."""
+    with pytest.raises(RuntimeError, match="a tensor has no memory"):
+        multiply(make(), torch.ones(3, 4), torch.empty(2, 3))
+    with pytest.raises(RuntimeError, match="a tensor has no memory"):
+        native.ops.amax_(make(), torch.zeros(1, 4), 0)
+
+
+def test_native_op_takes_what_has_no_elements():
+    assert multiply(torch.empty(0, 4), torch.ones(3, 4), torch.empty(0, 3)).shape == (0, 3)
 
 
 def test_native_op_reads_sizes_and_strides():
