@@ -129,10 +129,7 @@ def write_library(folder: Path) -> None:
             sources[path.suffix].append(str(path.relative_to(ROOT)))
         target.write_text(text)
     headers = sorted(str(path.relative_to(folder)) for path in (folder / "csrc").rglob("*.*h"))
-    text = (
-        general()
-        + f'\n[torch]\nsrc = ["torch-ext/torch_binding.cpp"]\n\n[torch.stable-abi]\ncpu = "{TORCH}"\ncuda = "{TORCH}"\n'
-    )
+    text = general() + BINDING.format(torch=TORCH)
     flags = [flag for flag in re.findall(r'"(-[fD][\w=-]+)"', SETUP) if flag.startswith(("-ff", "-fno", "-fv"))]
     for backend, files in (("cpu", sources[".cpp"]), ("cuda", sources[".cpp"] + sources[".cu"])):
         text += KERNEL.format(backend=backend, cxx_flags=listed(flags), sources=listed([*files, *headers]))
