@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The main loop of the sm_90a GEMM, both sides of the pipeline: `load_tiles` copies operand tiles to shared memory by TMA (one
-// thread of the producer warpgroup), `wgmma_mainloop` multiplies them (each consumer warpgroup, 64 rows of the tile).
+// thread of the producer warpgroup), `wgmma_mainloop` multiplies them (each consumer warpgroup, its rows of the tile).
 
 #pragma once
 
