@@ -62,7 +62,8 @@ def test_native_op_refuses_another_dtype_than_it_reads():
     for found_inf in (torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int32)):
         with pytest.raises(RuntimeError, match="another dtype"):
             native.ops.update_scale_(scale, counter, counter, skipped, found_inf, 2.0, 0.5, 1, 1, 0.0, 1.0)
-    assert scale == 1 and counter == 0
+    assert scale == 1
+    assert counter == 0
 
 
 @pytest.mark.skipif(not hasattr(native.ops, "linear_act_sum"), reason="the library was built without nvcc")

@@ -140,6 +140,7 @@ def _refuse_double_backward(ctx, *grads):
 
 # ----- the ops ---------------------------------------------------------------
 
+_ARGUMENTS = len(torch.ops.mpkernels.linear_act.default._schema.arguments)  # of the op, with which a call begins
 _NO_GRADS = ForwardCall(*[None] * len(ForwardCall._fields))
 
 
@@ -159,12 +160,12 @@ def _backward(ctx, grad_out, grad_saved, grad_x_compute):
         )
     needs = _needs_grad(ctx)
     x, weight, bias, prev_bias = _grads(ctx, (needs.x, needs.weight, needs.bias, needs.prev_bias), grad_out)
-    return tuple(_NO_GRADS._replace(x=x, weight=weight, bias=bias, prev_bias=prev_bias))
+    return _NO_GRADS._replace(x=x, weight=weight, bias=bias, prev_bias=prev_bias)[:_ARGUMENTS]
 
 
 def _needs_grad(ctx) -> ForwardCall:
     """ctx.needs_input_grad by name; what torch.library adds to the arguments comes after them."""
-    return ForwardCall(*ctx.needs_input_grad[: len(ForwardCall._fields)])
+    return ForwardCall(*ctx.needs_input_grad[:_ARGUMENTS])
 
 
 torch.library.register_autograd("mpkernels::linear_act", _backward, setup_context=_setup_context)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_act under autograd, torch.func, torch.compile and torch.library's own checks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mpkernels.nn import MPMLP
 from mpkernels.ops import linear_act as ops
-from mpkernels.ops.linear_act import Activation, linear_act, reference
+from mpkernels.ops.linear_act import Activation, autograd, linear_act, reference
 from tests import bounds
 from tests.levels import each_once
 from tests.linear_act_cases import DTYPES, Case, Dtypes, backward, bf16, f16, f32, f64, forward, same_bits, saving_masks
@@ -381,3 +383,11 @@ def test_linear_act_forward_mode_raises(generator, device):
         torch.func.jvp(function, (x,), (x,))
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
         function(torch.autograd.forward_ad.make_dual(x, x))
+
+
+def test_linear_act_op_has_a_gradient_for_each_argument(monkeypatch):
+    """No more and no less: torch 2.14 counts them."""
+    arguments = len(torch.ops.mpkernels.linear_act.default._schema.arguments)
+    monkeypatch.setattr(autograd, "_grads", lambda *_: (None,) * 4)
+    ctx = SimpleNamespace(is_scaled=False, needs_input_grad=(False,) * (arguments + 1))
+    assert len(autograd._backward(ctx, None, None, None)) == arguments
