@@ -494,3 +494,22 @@ def test_bad_calls(policy):
         layer(torch.ones(2, 4, dtype=torch.int64))
     with pytest.raises(RuntimeError, match=r"cpu.*meta|meta.*cpu"):
         layer(torch.ones(2, 4, device="meta"))
+
+
+class Doubled(nn.Module):
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        return 2 * tensor
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_mplinear_reads_what_a_parametrization_makes(name):
+    layer, x = mpk.MPLinear(4, 3, policy="mixed_bfloat16"), torch.ones(2, 4)
+    expected = copy.deepcopy(layer)
+    with torch.no_grad():
+        getattr(expected, name).mul_(2)
+    nn.utils.parametrize.register_parametrization(layer, name, Doubled())
+    assert layer(x).equal(expected(x))
+    layer(x).sum().backward()
+    expected(x).sum().backward()
+    grad = getattr(layer.parametrizations, name).original.grad
+    assert grad.equal(2 * getattr(expected, name).grad)
