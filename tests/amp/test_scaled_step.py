@@ -425,3 +425,42 @@ def test_scaled_steps_in_and_out_of_inference_mode(backend, has_guards, monkeypa
         assert (scaler.overflow_report(optimizer) == "") == (t != 2)
         scaler.update(4.0)
     assert parameter.tolist() == [-5.0] * 3
+
+
+def test_found_inf_of_a_scaler_stays_when_another_steps_the_optimizer():
+    params, scalers = parameters(torch.float32), [mpk.GradScaler("cpu", init_scale=4.0) for _ in range(2)]
+    optimizer = mpk.optim.AdamW(params)
+    for t, (scaler, bad) in enumerate(zip(scalers * 2, [False, False, True, False], strict=True)):
+        give_grads(params, scaler)
+        if bad:
+            params[0].grad.fill_(torch.inf)
+        scaler.step(optimizer)
+        if t == 1:
+            for each in scalers:
+                each.update()
+    for scaler in scalers:
+        scaler.update()
+    assert [scaler.get_scale() for scaler in scalers] == [2.0, 4.0]
+
+
+def test_update_counts_a_step_before_an_optimizer_that_was_only_asked_for():
+    params, scaler = parameters(torch.float32), mpk.GradScaler("cpu", init_scale=4.0)
+    optimizer, other = mpk.optim.AdamW(params), mpk.optim.AdamW(parameters(torch.float32))
+    give_grads(params, scaler)
+    scaler.step(optimizer)
+    scaler._found_inf_per_device(other)  # torch's, which makes it a state
+    scaler.update()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_step_leaves_the_grad_mode(mode):
+    params, scaler = parameters(torch.float32), mpk.GradScaler("cpu", init_scale=4.0)
+    optimizer = mpk.optim.AdamW(params)
+    give_grads(params, scaler)
+    with mode():
+        before = torch.is_grad_enabled()
+        scaler.step(optimizer)
+        assert torch.is_grad_enabled() == before
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step(lambda: 1 / 0)
+        assert torch.is_grad_enabled() == before
