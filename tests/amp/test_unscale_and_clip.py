@@ -2,6 +2,7 @@
 """GradScaler.unscale_ and clip_grad_norm_, against torch in fp64."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -242,3 +243,16 @@ def test_clip_grad_norm_errors():
     scaler.step(optimizer)
     with pytest.raises(RuntimeError, match="being called after step"):
         scaler.clip_grad_norm_(optimizer, 1.0)
+
+
+def test_unscale_keeps_no_gradients_of_parameters_that_come_and_go():
+    params, scaler = parameters(torch.float32, torch.float32), mpk.GradScaler()
+    optimizer = mpk.optim.AdamW(params)
+    for present in (params, params[:1], params):
+        optimizer.zero_grad()
+        give_grads(present, scaler)
+        scaler.unscale_(optimizer)
+        kept = weakref.ref(present[0].grad)
+        scaler.update()
+    optimizer.zero_grad()
+    assert kept() is None

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mpkernels as mpk
 from mpkernels.precision import taps
+from mpkernels.precision.watch import _OnHost
 from mpkernels.runtime import native
 from tests.precision.test_find_nonfinite import Scale
 from tests.ranks import run_ranks
@@ -525,6 +526,7 @@ def test_watch_sees_the_sign_of_a_mask_that_is_lazily_negated(sign, amax_of_data
     with mpk.watch(model) as watch:
         model(torch.zeros(2), torch._neg_view(torch.full((2,), sign * math.inf)))
         assert watch._table[0, taps.DATA] == amax_of_data
+        assert ("in the data" in str(watch.report())) == (amax_of_data == math.inf)  # though no layer has read it
 
 
 def test_watch_does_not_look_at_what_has_8_bits():
@@ -534,3 +536,11 @@ def test_watch_does_not_look_at_what_has_8_bits():
     with mpk.watch(model) as watch:
         model(X)
         assert watch.report().layers[0].out is None
+
+
+def test_watch_keeps_tables_of_float64_in_float64():
+    with mpk.watch(nn.Linear(2, 2, dtype=torch.float64)) as watch:
+        watch._table[1, taps.OUT] = 1e300
+        watch._pending.append(_OnHost(watch._table))
+        (pending,) = watch.state_dict()["pending"]
+        assert torch.equal(pending, watch._table)
