@@ -2,6 +2,7 @@
 // What only the CUDA runtime and a torch with CUDA know: device, stream, versions.
 
 #include <dlfcn.h>
+
 #include <tuple>
 
 #include "launch.h"

@@ -117,7 +117,8 @@ std::optional<double> Arguments::to(std::in_place_type_t<std::optional<double>>,
 PythonObject* to_python(bool value) { return handle_of(PyBool_FromLong(value)); }
 PythonObject* to_python(int64_t value) { return handle_of(PyLong_FromLongLong(value)); }
 PythonObject* to_python(const std::tuple<int64_t, int64_t>& value) {
-  return handle_of(Py_BuildValue("(LL)", static_cast<long long>(std::get<0>(value)), static_cast<long long>(std::get<1>(value))));
+  return handle_of(
+      Py_BuildValue("(LL)", static_cast<long long>(std::get<0>(value)), static_cast<long long>(std::get<1>(value))));
 }
 PythonObject* none() {
   Py_INCREF(Py_None);
@@ -238,8 +239,8 @@ void fill(PyObject* module) {
 #define MPK_STRING(name) MPK_STRING_OF(name)
 
 PyMODINIT_FUNC MPK_INIT(TORCH_EXTENSION_NAME)() {
-  static PyModuleDef definition{PyModuleDef_HEAD_INIT, MPK_STRING(TORCH_EXTENSION_NAME), nullptr, -1, nullptr,
-                                nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition{
+      PyModuleDef_HEAD_INIT, MPK_STRING(TORCH_EXTENSION_NAME), nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* const module = PyModule_Create(&definition);
   if (module == nullptr) return nullptr;
   try {

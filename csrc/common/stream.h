@@ -34,10 +34,10 @@ template <class S>
 class Scratch {
  public:
   Scratch(const Tensor& like, int64_t count)
-      : memory_(torch::stable::empty({count * static_cast<int64_t>(sizeof(S))}, ScalarType::Byte, std::nullopt,
-                                     torch::stable::Device(like.is_cuda() ? torch::headeronly::DeviceType::CUDA
-                                                                          : torch::headeronly::DeviceType::CPU,
-                                                           like.is_cuda() ? like.get_device_index() : -1))) {}
+      : memory_(torch::stable::empty(
+            {count * static_cast<int64_t>(sizeof(S))}, ScalarType::Byte, std::nullopt,
+            torch::stable::Device(like.is_cuda() ? torch::headeronly::DeviceType::CUDA : torch::headeronly::DeviceType::CPU,
+                                  like.is_cuda() ? like.get_device_index() : -1))) {}
 
   S* data() const { return static_cast<S*>(memory_.mutable_data_ptr()); }
 

@@ -54,7 +54,8 @@ class Tensor {
   }
   template <class T>
   T* mutable_data_ptr() const {
-    STD_TORCH_CHECK((dtype_ == torch::headeronly::CppTypeToScalarType<T>::value), "a tensor has another dtype than its op expects");
+    STD_TORCH_CHECK((dtype_ == torch::headeronly::CppTypeToScalarType<T>::value),
+                    "a tensor has another dtype than its op expects");
     return static_cast<T*>(data_);
   }
 

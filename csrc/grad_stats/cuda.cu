@@ -279,7 +279,8 @@ Scratch<unsigned> tickets_for(const Tensor& like, cudaStream_t stream) {
   };
   if (is_capturing(stream)) return make();
   static std::mutex mutex;
-  static auto& of_streams = *new std::map<std::pair<int32_t, cudaStream_t>, Scratch<unsigned>>;  // at exit CUDA may be gone before it
+  static auto& of_streams =
+      *new std::map<std::pair<int32_t, cudaStream_t>, Scratch<unsigned>>;  // at exit CUDA may be gone before it
   const std::lock_guard<std::mutex> lock(mutex);
   const std::pair<int32_t, cudaStream_t> key{like.get_device_index(), stream};
   const auto found = of_streams.find(key);
