@@ -122,7 +122,7 @@ class Op:
             with torch._C._DisableAutocast():  # dtypes are in the arguments: the torch ops inside are not to be cast again
                 return self.execute(call, kernel)
         if profiler._is_profiler_enabled:  # which sees the dispatcher's ops alone
-            with profiler.record_function(f"mpkernels.{self.name} ({kernel.backend})"):
+            with profiler.record_function(f"mpkernels::{self.name} ({kernel.backend})"):
                 return self._execute(call, kernel)
         return self._execute(call, kernel)
 

@@ -384,7 +384,7 @@ def test_torch_profiler_names_ops_and_backends(backend, monkeypatch):
     step()
     with torch.profiler.profile() as profile:
         step()
-    names = [event.key for event in profile.key_averages() if event.key.startswith("mpkernels.")]
+    names = [event.key for event in profile.key_averages() if event.key.startswith("mpkernels::")]
     ops = ("linear_act", "linear_act_backward", "grad_stats_", "adamw_", "update_scale_")
-    assert sorted(names) == sorted(f"mpkernels.{op} ({backend})" for op in ops)
+    assert sorted(names) == sorted(f"mpkernels::{op} ({backend})" for op in ops)
     assert all(event.count == 1 for event in profile.key_averages() if event.key in names)
