@@ -52,6 +52,7 @@ MACHINES = {  # by the name of their page
         "and in backward, they compute in fp32. The targets for training against torch's fp16 were set for a CPU without fp16\n"
         "instructions, which this is not.",
     ),
+    "icelake": Machine(savings.MACHINES[savings.ICE_LAKE], savings.ICE_LAKE, "cpu", ("cpu-icelake",)),
     "h200": Machine("NVIDIA H200", "NVIDIA H200", "cuda", ("cuda", "cuda-triton", "cuda-step", "cuda-native")),
 }
 

@@ -11,7 +11,8 @@ from bench.rows import RESULTS, read
 from bench.tables import markdown
 
 FP32 = "torch fp32"
-MACHINES = {"Intel(R) Xeon(R) Processor @ 2.60GHz family 6 model 106": "Intel Xeon, Ice Lake (AVX-512 VNNI)"}
+ICE_LAKE = "Intel(R) Xeon(R) Processor @ 2.60GHz family 6 model 106"  # as rows name it
+MACHINES = {ICE_LAKE: "Intel Xeon, Ice Lake (AVX-512 VNNI)"}
 CLAIMED = 0.70  # of fp32's: what "30 to 50 % less" means at least
 FASTER = 0.95  # of fp32's time: a recipe counts as faster whose 80th percentile is below
 LISTED = ",\n  "  # in a bullet, a line each

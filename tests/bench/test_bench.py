@@ -188,6 +188,17 @@ def test_bench_plots_rows_of_a_gpu():
     assert "not measured" not in text
 
 
+def test_bench_quick_rows_are_a_page_of_a_cpu():
+    """Of every section but what has no rows of a CPU, every plot, and the tables of several machines."""
+    quick, rows = {case.name for case in select("cpu", quick=True)}, report.current_rows()
+    of_page = [row for row in rows["zen4"] if row["case"] in quick]
+    text = report.benchmarks("icelake", of_page)
+    assert all(f"## {title}\n" in text for title in report.SECTIONS if title not in WITHOUT_ROWS)
+    assert list(plots.chosen_rows(of_page, "cpu")) == list(plots.PLOTS)
+    filled = [report.filled((report.ROOT / name).read_text(), rows | {"icelake": of_page}) for name in report.DOCUMENTS]
+    assert any(report.MACHINES["icelake"].name in document for document in filled)
+
+
 def test_bench_every_plot_of_a_cpu_has_rows():
     for page, of_page in report.current_rows().items():
         assert list(plots.chosen_rows(of_page, report.MACHINES[page].kind)) == list(plots.PLOTS)
