@@ -86,7 +86,7 @@ mutants: build $(STAMPS)/test
 wheel: build $(STAMPS)/package
 	rm -rf build/lib* build/wheel dist *.egg-info
 	$(PY) tools/old_glibc.py $(GLIBC) build/glibc
-	CUDA_HOME="$${CUDA_HOME:-$(lastword $(sort $(wildcard $(TOOLKITS))))}" LDFLAGS="-L$(CURDIR)/build/glibc -Wl,-z,defs" \
+	CUDA_HOME="$${CUDA_HOME:-$(lastword $(sort $(wildcard $(TOOLKITS))))}" LDFLAGS="-L$(CURDIR)/build/glibc" \
 		$(PY) -m pip wheel --no-build-isolation --no-deps -w build/wheel .
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --only-plat \
 		--plat manylinux_$(subst .,_,$(GLIBC))_$(shell uname -m) --exclude 'libc10.so' --exclude 'libtorch*.so' -w dist build/wheel/*.whl

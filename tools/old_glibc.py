@@ -2,7 +2,8 @@
 """Make libraries to link with of an older glibc, from the lists of its symbols that zig has: tools/old_glibc.py 2.28 FOLDER.
 
 A library takes the newest version of each symbol that the glibc it is linked with has, and asks for that at run time. Linked
-with `-L FOLDER` it runs wherever that glibc or a later one is; a symbol that came later is undefined, so link with `-z defs`.
+with `-L FOLDER` it runs wherever that glibc or a later one is. A symbol that came later has no version then:
+tests/toolchain/test_packages.py looks for such.
 """
 
 import os

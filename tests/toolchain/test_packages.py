@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.paths import ROOT
 
@@ -160,6 +161,20 @@ def test_wheel_needs_what_its_name_says(wheel, tmp_path):
     assert newest["GLIBC"] <= tuple(map(int, glibc.split(".")))
     assert newest["GLIBCXX"] <= (3, 4, 24)  # of manylinux_2_28
     assert newest["CXXABI"] <= (1, 3, 11)
+    # What the linker found nowhere has no version. Python's own are with the interpreter.
+    unversioned = {name for name in symbols_of(library, "--undefined-only", "U") if "@" not in name}
+    of_torch = {
+        name.partition("@")[0]
+        for file in ("libc10.so", "libtorch_cpu.so")
+        for name in symbols_of(Path(torch.__file__).parent / "lib" / file, "--defined-only")
+    }
+    assert {name for name in unversioned - of_torch if not re.match("_?Py", name)} == set()
+
+
+def symbols_of(library: str | Path, option: str, kind: str = r"\w") -> set[str]:
+    """The names in a library's dynamic table, of one kind as nm has it."""
+    table = subprocess.run(["nm", "-D", option, library], capture_output=True, text=True, check=True).stdout
+    return set(re.findall(rf"^[\da-f ]* {kind} (\S+)$", table, re.M))
 
 
 def requirements(name: str, found: dict[str, metadata.Distribution]) -> dict[str, metadata.Distribution]:
