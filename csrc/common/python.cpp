@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The extension module: a function for every op of csrc/ops.cpp. Tensors are read through DLPack's exchange API, a table of C
-// functions that torch.Tensor has from 2.10 on; it and the limited API of Python are all that a call needs of either.
+// functions that torch.Tensor has from 2.11 on; it and the limited API of Python are all that a call needs of either.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
