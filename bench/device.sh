@@ -47,7 +47,7 @@ pytest_gpu() { # processes, then arguments; in one process where pytest-xdist is
 
 # The library that is there, where it runs on this GPU; else one for Hopper alone.
 part_build() {
-  local why_not="import torch; from mpkernels import _native; print(_native.cuda_why_not(torch.device('cuda')) or 'loads')"
+  local why_not="import torch; from mpkernels.runtime import native; print(native.cuda_why_not(torch.device('cuda')) or 'loads')"
   local found
   found=$("$python" -c "$why_not" | tail -n 1)
   [ "$found" = loads ] && { echo "the library that is there loads"; return; }

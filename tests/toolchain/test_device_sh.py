@@ -17,6 +17,7 @@ import torch
 from bench import limits, race, rows, sanitize
 from bench.__main__ import main as bench_main
 from mpkernels.ops.linear_act import forward_op
+from mpkernels.runtime import native
 from mpkernels.runtime.resolve import ops
 from tests import linear_act_cases
 from tests.device import sweep
@@ -159,6 +160,15 @@ def test_device_sh_builds_a_library_where_none_loads(on_a_gpu, tmp_path):
     (tmp_path / "python").write_text(text.replace("\n  *) echo", "\n" + builds))
     assert outcomes(on_a_gpu("build")[1]) == ["build: passed"]
     assert (tmp_path / "built").read_text() == "9.0a: setup.py -q build_ext --inplace\n"
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="it would ask for a GPU")
+def test_device_sh_asks_the_library_what_it_lacks():
+    """What it runs in Python is there, though a fake answers above."""
+    program = re.search(r'local why_not="(.*)"', SCRIPT.read_text()).group(1)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] in ("this torch is built without CUDA", native.why_not())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
