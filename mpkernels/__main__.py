@@ -90,7 +90,7 @@ def implementations() -> list[dict[str, str]]:
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
     return [
         {"op": part, "device": str(device), "backend": backend, **dict(zip(("state", "note"), state(part, device, backend)))}
-        for part in resolve.parts
+        for part in resolve.parts()
         for device in devices
         for backend in resolve.BACKENDS
     ]
@@ -98,7 +98,7 @@ def implementations() -> list[dict[str, str]]:
 
 def state(part: str, device: torch.device, backend: str) -> tuple[str, str]:
     """State and note of one implementation: on a CPU after a run of it, on a GPU by its verdict."""
-    op = resolve.parts[part]
+    op = resolve.parts()[part]
     reason = op.why_not(backend, device, op.parts[part])
     if reason is not None:
         return "unavailable", reason
@@ -117,7 +117,7 @@ def checked(part: str, device: torch.device, backend: str) -> tuple[str, str]:
     from mpkernels.testing import checks
 
     try:
-        wrong = checks.wrong(resolve.parts[part], backend, device, part)
+        wrong = checks.wrong(resolve.parts()[part], backend, device, part)
     except Exception as error:  # whatever a kernel raises that does not compile here
         wrong = f"{type(error).__name__}: {error}".splitlines()[0]
     if wrong is not None:
@@ -128,7 +128,7 @@ def checked(part: str, device: torch.device, backend: str) -> tuple[str, str]:
 
 def proven(part: str, device: torch.device, backend: str) -> tuple[str, str]:
     """By the verdict that was found there, with its date; and why `auto` leaves out what is right."""
-    verdict = resolve.parts[part].verdict(part, backend, device)
+    verdict = resolve.parts()[part].verdict(part, backend, device)
     if verdict is None:
         return ("works", "torch's own ops") if backend == "eager" else ("unproven", "python -m mpkernels prove")
     if not verdict.right:

@@ -115,7 +115,7 @@ def _is_shared_by_mps() -> bool:
 
 def items(device: torch.device, full: bool) -> Iterator[tuple[str, str]]:
     """Part of the cases and implementation of what can run there; eager too, which is what the others are raced with."""
-    for part, op in resolve.parts.items():
+    for part, op in resolve.parts().items():
         for backend in proof.PREFERENCE:
             gemm = op.name.startswith("linear") and backend == "triton"
             if op.why_not(backend, device, op.parts[part]) is None and (full or not gemm):
@@ -318,7 +318,8 @@ def table(rows: list[dict], device: torch.device) -> str:
 def takes_first(rows: list[dict], op: str, device: torch.device) -> str:
     """What `auto` takes by these verdicts; on a CPU it takes what the tests proved."""
     if device.type != "cuda":
-        return resolve.parts[op].backend(device, resolve.parts[op].parts[op])
+        of = resolve.parts()[op]
+        return of.backend(device, of.parts[op])
     right = {row["backend"] for row in rows if row["op"] == op and (verdict := _verdict(row)).right and not verdict.slow}
     return next((backend for backend in proof.PREFERENCE if backend in right), "eager")
 

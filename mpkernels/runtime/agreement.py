@@ -37,7 +37,7 @@ def agree(device: torch.device, decision: dict[str, dict[str, bool]], keys: list
         return
     _agreed_in[:] = [store]
     digest = hashlib.sha256("\n".join(keys).encode()).hexdigest()
-    name = ", ".join(proof.machine(device).values())
+    name = ", ".join(cache.machine(device).values())
     store.set(f"{_PREFIX}/{rank}", json.dumps({"digest": digest, "name": name, "wrong": wrong}))
     if rank == 0:
         reason = _difference(store, world, decision)

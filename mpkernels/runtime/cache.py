@@ -150,17 +150,21 @@ def update(path: Path, entries: dict) -> bool:
 
 @functools.cache
 def machine(device: torch.device) -> dict[str, str]:
-    """Model, architecture, driver and versions: what a verdict or a time of `device` holds for."""
-    versions = {"torch": torch.__version__}
+    """Model, architecture, driver, versions and size: what a verdict or a time of `device` holds for.
+
+    A slice of a GPU (MIG) has its own name, multiprocessors and memory.
+    """
     try:
-        versions["triton"] = metadata.version("triton")
+        triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
-        versions["triton"] = "none"
+        triton = "none"
+    versions = {"torch": torch.__version__, "triton": triton, "cuda": str(torch.version.cuda)}
     if device.type != "cuda":
         return {"name": device.type, "architecture": platform.machine(), "driver": "none"} | versions
     properties = torch.cuda.get_device_properties(device)
     architecture = f"sm{properties.major}{properties.minor}"
-    return {"name": properties.name, "architecture": architecture, "driver": _driver()} | versions
+    size = {"multiprocessors": str(properties.multi_processor_count), "memory": f"{properties.total_memory >> 20} MB"}
+    return {"name": properties.name, "architecture": architecture, "driver": _driver()} | versions | size
 
 
 def _driver() -> str:

@@ -79,7 +79,6 @@ class Op:
         _library.impl(self.name, self._dispatched, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mpkernels::{self.name}", self._fake, lib=_library)
         ops[self.name] = self
-        resolve.parts.update(dict.fromkeys(self.parts, self))
 
     # ----- a call ---------------------------------------------------------------
 
@@ -284,11 +283,11 @@ def agree_on_backends() -> None:
     if not agreement.is_due() or Op.is_tracing():
         return
     device = proof.indexed(torch.device("cuda"))
-    parts = [(part, op) for op in ops.values() for part in op.parts]
-    found = {(part, backend): op.verdict(part, backend, device) for part, op in parts for backend in op.backends}
-    keys = [proof.key(part, op.package, backend, device) for part, op in parts for backend in op.backends]
+    parts = resolve.parts()
+    found = {(part, backend): op.verdict(part, backend, device) for part, op in parts.items() for backend in op.backends}
+    keys = [proof.key(part, parts[part].package, backend, device) for part, backend in found]
     wrong = [", ".join(pair) for pair, verdict in found.items() if verdict is not None and not verdict.right]
     if torch.distributed.get_rank() == 0 and not any(found.values()):
         resolve.warn_unproven()
-    agreement.agree(device, {part: op.choices(part, device) for part, op in parts}, keys, wrong)
+    agreement.agree(device, {part: op.choices(part, device) for part, op in parts.items()}, keys, wrong)
     resolve.choose.cache_clear()

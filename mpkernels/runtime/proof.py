@@ -114,18 +114,8 @@ def sentence(text: str) -> str:
 @functools.cache
 def key(name: str, package: str, backend: str, device: torch.device) -> str:
     """What a verdict holds for: op, implementation, machine, versions, and the code itself."""
-    values = ", ".join(f"{what} {value}" for what, value in machine(device).items())
+    values = ", ".join(f"{what} {value}" for what, value in cache.machine(device).items())
     return f"{name}, {backend}, {values}, code {_code(package, backend):08x}"
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """Model, size, driver and versions. A slice of a GPU (MIG) has its own name, multiprocessors and memory."""
-    found = cache.machine(device) | {"cuda": str(torch.version.cuda)}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found["multiprocessors"] = str(properties.multi_processor_count)
-        found["memory"] = f"{properties.total_memory >> 20} MB"
-    return found
 
 
 @functools.cache

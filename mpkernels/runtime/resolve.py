@@ -24,7 +24,11 @@ from mpkernels.runtime.tuned_table import BACKENDS, BackendName
 ENVIRONMENT_VARIABLE, VERDICTS_VARIABLE = "MPKERNELS_BACKEND", "MPKERNELS_VERDICTS"
 
 ops: dict[str, Any] = {}  # name -> Op, which enters itself
-parts: dict[str, Any] = {}  # name -> Op that has this part of the cases of a proof
+
+
+def parts() -> dict[str, Any]:
+    """The Op of each part of the cases of a proof, by the part's name."""
+    return {part: op for op in ops.values() for part in op.parts}
 
 
 class Key(NamedTuple):

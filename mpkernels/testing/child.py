@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import mpkernels.ops  # noqa: F401 - the ops are defined there
-from mpkernels.runtime import proof
+from mpkernels.runtime import cache, proof
 from mpkernels.runtime.proof import Verdict
 from mpkernels.runtime.resolve import parts
 from mpkernels.testing import checks
@@ -30,8 +30,8 @@ def main(device: str, todo: list[list[str]], paths: list[str], full: bool) -> No
 
 
 def prove_one(part: str, backend: str, device: torch.device, paths: list[Path], full: bool, not_now: str | None = None) -> None:
-    key = proof.key(part, parts[part].package, backend, device)
-    more = {"op": part, "backend": backend, "device": proof.machine(device)["name"]}
+    key = proof.key(part, parts()[part].package, backend, device)
+    more = {"op": part, "backend": backend, "device": cache.machine(device)["name"]}
 
     def say(verdict: Verdict, keep: bool = True) -> None:
         kept = [proof.record(path, key, verdict, **more) for path in paths] if keep else [True]
@@ -53,7 +53,7 @@ def prove_one(part: str, backend: str, device: torch.device, paths: list[Path], 
 
 def _found(part: str, backend: str, device: torch.device, full: bool) -> Verdict:
     try:
-        wrong = checks.wrong(parts[part], backend, device, part, few=device.type != "cuda", full=full)
+        wrong = checks.wrong(parts()[part], backend, device, part, few=device.type != "cuda", full=full)
         return Verdict("wrong", wrong) if wrong is not None else Verdict("right", speeds=_speeds(part, backend, device))
     except torch.OutOfMemoryError as error:
         return Verdict("not now", f"{error}")
@@ -63,7 +63,7 @@ def _found(part: str, backend: str, device: torch.device, full: bool) -> Verdict
 
 def _speeds(part: str, backend: str, device: torch.device) -> dict[str, float]:
     try:
-        return checks.race(parts[part], backend, device, part)
+        return checks.race(parts()[part], backend, device, part)
     except torch.OutOfMemoryError:  # of eager, say: what is right stays right
         return {}
 

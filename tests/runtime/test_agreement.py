@@ -2,7 +2,6 @@
 """Ranks choose alike on GPUs: gloo processes with made-up GPUs and forged verdicts, each in a cache of its own."""
 
 import os
-import pathlib
 import tempfile
 import time
 import warnings
@@ -12,7 +11,7 @@ import torch
 from torch import distributed, nn
 
 import mpkernels as mpk
-from mpkernels.runtime import agreement, proof, resolve
+from mpkernels.runtime import agreement, cache, proof, resolve
 from mpkernels.runtime.proof import Verdict
 from tests.ranks import run_ranks
 
@@ -24,12 +23,11 @@ RIGHT, WRONG, SLOW = Verdict("right"), Verdict("wrong"), Verdict("right", speeds
 
 def choose(rank: int, verdicts: dict, machine: dict, how: str) -> tuple[dict, list[str]]:
     """What `auto` would take for the step's ops, after a model was converted or an optimizer made; what was warned of."""
-    cache = pathlib.Path(tempfile.mkdtemp())
-    os.environ["XDG_CACHE_HOME"] = str(cache)
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
     os.environ.pop(resolve.ENVIRONMENT_VARIABLE, None)
     torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: 0
     torch.cuda.is_current_stream_capturing = lambda: False
-    proof.machine = lambda device: MACHINE | machine
+    cache.machine = lambda device: MACHINE | machine
     for (name, backend), verdict in verdicts.items():
         op = resolve.ops[name]
         assert proof.record(proof.own_file(), proof.key(name, op.package, backend, GPU), verdict)

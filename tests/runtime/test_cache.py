@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,6 +225,14 @@ def test_tune_says_why_it_cannot_write(folder, capsys):
     folder.chmod(0o777)
     tune_problems(problems_of(((8, 16, 24),), CPU), rounds=1)
     assert f"cannot be written: {folder} can be written by others" in capsys.readouterr().err
+
+
+def test_machine_tells_a_slice_from_its_gpu(monkeypatch):
+    properties = SimpleNamespace(name="a GPU", major=9, minor=0, multi_processor_count=16, total_memory=10 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(cache, "_driver", lambda: "580")
+    found = cache.machine.__wrapped__(torch.device("cuda", 0))
+    assert found.items() >= {"name": "a GPU", "architecture": "sm90", "multiprocessors": "16", "memory": "10240 MB"}.items()
 
 
 def test_machine_names_the_driver(monkeypatch):

@@ -71,7 +71,6 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.delenv(VERDICTS_VARIABLE, raising=False)
-    monkeypatch.setattr(proof, "machine", lambda device: dict(MACHINE))
     monkeypatch.setattr(cache, "machine", lambda device: MACHINE)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -194,7 +193,7 @@ def test_proof_holds_for_its_machine_and_code(changed, op, monkeypatch):
         text = proof.own_file().read_text().replace(op.name, "another")
         proof.own_file().write_text(text)
     else:
-        monkeypatch.setattr(proof, "machine", lambda device: MACHINE | {changed: "another"})
+        monkeypatch.setattr(cache, "machine", lambda device: MACHINE | {changed: "another"})
     forget()
     with pytest.warns(UserWarning, match=UNPROVEN):
         assert chosen(op) == "eager"
