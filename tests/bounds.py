@@ -20,12 +20,10 @@ from mpkernels.testing.bounds import (
     _acc,
     _accumulated,
     _activated,
-    _bias,
     _bound,
     _check_error,
     _check_nonfinite,
-    _operand,
-    _product,
+    _preactivation,
     _underflow,
     _wide,
     accumulator_roundoff,
@@ -65,8 +63,7 @@ _LONGEST_FOR_SHARES = 1024  # K
 
 def check_mask(positive, x, weight, bias, compute_dtype, out_dtype, acc_roundoff=2.0**-24) -> None:
     """The mask (bool, (*, N)) may differ from fp64's only where the pre-activation is within bound 1 of 0; NaN is 1."""
-    x, weight, bias = _operand(x, compute_dtype), _operand(weight, compute_dtype), _bias(bias, compute_dtype)
-    z = _product(x, weight.T) + bias
+    x, weight, bias, z = _preactivation(x, weight, bias, compute_dtype)
     got = positive.reshape(z.shape).cpu().numpy()
     accumulated = _accumulated(x, weight.T, np.abs(bias), compute_dtype, acc_roundoff)
     doubtful = np.abs(z) <= _bound(z, accumulated, out_dtype)
@@ -109,8 +106,8 @@ def check_slope_of_exact(grad_z, grad_out, x, weight, bias, activation, compute_
     A slope moves by at most |act''| d between there and here; |z act''| and |act''| are bounded, so that the rounding of z
     costs at most 0.34 u |grad_out|, a third of what the rounding of grad_z may; ReLU squared: act'' is 2.
     """
-    x, weight, bias = _operand(x, compute_dtype), _operand(weight, compute_dtype), _bias(bias, compute_dtype)
-    z = (_product(x, weight.T) + bias).astype(np.float64)
+    x, weight, bias, z = _preactivation(x, weight, bias, compute_dtype)
+    z = z.astype(np.float64)
     accumulated = _accumulated(x, weight.T, np.abs(bias), compute_dtype, acc_roundoff).astype(np.float64)
     u, v = unit_roundoff(compute_dtype), _acc(compute_dtype, acc_roundoff)[1]
     size = np.abs(_wide(grad_out.reshape(z.shape), torch.float32))
@@ -324,5 +321,4 @@ def check_trained_loss(losses: list[float], fp32: list[float]) -> None:
 
 
 def _exact(x, weight, bias, activation, compute_dtype) -> np.ndarray:
-    z = _product(_operand(x, compute_dtype), _operand(weight, compute_dtype).T) + _bias(bias, compute_dtype)
-    return _activated(z, activation)
+    return _activated(_preactivation(x, weight, bias, compute_dtype)[-1], activation)

@@ -77,8 +77,7 @@ def check_forward(out, x, weight, bias, activation, compute_dtype, acc_roundoff=
     out: (*, N); x: (*, K), weight: (N, K), bias: (N,) or None as they were given to the op; activation: an Activation or
     its int. acc_roundoff: 2**-23 on tensor cores; fp64 arithmetic has its own. Raises AssertionError.
     """
-    x, weight, bias = _operand(x, compute_dtype), _operand(weight, compute_dtype), _bias(bias, compute_dtype)
-    z = _product(x, weight.T) + bias
+    x, weight, bias, z = _preactivation(x, weight, bias, compute_dtype)
     _check_product(
         "out", _wide(out.reshape(z.shape), compute_dtype), _activated(z, activation), out.dtype, x, weight.T, np.abs(bias),
         compute_dtype, acc_roundoff, random_sign, activation=activation, z=z,
@@ -91,12 +90,8 @@ def check_backward(grads, grad_out, x, weight, positive, compute_dtype, acc_roun
     positive: bool (*, N), the implementation's own mask (`check_mask` holds it), or None without an activation.
     grad_z is rounded to compute_dtype for the two products; grad_bias sums it unrounded.
     """
-    columns = weight.shape[0]
-    grad_z = _wide(grad_out.reshape(-1, columns) if columns else grad_out.reshape(x.shape[:-1].numel(), 0), compute_dtype)
-    if positive is not None:
-        grad_z = np.where(positive.reshape(grad_z.shape).cpu().numpy(), grad_z, 0)
+    grad_z, operand = _grad_z(grad_out, positive, compute_dtype)
     ones = np.ones((1, grad_z.shape[0]), grad_z.dtype)
-    operand = rounded(grad_z, compute_dtype) if grad_out.dtype != compute_dtype else grad_z
     x, weight = _operand(x, compute_dtype), _operand(weight, compute_dtype)
     products = ((operand, weight), (operand.T, x), (ones, grad_z))
     for name, grad, (a, b) in zip(("grad_x", "grad_weight", "grad_bias"), grads, products, strict=True):
@@ -113,10 +108,7 @@ def check_backward_below(grads, grad_out, weight, positive, positive_below, comp
     their sum by what M terms may be off by.
     """
     N, K = weight.shape
-    grad_z = _wide(grad_out.reshape(grad_out.shape[:-1].numel(), N), compute_dtype)
-    if positive is not None:
-        grad_z = np.where(positive.reshape(grad_z.shape).cpu().numpy(), grad_z, 0)
-    operand = rounded(grad_z, compute_dtype) if grad_out.dtype != compute_dtype else grad_z
+    _, operand = _grad_z(grad_out, positive, compute_dtype)
     weight = _operand(weight, compute_dtype)
     kept = np.ones((operand.shape[0], K), bool)
     if positive_below is not None:
@@ -151,15 +143,30 @@ def _wide(tensor: torch.Tensor, compute_dtype: torch.dtype) -> np.ndarray:
     return tensor.detach().cpu().double().numpy().astype(np.longdouble if compute_dtype == torch.float64 else np.float64)
 
 
+def _rows(tensor: torch.Tensor, compute_dtype: torch.dtype) -> np.ndarray:
+    """(rows, columns)."""
+    return _wide(tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1]), compute_dtype)
+
+
 def _operand(tensor: torch.Tensor, compute_dtype: torch.dtype) -> np.ndarray:
     """(rows, K), rounded once to compute_dtype."""
-    rows = tensor.shape[:-1].numel()
-    values = _wide(tensor.reshape(rows, tensor.shape[-1]), compute_dtype)
+    values = _rows(tensor, compute_dtype)
     return values if tensor.dtype == compute_dtype else rounded(values, compute_dtype)
 
 
-def _bias(bias: torch.Tensor | None, compute_dtype: torch.dtype) -> np.ndarray:
-    return np.zeros(1) if bias is None else _wide(bias, compute_dtype)
+def _preactivation(x, weight, bias, compute_dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """x and weight as they are multiplied, the bias as it is added, and what comes of them."""
+    x, weight = _operand(x, compute_dtype), _operand(weight, compute_dtype)
+    bias = np.zeros(1) if bias is None else _wide(bias, compute_dtype)
+    return x, weight, bias, _product(x, weight.T) + bias
+
+
+def _grad_z(grad_out: torch.Tensor, positive: torch.Tensor | None, compute_dtype) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, N): grad_out where the mask is set, unrounded and as it is multiplied."""
+    grad_z = _rows(grad_out, compute_dtype)
+    if positive is not None:
+        grad_z = np.where(positive.reshape(grad_z.shape).cpu().numpy(), grad_z, 0)
+    return grad_z, grad_z if grad_out.dtype == compute_dtype else rounded(grad_z, compute_dtype)
 
 
 def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
