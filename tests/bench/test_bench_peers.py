@@ -166,6 +166,17 @@ def test_bench_fails_after_timing_the_others(monkeypatch, capsys):
     assert "WRONG, not timed: linear_act/forward/float16/37x100x29: torch float16: the peer's error" in err
 
 
+def test_bench_measures_overhead_in_a_process_of_its_own(monkeypatch, capsys):
+    """What was changed in this one, its heap too, is not there."""
+    monkeypatch.setattr(overhead, "implementations", lambda *_: pytest.fail("measured in the process of the others"))
+    monkeypatch.setattr(main, "select", lambda *_: [Overhead("step of 1")])
+    monkeypatch.setattr(main, "SECONDS", {False: 0.01})
+    monkeypatch.setattr(main.limits, "measure", lambda *_: {"gb_s": 1, "tflop_s": {"float32": 1}})
+    monkeypatch.setattr(sys, "argv", ["bench", "--json"])
+    assert main.main() == 0
+    assert '"case": "overhead/step of 1"' in capsys.readouterr().out
+
+
 def test_bench_guards_a_package_only():
     with pytest.raises(Missing, match="AssertionError: needs CUDA"):
         package(raising(AssertionError("needs CUDA")).check)()
