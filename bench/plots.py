@@ -18,11 +18,6 @@ SHOWN_STEPS = (OURS, "classical fp16 recipe", "fp32 parameters", "Apex's passes"
 KEYS = ("case", "implementation", "us_p50", "ratio", "bytes_per_parameter", "tflop_s", "gb_s", "bytes", "flops", "limits")
 
 
-def draw(rows: dict[str, list[dict]], names: dict[str, str]) -> Iterable[tuple[str, str]]:
-    """(file, SVG) of every chart that has rows; rows by page, and what its machine is called."""
-    yield from drawn(charts(rows, names))
-
-
 def drawn(charts: dict[str, tuple[list[dict], Callable]]) -> Iterable[tuple[str, str]]:
     """(file, SVG) of each, with a digest of its rows."""
     import matplotlib
@@ -41,7 +36,7 @@ def drawn(charts: dict[str, tuple[list[dict], Callable]]) -> Iterable[tuple[str,
 
 
 def charts(rows: dict[str, list[dict]], names: dict[str, str]) -> dict[str, tuple[list[dict], Callable]]:
-    """{file: (its rows, how to draw it)}."""
+    """{file: (its rows, how to draw it)} of every chart that has rows; rows by page, and what its machine is called."""
     found = {
         f"{page}_{name}.svg": (chosen, functools.partial(PLOTS[name][1], rows=chosen))
         for page, of_page in rows.items()

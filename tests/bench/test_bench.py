@@ -181,7 +181,7 @@ def test_bench_plots_rows_of_a_gpu():
         like |= {"op": case.op}
         for name in NAMED | {"torch float16"}:
             rows.append(like | {"case": case.name, "implementation": name, "clock": "GPU events", "peak_bytes": 1, "gb_s": 1.0})
-    drawn = [name for name, text in plots.draw({"h200": rows}, report.NAMES) if "<svg" in text]
+    drawn = [name for name, text in plots.drawn(plots.charts({"h200": rows}, report.NAMES)) if "<svg" in text]
     assert drawn == [f"h200_{name}.svg" for name in plots.PLOTS]
     text = report.benchmarks("h200", rows)
     assert all(f"plots/{name}" in text for name in drawn)
@@ -214,7 +214,7 @@ def test_bench_shows_what_device_sh_wrote(tmp_path):
     write("cuda.jsonl", "overhead", "overhead/forward")
     found = report.current_rows(tmp_path)
     assert list(found) == ["h200"]
-    assert list(plots.draw(found, report.NAMES)) == []
+    assert plots.charts(found, report.NAMES) == {}
     assert "## Per call" in report.benchmarks("h200", found["h200"])
     write("cuda-step.jsonl", "step", "step/float16/plain/1e8in300", bytes_per_parameter=30)
     for backend in ("native", "triton"):
@@ -222,7 +222,7 @@ def test_bench_shows_what_device_sh_wrote(tmp_path):
     found = report.current_rows(tmp_path)
     assert [row.get("backends") for row in found["h200"] if row["op"] == "linear_act"] == ["native"]
     assert {row["op"] for row in found["h200"]} == {"overhead", "step", "linear_act"}
-    drawn = [name for name, _ in plots.draw(found, report.NAMES)]
+    drawn = list(plots.charts(found, report.NAMES))
     assert "h200_roofline.svg" in drawn
     assert all(f"plots/{name}" in report.benchmarks("h200", found["h200"]) for name in drawn)
 
