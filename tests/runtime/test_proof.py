@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verdicts, and what `auto` makes of them on a GPU. There need not be one: the machine is made up, the kernels only count."""
 
-import itertools
 import json
 import math
 import warnings
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,55 +12,23 @@ from mpkernels import __main__ as command
 from mpkernels.ops.linear_act import Activation, forward_op
 from mpkernels.ops.linear_act.call import CallKey
 from mpkernels.runtime import cache, proof, resolve, tuned_table
-from mpkernels.runtime.op import Implementation, Op
+from mpkernels.runtime.op import Implementation
 from mpkernels.runtime.proof import Verdict
 from mpkernels.runtime.resolve import ENVIRONMENT_VARIABLE, VERDICTS_VARIABLE, ops
 from mpkernels.runtime.tuned_table import Entry
+from tests.runtime import made_op
 
 GPU, f16, f32 = torch.device("cuda", 0), torch.float16, torch.float32
 MACHINE = {"name": "NVIDIA H200", "architecture": "sm90", "driver": "570", "torch": "2.13", "multiprocessors": "132"}
 UNPROVEN = "python -m mpkernels prove"
-unique = itertools.count()
 
 
-class Modules:
-    """What `op._module` gives: a function that multiplies, and why_not by `reasons`, sentences or functions of a key."""
-
-    def __init__(self, name: str):
-        self.name, self.reasons = name, {}
-
-    def __call__(self, implementation):
-        backend = implementation.backend
-
-        def why_not(key):
-            reason = self.reasons.get(backend)
-            return reason(key) if callable(reason) else reason
-
-        factor = {"eager": 2, "native": 3, "triton": 4}[backend]
-        return type("Module", (), {"why_not": staticmethod(why_not), self.name: staticmethod(lambda call: call.x * factor)})
-
-
-class SizeKey(NamedTuple):
-    device: torch.device
-    dtype: torch.dtype
-    size: int = 8
-
-
-class Call(NamedTuple):
+class Call(made_op.Call):
     """A call whose tensor counts as one on the GPU."""
 
-    x: torch.Tensor
-
     @property
-    def key(self) -> SizeKey:
-        return SizeKey(GPU, self.x.dtype, self.x.numel())
-
-    @property
-    def gemm_key(self) -> tuple:
-        return tuned_table.gemm_key("fprop", self.x.numel(), 1, 1, 0, self.x.dtype)
-
-    def is_valid(self) -> bool:
-        return True
+    def key(self) -> made_op.SizeKey:
+        return super().key._replace(device=GPU)
 
 
 @pytest.fixture(autouse=True)
@@ -93,20 +59,11 @@ def forget():
 
 
 @pytest.fixture
-def op(monkeypatch):
-    """Three implementations; the size decides in tables and in keys."""
-    made = Op(
-        f"proof_test_{next(unique)}(Tensor x) -> Tensor",
-        "mpkernels.ops.linear_act",
-        tuple(Implementation(backend, ("cpu", "cuda")) for backend in ("eager", "triton", "native")),
-        check=lambda call: None,
-        fake=lambda call: call.x.new_empty(call.x.shape),
-        call=Call,
-        key=SizeKey,
-    )
-    monkeypatch.setattr(made, "_module", Modules(made.name))
-    yield made
-    del ops[made.name]
+def op():
+    """Of three implementations."""
+    implementations = (Implementation(backend, ("cpu", "cuda")) for backend in ("eager", "triton", "native"))
+    with made_op.made_op(*implementations, call=Call, package="mpkernels.ops.linear_act") as op:
+        yield op
 
 
 def found(op, path=None, part=None, **verdicts):

@@ -1,67 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ops and the choice of what serves them: reading MPKERNELS_BACKEND, choosing an implementation, saying why not."""
 
-import itertools
-from typing import NamedTuple
-
 import pytest
 import torch
 
 import mpkernels as mpk
 from mpkernels.runtime import resolve
-from mpkernels.runtime.op import Implementation, Op
-from mpkernels.runtime.resolve import BACKENDS, ENVIRONMENT_VARIABLE, Key, ops, parse_setting
+from mpkernels.runtime.op import Implementation
+from mpkernels.runtime.resolve import BACKENDS, ENVIRONMENT_VARIABLE, ops, parse_setting
+from tests.runtime.made_op import Call, made_op
 
 CPU, f32 = torch.device("cpu"), torch.float32
-unique = itertools.count()
-
-
-class Call(NamedTuple):
-    x: torch.Tensor
-
-    @property
-    def key(self) -> Key:
-        return Key(self.x.device, self.x.dtype)
-
-    gemm_key = None
-
-    def is_valid(self) -> bool:
-        return self.x.dim() < 5
 
 
 @pytest.fixture
-def op(monkeypatch):
-    """An op of two implementations: eager doubles, native triples; native's `reason` is its why_not, None at first."""
-
-    class Module:
-        reason = None
-
-        def __init__(self, factor):
-            self.factor = factor
-
-        def why_not(self, key):
-            return self.reason
-
-        def __getattr__(self, name):
-            return lambda call: call.x * self.factor
-
-    made = Op(
-        f"resolve_test_{next(unique)}(Tensor x) -> Tensor",
-        "nowhere",
-        (
-            Implementation("native", ("cpu", "cuda")),
-            Implementation("eager", ("cpu", "cuda")),
-        ),
-        check=lambda call: None,
-        fake=lambda call: call.x.new_empty(call.x.shape),
-        call=Call,
-    )
-    made.modules = {"eager": Module(2), "native": Module(3)}
-    monkeypatch.setattr(made, "_module", lambda implementation: made.modules[implementation.backend])
-    monkeypatch.setattr(Implementation, "why_not", lambda self, device: None)
-    yield made
-    del ops[made.name]
-    resolve.choose.cache_clear()
+def op():
+    """An op of two implementations, C++ first; of native nothing is proven on a GPU."""
+    with made_op(Implementation("native", ("cpu", "cuda")), Implementation("eager", ("cpu", "cuda"))) as op:
+        yield op
     parse_setting.cache_clear()
 
 
@@ -110,7 +66,7 @@ def test_resolve_refuses_a_bad_setting(setting, monkeypatch):
 def test_resolve_auto_takes_the_first_that_can(op, monkeypatch):
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     assert run(op) == 3
-    op.modules["native"].reason = "not built"
+    op._module.reasons["native"] = "not built"
     resolve.choose.cache_clear()
     assert run(op) == 2
 
@@ -138,7 +94,7 @@ def test_resolve_reads_the_setting_at_every_call(op, monkeypatch):
 @pytest.mark.parametrize("by_op", [False, True])
 def test_resolve_forced_that_cannot_serve_raises(op, monkeypatch, by_op):
     """With its reason, and it never falls back."""
-    op.modules["native"].reason = "needs sm90, got sm75"
+    op._module.reasons["native"] = "needs sm90, got sm75"
     setting = f"{op.name}=native" if by_op else "native"
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, setting)
     with pytest.raises(RuntimeError, match=f"{setting}.*{op.name} on cpu cannot use native: needs sm90, got sm75"):
@@ -174,7 +130,7 @@ def test_resolve_why_not(op):
     assert op.why_not("triton", CPU, f32) == "not implemented"
     assert op.why_not("eager", torch.device("mps"), f32) == "not implemented for mps"
     assert op.why_not("eager", CPU, f32) is None
-    op.modules["native"].reason = "not built"
+    op._module.reasons["native"] = "not built"
     assert op.why_not("native", CPU, f32) == "not built"
 
 
@@ -271,8 +227,8 @@ def test_resolve_is_available_refuses_names(backend):
 def test_op_gives_implementations_no_lazily_negated_view(op):
     """`z.conj().imag` is a view of z with its negative bit set, which a kernel that is handed its address would not see."""
     seen = []
-    op.modules["native"] = type("Module", (), {"why_not": staticmethod(lambda key: None)})
-    setattr(op.modules["native"], op.name, staticmethod(lambda call: seen.append(call.x.is_neg()) or call.x * 3))
+    function = lambda call: seen.append(call.x.is_neg()) or call.x * 3
+    op._module = lambda implementation: type("Module", (), {op.name: staticmethod(function)})
     x = torch.tensor([2 + 3j]).conj().imag
     assert x.is_neg()
     assert op.run(Call(x)).item() == -9

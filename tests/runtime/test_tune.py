@@ -7,7 +7,6 @@ import json
 import re
 import sys
 import warnings
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,17 +18,16 @@ from mpkernels.ops.linear_act import Activation, backward_op, forward_op
 from mpkernels.ops.linear_act.call import ForwardCall
 from mpkernels.ops.linear_act.epilogues import pack_mask
 from mpkernels.runtime import cache, resolve, tuned_table
-from mpkernels.runtime.op import Implementation, Op
-from mpkernels.runtime.resolve import Key, ops
+from mpkernels.runtime.op import Implementation
 from mpkernels.runtime.tuned_table import Entry
 from mpkernels.testing import gemm, timing
 from tests import wrong_kernels
+from tests.runtime.made_op import Call, made_op
 
 CPU = torch.device("cpu")
 f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
 FPROP = tuned_table.gemm_key("fprop", 24, 40, 1024, Activation.RELU, f16, f16, f16)
 BACKWARD = tuned_table.gemm_key("backward", 512, 40, 24, Activation.RELU, f16, f16, f16, f32)
-unique = itertools.count()
 
 
 @pytest.fixture(autouse=True)
@@ -277,52 +275,11 @@ def test_tune_refuses_where_it_cannot_time(busy, match, monkeypatch):
 # ----- tables ---------------------------------------------------------------
 
 
-class Call(NamedTuple):
-    x: torch.Tensor
-
-    @property
-    def key(self) -> Key:
-        return Key(self.x.device, self.x.dtype)
-
-    @property
-    def gemm_key(self) -> tuple:
-        return tuned_table.gemm_key("fprop", self.x.numel(), 1, 1, 0, self.x.dtype)
-
-    def is_valid(self) -> bool:
-        return True
-
-
-def modules(op, reasons):
-    """What `op._module` gives: see the fixture; `reasons` why not."""
-
-    def module(implementation):
-        backend = implementation.backend
-        function = lambda call: call.x * {"eager": 2, "native": 3, "triton": 4}[backend]
-        why_not = lambda key: reasons.get(backend)
-        return type("Module", (), {"why_not": staticmethod(why_not), op.name: staticmethod(function)})
-
-    return module
-
-
 @pytest.fixture
-def op(monkeypatch):
-    """eager doubles, native triples, triton (not in `auto`) quadruples; a problem is the size."""
-    made = Op(
-        f"tune_test_{next(unique)}(Tensor x) -> Tensor",
-        "nowhere",
-        (
-            Implementation("eager", ("cpu",)),
-            Implementation("native", ("cpu",)),
-            Implementation("triton", ("cpu",)),
-        ),
-        check=lambda call: None,
-        fake=lambda call: call.x.new_empty(call.x.shape),
-        call=Call,
-    )
-    monkeypatch.setattr(made, "_module", modules(made, {}))
-    monkeypatch.setattr(Implementation, "why_not", lambda self, device: None)
-    yield made
-    del ops[made.name]
+def op():
+    """Of three implementations, of which a CPU's `auto` does not have triton."""
+    with made_op(*(Implementation(backend, ("cpu",)) for backend in ("eager", "native", "triton"))) as op:
+        yield op
 
 
 def test_table_is_about_no_op_without_a_gemm():
@@ -347,9 +304,9 @@ def test_table_decides_by_problem_among_what_is_in_auto(op):
 
 
 @pytest.mark.parametrize("backend", ["native", "unheard-of"])
-def test_table_names_a_backend_that_no_longer_serves(backend, op, monkeypatch):
+def test_table_names_a_backend_that_no_longer_serves(backend, op):
     """It broke, or is of another version: another one serves."""
-    monkeypatch.setattr(op, "_module", modules(op, {"native": "no driver"}))
+    op._module.reasons["native"] = "no driver"
     with tuned_table.override(CPU, {tuned_table.gemm_key("fprop", 4, 1, 1, 0, f32): Entry(backend, None)}):
         assert op.run(Call(torch.ones(4)))[0].item() == 2
 
