@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A implementation of a case: what to run, what to check first, and what it has to move and to compute."""
+"""An implementation of a case: what to run, what to check first, and what it has to move and to compute."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ FORCED = ("native", "triton")  # on a GPU also by name: `auto` chooses neither b
 
 
 class Missing(Exception):
-    """A implementation that this machine or this torch does not have, and why."""
+    """An implementation that this machine or this torch does not have, and why."""
 
 
 def package(function: Callable) -> Callable:

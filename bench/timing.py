@@ -71,7 +71,7 @@ class Clock:
         return time.process_time() if self.device.type == "cpu" and self.threads == 1 else time.perf_counter()
 
     def __call__(self, run, timed: str) -> float:
-        """timed: what a implementation says of itself."""
+        """timed: what an implementation says of itself."""
         if timed == "by itself":
             return run() * 1e6
         if self.device.type == "cuda" and timed != "host":

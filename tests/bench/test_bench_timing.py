@@ -18,7 +18,7 @@ CPU = timing.Clock(torch.device("cpu"), 1)
 
 
 def says(seconds):
-    """A implementation that claims to have taken the next of `seconds`."""
+    """An implementation that claims to have taken the next of `seconds`."""
     return Implementation(iter(seconds).__next__, timed="by itself")
 
 
