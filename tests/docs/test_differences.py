@@ -123,17 +123,17 @@ def test_differs_recorded_eight_bits(record):
 
 def test_differs_jit_script():
     model = model_of()
-    with pytest.raises(RuntimeError, match=r"torch\.jit\.script cannot read MPLinear"):
+    with pytest.raises(RuntimeError, match=r"script cannot read MPLinear: mpk\.revert\(model\) first, or use torch\.jit\.tr"):
         torch.jit.script(model)
     x = torch.ones(2, 8)
     assert same_bits(torch.jit.trace(model, (x,))(x).detach(), model(x).detach())
-    torch.jit.script(mpk.revert(model))
+    assert torch.jit.script(mpk.revert(model))(x).shape == (2, 4)
 
 
 def test_differs_batch_invariant_compiled_transforms():
     layer, x = MPLinear(3, 2, policy="float32,batch_invariant"), torch.ones(2, 3)
     torch.compiler.reset()
-    with pytest.raises(RuntimeError, match="batch_invariant does not hold"):
+    with pytest.raises(RuntimeError, match=r"batch_invariant does not hold where torch\.compile traces"):
         torch.compile(torch.func.vmap(layer), backend="eager", fullgraph=True)(x)
     assert same_bits(torch.func.vmap(layer)(x).detach(), layer(x).detach())
 
@@ -528,14 +528,5 @@ def test_differs_writes_through_numpy():
     check_unseen(double)
 
 
-def test_differs_writes_by_collectives(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-
-        def double(p):
-            output = p.detach() * 2
-            dist.scatter(p, [output])
-
-        check_unseen(double)
-    finally:
-        dist.destroy_process_group()
+def test_differs_writes_by_collectives(group):
+    check_unseen(lambda p: dist.scatter(p, [p.detach() * 2]))

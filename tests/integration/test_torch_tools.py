@@ -308,13 +308,6 @@ def test_jit_trace_stands_its_own_check(policy, masks, with_grad, monkeypatch, g
         assert masks or all(map(same_bits, traced, eager))  # with masks eager fuses the backward of two layers
 
 
-def test_jit_script_says_what_to_do():
-    model = mpk.convert(nn.Sequential(nn.Linear(5, 4)), "mixed_float16")
-    with pytest.raises(RuntimeError, match=r"mpk\.revert\(model\) first, or use torch\.jit\.trace"):
-        torch.jit.script(model)
-    assert torch.jit.script(mpk.revert(model))(torch.ones(3, 5)).shape == (3, 4)
-
-
 # ----- jagged nested tensors ---------------------------------------------------------------
 
 
