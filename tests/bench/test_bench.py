@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from bench import compare, figures, plots, report, rows, step, tables, targets
-from bench.__main__ import check
 from bench.cases import CASES, Float8, LinearAct, Mlp, Quantize, Step, select
 from bench.implementation import OURS
+from bench.measure import check
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = (

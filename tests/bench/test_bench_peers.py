@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark's peers from other packages, and what becomes of a peer that is absent, broken or wrong."""
 
+import json
 import os
+import subprocess
 import sys
 import types
 
@@ -11,10 +13,11 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import __main__ as main
-from bench import implementation, linear_act, overhead, step, training
+from bench import implementation, linear_act, measure, overhead, step, training
 from bench.cases import LinearAct, Overhead, Step, Training
 from bench.implementation import Implementation, Missing, forced, package
 from mpkernels.runtime.resolve import ENVIRONMENT_VARIABLE
+from tests.paths import ROOT
 
 CPU = torch.device("cpu")
 FORWARD, STEP = LinearAct("forward", 37, 100, 29), Step(30_000, 3)
@@ -84,7 +87,7 @@ def install(monkeypatch, modules: dict[str, dict]) -> None:
 
 def checked(case, *names: str):
     module = {"linear_act": linear_act, "step": step, "training": training}[case.op]
-    return main.check({name: c for name, c in module.implementations(case, CPU).items() if name in names})
+    return measure.check({name: c for name, c in module.implementations(case, CPU).items() if name in names})
 
 
 @pytest.mark.parametrize("what", FAKES)
@@ -143,7 +146,7 @@ def test_bench_tells_absent_from_wrong():
         "broken": raising(RuntimeError("out of memory\nsecond line")),
         "wrong": raising(AssertionError("computes something else")),
     }
-    numerics, absent, wrong = main.check(implementations)
+    numerics, absent, wrong = measure.check(implementations)
     assert numerics == {"mpkernels": {"error_to_best": 1.0}}
     assert absent == {"slow": "would take 9 s", "broken": "out of memory"}
     assert wrong == {"mpkernels native": "no kernel image", "wrong": "computes something else"}
@@ -175,6 +178,16 @@ def test_bench_measures_overhead_in_a_process_of_its_own(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "--json"])
     assert main.main() == 0
     assert '"case": "overhead/step of 1"' in capsys.readouterr().out
+
+
+@pytest.mark.sweep
+def test_bench_command():
+    """In which what another process runs has to have a name that is not __main__."""
+    command = [sys.executable, "-m", "bench", "--quick", "--case", "overhead/forward", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["implementation"] for row in rows] == ["mpkernels", "torch float16", "torch autocast"]
 
 
 def test_bench_guards_a_package_only():
@@ -231,7 +244,7 @@ def test_bench_gpu_torch_has_what_is_timed_with():
 
 def test_bench_leaves_out_what_does_not_fit(monkeypatch):
     monkeypatch.setattr(step, "free_bytes", lambda device: 10**9)
-    _, absent, _ = main.check(step.implementations(Step(10**9, 300, devices=("cuda",)), CPU))
+    _, absent, _ = measure.check(step.implementations(Step(10**9, 300, devices=("cuda",)), CPU))
     assert absent["mpkernels"] == "needs 24 GB where 1 GB are free"
 
 
