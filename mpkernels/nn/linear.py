@@ -167,6 +167,11 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
+def is_converted(module: nn.Module) -> bool:
+    """Whether it is an MPLinear or an MPConv1D, which is imported only where a model has one."""
+    return hasattr(module, "_weight_copy")
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether an mpk.watch looks at it: as its observer, or by a hook where the class has a forward of its own."""
     hooks = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
@@ -191,7 +196,7 @@ def cached_weights(model: Model) -> Iterator[Model]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {model!r}")
-    layers = [m for m in model.modules() if hasattr(m, "_weight_copy") and m.policy is not None and not m.policy.float8]
+    layers = [m for m in model.modules() if is_converted(m) and m.policy is not None and not m.policy.float8]
     try:
         for layer in layers:
             weight = layer._parameters.get("weight")  # None: it is made anew at each look

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mpkernels.amp.skip_watch import callers_level
+from mpkernels.nn.linear import is_converted
 from mpkernels.policy import Policy, PolicyName
 from mpkernels.precision.tables import shown
 from mpkernels.precision.taps import NOTHING, OUT, SCALE, Fault, Tap, first_fault
@@ -107,7 +108,7 @@ class Adaptation:
         self.layers = {
             tap.row: _Layer(tap, rung, rung)
             for tap in taps
-            if hasattr(tap.module, "adopt") and (rung := self._rung(tap.module.policy)) is not None
+            if is_converted(tap.module) and (rung := self._rung(tap.module.policy)) is not None
         }
         if not self.layers:
             names, theirs = ", ".join(map(str, self.ladder)), {str(p) for t in taps if (p := getattr(t.module, "policy", None))}

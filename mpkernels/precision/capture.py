@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpkernels.nn.convert.linears import is_linear
+from mpkernels.nn.linear import is_converted
 from mpkernels.policy import Policy
 from mpkernels.runtime.untouched import untouched as buffers_untouched
 
@@ -171,15 +173,10 @@ def capture(model: nn.Module, step: Callable, targets: Mapping[str, nn.Module], 
     return value
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether its output is `act(x @ weight.T + bias)`, an nn.Linear or what convert makes of one; transformers' Conv1D too."""
-    return isinstance(module, nn.Linear) or hasattr(module, "adopt") or type(module).__name__ == "Conv1D"
-
-
 @contextlib.contextmanager
 def without_policies(model: nn.Module) -> Iterator[None]:
     """Inside, converted linears compute in the dtype of their parameters, as nn.Linear does."""
-    before = [(module, module.policy) for module in model.modules() if hasattr(module, "adopt")]
+    before = [(module, module.policy) for module in model.modules() if is_converted(module)]
     for module, _ in before:
         module.policy = None  # not `adopt`, which would drop gradients
     try:

@@ -13,11 +13,11 @@ from torch import distributed, nn
 
 from mpkernels.amp import GradScaler
 from mpkernels.amp.skip_watch import copy_to_host
-from mpkernels.nn.convert.linears import why_not
-from mpkernels.nn.linear import is_watched
+from mpkernels.nn.convert.linears import is_linear, why_not
+from mpkernels.nn.linear import is_converted, is_watched
 from mpkernels.precision import watch_report
 from mpkernels.precision.adapt import LAG, Adapt, Adaptation
-from mpkernels.precision.capture import check_is_module, is_linear, uncompiled
+from mpkernels.precision.capture import check_is_module, uncompiled
 from mpkernels.precision.tables import shown
 from mpkernels.precision.taps import COLUMNS, NOTHING, InputTap, Tap, end_step_of
 from mpkernels.precision.watch_report import WatchReport
@@ -274,7 +274,7 @@ def _watched(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             inside.update(module.modules())
             yield name, module, why_not(model, f"{name}.out_proj".lstrip("."), module.out_proj)
         elif is_linear(module) and module not in inside:
-            yield name, module, "" if hasattr(module, "adopt") else why_not(model, name, module) or ""
+            yield name, module, "" if is_converted(module) else why_not(model, name, module) or ""
 
 
 def _check_not_watched(found: list[tuple[str, nn.Module, str]], scaler: GradScaler | None) -> None:

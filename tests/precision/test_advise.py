@@ -242,6 +242,26 @@ def test_advise_of_a_layer_that_is_never_called():
     assert "unused: was not called" in str(advice)
 
 
+def test_advise_of_what_is_no_linear():
+    """An MPMLP itself, and a module of the user's that has the name of transformers' linear."""
+
+    class Conv1D(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(16))
+
+        def forward(self, x):
+            return x * self.scale
+
+    model = nn.Sequential(Conv1D(), mpk.MPMLP([16, 32, 6]))
+    advice = advise(model)
+    assert advice.policy.keys() == {"1.0", "1.2"}
+    assert advice.why("0") == "0: Conv1D is not converted"
+    with mpk.watch(model) as watch:
+        step(model).backward()
+        assert [layer.name for layer in watch.report().layers] == ["1.0", "1.2"]
+
+
 def test_advise_thresholds_decide(monkeypatch):
     """Flipped, the verdicts flip: the tests above look at them."""
     model = Net()

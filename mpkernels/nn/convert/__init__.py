@@ -12,7 +12,7 @@ from torch import nn
 
 from mpkernels.nn.convert import cast_model, fast_path
 from mpkernels.nn.convert.linears import linears, why_not
-from mpkernels.nn.linear import Model, MPLinear, is_watched
+from mpkernels.nn.linear import Model, MPLinear, is_converted, is_watched
 from mpkernels.nn.sequential import MPSequential
 from mpkernels.ops.linear_act import Activation
 from mpkernels.policy import Policy, PolicyName
@@ -108,7 +108,7 @@ def revert(model: Model) -> Model:
     """
     _check_module(model)
     for name, module in model.named_modules():  # before anything is changed
-        if hasattr(module, "adopt") and is_watched(module):
+        if is_converted(module) and is_watched(module):
             raise RuntimeError(f"{name or 'the model'} is watched: close() its mpk.watch first")
         before = vars(module).get("_before")
         if before is not None and type(module).__name__.startswith("FSDP") and type(module) is not before.cls:
@@ -209,7 +209,7 @@ def _check_can_compute(name: str, linear: nn.Module, policy: Policy) -> None:
 
 def _convert_linear(linear: nn.Module, policy: Policy) -> None:
     """Change the class: the module stays the same object, with its Parameters, hooks and name."""
-    if hasattr(linear, "adopt"):
+    if is_converted(linear):
         linear._before = _Linear(type(linear), activation=linear._activation, policy=linear.policy)
     else:
         linear._before = _Linear(type(linear))

@@ -14,6 +14,11 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, m) for name, m in list(model.named_modules()) if isinstance(m, nn.Linear) or _kind(m) is not None)
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether its output is `act(x @ weight.T + bias)`; transformers' Conv1D has its weight transposed."""
+    return isinstance(module, nn.Linear) or _kind(module) == "Conv1D"
+
+
 def _kind(module: nn.Module) -> str | None:
     """What kind of linear a module is that is no nn.Linear; by name, so that no package is imported."""
     for cls in type(module).__mro__:

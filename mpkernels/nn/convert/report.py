@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mpkernels.nn.convert.linears import linears, why_not
-from mpkernels.nn.linear import MPLinear
+from mpkernels.nn.linear import MPLinear, is_converted
 from mpkernels.nn.sequential import MPSequential, is_plain, narrows, step
 from mpkernels.ops.linear_act import Activation, name_of
 from mpkernels.policy import Policy
@@ -55,7 +55,7 @@ def convert_report(model: nn.Module) -> Report:
     rows, hint, emulating = [], "", {}
     for name, linear in linears(model):
         notes = list(getattr(vars(linear).get("_before"), "notes", ()))
-        if not hasattr(linear, "adopt"):
+        if not is_converted(linear):
             note = why_not(model, name, linear) or "; ".join(notes) or "left as it was"
             rows.append(Row(name, False, None, None, note))
             continue
