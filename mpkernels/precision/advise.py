@@ -36,8 +36,10 @@ def advise(
     Chosen is, for each linear, what stays in range (nothing overflows, less than 1 % of a gradient's norm becomes 0), so that
     the noise of all together is at most `loss_budget` (None: a thousandth of the loss, or what the widest policies add), and
     their bytes at most `memory`. Of what is left, the least time where `mpk.tune` has measured all of them, else the fewest
-    bytes that products read and write; then the least noise. Linears with the same weight get the same policy. One that no
-    policy keeps in range gets the widest, and `why` says so; one that was not called gets none.
+    bytes that products read and write; then the least noise, then the least error of out. The last decides for a frozen linear
+    before all that are trained: no gradient comes to it, so its noise is unknown and is not counted. Linears with the same
+    weight get the same policy. One that no policy keeps in range gets the widest, and `why` says so; one that was not called
+    gets none.
     The model stays what it was: parameters, gradients, buffers, modes, hooks, random numbers.
     Raises TypeError for what is no module or function, and for a loss that is no tensor; ValueError for a loss that is no
     scalar, a model without linears, an unknown policy, one whose parameters are wider than the model's, a model that is stored
@@ -48,14 +50,14 @@ def advise(
     check_is_step("advise", step)
     model = uncompiled(model)
     candidates = [Policy.parse(p) for p in several("advise", "policies", policies)]
-    modules = _targets(model, candidates)
+    reasons = {name: why_not(model, name, linear) for name, linear in linears(model)}
+    convertible = {name for name, reason in reasons.items() if reason is None}
+    _check_comparable({model.get_submodule(name).weight.dtype for name in convertible}, candidates)
     for name, value in (("loss_scale", loss_scale), ("loss_budget", loss_budget), ("memory", memory)):
         if value is not None and not is_positive(value):
             raise ValueError(f"advise: {name} must be a positive number, got {value!r}")
-    reasons = {name: why_not(model, name, linear) for name, linear in linears(model)}
-    layers = {
-        name: Layer(m, candidates, loss_scale) for name, m in modules.items() if name in reasons and reasons[name] is None
-    }
+    modules = _with_parameters(model)
+    layers = {name: Layer(m, candidates, loss_scale) for name, m in modules.items() if name in convertible}
     others = {name: Ranges(candidates, loss_scale) for name in modules if name not in layers}
 
     def analyse(call: Call) -> None:
@@ -76,7 +78,7 @@ def advise(
         policy = chosen.get(name)
         if name in others:
             note = reasons.get(name) or f"{type(modules[name]).__name__} is not converted"
-            by_policy = {str(p): _only_range(p, others[name]) for p in candidates}
+            by_policy = {str(p): PolicyRow(p, others[name].of(p)) for p in candidates}
         else:
             note = "" if name in found else "was not called in this step: nothing was measured"
             by_policy = {str(row.policy): row for row in found.get(name, ())}
@@ -84,26 +86,24 @@ def advise(
     return Advice(tuple(rows), loss, budget, loss_scale)
 
 
-def _targets(model: nn.Module, policies: Sequence[Policy]) -> dict[str, nn.Module]:
-    """The modules with parameters of their own; ValueError for a model and policies that cannot be compared."""
-    able = [m for name, m in linears(model) if why_not(model, name, m) is None]
-    if not able:
+def _check_comparable(stored: set[torch.dtype], policies: Sequence[Policy]) -> None:
+    """stored: the dtypes of the linears that can be converted."""
+    if not stored:
         raise ValueError("advise: the model has no linear that can be converted")
-    stored = {m.weight.dtype for m in able}
     if narrow := [d for d in stored if d.itemsize < 4]:
         raise ValueError(f"advise: the model is stored in {narrow[0]}, with nothing wider to compare: give it in float32")
     for policy in policies:
         if policy.param_dtype.itemsize > min(d.itemsize for d in stored):
             raise ValueError(f"advise: {policy} has wider parameters than the model, which is stored in {stored.pop()}")
+
+
+def _with_parameters(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules with parameters of their own, but for those that an nn.MultiheadAttention does not call."""
     inside = {name for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
     return {
         name: module for name, module in model.named_modules()
         if any(True for _ in module.parameters(recurse=False)) and name.rpartition(".")[0] not in inside
     }  # fmt: skip
-
-
-def _only_range(policy: Policy, ranges: Ranges) -> PolicyRow:
-    return PolicyRow(policy, ranges.of(policy), {}, None, None, None, None, 0, 0, None)
 
 
 def _loss_budget(loss: float, given: float | None, found: dict[str, list[PolicyRow]]) -> float:
@@ -119,22 +119,23 @@ def _is_number(noise: float | None) -> bool:
 
 
 def _choose(modules, found, policies, loss_scale: float, budget: float, memory: float) -> dict[str, int]:
-    """The index of the policy of each linear, by name."""
+    """The index of the policy of each linear, by name; ValueError where no choice meets the budgets."""
     tied: dict[int, list[str]] = {}
     for name in found:
         tied.setdefault(id(modules[name].weight), []).append(name)
-    groups, best, priced_by = list(tied.values()), None, cost_of(row for rows in found.values() for row in rows)
+    groups, priced_by = list(tied.values()), cost_of(row for rows in found.values() for row in rows)
+    tried, choices = [], []
     for family in _families(policies):
         allowed = [_allowed([found[name] for name in names], family, loss_scale) for names in groups]
         items = [[_option([found[name][i] for name in names], priced_by) for i in row] for names, row in zip(groups, allowed)]
+        tried.append(items)
         picks = choose.choose(items, budget, memory)
         if picks is not None:
             cost = tuple(choose.total(items, picks, field) for field in ("cost", "noise"))
-            policy = {n: row[i] for names, row, i in zip(groups, allowed, picks) for n in names}
-            best = min(best, (cost, policy), key=lambda pair: pair[0]) if best is not None else (cost, policy)
-    if best is not None:
-        return best[1]
-    raise ValueError(f"advise: {_nearest(found, groups, policies, loss_scale, budget, memory)}")
+            choices.append((cost, {n: row[i] for names, row, i in zip(groups, allowed, picks) for n in names}))
+    if not choices:
+        raise ValueError(f"advise: {_nearest(tried, budget, memory)}")
+    return min(choices, key=lambda choice: choice[0])[1]
 
 
 def _families(policies: Sequence[Policy]) -> list[list[int]]:
@@ -149,29 +150,25 @@ def _families(policies: Sequence[Policy]) -> list[list[int]]:
 
 
 def _allowed(rows: list[list[PolicyRow]], family: list[int], loss_scale: float) -> list[int]:
-    """The policies that keep all linears of a group in range; if there is none, the one with the widest arithmetic."""
+    """The policies that keep all linears of a group in range, the least error of out first; if none, the widest arithmetic."""
     kept = [i for i in family if all(problem(row[i], loss_scale) is None for row in rows)]
     wide = max(family, key=lambda i: (torch.finfo(rows[0][i].policy.range_dtype).max, rows[0][i].policy.compute_dtype.itemsize))
-    return kept or [wide]
+    return sorted(kept, key=lambda i: sum(row[i].error["out"] for row in rows)) or [wide]
 
 
-def _option(rows: list[PolicyRow], priced_by: str = "traffic") -> choose.Option:
+def _option(rows: list[PolicyRow], priced_by: str) -> choose.Option:
     """Of linears with one weight; what has no finite noise was chosen for want of better, and is not counted."""
     noise = sum(row.noise for row in rows if _is_number(row.noise))
     return choose.Option(sum(getattr(row, priced_by) for row in rows), noise, sum(row.bytes for row in rows))
 
 
-def _nearest(found, groups, policies, loss_scale: float, budget: float, memory: float) -> str:
-    """What comes nearest to budgets that nothing meets."""
-    best: dict[str, float] = {"noise": math.inf, "bytes": math.inf}
-    for family in _families(policies):
-        items = [[_option([found[n][i] for n in names]) for i in _allowed([found[n] for n in names], family, loss_scale)]
-                 for names in groups]  # fmt: skip
-        for field in best:
-            best[field] = min(best[field], sum(min(getattr(o, field) for o in options) for options in items))
-    if best["noise"] > budget:
-        return f"no choice that stays in range adds less than {best['noise']:.2g} to the loss, and loss_budget is {budget:.2g}"
-    if best["bytes"] > memory:
-        return f"no choice that stays in range needs less than {size_text(best['bytes'])}, and memory is {size_text(memory)}"
-    least = f"{best['noise']:.2g} of a loss_budget of {budget:.2g}, and {size_text(best['bytes'])} of {size_text(memory)}"
+def _nearest(tried: list[list[list[choose.Option]]], budget: float, memory: float) -> str:
+    """What comes nearest to budgets that nothing meets. tried: the options of each family."""
+    noise = min(sum(min(option.noise for option in options) for options in items) for items in tried)
+    size = min(sum(min(option.bytes for option in options) for options in items) for items in tried)
+    if noise > budget:
+        return f"no choice that stays in range adds less than {noise:.2g} to the loss, and loss_budget is {budget:.2g}"
+    if size > memory:
+        return f"no choice that stays in range needs less than {size_text(size)}, and memory is {size_text(memory)}"
+    least = f"{noise:.2g} of a loss_budget of {budget:.2g}, and {size_text(size)} of {size_text(memory)}"
     return f"no choice that stays in range meets both budgets; each alone can be met: {least}"

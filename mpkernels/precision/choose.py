@@ -14,6 +14,8 @@ class Option(NamedTuple):
 def choose(items: Sequence[Sequence[Option]], noise: float, memory: float) -> list[int] | None:
     """The index of an option of each item, of least cost, and of least noise among these; None where nothing meets both.
 
+    Of options that are as good, the first.
+
     By mixed-integer programming where scipy is there, else greedily, which may miss the cheapest by little, and a choice that
     meets both limits where they leave next to none.
     """
@@ -23,12 +25,18 @@ def choose(items: Sequence[Sequence[Option]], noise: float, memory: float) -> li
     try:
         from scipy import optimize
     except ImportError:
-        return _greedy(items, cheapest, noise, memory)
-    return _milp(optimize, items, noise, memory)
+        picks = _greedy(items, cheapest, noise, memory)
+    else:
+        picks = _milp(optimize, items, noise, memory)
+    return None if picks is None else [_first_as_good(options, i) for options, i in zip(items, picks, strict=True)]
 
 
 def total(items: Sequence[Sequence[Option]], chosen: Sequence[int], field: str) -> float:
     return sum(getattr(options[i], field) for options, i in zip(items, chosen, strict=True))
+
+
+def _first_as_good(options: Sequence[Option], pick: int) -> int:
+    return next(i for i, option in enumerate(options) if all(a <= b for a, b in zip(option, options[pick], strict=True)))
 
 
 def _within(items, chosen, noise: float, memory: float) -> bool:

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -23,7 +23,7 @@ FORWARD, BACKWARD = ("x", "weight", "out"), ("grad_out", "grad_x", "grad_weight"
 
 @dataclass(frozen=True)
 class PolicyRow:
-    """What one policy makes of one linear. Gradients are those times `loss_scale`.
+    """What one policy makes of one linear; of another module, the ranges alone. Gradients are those times `loss_scale`.
 
     range: by tensor, against the format that the policy gives it; `out` against the compute dtype where the policy has no
     output_dtype, since it is that under autocast and between linears; where operands have 8 bits and scales, `out` and
@@ -31,21 +31,22 @@ class PolicyRow:
     them, against fp64 on what was not rounded. loss_change: `<grad_out, out - exact>`, the first order of what the loss
     changes by. noise: what it would be with random signs, `sqrt(sum((grad_out * (out - exact))**2))`. bound_ratio: the
     largest error of an element of out, in units of the bound that follows from the roundings; None where something
-    overflows. max_loss_scale: the largest power of two that no gradient overflows with. bytes: parameters, their copy and
-    what is saved for backward, scales included. traffic: bytes that the products of a step read and write, and with saved_dtype
-    what encodes x and decodes it. seconds: of its forward and gradients, where this machine's tuned table has them, else None.
+    overflows. max_loss_scale: the largest power of two that no gradient overflows with. bytes: parameters and, of a weight that
+    is trained, its copy and what is saved for backward, scales included. traffic: bytes that the products of a step read and
+    write, and with saved_dtype what encodes x and decodes it. seconds: of its forward and gradients, where this machine's tuned
+    table has them, else None.
     """
 
     policy: Policy
     range: MappingProxyType[str, Range]
-    error: MappingProxyType[str, float]
-    loss_change: float | None
-    noise: float | None
-    bound_ratio: float | None
-    max_loss_scale: float | None
-    bytes: int
-    traffic: int
-    seconds: float | None
+    error: MappingProxyType[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    loss_change: float | None = None
+    noise: float | None = None
+    bound_ratio: float | None = None
+    max_loss_scale: float | None = None
+    bytes: int = 0
+    traffic: int = 0
+    seconds: float | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "range": dict(self.range), "error": dict(self.error)}  # a MappingProxyType is not pickled
@@ -253,9 +254,11 @@ class Layer:
         compute = policy.compute_dtype.itemsize
         ranges = self.ranges.of(policy)
         saved = policy.saved_dtype or policy.compute_dtype
-        scales = 0 if saved.itemsize > 1 else 4 * (len(self.rows) if policy.scaling == "tensor" else rows)
-        copy = N * K * compute if policy.mixed and not policy.float8 else 0  # of 8 bits none is kept
-        held = parameters * policy.param_dtype.itemsize + copy + rows * K * saved.itemsize + scales
+        held = parameters * policy.param_dtype.itemsize
+        if self.module.weight.requires_grad:  # else no optimizer keeps a copy, and backward reads no x
+            copy = N * K * compute if policy.mixed and not policy.float8 else 0  # of 8 bits none is kept
+            scales = 0 if saved.itemsize > 1 else 4 * (len(self.rows) if policy.scaling == "tensor" else rows)
+            held += copy + rows * K * saved.itemsize + scales
         of, in_wgrad = formats(policy), (policy.wgrad_dtype or policy.compute_dtype).itemsize
         products = {
             "out": compute * (rows * K + N * K) + rows * N * of["out"].itemsize,

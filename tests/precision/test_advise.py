@@ -166,7 +166,22 @@ def test_advise_of_a_dead_layer():
     row = advice["planted"].policies[FP16]
     assert (row.range["grad_out"].amax, row.noise, row.loss_change) == (0.0, 0.0, 0.0)
     assert row.max_loss_scale is None
-    assert advice.policy["planted"] == BF16  # all the same: the first of the cheapest
+    assert advice.policy["planted"] == FP16  # as narrow as bf16, and its out is more exact
+
+
+@pytest.mark.parametrize("policies", [(FP32, BF16, FP16), (FP16, BF16, FP32)])
+@pytest.mark.parametrize("size, expected", [(1.0, FP16), (1e5, BF16)])
+def test_advise_of_a_frozen_layer_by_its_forward(policies, size, expected):
+    """No gradient comes to it: of what is as cheap and in range, the least error of out; it holds nothing but parameters."""
+    model = Net()
+    model.first.requires_grad_(False)
+    advice = advise(model, lambda model: F.cross_entropy(model(size * X), Y), policies=policies, loss_scale=1.0)
+    assert advice.policy["first"] == expected
+    found = advice["first"].policies
+    assert found[FP32].error["out"] < found[expected].error["out"] <= found[BF16].error["out"]
+    assert {row.bytes for row in found.values()} == {4 * (16 * 32 + 32)}
+    assert all(row.noise is None and row.error.keys() == {"out"} for row in found.values())
+    assert advice.why("first").endswith(": no gradient came to it, so that what it adds to the loss is unknown")
 
 
 def test_advise_of_nan_in_the_data():

@@ -158,6 +158,15 @@ def test_advise_chooses_the_cheapest_within_budgets(way, monkeypatch):
     assert found_cost <= 1.1 * best_cost
 
 
+@pytest.mark.parametrize("way", ["milp", "greedy"])
+def test_advise_chooses_the_first_of_what_is_as_good(way, monkeypatch):
+    if way == "greedy":
+        monkeypatch.setitem(sys.modules, "scipy", None)
+    alike, other = [Option(1, 0, 8)] * 3, [Option(1, 5, 8), Option(2, 1, 8), Option(2, 1, 8)]
+    assert choose.choose([alike, other, alike], 2, math.inf) == [0, 1, 0]
+    assert choose.choose([alike], 2, math.inf) == [0]
+
+
 def test_advise_chooses_by_small_numbers():
     """Noise is a part of a loss: steps far below 1 count."""
     items = [[Option(1, 3e-6, 8), Option(2, 1e-6, 8)], [Option(1, 2e-6, 8), Option(4, 1e-6, 8)]]
