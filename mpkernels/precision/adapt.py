@@ -97,14 +97,10 @@ class _Layer:
 
 
 class Adaptation:
-    """The decisions of one watch: the same steps give the same changes.
+    """The decisions of one watch: the same steps give the same changes. least_scale: up to which backward counts."""
 
-    least_scale: of the scaler, None without one.
-    """
-
-    def __init__(self, options: Adapt, taps: list[Tap], least_scale: float | None) -> None:
-        self.options, self.ladder = options, options.policies
-        self.least_scale = 1.0 if least_scale is None else max(1.0, least_scale)
+    def __init__(self, options: Adapt, taps: list[Tap], least_scale: float) -> None:
+        self.options, self.ladder, self.least_scale = options, options.policies, least_scale
         self.layers = {
             tap.row: _Layer(tap, rung, rung)
             for tap in taps

@@ -33,21 +33,22 @@ def counts(module: nn.Module) -> bool:
 class Tap:
     """That of one layer; that of a copy of the layer, or of a pickled one, does nothing.
 
-    position: that of its first call among all layers' first calls. dtype: of what that returned. adapts: with adapt,
-    grad_weight is written where there is no grad_x, and x and weight where `reads_operands`. may_be_captured: whether a call
-    inside a CUDA graph is no error.
+    why_not: why the layer cannot be converted, or "". position: that of its first call among all layers' first calls. dtype: of
+    what that returned. adapts: with adapt, grad_weight is written where there is no grad_x, and x and weight where
+    `reads_operands`. may_be_captured: whether a call inside a CUDA graph is no error.
     """
 
     def __init__(
-        self, name: str = "", module: nn.Module | None = None, table: torch.Tensor | None = None, row: int = 0,
-        clock: Iterator[int] | None = None,
+        self, name: str = "", module: nn.Module | None = None, why_not: str = "", table: torch.Tensor | None = None,
+        row: int = 0, clock: Iterator[int] | None = None, adapts: bool = False,
     ) -> None:  # fmt: skip
-        self.name, self.module, self.table, self.row, self.clock = name, module, table, row, clock
+        self.name, self.module, self.why_not, self.table, self.row, self.clock = name, module, why_not, table, row, clock
         self.raise_ = None if table is None else raise_of(table)
         self.has_node = False  # linear_act's as that of the output, which can be asked for grad_x
         self.position: int | None = None
         self.dtype: torch.dtype | None = None
-        self.adapts, self.reads_operands, self.may_be_captured = False, False, True
+        self.adapts, self.reads_operands = adapts, False
+        self.may_be_captured = not (adapts and table.is_cuda)
 
     def __reduce__(self):
         return Tap, ()

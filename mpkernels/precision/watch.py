@@ -72,17 +72,15 @@ class Watch:
         _check_ranks([name for name, _, _ in found], process_group)
         clock, rows = itertools.count(), 1 + len(found)
         table = torch.full((rows, COLUMNS), NOTHING, dtype=dtype, device=device)
-        self._taps = [Tap(name, module, table, row, clock) for row, (name, module, _) in enumerate(found, 1)]
-        least_scale = None if scaler is None else scaler._min_scale
+        self._taps = [Tap(*each, table, row, clock, adapt is not None) for row, each in enumerate(found, 1)]
+        least_scale = 1.0 if scaler is None else max(1.0, scaler._min_scale)
         self._adaptation = None if adapt is None else Adaptation(adapt, self._taps, least_scale)
         self._pending: deque[_OnHost] = deque()  # tables of the last steps, with adapt
         self._scaler, self._group, self._steps = scaler, process_group, 0
-        self._notes = [note for _, _, note in found]
         self._table, self._last, self._move_table = table, table.clone(), end_step_of(table)
         self._order: list[int] | None = None  # the rows as layers were first called; None: no step has ended
         handles = [model.register_forward_pre_hook(InputTap(table), with_kwargs=True)]
         for tap in self._taps:
-            tap.adapts, tap.may_be_captured = adapt is not None, adapt is None or not table.is_cuda
             handles += tap.register()
         if scaler is not None:
             scaler._layer_watch = self
@@ -101,7 +99,7 @@ class Watch:
         self._check_is_open()
         rows = (self._last if self._steps else self._table).tolist()
         changes = () if self._adaptation is None else tuple(self._adaptation.changes)
-        return watch_report.report(self._taps, self._notes, rows, self._current_order(), self._steps, changes)
+        return watch_report.report(self._taps, rows, self._current_order(), self._steps, changes)
 
     def close(self) -> None:
         """Take every hook off the model, the optimizer and the scaler; again, it does nothing."""

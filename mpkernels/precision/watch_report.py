@@ -57,10 +57,10 @@ def sentence(taps: list[Tap], rows: list[list[float]], order: list[int]) -> str 
 
 
 def report(
-    taps: list[Tap], notes: list[str], rows: list[list[float]], order: list[int], step: int, changes: tuple[Change, ...]
-) -> WatchReport:
+    taps: list[Tap], rows: list[list[float]], order: list[int], step: int, changes: tuple[Change, ...]
+) -> WatchReport:  # fmt: skip
     """rows: of step `step`, or of what has run where that is 0."""
-    fault, layers = first_fault(rows, order), tuple(map(_layer, taps, notes, (rows[tap.row] for tap in taps)))
+    fault, layers = first_fault(rows, order), tuple(_layer(tap, rows[tap.row]) for tap in taps)
     scale = None if rows[0][SCALE] == NOTHING else rows[0][SCALE]
     head = (f"step {step}" if step else "so far") + ("" if scale is None else f" at loss scale {scale:g}")
     lines = [
@@ -84,14 +84,14 @@ def report(
     )
 
 
-def _layer(tap: Tap, note: str, row: list[float]) -> LayerAmax:
+def _layer(tap: Tap, row: list[float]) -> LayerAmax:
     out, grad_x = (None if value == NOTHING else value for value in (row[OUT], row[GRAD_X]))
     policy = getattr(tap.module, "policy", None)
     largest, room = max((v for v in (out, grad_x) if v is not None), default=0.0), None
     if 0 < largest < math.inf:
         dtype = (tap.dtype or next(tap.module.parameters()).dtype) if policy is None else policy.range_dtype
         room = math.log2(torch.finfo(dtype).max) - math.log2(largest)
-    return LayerAmax(tap.name, "" if policy is None else str(policy), out, grad_x, room, note)
+    return LayerAmax(tap.name, "" if policy is None else str(policy), out, grad_x, room, tap.why_not)
 
 
 def _number(value: float | None) -> str:
