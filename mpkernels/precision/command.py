@@ -2,7 +2,7 @@
 """`python -m mpkernels advise script.py:make` and `python -m mpkernels plan script.py:make`."""
 
 import argparse
-import importlib.util
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +35,7 @@ def main(command: str, arguments: list[str]) -> int:
     try:
         first, second = function_of(script)()
         found = (advise if command == "advise" else plan)(first, second, **options)
-    except (RuntimeError, TypeError, ValueError, OSError, AttributeError) as error:
+    except (RuntimeError, TypeError, ValueError, OSError, AttributeError, SyntaxError) as error:
         print(error, file=sys.stderr)
         return 1
     print(found.to_json() if as_json else found)
@@ -53,10 +53,8 @@ def function_of(script: str) -> Callable[[], Any]:
         raise ValueError(f"expected SCRIPT.py:FUNCTION, got {script!r}")
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(Path(path).resolve().parent))  # what it imports lies beside it
-    spec.loader.exec_module(module)
-    return getattr(module, name)
+    names = runpy.run_path(path)
+    if name not in names:
+        raise ValueError(f"{path} has no {name!r}")
+    return names[name]
