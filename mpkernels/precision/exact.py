@@ -2,23 +2,17 @@
 """A linear in fp64, a block of rows at a time, and the bound on what a policy's roundings make of its output."""
 
 import torch
-import torch.nn.functional as F
 
 from mpkernels import functional
-from mpkernels.ops.linear_act.epilogues import activation_of
+from mpkernels.ops.linear_act import Activation
 from mpkernels.policy import Policy
-
-_ACTIVATIONS = {
-    None: lambda z: z, "relu": torch.relu, "relu2": lambda z: torch.relu(z).square(), "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "silu": F.silu,
-}  # fmt: skip
 
 
 class Exact:
     """The layer in fp64, on a block of rows at a time. dtype: another, in which nothing is exact but ranges are seen."""
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None, wanted: set[str],
+        self, weight: torch.Tensor, bias: torch.Tensor | None, activation: Activation, wanted: set[str],
         dtype: torch.dtype = torch.float64,
     ):  # fmt: skip
         self.weight, self.bias, self.activation, self.wanted = weight, bias, activation, wanted
@@ -29,29 +23,28 @@ class Exact:
         self.tensor_scales: dict[Policy, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def run(self, x: torch.Tensor, grad: torch.Tensor | None) -> None:
+        from mpkernels.ops.linear_act import reference
+
         self.x, self.grad_out = x.to(self.wide.dtype), None if grad is None else grad.to(self.wide.dtype)
-        self.out = self.z = torch.addmm(self.wide_bias, self.x, self.wide.t())
-        grad_z = self.grad_out
-        if self.activation is not None:
-            with torch.enable_grad():
-                z = self.z.detach().requires_grad_()
-                out = _ACTIVATIONS[self.activation](z)
-            self.out = out.detach()
-            if grad is not None:
-                grad_z = torch.autograd.grad(out, z, grad_z)[0]
+        self.z = torch.addmm(self.wide_bias, self.x, self.wide.t())
+        self.out, grad_z = reference.activate(self.z, self.activation), self.grad_out
+        if grad is not None and self.activation == Activation.RELU:
+            grad_z = torch.where(self.z <= 0, 0, grad_z)
+        elif grad is not None and self.activation != Activation.NONE:
+            grad_z = grad_z * reference.slope(self.z, self.activation)
         self.grad_x = grad_z @ self.wide if "grad_x" in self.wanted else None
         if "grad_weight" in self.wanted:
             self.grad_weight.addmm_(grad_z.t(), self.x)
         self._magnitudes = None
-        self._stored_x = x
+        self.stored_x, self.stored_grad = x, grad
 
     def scales(self, policy: Policy) -> tuple[torch.Tensor, torch.Tensor]:
         """Of x and the weight in 8 bits: (rows, 1) and (N,), or one each, which the whole tensors give."""
         if policy.scaling == "tensor":
             return self.tensor_scales[policy]
-        return scale_of(self._stored_x, policy, -1), scale_of(self.weight, policy, 1).reshape(-1)
+        return scale_of(self.stored_x, policy, -1), scale_of(self.weight, policy, 1).reshape(-1)
 
-    def bound_ratio(self, policy: Policy, x_dtype: torch.dtype, out_dtype: torch.dtype, wrong: torch.Tensor) -> float:
+    def bound_ratio(self, policy: Policy, out_dtype: torch.dtype, wrong: torch.Tensor) -> float:
         """The largest `|out - exact| / bound`. bound: the roundings of operands, of the sum of K products, and of the store.
 
         Each operand is off by u of it and half a least subnormal s where it is narrowed, and a sum of n terms by gamma_n of
@@ -63,10 +56,10 @@ class Exact:
 
         K, stored = self.x.shape[1], self.weight.dtype
         if self._magnitudes is None:
-            products = (self._stored_x.abs() @ self.weight.abs().t()).double()
+            products = (self.stored_x.abs() @ self.weight.abs().t()).double()
             self._magnitudes = products, self.x.abs().sum(1, keepdim=True), self.wide.abs().sum(1), self.wide_bias.abs()
         products, row, column, bias = self._magnitudes
-        (ux, sx), (uw, sw) = (_rounding(d, policy.compute_dtype) for d in (x_dtype, stored))
+        (ux, sx), (uw, sw) = (_rounding(d, policy.compute_dtype) for d in (self.stored_x.dtype, stored))
         if policy.float8:
             x_scale, weight_scale = self.scales(policy)
             sx, sw = sx * x_scale, sw * weight_scale
@@ -79,7 +72,7 @@ class Exact:
         off += (1 + gamma) * (1 + ux) * sw * row
         off += (1 + gamma) * (1 + uw) * sx * column + (ub + gamma * (1 + ub)) * bias
         off += (1 + gamma) * (K * sx * sw + sb) + K * acc_least
-        off = after_activation(off, self.z, activation_of(self.activation), v)
+        off = after_activation(off, self.z, self.activation, v)
         uo, so = _unit(out_dtype), _least(out_dtype)
         bound = off.mul_(1 + uo).add_(self.out.abs(), alpha=uo).add_(so)
         return float(torch.div(wrong, bound, out=bound).abs_().max()) if wrong.numel() else 0.0

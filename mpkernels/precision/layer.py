@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from mpkernels import functional
+from mpkernels.ops.linear_act import Activation
 from mpkernels.policy import Policy
 from mpkernels.precision.capture import Call
 from mpkernels.precision.exact import Exact, scale_of
-from mpkernels.precision.ranges import BLOCK, Range, RangeCounter, ScaledCounter
+from mpkernels.precision.ranges import BLOCK, Range, RangeCounter, Scaling
 from mpkernels.precision.seconds import seconds
 
 SAMPLE = 256  # rows of a call that a GPU computes in fp64
@@ -76,15 +77,10 @@ class Ranges:
     """The ranges of the tensors of a module over its calls."""
 
     def __init__(self, policies: list[Policy], loss_scale: float):
-        scales = {name: loss_scale if name in BACKWARD else 1.0 for name in (*FORWARD, *BACKWARD)}
         self.by_tensor = {
-            name: RangeCounter([formats(p)[name] for p in policies if not _is_scaled(p, name)], scale)
-            for name, scale in scales.items()
+            name: RangeCounter((_format(p, name) for p in policies), loss_scale if name in BACKWARD else 1.0)
+            for name in (*FORWARD, *BACKWARD)
         }
-        self.scaled = {
-            (name, formats(p)[name], p.scaling): ScaledCounter(formats(p)[name], p.scaling, scales[name])
-            for p in policies for name in SCALED if _is_scaled(p, name)
-        }  # fmt: skip
 
     def add(self, name: str, values: torch.Tensor | None) -> None:
         if values is not None and values.numel():
@@ -94,20 +90,15 @@ class Ranges:
     def add_scaled(self, name: str, values: torch.Tensor | None) -> None:
         """An operand as a whole, for the policies that scale it; a row is what the last dimension holds."""
         if values is not None and values.numel():
-            for (of, *_), counter in self.scaled.items():
-                if of == name:
-                    counter.add(values.reshape(-1, values.shape[-1] if values.dim() else 1))
+            self.by_tensor[name].add_scaled(values.reshape(-1, values.shape[-1] if values.dim() else 1))
 
     def of(self, policy: Policy) -> MappingProxyType[str, Range]:
-        dtypes = formats(policy)
-        return MappingProxyType({
-            name: counter.range(dtypes[name], self.scaled.get((name, dtypes[name], policy.scaling)))
-            for name, counter in self.by_tensor.items() if counter.elements
-        })  # fmt: skip
+        counted = {name: counter for name, counter in self.by_tensor.items() if counter.elements}
+        return MappingProxyType({name: counter.range(*_format(policy, name)) for name, counter in counted.items()})
 
 
-def _is_scaled(policy: Policy, name: str) -> bool:
-    return policy.float8 and name in SCALED
+def _format(policy: Policy, name: str) -> tuple[torch.dtype, Scaling | None]:
+    return formats(policy)[name], policy.scaling if name in SCALED else None
 
 
 @dataclass
@@ -128,7 +119,7 @@ class Layer:
         self.ranges = Ranges(policies, loss_scale)
         self.sums = [_Sums({"out": 0.0, "grad_x": 0.0, "grad_weight": 0.0}) for _ in policies]
         self.norms = {"out": 0.0, "grad_x": 0.0, "grad_weight": 0.0}
-        self.activation = getattr(module, "activation", None)
+        self.activation = getattr(module, "_activation", Activation.NONE)
         self.rows: list[int] = []  # of each call
         self.x_dtype = module.weight.dtype
         self.has_gradient = False
@@ -175,7 +166,7 @@ class Layer:
             exact.run(x[at], None if grad is None else grad[at])
             if not is_sampled:
                 self._add_range(exact)
-            self._add_block(exact, x[at], None if grad is None else grad[at], parts, totals, is_last, share)
+            self._add_block(exact, parts, totals, is_last, share)
         if "grad_weight" in wanted:
             self.norms["grad_weight"] += _square(exact.grad_weight)
             if not is_sampled:
@@ -193,7 +184,7 @@ class Layer:
             self.ranges.add(name, getattr(exact, name))
 
     def _add_block(
-        self, exact: Exact, x, grad, parts: dict[Policy, tuple], totals: list[torch.Tensor | None], is_last: bool, share: float
+        self, exact: Exact, parts: dict[Policy, tuple], totals: list[torch.Tensor | None], is_last: bool, share: float
     ) -> None:
         """parts: of policies with one scale for a tensor. totals: gradients of the weight, of the blocks before this one.
 
@@ -202,18 +193,18 @@ class Layer:
         for name in ("out", "grad_x"):
             values = getattr(exact, name)
             self.norms[name] += 0.0 if values is None else share * _square(values)
-        scaled = _times(grad, self.loss_scale)
+        scaled = _times(exact.stored_grad, self.loss_scale)
         for i, (policy, found) in enumerate(zip(self.policies, self.sums, strict=True)):
-            out, grads = parts[policy] if policy in parts else self._run(policy, exact, x, scaled)
+            out, grads = parts[policy] if policy in parts else self._run(policy, exact, exact.stored_x, scaled)
             wrong, stored = out.double().sub_(exact.out), out.dtype
             del out
             square = _square(wrong)
             found.wrong["out"] += share * square
             is_finite = math.isfinite(square)
             if found.bound_ratio is not None:
-                ratio = exact.bound_ratio(policy, x.dtype, stored, wrong)
+                ratio = exact.bound_ratio(policy, stored, wrong)
                 found.bound_ratio = max(found.bound_ratio, ratio) if is_finite else None
-            if grad is None:
+            if exact.grad_out is None:
                 continue
             terms = wrong.mul_(exact.grad_out)
             found.loss_change += share * float(terms.sum())
@@ -221,7 +212,7 @@ class Layer:
             if "grad_x" in grads:
                 found.wrong["grad_x"] += share * _distance(grads["grad_x"], self.loss_scale, exact.grad_x)
             if "grad_weight" in grads:
-                total = grads["grad_weight"].to(_wide(policy))
+                total = grads["grad_weight"].to(torch.promote_types(torch.float32, policy.grad_dtype or policy.param_dtype))
                 total = total if totals[i] is None else totals[i].add_(total)
                 if is_last:
                     found.wrong["grad_weight"] += _distance(total, self.loss_scale, exact.grad_weight)
@@ -241,7 +232,7 @@ class Layer:
             leaves["grad_weight"].grad_dtype = policy.grad_dtype
         with torch.enable_grad():
             wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if name in exact.wanted}
-            out = functional.linear_act(*leaves.values(), bias, self.activation, policy)
+            out = functional.forward(*leaves.values(), bias, None, self.activation, policy)
             grads = torch.autograd.grad(out, list(wanted.values()), scaled.to(out.dtype)) if wanted else ()
         return out.detach(), dict(zip(wanted, grads))
 
@@ -311,10 +302,6 @@ def _part(whole: tuple[torch.Tensor, dict[str, torch.Tensor]], rows: slice, is_l
     if is_last and "grad_weight" in grads:
         found["grad_weight"] = grads["grad_weight"]
     return out[rows], found
-
-
-def _wide(policy: Policy) -> torch.dtype:
-    return torch.promote_types(torch.float32, policy.grad_dtype or policy.param_dtype)
 
 
 def _square(values: torch.Tensor) -> float:

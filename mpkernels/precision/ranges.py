@@ -2,6 +2,7 @@
 """What becomes of the values of a tensor in a format: how many overflow, become subnormal or 0, and how much room is left."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ import torch
 
 from mpkernels import functional
 
+Scaling = Literal["row", "tensor"]
 BLOCK = 1 << 18  # elements that are counted at a time, of which some ten in fp64 live then
 
 
@@ -31,7 +33,7 @@ class Range:
     norm_lost: float
     overflows: int
     margin_bits: float
-    scaling: Literal["row", "tensor"] | None = None
+    scaling: Scaling | None = None
 
 
 def overflow_from(dtype: torch.dtype) -> float:
@@ -41,17 +43,17 @@ def overflow_from(dtype: torch.dtype) -> float:
 
 
 class RangeCounter:
-    """Counts over the blocks of a tensor for several formats at once. Values in fp64, so that those counted are exact."""
+    """Counts over a tensor for several formats at once: dtypes, of 8 bits with the kind of scale that they have, else None."""
 
-    def __init__(self, formats: list[torch.dtype], scale: float = 1.0):
-        self.scale, self.elements, self.amax, self.least, self.norm = scale, 0, 0.0, math.inf, 0.0
-        self.counts = {dtype: _Counts() for dtype in formats}
+    def __init__(self, formats: Iterable[tuple[torch.dtype, Scaling | None]], loss_scale: float = 1.0):
+        self.loss_scale, self.elements, self.amax, self.least, self.norm = loss_scale, 0, 0.0, math.inf, 0.0
+        self.counts = {format: _Counts() for format in formats}
 
     def add(self, values: torch.Tensor) -> None:
-        """values: a block in fp64, before the scale."""
+        """values: a block in fp64, so that those counted are exact; before the loss scale."""
         if not values.numel():
             return
-        magnitudes = values.abs().reshape(-1).mul_(self.scale)
+        magnitudes = values.abs().reshape(-1).mul_(self.loss_scale)
         self.elements += values.numel()
         least, amax = map(float, torch.aminmax(magnitudes))  # NaN comes through
         self.amax = math.nan if math.isnan(amax) or math.isnan(self.amax) else max(self.amax, amax)
@@ -59,7 +61,9 @@ class RangeCounter:
         least = least if least > 0 else float(nonzero.min())
         self.least = min(self.least, least)
         self.norm += float(magnitudes.dot(magnitudes))
-        for dtype, counts in self.counts.items():
+        for (dtype, scaling), counts in self.counts.items():
+            if scaling is not None:
+                continue
             info = torch.finfo(dtype)
             if least < info.tiny:
                 small = nonzero[nonzero < info.tiny]
@@ -70,38 +74,32 @@ class RangeCounter:
             if not amax < info.max:
                 counts.large += int((~(magnitudes < overflow_from(dtype))).sum())
 
-    def range(self, dtype: torch.dtype, scaled: "ScaledCounter | None" = None) -> Range:
-        """scaled: what has counted `dtype` with scales."""
-        counts, n = self.counts[dtype] if scaled is None else scaled.counts, max(self.elements, 1)
-        end = torch.finfo(dtype if scaled is None else torch.float32).max
+    def add_scaled(self, values: torch.Tensor) -> None:
+        """The same for formats with scales, by the op itself. values: a whole operand, (rows, n), before the loss scale."""
+        if not values.numel():
+            return
+        rows = max(BLOCK // values.shape[1], 1)
+        for (dtype, scaling), counts in self.counts.items():
+            if scaling is None:
+                continue
+            q, _ = functional.quantize(values.float(), dtype, -1 if scaling == "row" else None)
+            for x, bits in zip(values.split(rows), q.split(rows), strict=True):
+                size = bits.float().abs_()
+                is_zero = (size == 0) & (x != 0)
+                lost = x[is_zero].double().mul_(self.loss_scale)
+                counts.lost += float(lost.dot(lost))
+                counts.zero += len(lost)
+                counts.subnormal += int(((size > 0) & (size < torch.finfo(dtype).tiny)).sum())
+                counts.large += int((~x.isfinite()).sum())
+
+    def range(self, dtype: torch.dtype, scaling: Scaling | None = None) -> Range:
+        counts, n = self.counts[dtype, scaling], max(self.elements, 1)
+        end = torch.finfo(dtype if scaling is None else torch.float32).max
         margin = math.log2(end) - math.log2(self.amax) if 0 < self.amax < math.inf else math.inf
         margin = -math.inf if math.isnan(self.amax) or self.amax == math.inf else margin
         norm_lost = math.sqrt(counts.lost / self.norm) if 0 < self.norm < math.inf else 0.0
         least = 0.0 if self.least == math.inf else self.least
-        scaling = None if scaled is None else scaled.scaling
         return Range(dtype, self.amax, least, counts.zero / n, counts.subnormal / n, norm_lost, counts.large, margin, scaling)
-
-
-class ScaledCounter:
-    """Counts of an operand in 8 bits by the op itself, with a scale per row or one for the tensor."""
-
-    def __init__(self, dtype: torch.dtype, scaling: Literal["row", "tensor"], loss_scale: float = 1.0):
-        self.dtype, self.scaling, self.loss_scale, self.counts = dtype, scaling, loss_scale, _Counts()
-
-    def add(self, values: torch.Tensor) -> None:
-        """values: (rows, n), before the loss scale, of which nothing but the counts of a norm depends."""
-        if not values.numel():
-            return
-        q, _ = functional.quantize(values.float(), self.dtype, -1 if self.scaling == "row" else None)
-        rows = max(BLOCK // values.shape[1], 1)
-        for x, bits in zip(values.split(rows), q.split(rows), strict=True):
-            size = bits.float().abs_()
-            is_zero = (size == 0) & (x != 0)
-            lost = x[is_zero].double().mul_(self.loss_scale)
-            self.counts.lost += float(lost.dot(lost))
-            self.counts.zero += len(lost)
-            self.counts.subnormal += int(((size > 0) & (size < torch.finfo(self.dtype).tiny)).sum())
-            self.counts.large += int((~x.isfinite()).sum())
 
 
 @dataclass

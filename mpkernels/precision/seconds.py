@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from mpkernels.ops.linear_act.epilogues import activation_of
+from mpkernels.ops.linear_act import Activation
 from mpkernels.policy import Policy
 from mpkernels.runtime import tuned_table
 
 
 def seconds(
     entries: Mapping[str, Any], policy: Policy, rows: Iterable[int], weight: torch.Tensor, x_dtype: torch.dtype,
-    activation: str | None,
+    activation: Activation,
 ) -> float | None:  # fmt: skip
     """Of forward and all gradients of calls with so many rows each, by the entries of a tuned table; None where one is missing.
 
@@ -21,7 +21,7 @@ def seconds(
     """
     if policy.saved_dtype is not None:
         return None  # a table has the products, without what encodes x and decodes it
-    compute, problem = policy.compute_dtype, (*weight.shape, int(activation_of(activation)))
+    compute, problem = policy.compute_dtype, (*weight.shape, int(activation))
     stored, x = (d if policy.param_dtype.itemsize > 2 else policy.param_dtype for d in (weight.dtype, x_dtype))
     written = {
         "fprop": (policy.output_dtype or (x if policy.mixed else stored),),

@@ -43,3 +43,5 @@ def test_precision_example_and_command_agree(capsys, monkeypatch):
     assert "did you mean 'mixed_float16'" in capsys.readouterr().err
     assert command.main("advise", ["nothing.py:make"]) == 1
     assert "there is no file nothing.py" in capsys.readouterr().err
+    assert command.main("advise", [script.replace(":transformer", ":nothing")]) == 1
+    assert "advise.py has no 'nothing'" in capsys.readouterr().err

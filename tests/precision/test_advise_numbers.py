@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mpkernels as mpk
+from mpkernels.ops.linear_act import Activation
 from mpkernels.precision import choose
 from mpkernels.precision.capture import Call
 from mpkernels.precision.choose import Option
@@ -79,10 +80,10 @@ def test_advise_bound_is_of_one_rounding():
     """The same output, rounded once more to the format's neighbour, is beyond it."""
     linear, x = mpk.MPLinear(64, 32, activation="gelu"), torch.randn(16, 64)
     policy = mpk.Policy.parse("float32,output=bfloat16")
-    exact = Exact(linear.weight.detach(), linear.bias.detach(), "gelu", set())
+    exact = Exact(linear.weight.detach(), linear.bias.detach(), Activation.GELU, set())
     exact.run(x, None)
     out = exact.out.to(torch.bfloat16)
-    ratio = lambda out: exact.bound_ratio(policy, x.dtype, out.dtype, out.double() - exact.out)
+    ratio = lambda out: exact.bound_ratio(policy, out.dtype, out.double() - exact.out)
     assert 0.9 < ratio(out) <= 1
     assert ratio(torch.nextafter(out, torch.full_like(out, torch.inf))) > 1
 
@@ -390,7 +391,7 @@ def test_advise_of_bad_input(change, error, message):
 
 def test_range_keeps_a_nan():
     """Whatever blocks come after it."""
-    counter = RangeCounter([torch.float16])
+    counter = RangeCounter([(torch.float16, None)])
     for block in ([1.0, 2.0], [torch.nan], [3.0]):
         counter.add(torch.tensor(block, dtype=torch.float64))
     assert math.isnan(counter.range(torch.float16).amax)
