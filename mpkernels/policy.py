@@ -224,6 +224,11 @@ def _texts(policy: Policy) -> dict[str, str]:
     return {short: str(value).removeprefix("torch.") for short, value in values if value is not None}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As policies have it: "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _did_you_mean(part: str) -> str:
     """What a part of a policy may have been meant as: another library's word for a dtype, or a slip of the pen."""
     key, equals, value = part.lower().removeprefix("torch.").partition("=")

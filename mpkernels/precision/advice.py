@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mpkernels.policy import Policy
+from mpkernels.policy import Policy, dtype_name
 from mpkernels.precision import picture
 from mpkernels.precision.layer import PolicyRow, cost_of
 from mpkernels.precision.ranges import Range
@@ -120,8 +120,10 @@ def _plain(value: Any) -> Any:
         return {key: _plain(v) for key, v in value.items()}
     if isinstance(value, tuple):
         return [_plain(v) for v in value]
-    if isinstance(value, torch.dtype | Policy):
-        return str(value).removeprefix("torch.")
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    if isinstance(value, Policy):
+        return str(value)
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpkernels.precision.capture import check_is_module, hooked, mapped, tensors_of, untouched
+from mpkernels.precision.capture import call, check_is_module, hooked, mapped, tensors_of, untouched
 from mpkernels.precision.report import Report
+from mpkernels.precision.tables import described, shown
 
 SIZES = (1, 2, 3, 7, 17, 33)
 
@@ -35,10 +36,10 @@ def check_batch_invariant(model: nn.Module, x: Any, *, sizes: Iterable[int] = SI
         raise ValueError(f"check_batch_invariant: x has {n} rows, and none of the sizes {sizes} is smaller")
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
-            raise RuntimeError(f"check_batch_invariant: {name or 'the model'} is a dropout that is on: call model.eval() first")
+            raise RuntimeError(f"check_batch_invariant: {shown(name)} is a dropout that is on: call model.eval() first")
     most = chosen[-1]
     with untouched(model), torch.no_grad():
-        whole = _first_rows(_run(model, x), n, most)
+        whole = _first_rows(call(model, x), n, most)
         inside = _run_hooked(model, x, n, most)
         for m in chosen:
             part = _cut(x, n, m)
@@ -46,7 +47,7 @@ def check_batch_invariant(model: nn.Module, x: Any, *, sizes: Iterable[int] = SI
             for (name, expected), (_, found) in zip(inside, seen, strict=False):
                 if False in map(_same_rows, expected, found):
                     return _differs(model, name, m, n)
-            compared = list(map(_same_rows, whole, _first_rows(_run(model, part), m, m)))
+            compared = list(map(_same_rows, whole, _first_rows(call(model, part), m, m)))
             if False in compared:
                 return _differs(model, "", m, n)
             if True not in compared:
@@ -61,16 +62,9 @@ def _differs(model: nn.Module, name: str, m: int, n: int) -> Report:
     remedy = ""
     if isinstance(module, nn.Linear) and not (policy is not None and policy.batch_invariant):
         remedy = '; mpk.convert(model, "<policy>,batch_invariant") makes linears so'
-    what = f"{name} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
-    return Report(
-        False, f"not batch invariant: {what} gives the first {m} of {n} rows other bits than alone{remedy}", name, "forward", m
-    )
-
-
-def _run(model: nn.Module, x: Any) -> Any:
-    if isinstance(x, Mapping):
-        return model(**x)
-    return model(*x) if isinstance(x, tuple) else model(x)
+    what = described(name, module)
+    message = f"not batch invariant: {what} gives the first {m} of {n} rows other bits than alone{remedy}"
+    return Report(False, message, name, "forward", m)
 
 
 def _run_hooked(model: nn.Module, x: Any, n: int, most: int) -> list[tuple[str, list]]:
@@ -81,7 +75,7 @@ def _run_hooked(model: nn.Module, x: Any, n: int, most: int) -> list[tuple[str, 
         return [module.register_forward_hook(lambda _, __, out: found.append((name, _first_rows(out, n, most))))]
 
     with hooked(model, register):
-        _run(model, x)
+        call(model, x)
     return found
 
 
@@ -126,6 +120,4 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _bits(t: torch.Tensor) -> torch.Tensor:
     """Its bits as integers: -0 is not 0, and a NaN is itself."""
-    if not t.dtype.is_floating_point:
-        return t
-    return t.contiguous().view(_INTEGERS[t.dtype.itemsize])
+    return t.contiguous().view(_INTEGERS[t.dtype.itemsize]) if t.dtype.is_floating_point else t

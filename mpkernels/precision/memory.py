@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mpkernels.runtime import compute_copy
+
 
 class Usage(NamedTuple):
     """Bytes that are allocated at one time, by what they are for."""
@@ -28,11 +30,12 @@ class Usage(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """The ops that ran, what was allocated after each of them, and what they computed a step."""
+    """The ops that ran, what was allocated after each, what they computed a step, and bytes of compute copies after them."""
 
     ops: list[str]
     usages: list[Usage]
     flops: int
+    copies: int
 
 
 def trace(model: nn.Module, inputs: Sequence[torch.Tensor], steps: Sequence[Callable[[], None]], device: torch.device) -> Trace:
@@ -48,7 +51,8 @@ def trace(model: nn.Module, inputs: Sequence[torch.Tensor], steps: Sequence[Call
         for step in steps:
             tracker.reset_mod_stats()  # it refuses a second call of the model otherwise
             step()
-    return Trace(recorder.ops, recorder.usages, recorder.flops // len(steps))
+    copies = sum(copy.tensor.nbytes for copy in compute_copy.of_model(model))
+    return Trace(recorder.ops, recorder.usages, recorder.flops // len(steps), copies)
 
 
 _FIELDS = {

@@ -20,6 +20,7 @@ from mpkernels.precision.capture import (
     untouched,
 )  # fmt: skip
 from mpkernels.precision.report import Report
+from mpkernels.precision.tables import described
 
 
 def find_nonfinite(model: nn.Module, step: Callable[[nn.Module], torch.Tensor]) -> Report:
@@ -70,7 +71,7 @@ class _Search:
     def enter(self, name: str, module: nn.Module, args: tuple) -> tuple | None:
         """Each module reads a view of its own, whose gradient is the one that this module alone gives."""
         if self.found is None and self.last is None and not all(map(_finite, tensors_of(args))):
-            message = f"in the data: {_called(name, module)} was given {_worst(args)}, and no module ran before"
+            message = f"in the data: {described(name, module)} was given {_worst(args)}, and no module ran before"
             self.found = Report(False, message, None, "data", amax=_amax(args))
         return mapped(lambda t: self._view(t, name, module), args) if torch.is_grad_enabled() else None
 
@@ -78,7 +79,7 @@ class _Search:
         if self.found is None and not all(map(_finite, tensors_of(out))):
             bad = [which for which, p in module.named_parameters(recurse=False) if not _finite(p)]
             why = f"; its {' and '.join(bad)} is not finite" if bad else ""
-            message = f"first in forward: {_called(name, module)} returns {_worst(out)}; it read amax {_amax(args):g}{why}"
+            message = f"first in forward: {described(name, module)} returns {_worst(out)}; it read amax {_amax(args):g}{why}"
             self.found = Report(False, message, name, "forward", amax=_amax(args))
         self.last, self.last_amax = name or type(module).__name__, _amax(out)
         for t in tensors_of(out):
@@ -95,14 +96,14 @@ class _Search:
     def backward_enters(self, name: str, module: nn.Module, grad: torch.Tensor) -> None:
         if self.found is None and not _finite(grad):
             message = (
-                f"first in backward: the gradient of what {_called(name, module)} returns is {_worst(grad)}, made by the loss "
-                "or an operation after it that is no module"
+                f"first in backward: the gradient of what {described(name, module)} returns is {_worst(grad)}, made by the "
+                "loss or an operation after it that is no module"
             )
             self.found = Report(False, message, name, "backward", amax=self.last_amax)
 
     def backward_leaves(self, name: str, module: nn.Module, grad: torch.Tensor) -> None:
         if self.found is None and not _finite(grad):
-            message = f"first in backward: {_called(name, module)}: grad_x is {_worst(grad)}, its forward was fine"
+            message = f"first in backward: {described(name, module)}: grad_x is {_worst(grad)}, its forward was fine"
             self.found = Report(False, message, name, "backward", amax=None)
 
 
@@ -113,15 +114,11 @@ def _of_parameters(model: nn.Module) -> Report | None:
         if bad:
             grads = [module.get_parameter(which).grad for which in bad]
             message = (
-                f"first in backward: {_called(name, module)}: the gradient of its {' and '.join(bad)} is {_worst(grads)}, "
+                f"first in backward: {described(name, module)}: the gradient of its {' and '.join(bad)} is {_worst(grads)}, "
                 "those of all inputs are finite"
             )
             return Report(False, message, name, "backward")
     return None
-
-
-def _called(name: str, module: nn.Module) -> str:
-    return f"{name} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
 
 
 def _finite(t: torch.Tensor) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mpkernels.policy import dtype_name
 from mpkernels.precision.layer import BACKWARD, FORWARD
 
 LEFT, WIDTH, BAR, GAP = 250, 760, 9, 14  # pixels: of the names, of the axis, of a bar, of a layer's space
@@ -75,7 +76,7 @@ def _svg(rows: list) -> str:
 
 def _bar(name: str, found: list, x, y: int) -> str:
     amax, least = found[0].amax, found[0].min_nonzero
-    wrong = [str(r.format).removeprefix("torch.") for r in found if r.overflows]
+    wrong = [dtype_name(r.format) for r in found if r.overflows]
     if math.isnan(amax) or amax == math.inf:
         return f'<text class="wrong" x="{LEFT}" y="{y + BAR}">{name}: {amax}</text>'
     if not amax:
@@ -94,13 +95,12 @@ def _band(dtype: torch.dtype, index: int, x, bottom: int) -> str:
     info = torch.finfo(dtype)
     least, normal, end = x(math.log2(info.tiny * info.eps)), x(math.log2(info.tiny)), x(math.log2(info.max))
     y = 12 + 16 * index
-    name = str(dtype).removeprefix("torch.")
     lines = "".join(
         f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{y}" y2="{bottom}" stroke="#bbb" stroke-dasharray="3 3"/>'
         for at in (least, end) if LEFT < at < LEFT + WIDTH
     )  # fmt: skip
     return (
-        f'<text class="faint" x="{LEFT - 8}" y="{y + 9}" text-anchor="end">{name}</text>'
+        f'<text class="faint" x="{LEFT - 8}" y="{y + 9}" text-anchor="end">{dtype_name(dtype)}</text>'
         f'<rect x="{least:.1f}" y="{y}" width="{normal - least:.1f}" height="{BAR}" fill="#e4e4e4"/>'
         f'<rect x="{normal:.1f}" y="{y}" width="{end - normal:.1f}" height="{BAR}" fill="#c9c9c9"/>{lines}'
     )

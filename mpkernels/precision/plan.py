@@ -14,12 +14,11 @@ from mpkernels.amp import GradScaler
 from mpkernels.nn import convert
 from mpkernels.nn.convert.linears import linears
 from mpkernels.optim.optimizer import Optimizer
-from mpkernels.policy import Policy, PolicyName
+from mpkernels.policy import Policy, PolicyName, dtype_name
 from mpkernels.precision import memory as step_memory
-from mpkernels.precision.capture import is_positive, mapped, several, tensors_of, uncompiled
+from mpkernels.precision.capture import call, is_positive, mapped, several, tensors_of, uncompiled
 from mpkernels.precision.memory import Trace, Usage
-from mpkernels.precision.tables import flops_text, size_text, table
-from mpkernels.runtime import compute_copy
+from mpkernels.precision.tables import flops_text, shown, size_text, table
 from mpkernels.runtime.fake import is_fake
 
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16")
@@ -88,9 +87,11 @@ class Plan:
 
     def __str__(self) -> str:
         sizes = ("parameters", "gradients", "states", "copies", "activations", "temporaries", "peak")
-        head = ("policy", "optimizer", "batch", *sizes, "operations", *(["fits"] if self.memory is not None else []))
-        figures = lambda row: (*(size_text(getattr(row, size)) for size in sizes), flops_text(row.flops), *_fits(row))
-        lines = [(row.policy, row.optimizer, str(row.batch_size), *figures(row)) for row in self.rows]
+        head, lines = ["policy", "optimizer", "batch", *sizes, "operations", *(["fits"] if self.memory is not None else [])], []
+        for row in self.rows:
+            fits = [] if row.fits is None else ["yes" if row.fits else "no"]
+            figures = [size_text(getattr(row, size)) for size in sizes]
+            lines.append([row.policy, row.optimizer, str(row.batch_size), *figures, flops_text(row.flops), *fits])
         text = table(head, lines, left=2)
         if self.memory is None:
             return text
@@ -99,10 +100,6 @@ class Plan:
         largest = [f"{n} {p} {o}" for (p, o), n in self.largest_batch.items() if n]
         found = f"\nlargest batch in {size_text(self.memory)}: {', '.join(largest)}" if largest else ""
         return f"{text}{found}\npolicy: {self.policy}"
-
-
-def _fits(row: PlanRow) -> list[str]:
-    return [] if row.fits is None else ["yes" if row.fits else "no"]
 
 
 def plan(
@@ -142,8 +139,8 @@ def plan(
             runs = _Runs(make_model, make_batch, policy, maker, sizes)
             largest[str(policy), name] = runs.largest(budget)
             for n in sizes:
-                trace, copies = runs.trace(n)
-                figures = _figures(trace.usages, copies)
+                trace = runs.trace(n)
+                figures = _figures(trace)
                 fits = None if budget is None else figures["peak"] <= budget
                 rows.append(PlanRow(str(policy), name, n, **figures, fits=fits, flops=trace.flops))
     return Plan(tuple(rows), budget, largest)
@@ -171,29 +168,27 @@ class _Runs:
         self.run = lambda n: _run(make_model, make_batch, n, policy, maker)
         self.first, self.last = sizes[0], sizes[-1]
         self.traces = {n: self.run(n) for n in {self.first, self.last}}
-        ops = [trace.ops for trace, _ in self.traces.values()]
+        ops = [trace.ops for trace in self.traces.values()]
         self.affine = len(ops) == 2 and ops[0] == ops[1]
 
-    def trace(self, n: int) -> tuple[Trace, int]:
-        """With the bytes of the copies."""
+    def trace(self, n: int) -> Trace:
         if n not in self.traces:
             self.traces[n] = self._between(n) if self.affine else self.run(n)
         return self.traces[n]
 
-    def _between(self, n: int) -> tuple[Trace, int]:
+    def _between(self, n: int) -> Trace:
         """Tensors grow with the batch or do not, so that between two sizes each op's memory lies on a line."""
-        (low, copies), (high, _) = self.traces[self.first], self.traces[self.last]
+        low, high = self.traces[self.first], self.traces[self.last]
         share = (n - self.first) / (self.last - self.first)
         at = lambda a, b: round(a + share * (b - a))
-        return Trace(
-            low.ops, [Usage(*map(at, x, y)) for x, y in zip(low.usages, high.usages)], at(low.flops, high.flops)
-        ), copies
+        usages = [Usage(*map(at, x, y)) for x, y in zip(low.usages, high.usages)]
+        return low._replace(usages=usages, flops=at(low.flops, high.flops))
 
     def largest(self, budget: int | None) -> int | None:
         """The largest batch whose every op stays within `budget`."""
         if budget is None or not self.affine:
             return None
-        (low, _), (high, _) = self.traces[self.first], self.traces[self.last]
+        low, high = self.traces[self.first], self.traces[self.last]
         found = []
         for a, b in zip(low.usages, high.usages):
             per_row = (b.total - a.total) / (self.last - self.first)
@@ -204,7 +199,8 @@ class _Runs:
         return min(found, default=None)
 
 
-def _figures(usages: list[Usage], copies: int) -> dict[str, int]:
+def _figures(trace: Trace) -> dict[str, int]:
+    usages, copies = trace.usages, trace.copies
     kept = usages[-1].optimizer  # after the last step nothing but states and copies is left of what the steps made
     return {
         "parameters": max(u.parameters for u in usages),
@@ -217,8 +213,8 @@ def _figures(usages: list[Usage], copies: int) -> dict[str, int]:
     }
 
 
-def _run(make_model, make_batch, n: int, policy: Policy, make_optimizer: Callable) -> tuple[Trace, int]:
-    """The trace of two steps, of which the second has states and copies, and the bytes of the copies."""
+def _run(make_model, make_batch, n: int, policy: Policy, make_optimizer: Callable) -> Trace:
+    """Of two steps, of which the second has states and copies."""
     with _fake_mode() as mode:
         model = _made(make_model)
         _check_model(model, policy)
@@ -226,7 +222,8 @@ def _run(make_model, make_batch, n: int, policy: Policy, make_optimizer: Callabl
             _cast(model, policy.param_dtype)
         convert(model, policy)
         optimizer = make_optimizer(list(model.parameters()))
-        scaler = GradScaler(enabled=policy.compute_dtype == torch.float16 and _is_ours(optimizer))
+        is_ours = isinstance(optimizer, Optimizer)  # torch's ask the scaler for a value, and need no more memory under a scale
+        scaler = GradScaler(enabled=policy.compute_dtype == torch.float16 and is_ours)
         batch = mapped(lambda t: _as_input(mode, t, policy), make_batch(n))
         device = next(model.parameters()).device
 
@@ -236,9 +233,7 @@ def _run(make_model, make_batch, n: int, policy: Policy, make_optimizer: Callabl
             scaler.update()
             optimizer.zero_grad()
 
-        trace = step_memory.trace(model, list(tensors_of(batch)), [step, step], device)
-        copies = sum(copy.tensor.nbytes for copy in compute_copy.of_model(model))
-    return trace, copies
+        return step_memory.trace(model, list(tensors_of(batch)), [step, step], device)
 
 
 @contextlib.contextmanager
@@ -284,10 +279,8 @@ def _check_model(model: Any, policy: Policy) -> None:
         for name, linear in linears(model):
             weight = linear._parameters.get("weight")
             if weight is not None and weight.dtype != policy.param_dtype:
-                stored, wanted = (str(d).removeprefix("torch.") for d in (weight.dtype, policy.param_dtype))
-                raise ValueError(
-                    f"plan: {policy} stores {wanted}, and {name or 'the model'} is made in {stored}: make it in {wanted}"
-                )
+                stored, wanted = map(dtype_name, (weight.dtype, policy.param_dtype))
+                raise ValueError(f"plan: {policy} stores {wanted}, and {shown(name)} is made in {stored}: make it in {wanted}")
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
@@ -310,10 +303,7 @@ def _as_input(mode: Any, t: torch.Tensor, policy: Policy) -> torch.Tensor:
 
 
 def _loss(model: nn.Module, batch: Any) -> torch.Tensor:
-    if isinstance(batch, Mapping):
-        out = model(**batch)
-    else:
-        out = model(*batch) if isinstance(batch, tuple) else model(batch)
+    out = call(model, batch)
     loss = getattr(out, "loss", None)
     if isinstance(loss, torch.Tensor):
         return loss.float()
@@ -323,8 +313,3 @@ def _loss(model: nn.Module, batch: Any) -> torch.Tensor:
     if len(tensors) == 1 and tensors[0].numel() == 1:
         return tensors[0].float().reshape(())
     return torch.stack([t.float().square().mean() for t in tensors]).sum()
-
-
-def _is_ours(optimizer: torch.optim.Optimizer) -> bool:
-    """torch's own ask the scaler for a value, which no FakeTensor has; they need no more memory under a scale."""
-    return isinstance(optimizer, Optimizer)

@@ -3,6 +3,8 @@
 
 from collections.abc import Sequence
 
+from torch import nn
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
     """Columns under their heads; the first `left` of them aligned to the left, numbers to the right."""
@@ -32,3 +34,7 @@ def flops_text(flops: float) -> str:
 def shown(name: str) -> str:
     """The name of a module; that of the model itself is empty."""
     return name or "the model"
+
+
+def described(name: str, module: nn.Module) -> str:
+    return f"{shown(name)} ({type(module).__name__})"

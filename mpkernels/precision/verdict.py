@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from mpkernels.policy import dtype_name
 from mpkernels.precision.layer import BACKWARD, FORWARD, PolicyRow
 from mpkernels.precision.ranges import Range
 
@@ -29,7 +30,7 @@ def _problem(name: str, found: Range, row: PolicyRow, loss_scale: float) -> str 
     if found.overflows:
         safe = row.max_loss_scale
         remedy = f"; a loss scale of {safe:g} is safe for it" if backward and safe is not None else ""
-        return f"{name} reaches {found.amax:.3g} {where}, {_name(found.format)} ends at {_end(found.format)}{remedy}"
+        return f"{name} reaches {found.amax:.3g} {where}, {dtype_name(found.format)} ends at {_end(found.format)}{remedy}"
     if backward and found.norm_lost >= MOST_NORM_LOST:
         info = torch.finfo(found.format)
         safe = row.max_loss_scale
@@ -38,8 +39,8 @@ def _problem(name: str, found: Range, row: PolicyRow, loss_scale: float) -> str 
         )
         lost = f"loses {100 * found.norm_lost:.3g} % of its norm to 0 {where} (amax {found.amax:.3g})"
         if found.scaling is not None:
-            return f"{name} {lost}, below what {_name(found.format)} holds with {_scales(found)}"
-        return f"{name} {lost}, {_name(found.format)} begins at {info.tiny * info.eps:.3g}{remedy}"
+            return f"{name} {lost}, below what {dtype_name(found.format)} holds with {_scales(found)}"
+        return f"{name} {lost}, {dtype_name(found.format)} begins at {info.tiny * info.eps:.3g}{remedy}"
     return None
 
 
@@ -59,15 +60,11 @@ def tightest(row: PolicyRow) -> str:
     name, found = min(row.range.items(), key=lambda item: item[1].margin_bits)
     where = "backward" if name in BACKWARD else "forward"
     ends = f"has {_scales(found)}" if found.scaling is not None else f"ends at {_end(found.format)}"
-    return f"{name} reaches {found.amax:.3g} in {where}, {_name(found.format)} {ends}"
+    return f"{name} reaches {found.amax:.3g} in {where}, {dtype_name(found.format)} {ends}"
 
 
 def _scales(found: Range) -> str:
     return "a scale per row" if found.scaling == "row" else "one scale for the tensor"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _end(dtype: torch.dtype) -> str:

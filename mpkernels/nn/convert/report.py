@@ -10,7 +10,7 @@ from mpkernels.nn.convert.linears import linears, why_not
 from mpkernels.nn.linear import MPLinear, is_converted
 from mpkernels.nn.sequential import MPSequential, is_plain, narrows, step
 from mpkernels.ops.linear_act import Activation, name_of
-from mpkernels.policy import Policy
+from mpkernels.policy import Policy, dtype_name
 
 HINT = (
     'hint: activations that a forward() calls itself run apart: MPLinear(activation="relu") fuses one, '
@@ -67,7 +67,7 @@ def convert_report(model: nn.Module) -> Report:
             activation = linear.activation
             hint = hint or (HINT if activation is None else "")
         if linear.policy is not None and linear.policy.param_dtype != linear.weight.dtype:
-            stored, policys = _short(linear.weight.dtype), _short(linear.policy.param_dtype)
+            stored, policys = dtype_name(linear.weight.dtype), dtype_name(linear.policy.param_dtype)
             notes.append(f"its weight is {stored}, the policy's parameters are {policys}")
         if linear.policy is not None and linear.policy.float8:
             if multiplies_in_8_bits(linear.weight.device):
@@ -107,7 +107,7 @@ def _in_sequential(sequential: nn.Sequential, i: int, name: str) -> tuple[str | 
         _, activation, reader = step(modules, i)
         if narrows(linear, reader, linear.weight.dtype):
             other = prefix + keys[modules.index(reader, i + 1)]
-            notes.append(f"output {_short(linear.policy.compute_dtype)}: only {other} reads it")
+            notes.append(f"output {dtype_name(linear.policy.compute_dtype)}: only {other} reads it")
     following = modules[i + 1] if i + 1 < len(modules) else None
     if activation == Activation.NONE and (fusable := _fusable(following)) is not None:
         notes.append(f'its {type(following).__name__} runs apart: MPLinear(activation="{fusable}") would fuse it')
@@ -119,7 +119,3 @@ def _fusable(module: nn.Module | None) -> str | None:
     if isinstance(module, nn.GELU):
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     return "relu" if isinstance(module, nn.ReLU) else "silu" if isinstance(module, nn.SiLU) else None
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
