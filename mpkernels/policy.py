@@ -233,13 +233,14 @@ def _did_you_mean(part: str) -> str:
     """What a part of a policy may have been meant as: another library's word for a dtype, or a slip of the pen."""
     key, equals, value = part.lower().removeprefix("torch.").partition("=")
     words = re.split("[^a-z0-9]+", value if equals else key)
-    found = [name for word in words for name, others in _OTHER_WORDS.items() if word in (name, *others)]
+    found, meant = [name for word in words for name, others in _OTHER_WORDS.items() if word in (name, *others)], []
     if found and equals:
-        allowed = _ALLOWED.get(_SHORT.get(key, key), _DTYPES | _FLOAT8)
-        if found[-1] in allowed:
-            meant = [f"{key}={found[-1]}"]
-        else:  # parameters, output and gradients never have 8 bits: then operands are meant
-            meant = [f"compute={found[-1]}"] if allowed is _DTYPES else [f"{key}={name}" for name in allowed]
+        if near := difflib.get_close_matches(key.removesuffix("_dtype"), _SHORT, 1):
+            short, allowed = near[0], _ALLOWED[_SHORT[near[0]]]
+            if found[-1] in allowed:
+                meant = [f"{short}={found[-1]}"]
+            else:  # parameters, output and gradients never have 8 bits: then operands are meant
+                meant = [f"compute={found[-1]}"] if allowed is _DTYPES else [f"{short}={name}" for name in allowed]
     elif found and found[-1] in _FLOAT8:
         meant = _NAMES_OF_EIGHT_BITS[found[-1]]
     elif found:

@@ -3,9 +3,9 @@
 
 import contextlib
 import dataclasses
+import itertools
 import re
 import threading
-from itertools import product
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import mpkernels as mpk
+from mpkernels import policy as policies
 from mpkernels.policy import Policy
 
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -38,8 +39,8 @@ def allowed(param, compute, grad) -> bool:
     return narrower and (grad is None or grad == compute or grad.itemsize > compute.itemsize)
 
 
-ALLOWED = [c for c in product(SHORT, SHORT, (None, *SHORT), (None, *SHORT)) if allowed(c[0], c[1], c[3])]
-REFUSED = [c for c in product(SHORT, SHORT, (None, *SHORT), (None, *SHORT)) if not allowed(c[0], c[1], c[3])]
+ALLOWED = [c for c in itertools.product(SHORT, SHORT, (None, *SHORT), (None, *SHORT)) if allowed(c[0], c[1], c[3])]
+REFUSED = [c for c in itertools.product(SHORT, SHORT, (None, *SHORT), (None, *SHORT)) if not allowed(c[0], c[1], c[3])]
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +165,7 @@ def test_policy_needs_both_dtypes(field):
 
 EIGHT = [
     dict(zip(("grad_dtype", "output_dtype", "batch_invariant", "scaling", "dgrad_dtype", "wgrad_dtype"), values, strict=True))
-    for values in product(
+    for values in itertools.product(
         (None, bf16, f32), (None, f16), (False, True), (None, "row", "tensor"), (None, e4m3, e5m2), (None, f32)
     )
     if not (values[2] and values[3] == "tensor") and not (values[0] == bf16 and values[5] == f32)
@@ -335,12 +336,9 @@ def test_policy_words_are_parsed_and_printed(word):
     assert not getattr(Policy.parse("mixed_float16"), word)
     with pytest.raises(ValueError, match=f"{word} must be True or False, got 1"):
         Policy(torch.float32, torch.float16, **{word: 1})
-
-
-def test_policy_with_both_words():
-    policy = Policy.parse("mixed_float16,accumulate_grad,batch_invariant")
-    assert (policy.batch_invariant, policy.accumulate_grad) == (True, True)
-    assert str(policy) == "mixed_float16,batch_invariant,accumulate_grad"
+    both = Policy.parse("mixed_float16,accumulate_grad,batch_invariant")
+    assert (both.batch_invariant, both.accumulate_grad) == (True, True)
+    assert str(both) == "mixed_float16,batch_invariant,accumulate_grad"
 
 
 @pytest.mark.parametrize("combination", ALLOWED, ids=lambda c: ",".join(map(str, c)).replace("torch.", ""))
@@ -364,18 +362,23 @@ def test_policy_accumulates_fp32_gradients_alone(combination):
         ("mixed_floaat16", "'mixed_float16' or 'mixed_bfloat16'"), ("mixed_bfloat61", "'mixed_float16' or 'mixed_bfloat16'"),
         ("mixed_float16,grad=fp16", "'grad=float16'"), ("mixed_float16,output=bf16", "'output=bfloat16'"),
         ("mixed_float16,batch_invarant", "'batch_invariant'"), ("float32,accumulate", "'accumulate_grad'"),
-        ("mixed_float16,grads=float16", "'grad=float16'"),
+        ("mixed_float16,grads=float16", "'grad=float16'"), ("param_dtype=float32,compute=float16", "'param=float32'"),
     ],
 )  # fmt: skip
 def test_policy_that_is_unknown_says_what_may_be_meant(text, meant):
     with pytest.raises(ValueError, match="unknown policy") as caught:
         Policy.parse(text)
-    message = str(caught.value)
-    if "grads=" in text:
-        assert "did you mean 'grad" in message
-    else:
-        assert message.endswith(f"; did you mean {meant}?")
-    assert mpk.Policy.parse(meant.split("'")[1]) if "_" in meant and "mixed" in meant else True
+    assert str(caught.value).endswith(f"; did you mean {meant}?")
+
+
+@pytest.mark.parametrize("key", [*policies._SHORT, *policies._ALLOWED, "grads", "params", "weight", "precision", ""])
+def test_policy_suggests_what_it_takes(key):
+    fields = {f"{short}={value}" for short, name in policies._SHORT.items() for value in policies._ALLOWED[name]}
+    for value in ("rows", *itertools.chain(*policies._OTHER_WORDS.values())):
+        with pytest.raises(ValueError, match="unknown policy") as caught:
+            Policy.parse(f"mixed_float16,{key}={value}")
+        _, _, meant = str(caught.value).partition("; did you mean ")
+        assert set(re.findall("'(.*?)'", meant)) <= {*fields, *policies._NAMED, *policies._WORDS}, str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["O2", "", "x", "mixed_float16,=", "grad=mixed"])
