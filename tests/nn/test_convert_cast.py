@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 import mpkernels as mpk
+from tests.nn.test_convert import snapshot
 from tests.ranks import run_ranks
 from tests.steps import raw
 
@@ -19,11 +20,6 @@ from tests.steps import raw
 def mlp() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 4))
-
-
-def snapshot(model) -> list:
-    modules = [(name, type(m), sorted(vars(m))) for name, m in model.named_modules()]
-    return [modules, [(id(p), p.dtype) for p in model.parameters()], raw(model.parameters())]
 
 
 def check_refused(model, dtypes=("float16", "bfloat16")) -> None:

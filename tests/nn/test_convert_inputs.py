@@ -2,6 +2,7 @@
 """What convert answers to bad and to odd input: refused before anything changed, left alone with a reason, or right."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import mpkernels as mpk
 from tests.bounds import check_forward
+from tests.nn.test_convert import snapshot
 from tests.steps import raw
 
 POLICIES = ("mixed_float16", "float16", "bfloat16")
@@ -18,12 +20,6 @@ policies = pytest.mark.parametrize("policy", POLICIES)
 def mlp() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-
-
-def snapshot(model) -> list:
-    """Every module, its class and attributes, the Parameter objects and their bytes."""
-    modules = [(name, type(m), sorted(vars(m))) for name, m in model.named_modules()]
-    return [*modules, *map(id, model.parameters()), *raw(model.parameters())]
 
 
 # ----- refused ----------------------------------------------------------------------
@@ -52,9 +48,14 @@ def test_convert_refuses_policies(policy, error, message, where):
 
 
 @policies
-@pytest.mark.parametrize("name", ["policy", "include", "exclude", "keep"])
-@pytest.mark.parametrize("glob", ["head", "0.weight", "[", "3", "*x*", "0*2"])
-def test_convert_refuses_globs_that_match_nothing(glob, name, policy):
+@pytest.mark.parametrize(
+    "name, glob",
+    [
+        *itertools.product(("policy", "include", "exclude", "keep"), ("head", "0.weight", "[", "3", "*x*", "0*2")),
+        *itertools.product(("policy", "include", "exclude"), ("1",)),  # a module that is no linear
+    ],
+)
+def test_convert_refuses_globs_that_match_nothing(name, glob, policy):
     """By name, and whichever argument it is in; nothing is a pattern that matches nothing."""
     options = {"policy": {"*": policy, glob: policy}} if name == "policy" else {"policy": policy, name: ["0", glob]}
     model = mlp()
@@ -103,8 +104,11 @@ def test_convert_says_where_there_is_no_linear():
     ],
 )
 def test_convert_says_which_policies_go_together(policy, advice):
-    with pytest.raises(ValueError, match=advice):
-        mpk.convert(mlp(), policy)
+    for model in (mlp(), mpk.convert(mlp(), "mixed_bfloat16")):
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=advice):
+            mpk.convert(model, policy)
+        assert snapshot(model) == before
 
 
 # ----- left alone, with a reason ----------------------------------------------------------------------

@@ -2,7 +2,6 @@
 """Tests of MPMLP: its layers one by one, and joined, which no backend of a CPU does of itself (`joined` makes it)."""
 
 import copy
-import itertools
 import pickle
 
 import pytest
@@ -14,23 +13,10 @@ import mpkernels as mpk
 from mpkernels import functional
 from mpkernels.ops import linear_act as ops
 from tests import bounds
-from tests.linear_act_cases import same_bits, saving_masks
+from tests.linear_act_cases import same_bits
 
 POLICIES = (None, "float64", "float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "mixed_float16,grad=float16")
 SIZES = (12, 33, 40, 9)
-
-
-@pytest.fixture(params=[False, True], ids=["one by one", "joined"])
-def joined(request, monkeypatch):
-    """Whether what moves up on a GPU does here: the op on a CPU has the same two parts, mask and epilogue."""
-    if request.param:
-        monkeypatch.setattr(ops.forward_op, "_chosen", saving_masks())
-    return request.param
-
-
-@pytest.fixture
-def is_joined(monkeypatch):
-    monkeypatch.setattr(ops.forward_op, "_chosen", saving_masks())
 
 
 @pytest.fixture
@@ -95,13 +81,6 @@ def test_is_a_sequential_with_its_keys():
     plain.load_state_dict(model.state_dict())
     model.load_state_dict(plain.state_dict())
     assert [m.activation for m in model if isinstance(m, mpk.MPLinear)] == ["relu", "relu", None]
-
-
-def test_starts_as_nn_linear_does():
-    torch.manual_seed(0)
-    plain = [nn.Linear(a, b) for a, b in itertools.pairwise(SIZES)]
-    found = [m for m in made() if isinstance(m, mpk.MPLinear)]
-    assert all(torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias) for a, b in zip(found, plain, strict=True))
 
 
 def test_options():

@@ -14,10 +14,9 @@ from torch.distributed.fsdp import fully_shard
 import mpkernels as mpk
 from mpkernels import functional
 from mpkernels.nn import MPSequential
-from mpkernels.ops import linear_act as ops
 from mpkernels.ops.linear_act import Activation
 from tests import bounds
-from tests.linear_act_cases import same_bits, saving_masks
+from tests.linear_act_cases import same_bits
 from tests.ranks import run_ranks
 from tests.steps import raw
 
@@ -29,13 +28,6 @@ def mlp() -> nn.Sequential:
 
 def data(rows=5, columns=6) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(params=[False, True], ids=["apart", "joined"])
-def joined(request, monkeypatch):
-    """Whether backward is shared between layers, as kernels for GPUs do: see test_mpmlp.py."""
-    if request.param:
-        monkeypatch.setattr(ops.forward_op, "_chosen", saving_masks())
 
 
 @pytest.fixture

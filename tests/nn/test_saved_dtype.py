@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import mpkernels as mpk
-from mpkernels.ops.linear_act import Activation, activation_of, eight_bits, forward_op
+from mpkernels.ops.linear_act import Activation, activation_of, eight_bits
 from mpkernels.ops.quantize import reference
-from tests.linear_act_cases import same_bits, saving_masks
+from tests.linear_act_cases import same_bits
 from tests.nn.test_float8 import ACTIVATIONS, kept_bytes, run
 
 bf16, f16, f32, e4m3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
@@ -20,20 +20,13 @@ SAVED = "saved=float8_e4m3fn"
 POLICIES = ("mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "mixed_bfloat16,grad=bfloat16")
 
 
-@pytest.fixture(params=[False, True], ids=["output", "mask"])
-def _masks(request, monkeypatch):
-    """What serves writes masks, as kernels for GPUs do, or as it is."""
-    if request.param:
-        monkeypatch.setattr(forward_op, "_chosen", saving_masks())
-
-
 def decoded(x, dtype):
     """q * scale as the reference has them, in `dtype`."""
     q, scale = reference.quantize(x.detach(), e4m3, -1)
     return (q * scale).to(dtype)
 
 
-@pytest.mark.usefixtures("by_eager_and_auto", "_masks")
+@pytest.mark.usefixtures("by_eager_and_auto", "joined")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("text", POLICIES)
 def test_saved_dtype_matches_reference(text, activation, generator):
@@ -85,7 +78,7 @@ def test_saved_dtype_in_a_sequence(generator):
         assert same_bits(bias, layer.bias.grad)
 
 
-@pytest.mark.usefixtures("_masks")
+@pytest.mark.usefixtures("joined")
 def test_saved_dtype_in_a_sequence_of_activations(generator):
     """No preactivation goes to the next layer's backward as it is, where kernels would fuse the two."""
     x, kept = torch.randn(32, 64, generator=generator), []
