@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""advise: planted layers get the right verdict, predictions are what is measured, the model stays what it was."""
+"""advise: planted layers get the right verdict."""
 
 import math
 from functools import partial

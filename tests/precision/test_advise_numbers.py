@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""advise: what it predicts is what is measured, bounds hold, budgets choose, the model stays what it was, bad inputs."""
+"""advise: what it predicts is what is measured, bounds hold, budgets choose, bad inputs."""
 
 import copy
 import itertools
@@ -37,12 +37,6 @@ def mlp():
 
 def step(model):
     return F.cross_entropy(model(X), Y)
-
-
-def backward_itself(model):
-    loss = step(model)
-    loss.backward()
-    return loss
 
 
 # ----- numbers ----------------------------------------------------------------------
@@ -234,21 +228,6 @@ def test_advise_of_16_bit_parameters():
 # ----- the model ----------------------------------------------------------------------
 
 
-def test_advise_leaves_the_model_as_it_was():
-    model = mpk.convert(mlp(), "mixed_float16")
-    step(model).backward()
-    before = copy.deepcopy(model)
-    grads = [p.grad.clone() for p in model.parameters()]
-    state = torch.get_rng_state()
-    mpk.advise(model, step)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(map(torch.equal, grads, (p.grad for p in model.parameters())))
-    for (name, a), (_, b) in zip(model.state_dict().items(), before.state_dict().items(), strict=True):
-        assert torch.equal(a, b), name
-    assert [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == [(True, 0, 0)] * 6
-    assert str(model[0].policy) == "mixed_float16"
-
-
 def test_advise_does_not_depend_on_policies_and_autocast():
     plain = mpk.advise(mlp(), step)
 
@@ -354,28 +333,15 @@ def test_advice_is_copied_and_pickled():
         copy.deepcopy(advice)["0"].policies["float32"].error["out"] = 0.0
 
 
-def test_advise_of_a_compiled_model_has_the_names_of_the_model():
-    advice = mpk.advise(torch.compile(mlp(), backend="eager"), step)
-    assert advice == mpk.advise(mlp(), step)
-
-
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"model": 3}, TypeError, "model must be a torch.nn.Module, got int"),
         ({"model": nn.ReLU()}, ValueError, "the model has no linear that can be converted"),
         ({"model": nn.Linear(16, 6).half()}, ValueError, "stored in torch.float16, with nothing wider to compare"),
-        ({"model": nn.Linear(16, 6, device="meta")}, RuntimeError, "weight is on meta"),
-        ({"step": 3.0}, TypeError, "advise: step must be a function of the model that returns the loss, got float"),
-        ({"step": lambda model: 3.0}, TypeError, "step must return the loss, a tensor, got float"),
-        ({"step": lambda model: model(X)}, ValueError, r"step must return a scalar, got shape \(24, 6\)"),
-        ({"step": lambda model: step(model).detach()}, RuntimeError, "the loss has no graph"),
-        ({"step": backward_itself}, RuntimeError, "advise: step has called backward itself: it must leave that to advise"),
         ({"policies": ["fp8"]}, ValueError, "unknown policy 'fp8'"),
         ({"policies": []}, ValueError, "policies must not be empty"),
         ({"policies": ["mixed_float32"]}, ValueError, "mixed_float32 has wider parameters than the model"),
         ({"policies": 5}, TypeError, "advise: policies must be several, as a list, got 5"),
-        ({"step": lambda model: torch.view_as_complex(model(X)[:, :2]).sum()}, ValueError, "must return a real loss, got"),
         ({"loss_scale": True}, ValueError, "loss_scale must be a positive number, got True"),
         ({"loss_scale": math.inf}, ValueError, "loss_scale must be a positive number, got inf"),
         ({"loss_scale": 0}, ValueError, "loss_scale must be a positive number, got 0"),
@@ -384,9 +350,8 @@ def test_advise_of_a_compiled_model_has_the_names_of_the_model():
     ],
 )
 def test_advise_of_bad_input(change, error, message):
-    arguments = {"model": nn.Linear(16, 6), "step": step, **change}
     with pytest.raises(error, match=message):
-        mpk.advise(arguments.pop("model"), arguments.pop("step"), **arguments)
+        mpk.advise(**{"model": nn.Linear(16, 6), "step": step} | change)
 
 
 def test_range_keeps_a_nan():

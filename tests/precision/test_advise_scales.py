@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""advise of policies with operands of 8 bits: what scales do to ranges and errors, per row and per tensor, and what it says."""
+"""advise, watch and plan of policies of 8 bits: what scales do to ranges and errors, per row and per tensor; what is said."""
 
 import math
 
@@ -17,6 +17,7 @@ from tests.precision import measured
 from tests.precision.test_advise import FP16, FP32, Net, advise, step, wrong
 
 ROW, TENSOR, HYBRID = "mixed_float8", "mixed_float8,scaling=tensor", "mixed_float8_hybrid"
+SAVED = "mixed_bfloat16,saved=float8_e4m3fn"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
@@ -167,6 +168,23 @@ def test_advise_of_bytes_in_eight_bits():
     assert row.traffic < bf16.traffic
 
 
+def test_advise_of_what_is_saved_in_eight_bits():
+    """What is computed forward is as without, what comes of the saved x is not."""
+    saved, plain = of_a_linear(SAVED, "mixed_bfloat16")
+    assert saved.bytes == plain.bytes - 33 * 40 + 4 * 33
+    assert saved.error["out"] == plain.error["out"]
+    assert saved.error["grad_weight"] > plain.error["grad_weight"]
+
+
+@pytest.mark.parametrize("policies", [(SAVED, "mixed_bfloat16"), ("mixed_bfloat16", SAVED)])
+def test_advise_saves_in_eight_bits_where_memory_asks_for_it(policies):
+    """There are passes more, and gradients off by more: no policy for where the other one fits as well."""
+    free = advise(Net(), policies=policies)
+    assert set(free.policy.values()) == {"mixed_bfloat16"}
+    held = sum(free[name].policies[SAVED].bytes for name in free.policy)
+    assert set(advise(Net(), policies=policies, memory=held).policy.values()) == {SAVED}
+
+
 @pytest.mark.parametrize("layers", [40, pytest.param(2_000, marks=pytest.mark.sweep)])
 def test_advise_bound_holds_in_eight_bits(layers):
     largest = {}
@@ -218,9 +236,10 @@ def test_advice_of_a_norm_that_is_lost_under_a_scale():
 def test_watch_has_the_room_of_the_output_in_eight_bits():
     model = mpk.convert(nn.Sequential(nn.Linear(16, 8)), ROW)
     with mpk.watch(model) as watch:
-        model(torch.randn(4, 16))
+        model(1e4 * torch.randn(4, 16).requires_grad_()).sum().backward()
         (layer,) = watch.report().layers
     assert layer.room == pytest.approx(math.log2(torch.finfo(torch.bfloat16).max / layer.out))
+    assert layer.grad_x is not None
     with pytest.raises(ValueError, match="mixed_bfloat16 has no wider range than mixed_float8"):
         mpk.Adapt(ladder=(ROW, "mixed_bfloat16"))
     mpk.Adapt(ladder=(ROW, "float32"))
@@ -235,11 +254,10 @@ def test_plan_in_eight_bits_is_what_real_steps_show(policy, case):
 
 
 def test_plan_in_eight_bits_saves_one_byte_an_element():
-    linears = [nn.Linear(512, 512) for _ in range(3)]
-    sizes = {}
-    for policy in (ROW, "mixed_bfloat16"):
-        make = lambda: nn.Sequential(*(type(m)(512, 512) for m in linears))
-        one, two = mpk.plan(make, lambda n: torch.randn(n, 512), policies=[policy], batch_sizes=(64, 128)).rows
-        sizes[policy] = (two.activations - one.activations) / 64
-        assert (two.copies > 0) == (policy == "mixed_bfloat16")
-    assert sizes[ROW] < sizes["mixed_bfloat16"]
+    make = lambda: nn.Sequential(*(nn.Linear(256, 256) for _ in range(8)))
+    policies = [f"{policy},output=float16" for policy in ("mixed_float16", ROW, "mixed_float16,saved=float8_e4m3fn")]
+    plan = mpk.plan(make, lambda n: torch.randn(n, 256), policies=policies, batch_sizes=[4096])
+    sixteen, *eight = (row.activations for row in plan.rows)
+    inputs = 8 * 4096 * 256 * 2  # of the layers, in 16 bits
+    assert all(0.45 * inputs <= sixteen - kept <= 0.5 * inputs for kept in eight)
+    assert [row.copies > 0 for row in plan.rows] == [True, False, True]

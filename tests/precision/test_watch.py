@@ -58,10 +58,7 @@ def by_hand(model, x=X, scale=1024.0, fused=False):
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(enter(name))
-            act = torch.relu if fused and name != "5" else torch.abs
-            module.register_forward_hook(
-                lambda _, args, out, name=name, act=act: found.__setitem__(name, [amax(act(out)), None])
-            )
+            module.register_forward_hook(leave(name, torch.relu if fused and name != "5" else torch.abs))
     (model(x).float().square().mean() * scale).backward()
     return found
 
@@ -458,25 +455,16 @@ def test_watch_report_is_a_table():
     assert lines[2].split()[3] == "-"
 
 
-def test_watch_room_of_small_numbers_in_float64():
-    """How often over it is from the end is no float."""
-    model = nn.Linear(2, 2, bias=False, dtype=torch.float64)
+@pytest.mark.parametrize("policy, out, room", [("mixed_float16", 65504.0 / 8, 3.0), ("float64", 2.0**-10, 1034)])
+def test_watch_room_is_that_of_the_format(policy, out, room):
+    """How often over a small number in float64 is from the end is no float."""
+    model = mpk.MPLinear(2, 2, bias=False, policy=policy)
     with torch.no_grad():
-        model.weight.copy_(torch.eye(2) / 1024)
+        model.weight.copy_(torch.eye(2))
     with mpk.watch(model) as watch:
-        model(torch.ones(1, 2, dtype=torch.float64))
+        model(torch.full((1, 2), out, dtype=model.weight.dtype))
         (layer,) = watch.report().layers
-    assert layer.room == pytest.approx(1034)
-
-
-def test_watch_room_is_that_of_the_format():
-    model = mpk.convert(nn.Sequential(nn.Linear(2, 2, bias=False)), "mixed_float16")
-    with torch.no_grad():
-        model[0].weight.copy_(torch.eye(2))
-    with mpk.watch(model) as watch:
-        model(torch.full((1, 2), 65504.0 / 8))
-        (layer,) = watch.report().layers
-    assert layer.room == pytest.approx(3.0)
+    assert layer.room == pytest.approx(room)
 
 
 class Returns(nn.Linear):
