@@ -27,7 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mpkernels",
         usage="%(prog)s [-h] [--json]\n       %(prog)s prove [-h] [--full] [--out FILE] [--device DEVICE] [--mps]\n"
-        "       %(prog)s tune [-h] [--shapes M,K,N ...] [--rounds N] [--show]\n"
+        "       %(prog)s tune [-h] [--shapes M,K,N ...] [--rounds N] [--package] [--show]\n"
         "       %(prog)s advise [-h] SCRIPT.py:FUNCTION ...\n       %(prog)s plan [-h] SCRIPT.py:FUNCTION ...",
         description=f"""{__doc__.splitlines()[0]}
 

@@ -231,17 +231,19 @@ def _reject(run: Callable[[], tuple], inputs, output_mask) -> str | None:
 # ----- all problems ---------------------------------------------------------------
 
 
-def tune_problems(problems: dict[tuple[torch.device, GemmKey], int], *, rounds: int = ROUNDS) -> dict[str, dict]:
-    """Tune and write; the entries written."""
+def tune_problems(problems: dict[tuple[torch.device, GemmKey], int], *, rounds: int = ROUNDS, package=False) -> dict[str, dict]:
+    """Tune and write; the entries written. package: into mpkernels/tuned/ as well, for all users of this GPU."""
+    _refuse_to_tune(rounds)
     written = {}
     for (device, problem), rows in _progress(problems.items()):
         entries = tune_problem(problem, rows, device, rounds)
         if problem not in entries:
             print(f"tune: {tuned_table.key_to_str(problem)}: no candidate is right", file=sys.stderr)
         named = {tuned_table.key_to_str(p): entry for p, entry in entries.items()}
-        if not tuned_table.save(device, named):
-            reason = cache.untrusted_reason() or "disk full or permission denied"
-            print(f"tune: {tuned_table.file(device)} cannot be written: {reason}", file=sys.stderr)
+        for path in [tuned_table.own_file(device), *([tuned_table.packaged_file(device)] if package else [])]:
+            if not tuned_table.save(path, device, named):
+                reason = cache.untrusted_reason() or "disk full or permission denied"
+                print(f"tune: {path} cannot be written: {reason}", file=sys.stderr)
         written |= named
         if device.type == "cuda" and problem in entries:
             _say_unproven(op_of(problem), entries[problem]["backend"], device)
@@ -302,6 +304,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m mpkernels tune", description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", metavar="M,K,N", help="layers to tune; by default a few large ones")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed runs of each candidate")
+    parser.add_argument("--package", action="store_true", help="write into mpkernels/tuned/ as well")
     parser.add_argument("--show", action="store_true", help="print the table there is, and tune nothing")
     options = parser.parse_args(arguments)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -314,7 +317,7 @@ def main(arguments: list[str]) -> int:
         shapes = [_shape(text) for text in options.shapes or ()] or SHAPES[device.type]
     except ValueError as error:
         parser.error(str(error))
-    print(shown(tune_problems(problems_of(shapes, device), rounds=options.rounds)))
+    print(shown(tune_problems(problems_of(shapes, device), rounds=options.rounds, package=options.package)))
     return 0
 
 

@@ -74,7 +74,7 @@ def _foreign_reason(what: str, fix: str, *found: os.stat_result, remedy: str = "
 
 
 def _is_own(path: Path) -> bool:
-    """Whether `path` is in the folder; what is not was named by the user, and is trusted as the code is."""
+    """Whether `path` is in the folder; what is not came with the package, and is trusted as the code is."""
     return path.parent == folder()
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tuned tables: which implementation was the fastest for a GEMM on a device, and Triton's tile, as mpkernels/tune.py found.
 
-A table is a JSON file in the user's cache, one for each model of GPU, {"machine": ..., "entries": {"fprop 4096 4096 1024 ...":
-{"backend": ..., "tile": ..., ...}}}. It holds for the driver and the versions that it was made with.
+A table is a JSON file, {"machine": ..., "entries": {"fprop 4096 4096 1024 ...": {"backend": ..., "tile": ..., ...}}}: one of
+a known GPU in mpkernels/tuned/, one of this machine in the user's cache, which goes first.
 """
 
 import contextlib
@@ -19,6 +19,8 @@ BackendName = Literal["eager", "triton", "native"]
 BACKENDS: tuple[str, ...] = get_args(BackendName)
 ROLES = ("fprop", "dgrad", "wgrad", "backward")
 LARGEST_TILE = 1 << 16  # of the constants of a tile
+
+PACKAGED = Path(__file__).parents[1] / "tuned"
 
 _OPERANDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _OPERANDS}
@@ -50,10 +52,14 @@ def load(device: torch.device) -> dict[GemmKey, Entry]:
 
 
 def entries(device: torch.device) -> dict[str, dict]:
-    """What its file says of `device`: the well-formed entries; the others count as absent, and one warning says so."""
-    path = file(device)
-    found = cache.read(path)
-    listed = found.get("entries", {}) if found.get("machine") == cache.machine(device) else {}
+    """What the files say of `device`, as they say it."""
+    packaged, own = packaged_file(device), own_file(device)
+    return _entries(packaged, cache.read(packaged)) | _entries(own, _own(device))
+
+
+def _entries(path: Path, found: dict) -> dict[str, dict]:
+    """The well-formed entries of a file; the others count as absent, and one warning says so."""
+    listed = found.get("entries", {})
     if not isinstance(listed, dict):
         cache.warn_ignored(path, "its entries are no JSON object")
         return {}
@@ -103,15 +109,31 @@ def name(device: torch.device) -> str:
     return cache.machine(device)["name"]
 
 
-def file(device: torch.device) -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", name(device).lower()).strip("-")
-    return cache.folder() / f"tuned-{slug}.json"
+def packaged_file(device: torch.device) -> Path:
+    return PACKAGED / f"{_slug(device)}.json"
 
 
-def save(device: torch.device, new: dict[str, dict]) -> bool:
-    """Add entries to the table of `device`, or begin it anew where it is another machine's; whether that worked."""
+def own_file(device: torch.device) -> Path:
+    return cache.folder() / f"tuned-{_slug(device)}.json"
+
+
+def _own(device: torch.device) -> dict:
+    """The table in the user's cache, if driver and versions still are those that it was made with."""
+    found = cache.read(own_file(device))
+    return found if found.get("machine") == cache.machine(device) else {}
+
+
+def _slug(device: torch.device) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name(device).lower()).strip("-")
+
+
+def save(path: Path, device: torch.device, entries: dict[str, dict]) -> bool:
+    """Add entries to the table in `path`, or begin it anew where it is another machine's; whether that worked."""
+    found = cache.read(path)
+    machine = cache.machine(device)
+    kept = _entries(path, found) if found.get("machine") == machine else {}
     tables.pop(device, None)
-    return cache.update(file(device), {"machine": cache.machine(device), "entries": entries(device) | new})
+    return cache.update(path, {"machine": machine, "entries": kept | entries})
 
 
 @contextlib.contextmanager

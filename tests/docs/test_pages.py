@@ -14,7 +14,7 @@ import mpkernels
 from tests.paths import ROOT
 
 DOCS = ROOT / "docs"
-PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "hub" / "CARD.md"])
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "mpkernels" / "tuned" / "README.md", ROOT / "hub" / "CARD.md"])
 WIDTH = 128
 # Folders that a path in a page begins with.
 TOP = ("bench", "csrc", "docs", "examples", "hub", "mpkernels", "notebooks", "tests", "tools", ".ci", ".github")

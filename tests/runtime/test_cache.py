@@ -22,8 +22,9 @@ ENTRY = {"fprop 4 4 4 0 float32 float32 float32": {"backend": "native"}}
 def folder(monkeypatch, tmp_path):
     """Where the cache will be, with a table and a verdict in it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuned_table, "PACKAGED", tmp_path / "packaged")
     assert cache.untrusted_reason() is None, "what is not there yet can be made"
-    assert tuned_table.save(CPU, ENTRY)
+    assert tuned_table.save(tuned_table.own_file(CPU), CPU, ENTRY)
     assert cache.update(cache.folder() / proof.FILE, {"place": None})
     monkeypatch.setattr(cache, "_warned", set())
     return cache.folder()
@@ -46,7 +47,7 @@ def check_refused(folder, reason) -> None:
     assert cache.read(folder / proof.FILE) == {}
     assert tuned_table.entries(CPU) == {}
     assert not cache.update(folder / proof.FILE, {"place": "wrong"})
-    assert not tuned_table.save(CPU, ENTRY)
+    assert not tuned_table.save(tuned_table.own_file(CPU), CPU, ENTRY)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert command.versions()["cache"] == reason
 
@@ -104,7 +105,7 @@ def test_cache_without_a_home_is_none(home, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", home)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     assert cache.untrusted_reason() == "there is no home folder; set XDG_CACHE_HOME"
-    assert not tuned_table.save(CPU, ENTRY)
+    assert not tuned_table.save(tuned_table.own_file(CPU), CPU, ENTRY)
     assert tuned_table.entries(CPU) == {}
     assert not (tmp_path / "~").exists()
 
@@ -209,16 +210,24 @@ def test_cache_on_a_system_without_owners_and_modes(folder, monkeypatch):
     assert cache.update(folder / proof.FILE, {"other": None})
 
 
-def test_cache_reads_what_the_user_names_as_it_is(folder, tmp_path):
-    """Verdicts shipped with an image: behind a link, of another user, in a folder that others can write to."""
-    real, named = tmp_path / "real.json", tmp_path / "shipped" / "verdicts.json"
-    real.write_text(json.dumps({"place": {"state": "right"}}))
+def test_cache_reads_what_the_package_has_through_links(tmp_path):
+    """Some installers link every file; that may be another user's, as the code may."""
+    real = tmp_path / "real.json"
+    real.write_text(json.dumps({"machine": {}, "entries": ENTRY}))
+    tuned_table.PACKAGED.mkdir()
+    tuned_table.packaged_file(CPU).symlink_to(real)
     real.chmod(0o666)
-    named.parent.mkdir(mode=0o775)
-    named.symlink_to(real)
-    folder.chmod(0o777)
-    assert said(lambda: proof.load(named)) == []
-    assert proof.load(named)["place"].right
+    tuned_table.own_file(CPU).unlink()
+    assert said(lambda: tuned_table.entries(CPU)) == []
+    assert tuned_table.entries(CPU) == ENTRY
+
+
+def test_packaged_tables_are_trusted_as_the_code_is(monkeypatch):
+    """A shared site-packages may be another user's, or its group's."""
+    assert tuned_table.save(tuned_table.packaged_file(CPU), CPU, ENTRY)
+    tuned_table.PACKAGED.chmod(0o775)
+    cache.folder().chmod(0o777)
+    assert tuned_table.entries(CPU) == ENTRY
 
 
 def test_tune_says_why_it_cannot_write(folder, capsys):

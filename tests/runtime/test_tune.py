@@ -33,6 +33,7 @@ BACKWARD = tuned_table.gemm_key("backward", 512, 40, 24, Activation.RELU, f16, f
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuned_table, "PACKAGED", tmp_path / "packaged")
     monkeypatch.delenv(resolve.ENVIRONMENT_VARIABLE, raising=False)
     forget()
     yield
@@ -326,21 +327,28 @@ def test_table_rounds_rows_up():
 def test_table_is_read_as_written():
     tile = {"BLOCK_M": 128, "SPECIALIZE": True}
     for key, entry in ((FPROP, {"backend": "triton", "tile": tile}), (BACKWARD, {"backend": "eager", "tile": None})):
-        assert tuned_table.save(CPU, {tuned_table.key_to_str(key): entry})
+        assert tuned_table.save(tuned_table.own_file(CPU), CPU, {tuned_table.key_to_str(key): entry})
     assert tuned_table.load(CPU) == {
         FPROP: Entry("triton", (("BLOCK_M", 128), ("SPECIALIZE", 1))),
         BACKWARD: Entry("eager", None),
     }
 
 
+def test_table_of_the_user_goes_before_the_packaged():
+    name = tuned_table.key_to_str(FPROP)
+    assert tuned_table.save(tuned_table.packaged_file(CPU), CPU, {name: {"backend": "native"}})
+    assert tuned_table.load(CPU)[FPROP].backend == "native"
+    assert tuned_table.save(tuned_table.own_file(CPU), CPU, {name: {"backend": "eager"}})
+    assert tuned_table.load(CPU)[FPROP].backend == "eager"
+
+
 def test_table_of_other_versions_is_left_aside(monkeypatch):
-    """A driver may have changed what is fast: the next tuning begins anew."""
-    machine = cache.machine(CPU)
-    assert tuned_table.save(CPU, {NAME: {"backend": "native"}})
+    """A driver may have changed what is fast; a packaged table is for the model of GPU."""
+    name, machine = tuned_table.key_to_str(FPROP), cache.machine(CPU)
+    for path in (tuned_table.own_file(CPU), tuned_table.packaged_file(CPU)):
+        assert tuned_table.save(path, CPU, {name: {"backend": "native" if path == tuned_table.own_file(CPU) else "eager"}})
     monkeypatch.setattr(cache, "machine", lambda device: machine | {"torch": "another"})
-    assert tuned_table.load(CPU) == {}
-    assert tuned_table.save(CPU, {tuned_table.key_to_str(BACKWARD): {"backend": "eager"}})
-    assert tuned_table.load(CPU) == {BACKWARD: Entry("eager", None)}
+    assert tuned_table.load(CPU)[FPROP].backend == "eager"
 
 
 NAME = tuned_table.key_to_str(FPROP)
@@ -364,8 +372,8 @@ def test_table_leaves_out_what_is_not_well_formed(i, monkeypatch, capsys):
     """No call fails for it, the other entries serve, one warning names the file."""
     name, entry = JUNK[i]
     monkeypatch.setattr(cache, "_warned", set())
-    path = tuned_table.file(CPU)
-    assert tuned_table.save(CPU, {tuned_table.key_to_str(BACKWARD): {"backend": "eager"}})
+    path = tuned_table.own_file(CPU)
+    assert tuned_table.save(path, CPU, {tuned_table.key_to_str(BACKWARD): {"backend": "eager"}})
     text = path.read_text().replace('"entries": {', f'"entries": {{{json.dumps(name)}: {entry},', 1)
     path.write_text(text)
     for count in (1, 0):
@@ -379,7 +387,7 @@ def test_table_leaves_out_what_is_not_well_formed(i, monkeypatch, capsys):
     layer(torch.ones(24, 1024)).sum().backward()
     assert tune.main(["--show"]) == 0
     assert name not in capsys.readouterr().out.split(": ") or not name
-    assert tuned_table.save(CPU, {NAME: {"backend": "native"}})
+    assert tuned_table.save(path, CPU, {NAME: {"backend": "native"}})
     assert sorted(json.loads(path.read_text())["entries"]) == sorted([NAME, tuned_table.key_to_str(BACKWARD)]), (
         "junk does not stay"
     )
@@ -388,15 +396,15 @@ def test_table_leaves_out_what_is_not_well_formed(i, monkeypatch, capsys):
 @pytest.mark.parametrize("entries", ["3", "null", "[]", '"x"', "1e999"])
 def test_table_without_entries_is_empty(entries, monkeypatch):
     monkeypatch.setattr(cache, "_warned", set())
-    path = tuned_table.file(CPU)
-    assert tuned_table.save(CPU, {})
-    path.write_text(path.read_text().replace('"entries": {}', f'"entries": {entries}'))
+    path = tuned_table.packaged_file(CPU)
+    path.parent.mkdir()
+    path.write_text(f'{{"entries": {entries}}}')
     with pytest.warns(UserWarning, match=f"mpkernels ignores {path}: its entries are no JSON object"):
         assert tuned_table.load(CPU) == {}
 
 
 def test_table_of_much_junk_is_read_fast():
-    path = tuned_table.file(CPU)
+    path = tuned_table.own_file(CPU)
     assert cache.update(path, {"machine": cache.machine(CPU), "entries": dict.fromkeys(map(str, range(200_000)), 0)})
     with pytest.warns(UserWarning, match="200000 of its entries"):
         assert tuned_table.load(CPU) == {}
@@ -404,7 +412,7 @@ def test_table_of_much_junk_is_read_fast():
 
 def test_table_is_shown_without_control_characters(capsys):
     entry = {"backend": "triton", "tile": {"BLOCK_M": 8}, "lost": {"\x1b[2J": "\ud800\n"}}
-    assert tuned_table.save(CPU, {NAME: entry})
+    assert tuned_table.save(tuned_table.own_file(CPU), CPU, {NAME: entry})
     assert tune.main(["--show"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"{NAME}: triton {{'BLOCK_M': 8}}, ? us", "    ?[2J: ??"]
 
@@ -417,7 +425,7 @@ def test_tune_where_the_cache_cannot_be_written(where, monkeypatch, tmp_path, ca
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / where))
     written = tune.tune_problems({(CPU, FPROP): 24}, rounds=1)
     assert written[tuned_table.key_to_str(FPROP)]["backend"] in ("eager", "native")
-    assert f"tune: {tuned_table.file(CPU)} cannot be written" in capsys.readouterr().err
+    assert f"tune: {tuned_table.own_file(CPU)} cannot be written" in capsys.readouterr().err
     forget()
     assert tuned_table.load(CPU) == {}
 
@@ -439,10 +447,11 @@ def test_tune_shows_how_far_it_is(monkeypatch, capsys):
 def test_tune_command(capsys):
     assert tune.main(["--show"]) == 0
     assert capsys.readouterr().out == "no table for cpu\n"
-    assert tune.main(["--shapes", "8,16,24", "--rounds", "1"]) == 0
+    assert tune.main(["--shapes", "8,16,24", "--rounds", "1", "--package"]) == 0
     printed = capsys.readouterr().out
     assert re.search("^fprop 8 24 16 1 float16 float16 float16: (eager|native), ", printed, re.MULTILINE)
     assert "    triton: needs a CUDA GPU" in printed
+    assert json.loads(tuned_table.packaged_file(CPU).read_text())["machine"] == cache.machine(CPU)
     assert tune.main(["--show"]) == 0
     assert sorted(capsys.readouterr().out.splitlines()) == sorted(printed.splitlines())
 

@@ -544,7 +544,7 @@ def test_linear_act_plan_of_richer_epilogues(sm):
     ids=str,
 )
 def test_linear_act_plan_takes_a_tuned_tile_where_it_is_one_of_its_own(change, taken):
-    """A table may be of other kernels of ours, and a file may say anything: what cannot run here is left aside."""
+    """A packaged table outlives Triton's versions, and a file may say anything: what cannot run here is left aside."""
     big = [_operand((8192, 8192)), _operand((8192, 8192), stride=(1, 8192)), _operand((8192, 8192))]
     tuned = tile_config._SM90_SPECIALIZED[2][1]
     fields = dataclasses.asdict(tuned) | {n: v for n, v in change.items() if n in ("BLOCK_M", "num_stages", "more")}
