@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import queue
 import signal
 import subprocess
@@ -29,7 +28,6 @@ from mpkernels.runtime.proof import Verdict
 LIMIT, LIMIT_FULL = 120.0, 900.0  # seconds without a word from the process that proves
 BEGIN = 120.0  # seconds that it may take to begin: it imports torch and makes a context
 GRACE = 5.0  # seconds after which a process that was killed is left alone: one in the driver cannot be waited for
-STALE = 60.0  # seconds after which a lock that its process has not touched is stale
 
 # In the process that proves: what the launcher of a job set, what would be preloaded into it, and what this package reads.
 _REMOVED = (
@@ -252,48 +250,20 @@ def _progress(done: int, total: int, row: dict) -> None:
 
 @contextlib.contextmanager
 def _lock(device: torch.device):
-    """A file of this node, made by one process alone, which writes to it while it proves."""
-    name = f"mpkernels-prove-{os.getuid()}-{device.type}{device.index or 0}.lock"
-    path = Path(tempfile.gettempdir(), name)
-    for _ in range(2):
+    """A file of this node that one process at a time locks; however that ends, its lock ends with it."""
+    import fcntl  # Windows has none
+
+    path = Path(tempfile.gettempdir(), f"mpkernels-prove-{os.getuid()}-{device.type}{device.index or 0}.lock")
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise RuntimeError(f"prove: {path}, its lock, does not open ({error.strerror})") from None
+    with os.fdopen(descriptor) as file:
         try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            break
-        except FileExistsError:
-            if _is_held(path):
-                raise RuntimeError(f"prove: another process proves on {device}; {path} is its lock") from None
-            path.unlink(missing_ok=True)
-    else:
-        raise RuntimeError(f"prove: another process was faster; {path} is its lock")
-    with os.fdopen(descriptor, "w") as file:
-        file.write(f"{os.getpid()} {platform.node()}\n")
-    stop = threading.Event()
-    threading.Thread(target=_heartbeat, args=(path, stop), daemon=True).start()
-    try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"prove: another process proves on {device}; {path} is its lock") from None
         yield
-    finally:
-        stop.set()
-        path.unlink(missing_ok=True)
-
-
-def _heartbeat(path: Path, stop: threading.Event) -> None:
-    while not stop.wait(STALE / 6):
-        with contextlib.suppress(OSError):
-            os.utime(path)
-
-
-def _is_held(path: Path) -> bool:
-    try:
-        pid, node = path.read_text().split()
-        if time.time() - path.stat().st_mtime > STALE:
-            return False
-        if node == platform.node():
-            os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, ValueError):  # being written or removed at this moment
-        return True
-    return True
 
 
 # ----- the command ---------------------------------------------------------------

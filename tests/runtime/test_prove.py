@@ -3,7 +3,6 @@
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -65,7 +64,6 @@ def test_prove_runs_in_a_process_and_remembers(tmp_path, capfd):
         assert [verdict.state for verdict in kept.values()] == ["right"] * 3
         op = resolve.ops["sgd_"]
         assert proof.key(op.name, op.package, "eager", CPU) in kept
-    assert not list(tmp_path.glob("*.lock"))
 
 
 def test_prove_tells_what_is_wrong(monkeypatch, capsys):
@@ -329,33 +327,35 @@ def test_prove_without_a_gpu(capsys):
     assert "there is no GPU here" in capsys.readouterr().out
 
 
-def lock_file() -> str:
-    return os.path.join(module.tempfile.gettempdir(), f"mpkernels-prove-{os.getuid()}-cpu0.lock")
+LOCK = """
+import sys
+from mpkernels import prove
+with sys.modules["mpkernels.prove"]._lock(sys.modules["torch"].device("cpu")):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
 
 
-@pytest.mark.parametrize(
-    ("text", "age", "held"),
-    [
-        (f"{os.getpid()} {platform.node()}", 0, True),
-        (f"{os.getpid()} another-node", 0, True),
-        (f"{2**22 + 1} {platform.node()}", 0, False),  # no such process
-        (f"{os.getpid()} {platform.node()}", 3600, False),  # it no longer writes
-        ("", 0, True),  # being written
-    ],
-    ids=["held", "held on another node", "no such process", "no longer written to", "being written"],  # a pid is no name
-)
-def test_prove_is_alone(text, age, held, monkeypatch):
+def test_prove_is_alone(monkeypatch, tmp_path):
+    """While another process proves; one that was killed holds nothing back."""
     monkeypatch.setattr(module, "_CHILD", FAKE_CHILD % "pass")
-    with open(lock_file(), "w") as file:
-        file.write(text)
-    os.utime(lock_file(), (time.time() - age,) * 2)
-    if held:
-        with pytest.raises(RuntimeError, match="another process proves on cpu"):
-            mpk.prove("cpu")
-        assert os.path.exists(lock_file())
-    else:
-        assert len(mpk.prove("cpu")) == 3
-        assert not os.path.exists(lock_file())
+    other = subprocess.Popen(
+        [sys.executable, "-c", LOCK], env=os.environ | {"TMPDIR": str(tmp_path)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout.readline() == b"locked\n"
+    with pytest.raises(RuntimeError, match=f"another process proves on cpu; {tmp_path}/.*-cpu0.lock is its lock"):
+        mpk.prove("cpu")
+    other.kill()
+    other.communicate()
+    assert len(mpk.prove("cpu")) == 3
+
+
+def test_prove_where_its_lock_is_not_its_own(tmp_path):
+    """A link that another user has made, say."""
+    (tmp_path / f"mpkernels-prove-{os.getuid()}-cpu0.lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RuntimeError, match="its lock, does not open"):
+        mpk.prove("cpu")
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_prove_where_the_cache_cannot_be_written(monkeypatch, tmp_path, capfd):
