@@ -1,29 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """docs/checkpoints.md runs from top to bottom, and its functions for ranks do what it says on ranks."""
 
-import re
-import runpy
 from pathlib import Path
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tests.paths import ROOT
+from tests.docs import page
 from tests.ranks import run_ranks
 
-DOC = ROOT / "docs" / "checkpoints.md"
 
-
-def run_doc(folder: Path) -> dict:
-    script = folder / "checkpoints_doc.py"
-    script.write_text("\n".join(re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)))
-    return runpy.run_path(str(script))
-
-
-def test_checkpoints_doc_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    found = run_doc(tmp_path)
+def test_checkpoints_doc_runs(tmp_path):
+    found, _ = page.run("checkpoints", tmp_path)
     assert found["scaler"].skipped_steps.item() < 6
     assert (tmp_path / "distributed").is_dir()
 
@@ -45,7 +34,7 @@ def sharded(rank, functions: str, folder: str) -> None:
 
 def test_checkpoints_doc_functions_change_the_number_of_ranks(tmp_path):
     """One process, two ranks of FSDP2, one process again: a step on the ranks is a step in one."""
-    blocks = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
+    blocks = page.blocks("checkpoints", "python")
     functions = blocks[0] + next(block for block in blocks if "def save" in block).split("\n\nsave(")[0]
     namespace: dict = {}
     exec(functions, namespace)

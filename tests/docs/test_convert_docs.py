@@ -1,25 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """docs/convert.md runs from top to bottom, and the report that it shows is the one that is printed."""
 
-import re
-import runpy
-
 import torch
 
 import mpkernels as mpk
+from tests.docs import page
 from tests.paths import ROOT
 
-DOC = ROOT / "docs" / "convert.md"
 
-
-def test_convert_doc_runs(tmp_path, capsys):
-    text = DOC.read_text()
-    script = tmp_path / "convert_doc.py"
-    script.write_text("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)))
+def test_convert_doc_runs(tmp_path):
     torch.manual_seed(0)
-    found = runpy.run_path(str(script))
-    (shown,) = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
-    assert capsys.readouterr().out == shown
+    found, printed = page.run("convert", tmp_path)
+    assert [printed] == page.blocks("convert", "text")
     model = found["model"]
     found["loss"].backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())

@@ -2,30 +2,22 @@
 """docs/which-precision.md and docs/my-loss-is-nan.md run from top to bottom, and print what they show, but for last digits."""
 
 import re
-import subprocess
-import sys
 
 import pytest
-import torch
 
+from tests.docs import page
 from tests.paths import ROOT
 
 
-def printed(text: str) -> str:
-    """Without the digits of numbers, their signs and the widths of columns, which another CPU's rounding changes."""
+def without_digits(text: str) -> str:
+    """Nor the signs of numbers and the widths of columns: what another CPU's rounding changes."""
     return re.sub(r"[-+]?\d[\d.]*(e[-+]\d+)?", "#", re.sub(r"[ ]+", " ", text))
 
 
-@pytest.mark.parametrize("page", ["which-precision", "my-loss-is-nan"])
-def test_precision_doc_runs(page, tmp_path, capsys):
-    text = (ROOT / "docs" / f"{page}.md").read_text()
-    script = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
-    torch.manual_seed(0)
-    (tmp_path / "page.py").write_text(script)
-    done = subprocess.run([sys.executable, tmp_path / "page.py"], capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr
-    shown = "".join(re.findall(r"```text\n(.*?)```", text, re.DOTALL))
-    assert printed(done.stdout) == printed(shown)
+@pytest.mark.parametrize("name", ["which-precision", "my-loss-is-nan"])
+def test_precision_doc_runs(name, tmp_path):
+    _, printed = page.run(name, tmp_path)
+    assert without_digits(printed) == without_digits("".join(page.blocks(name, "text")))
 
 
 def test_precision_example_and_command_agree(capsys, monkeypatch):
