@@ -27,8 +27,7 @@ import torch
 from torch.autograd import profiler
 
 from mpkernels.runtime import agreement, proof, resolve, tuned_table
-from mpkernels.runtime.resolve import Implementation, Kernel, Key, ops
-from mpkernels.runtime.tuned_table import BackendName
+from mpkernels.runtime.resolve import BackendName, Implementation, Kernel, Key, ops
 
 _library = torch.library.Library("mpkernels", "FRAGMENT")
 

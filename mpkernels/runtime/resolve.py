@@ -14,13 +14,14 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
 from mpkernels.runtime import cache, native, proof
-from mpkernels.runtime.tuned_table import BACKENDS, BackendName
 
+BackendName = Literal["eager", "triton", "native"]
+BACKENDS: tuple[str, ...] = get_args(BackendName)
 ENVIRONMENT_VARIABLE, VERDICTS_VARIABLE = "MPKERNELS_BACKEND", "MPKERNELS_VERDICTS"
 
 ops: dict[str, Any] = {}  # name -> Op, which enters itself

@@ -9,14 +9,13 @@ import contextlib
 import math
 import re
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 
 from mpkernels.runtime import cache
+from mpkernels.runtime.resolve import BACKENDS
 
-BackendName = Literal["eager", "triton", "native"]
-BACKENDS: tuple[str, ...] = get_args(BackendName)
 ROLES = ("fprop", "dgrad", "wgrad", "backward")
 LARGEST_TILE = 1 << 16  # of the constants of a tile
 
@@ -47,7 +46,10 @@ def load(device: torch.device) -> dict[GemmKey, Entry]:
     """The table of `device`; read at the first question, empty where there is none."""
     table = tables.get(device)
     if table is None:
-        table = tables[device] = parse(entries(device))
+        table = tables[device] = {
+            _key(name): Entry(entry["backend"], None if entry.get("tile") is None else tuple(entry["tile"].items()))
+            for name, entry in entries(device).items()
+        }
     return table
 
 
@@ -150,11 +152,3 @@ def override(device: torch.device, table: dict[GemmKey, Entry]):
 def key_to_str(key: GemmKey) -> str:
     """A key as it stands in a file."""
     return " ".join(str(part).removeprefix("torch.") for part in key)
-
-
-def parse(entries: dict[str, dict]) -> dict[GemmKey, Entry]:
-    """A table from well-formed entries."""
-    return {
-        _key(name): Entry(entry["backend"], None if entry.get("tile") is None else tuple(entry["tile"].items()))
-        for name, entry in entries.items()
-    }

@@ -10,7 +10,7 @@ import pytest
 
 from mpkernels import policy
 from mpkernels.ops.linear_act import epilogues
-from mpkernels.runtime.tuned_table import BACKENDS, BackendName
+from mpkernels.runtime.resolve import BACKENDS, BackendName
 from tests.paths import ROOT
 
 USES = "tests/typing/typical_uses.py"
