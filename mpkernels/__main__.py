@@ -26,9 +26,7 @@ def main() -> int:
         return importlib.import_module("mpkernels.precision.command").main(sys.argv[1], sys.argv[2:])
     parser = argparse.ArgumentParser(
         prog="python -m mpkernels",
-        usage="%(prog)s [-h] [--json]\n       %(prog)s prove [-h] [--full] [--out FILE] [--device DEVICE] [--mps]\n"
-        "       %(prog)s tune [-h] [--shapes M,K,N ...] [--rounds N] [--package] [--show]\n"
-        "       %(prog)s advise [-h] SCRIPT.py:FUNCTION ...\n       %(prog)s plan [-h] SCRIPT.py:FUNCTION ...",
+        usage="%(prog)s [-h] [--json]\n       %(prog)s {prove,tune,advise,plan} [-h] ...",
         description=f"""{__doc__.splitlines()[0]}
 
 commands:
