@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a call costs beside its arithmetic: calls on next to nothing, and the time from `import mpkernels` to a first step."""
 
-import subprocess
-import sys
-
 import torch
 
 import mpkernels as mpk
-from bench import linear_act, step, training
+from bench import linear_act, rows, step, training
 from bench.cases import LinearAct, Overhead, Step
 from bench.implementation import OURS, Implementation
-from bench.rows import RESULTS
 
 SMALL = (1, 8, 8)  # M, K, N
 CALLS = 200
@@ -136,12 +132,4 @@ def by_two_threads(run):
 def first_step(script: str, device: torch.device) -> Implementation:
     """In a process of its own, from after `import torch` to the end of the first step."""
     code = FIRST_STEP.format(script=script.format(device=device.type), device=device.type, threads=torch.get_num_threads())
-
-    def seconds() -> float:
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=RESULTS.parent.parent, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return float(done.stdout)
-
-    return Implementation(seconds, timed="by itself")
+    return Implementation(lambda: float(rows.python("-c", code)), timed="by itself")

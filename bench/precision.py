@@ -9,7 +9,6 @@ import argparse
 import json
 import random
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -194,7 +193,7 @@ def plan_resident() -> Iterator[dict]:
     """The growth of a process, warmed by a small model."""
     wrong = []
     for policy in ("float32", "mixed_bfloat16", "mixed_float16"):
-        done = _python("-c", RESIDENT, policy)
+        done = rows.python("-c", RESIDENT, policy)
         (row,) = mpk.plan(*resident_case(4096), policies=[policy], batch_sizes=[256]).rows
         wrong.append(abs(row.peak - int(done)) / int(done))
     yield figure("the peak beside the growth of a process, cases above 1 GiB, at worst", max(wrong), 0.1, len(wrong))
@@ -202,7 +201,7 @@ def plan_resident() -> Iterator[dict]:
 
 def plan_7b() -> Iterator[dict]:
     """In a process of its own."""
-    seconds, size = json.loads(_python("-c", "from bench.precision import of_7b; of_7b()").splitlines()[-1])
+    seconds, size = json.loads(rows.python("-c", "from bench.precision import of_7b; of_7b()").splitlines()[-1])
     yield figure("a plan of a 7B model: CPU seconds", seconds, 30, 1)
     yield figure("the same: peak of the process, GB", size / 1e9, 2, 1)
 
@@ -221,15 +220,6 @@ def of_7b() -> None:
         lambda: mpk.plan(lambda: transformers.LlamaForCausalLM(config), batch, policies=["mixed_bfloat16"], batch_sizes=[1])
     )
     print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
-
-
-def _python(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=rows.RESULTS.parent.parent, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return done.stdout
 
 
 # ----- rows ---------------------------------------------------------------

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -72,6 +73,14 @@ def run(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
         return ""
+
+
+def python(*arguments: str) -> str:
+    """What Python prints that runs in a process of its own, in this checkout. Raises RuntimeError where it fails."""
+    done = subprocess.run([sys.executable, *arguments], cwd=RESULTS.parents[1], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stdout
 
 
 def _version(module: str) -> str | None:

@@ -48,9 +48,7 @@ def targets(op: Op) -> list:
 
 def force(op: Op, target: tuple[str, str], monkeypatch) -> torch.device:
     """Force the target's backend for `op`; its device."""
-    backend, device = target
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, f"{op.name}={backend}")
-    return torch.device(device)
+    return force_all([op], *target, monkeypatch)
 
 
 def norm_is_in_fp32(grads) -> bool:
