@@ -22,7 +22,7 @@ from mpkernels.ops.linear_act.epilogues import Activation
 from mpkernels.runtime import cache, tuned_table
 from mpkernels.runtime.op import Op
 from mpkernels.runtime.tuned_table import Entry, GemmKey
-from mpkernels.runtime.untouched import fork_rng, run_once
+from mpkernels.runtime.untouched import run_once
 from mpkernels.testing.timing import interleave
 
 SHAPES = {  # M, K, N
@@ -47,9 +47,9 @@ def tune(model: torch.nn.Module, example_inputs: object, *, rounds: int = ROUNDS
     """Tune the GEMMs of one forward and backward of `model`, and return the entries written, by problem.
 
     Those of layers without an activation or with a ReLU: the others are served as without a table.
-    example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments. The forward is a real one: buffers that
-    a forward changes (of batch norm, say) change. Raises RuntimeError under torch.compile and in CUDA graph capture,
-    ValueError for fewer than one round.
+    example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments. Parameters, gradients, buffers and random
+    numbers stay what they were. Raises RuntimeError under torch.compile and in CUDA graph capture, ValueError for fewer than
+    one round.
     """
     _refuse_to_tune(rounds)
     return tune_problems(record(model, example_inputs), rounds=rounds)
@@ -87,7 +87,7 @@ class _Recorder(TorchDispatchMode):
 def record(model: torch.nn.Module, example_inputs) -> dict[tuple[torch.device, GemmKey], int]:
     """The GEMMs of one forward and backward: (device, problem) -> rows."""
     recorder = _Recorder()
-    with fork_rng(model), recorder:
+    with recorder:
         run_once(model, example_inputs)
     return recorder.found
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from mpkernels.runtime import resolve
 from mpkernels.runtime.op import is_dtensor
-from mpkernels.runtime.untouched import run_once, untouched
+from mpkernels.runtime.untouched import run_once
 
 
 @torch._disable_dynamo
@@ -27,7 +27,7 @@ def warmup(model: nn.Module, example_inputs: object) -> None:
         raise RuntimeError("warmup: call it before the capture, not inside")
     if wrapped := [name or type(m).__name__ for name, m in model.named_modules() if _is_wrapped(m)]:
         raise RuntimeError(f"warmup: {wrapped[0]} is distributed already: call it before DDP and fully_shard")
-    with untouched(model), _uncompiled():
+    with _uncompiled():
         run_once(model, example_inputs)
     for device, dtype in {(p.device, p.dtype) for p in model.parameters() if p.requires_grad}:
         for op in resolve.ops.values():

@@ -12,31 +12,29 @@ is_inside = False  # whether `untouched` runs a forward now: no call of training
 
 
 def run_once(model: nn.Module, example_inputs: object) -> None:
-    """One forward and backward, for what they call: no gradient is left. A tensor, a tuple or list of arguments, or a dict of
-    keyword arguments.
+    """One forward and backward, for what they call: no gradient is left, and the model `untouched`.
+
+    example_inputs: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
     """
     args = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
     params = [p for p in model.parameters() if p.requires_grad]
-    with torch.inference_mode(False), torch.enable_grad():
+    with untouched(model), torch.inference_mode(False), torch.enable_grad():
         found = model(**example_inputs) if isinstance(example_inputs, Mapping) else model(*args)
         outputs = [t for t in pytree.tree_leaves(found) if isinstance(t, torch.Tensor) and t.requires_grad]
         if outputs and params:  # not backward(): that adds to .grad, and steps optimizers that live in hooks
             torch.autograd.grad(outputs, params, [torch.zeros_like(t) for t in outputs], allow_unused=True)
 
 
-def fork_rng(model: nn.Module):
-    """`torch.random.fork_rng` of the CPU and the GPUs that `model` is on: asking another GPU would initialise CUDA there."""
-    return torch.random.fork_rng({tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda})
-
-
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Restore buffers, values and objects, and the states of the random number generators."""
     global is_inside
-    was_inside, is_inside = is_inside, True
+    # Not every GPU that there is: to ask one for its state initialises CUDA there.
+    gpus = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     buffers = [(m, name, b, None if b is None else b.clone()) for m in model.modules() for name, b in m._buffers.items()]
+    was_inside, is_inside = is_inside, True
     try:
-        with fork_rng(model):
+        with torch.random.fork_rng(gpus):
             yield
     finally:
         is_inside = was_inside

@@ -218,6 +218,19 @@ def test_tune_records_a_model():
     assert tune.record(model, (x,)).keys() == tune.record(model, {"input": x}).keys() == found.keys()
 
 
+def test_tune_leaves_the_model_as_it_was():
+    """Statistics of a batch norm too; and a watch takes what is recorded for no call of training."""
+    model = mpk.convert(nn.Sequential(nn.Linear(12, 20), nn.BatchNorm1d(20), nn.Linear(20, 4)), "mixed_float16")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with mpk.watch(model) as watch:
+        seen = str(watch.report())
+        assert tune.record(model, torch.randn(3, 12))
+        assert str(watch.report()) == seen
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        model(torch.randn(3, 12))
+        assert str(watch.report()) != seen
+
+
 def test_tune_leaves_activations_that_it_cannot_check():
     assert not tune.record(mpk.MPLinear(12, 20, activation="gelu", policy="mixed_float16"), torch.randn(3, 12))
 
