@@ -140,12 +140,10 @@ def _triton_tiles(gemm: GemmKey, rows: int, device: torch.device) -> list[tuple[
 def candidates_of(problem: GemmKey, device: torch.device, gemms: dict[GemmKey, Entry]) -> list[Candidate]:
     """Every backend of the op; Triton with the tiles of `gemms`. Those that cannot run have their reason."""
     op, compute = op_of(problem), problem[5]
-    found = [Candidate(backend, backend) for backend in op.backends]
-    for candidate in found:
-        candidate.reason = op.why_not(candidate.backend, device, compute)
-        if candidate.backend == "triton":
-            candidate.entries = gemms
-    return found
+    return [
+        Candidate(backend, backend, gemms if backend == "triton" else {}, op.why_not(backend, device, compute))
+        for backend in op.backends
+    ]
 
 
 # ----- one problem ---------------------------------------------------------------
@@ -162,12 +160,12 @@ def tune_problem(problem: GemmKey, rows: int, device: torch.device, rounds: int)
             output_mask = (True, True, True) if problem[0] == "fprop" else (i == 0, i == 1, False)
             options = [Entry("triton", tile) for tile in _triton_tiles(gemm, rows, device)]
             candidates = [Candidate(_name(entry.tile), "triton", {gemm: entry}) for entry in options]
-            winner = _race(problem, inputs, device, candidates, rounds, output_mask)
+            winner = _race(inputs, candidates, rounds, output_mask)
             if winner is not None:
                 chosen |= winner.entries
                 entries[gemm] = _entry(winner, winner.entries[gemm].tile, candidates)
     candidates = candidates_of(problem, device, chosen)
-    winner = _race(problem, inputs, device, candidates, rounds)
+    winner = _race(inputs, candidates, rounds)
     if winner is not None:
         lost = entries.get(problem, {}).get("lost", {})
         entries[problem] = _entry(winner, chosen[problem].tile if problem in chosen else None, candidates)
@@ -187,27 +185,27 @@ def _entry(winner: Candidate, tile: tuple | None, candidates: list[Candidate]) -
     return {"backend": winner.backend, "tile": None if tile is None else dict(tile), "us": round(winner.us, 2), "lost": lost}
 
 
-def _race(problem, inputs, device, candidates, rounds, output_mask=(True, True, True)) -> Candidate | None:
+def _race(inputs, candidates, rounds, output_mask=(True, True, True)) -> Candidate | None:
     """Check, then time; the candidates get their reason or their time. The fastest, None where none is right."""
     runs = {}
     for candidate in candidates:
         if candidate.reason is None:
-            run = _runner(problem, inputs, device, candidate, output_mask)
+            run = _runner(inputs, candidate, output_mask)
             candidate.reason = _reject(run, inputs, output_mask)
             if candidate.reason is None:
                 runs[candidate.name] = run
-    times = interleave(runs, device, rounds)
+    times = interleave(runs, inputs.x.device, rounds)
     for candidate in candidates:
         if candidate.name in times:
             candidate.us = statistics.median(times[candidate.name])
     return min((c for c in candidates if c.us is not None), key=lambda c: c.us, default=None)
 
 
-def _runner(problem, inputs, device, candidate, output_mask) -> Callable[[], tuple]:
-    function, arguments = op_of(problem).function(candidate.backend), inputs.arguments(candidate.backend, output_mask)
+def _runner(inputs, candidate: Candidate, output_mask) -> Callable[[], tuple]:
+    function, arguments = op_of(inputs.problem).function(candidate.backend), inputs.arguments(candidate.backend, output_mask)
 
     def run():
-        with tuned_table.override(device, candidate.entries), torch.no_grad():
+        with tuned_table.override(inputs.x.device, candidate.entries), torch.no_grad():
             return function(*arguments)
 
     return run

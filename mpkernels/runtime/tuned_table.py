@@ -56,7 +56,7 @@ def load(device: torch.device) -> dict[GemmKey, Entry]:
 def entries(device: torch.device) -> dict[str, dict]:
     """What the files say of `device`, as they say it."""
     packaged, own = packaged_file(device), own_file(device)
-    return _entries(packaged, cache.read(packaged)) | _entries(own, _own(device))
+    return _entries(packaged, cache.read(packaged)) | _entries(own, _of_this_machine(own, device))
 
 
 def _entries(path: Path, found: dict) -> dict[str, dict]:
@@ -119,9 +119,9 @@ def own_file(device: torch.device) -> Path:
     return cache.folder() / f"tuned-{_slug(device)}.json"
 
 
-def _own(device: torch.device) -> dict:
-    """The table in the user's cache, if driver and versions still are those that it was made with."""
-    found = cache.read(own_file(device))
+def _of_this_machine(path: Path, device: torch.device) -> dict:
+    """The table in a file, if driver and versions still are those that it was made with."""
+    found = cache.read(path)
     return found if found.get("machine") == cache.machine(device) else {}
 
 
@@ -131,11 +131,9 @@ def _slug(device: torch.device) -> str:
 
 def save(path: Path, device: torch.device, entries: dict[str, dict]) -> bool:
     """Add entries to the table in `path`, or begin it anew where it is another machine's; whether that worked."""
-    found = cache.read(path)
-    machine = cache.machine(device)
-    kept = _entries(path, found) if found.get("machine") == machine else {}
     tables.pop(device, None)
-    return cache.update(path, {"machine": machine, "entries": kept | entries})
+    kept = _entries(path, _of_this_machine(path, device))
+    return cache.update(path, {"machine": cache.machine(device), "entries": kept | entries})
 
 
 @contextlib.contextmanager
