@@ -3,7 +3,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import types
 
@@ -13,11 +12,10 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import __main__ as main
-from bench import implementation, linear_act, measure, overhead, step, training
+from bench import implementation, linear_act, measure, overhead, rows, step, training
 from bench.cases import LinearAct, Overhead, Step, Training
 from bench.implementation import Implementation, Missing, forced, package
 from mpkernels.runtime.resolve import ENVIRONMENT_VARIABLE
-from tests.paths import ROOT
 
 CPU = torch.device("cpu")
 FORWARD, STEP = LinearAct("forward", 37, 100, 29), Step(30_000, 3)
@@ -183,11 +181,9 @@ def test_bench_measures_overhead_in_a_process_of_its_own(monkeypatch, capsys):
 @pytest.mark.sweep
 def test_bench_command():
     """In which what another process runs has to have a name that is not __main__."""
-    command = [sys.executable, "-m", "bench", "--quick", "--case", "overhead/forward", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["implementation"] for row in rows] == ["mpkernels", "torch float16", "torch autocast"]
+    said = rows.python("-m", "bench", "--quick", "--case", "overhead/forward", "--json")
+    found = [json.loads(line)["implementation"] for line in said.splitlines()]
+    assert found == ["mpkernels", "torch float16", "torch autocast"]
 
 
 def test_bench_guards_a_package_only():

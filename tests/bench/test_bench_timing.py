@@ -2,16 +2,13 @@
 """How the benchmark times: ratios, shares of the time, and what it asks of a GPU; implementations say how long they took."""
 
 import itertools
-import subprocess
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import limits, timing
+from bench import limits, rows, timing
 from bench.implementation import Implementation
 
 CPU = timing.Clock(torch.device("cpu"), 1)
@@ -199,6 +196,4 @@ print(freed - before > 60e6, resident() - before < 10e6)
 def test_bench_malloc_keeps_what_a_peer_frees(keep):
     """64 MB that were written and freed stay with the process until the case is over; by default they go at once."""
     code = RESIDENT.format(keep="timing.keep_memory()" if keep else "")
-    root = Path(timing.__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(keep), "True"]
+    assert rows.python("-c", code).split() == [str(keep), "True"]
