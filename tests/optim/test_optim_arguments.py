@@ -79,12 +79,13 @@ def _errors() -> list:
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
 @pytest.mark.parametrize("name, error", _errors())
 def test_errors_of_torch(name, error):
-    """Every input that torch's own suite expects an error of; of a duplicate, of which torch warns, we raise."""
+    """Every input that torch's own suite expects an error or a warning of; of a duplicate, of which torch warns, we raise."""
     given = error.optimizer_error_input
     error_type, message = error.error_type, error.error_regex
     if error_type is UserWarning:
         error_type, message = ValueError, "stands twice"
-    with pytest.raises(error_type, match=message):
+    expected = pytest.warns if issubclass(error_type, Warning) else pytest.raises
+    with expected(error_type, match=message):
         PAIRS[name][0](params() if given.params is None else given.params, **given.kwargs)
 
 

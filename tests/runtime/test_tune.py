@@ -445,6 +445,7 @@ def test_tune_where_the_cache_cannot_be_written(where, monkeypatch, tmp_path, ca
 
 def test_tune_shows_how_far_it_is(monkeypatch, capsys):
     """By a bar, or by lines where tqdm is not installed."""
+    pytest.importorskip("tqdm")
     items = [((CPU, FPROP), 24), ((CPU, BACKWARD), 512)]
     assert list(tune._progress(items)) == items
     assert "tune: 100%" in capsys.readouterr().err
