@@ -8,7 +8,7 @@ import torch
 
 from mpkernels.ops.common.cast import cast
 from mpkernels.optim.distributed import is_dtensor, local
-from mpkernels.runtime.fake import addresses, copy_
+from mpkernels.runtime.fake import copy_
 
 
 def pairs(state: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -21,25 +21,6 @@ def take_over(master: torch.Tensor, parameter: torch.Tensor) -> None:
     """What was written to the parameter becomes the master's; where the parameter is the master rounded, it stays."""
     master, parameter = local(master), local(parameter)
     copy_(master, torch.where(cast(master, parameter.dtype) == parameter, master, parameter))
-
-
-def stamps(state: dict) -> dict[int, tuple]:
-    """By id, version and address of each parameter that has a master."""
-    return {id(p): _stamp(p) for p, _ in pairs(state)}
-
-
-def _stamp(parameter: torch.Tensor) -> tuple:
-    """As `StepPlan.stamps` has it. The address: `p.data = ...`, as vector_to_parameters writes, moves no version."""
-    shard = local(parameter)
-    version = (shard._version, parameter._version) if is_dtensor(parameter) else parameter._version
-    return version, *addresses([shard])
-
-
-def take_over_written(state: dict, known: dict[int, tuple]) -> None:
-    """Take over each parameter whose stamp is not the known one."""
-    for parameter, master in pairs(state):
-        if is_dtensor(parameter) or known.get(id(parameter)) != _stamp(parameter):
-            take_over(master, parameter)
 
 
 def in_state_dict(model: torch.nn.Module, state: dict) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import profiler
 from torch.optim import optimizer as torchs
 
-from mpkernels.optim import distributed, hyperparameters, step_plan
+from mpkernels.optim import distributed, external_writes, hyperparameters
 from mpkernels.optim.format_checks import check_gradient, check_not_shared, check_parameter, name_of, names_of
 from mpkernels.optim.grad_reading import GradReader, LastRead, Unscaling, scalar
 from mpkernels.optim.stateful import StatefulOptimizer
@@ -70,7 +70,7 @@ def _hooked(step):
     @functools.wraps(step)
     def wrapper(self, *args, **kwargs):
         hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or torchs._global_optimizer_pre_hooks
-        after, ours = torchs._global_optimizer_post_hooks, step_plan.hook  # which is for other optimizers
+        after, ours = torchs._global_optimizer_post_hooks, external_writes.hook  # which is for other optimizers
         others = len(after) > (ours is not None and ours.id in after)
         is_watched = hooks or others or profiler._is_profiler_enabled or args or kwargs  # a closure may register hooks
         return (wrapped if is_watched else step)(self, *args, **kwargs)
@@ -179,7 +179,8 @@ class Optimizer(StatefulOptimizer):
         for lists, call in calls:
             self._op.run_checked(call)
             move_versions(lists.written)
-        plan.record_writes()
+        self._writes.record()
+        plan.stamp_copies()
         self.steps_called += 1
         self._reader.drop_clip()
         for unscaling in unscalings:
@@ -235,8 +236,6 @@ class Optimizer(StatefulOptimizer):
         if plan is None or not plan.is_current(self.state, values):
             plan = self._make_plan(signature)
         else:
-            if plan is not plans.plans[0]:
-                plans.use(plan)
             if plan.values_generation != values.generation:
                 plan.take_options(values, groups, self._options, self._moments)
             if plan.dtensors:
@@ -250,7 +249,8 @@ class Optimizer(StatefulOptimizer):
                 plan.rebuild_grads(grads, self._op)
             elif not plan.has_memory():  # it may be only that a tensor has no elements
                 self._check_formats(plan.ranks)
-        plan.sync_external_writes()
+        self._writes.take_over(plan)
+        plan.refresh_copies()
         return plan
 
     def _make_plan(self, signature: Signature) -> StepPlan:
@@ -265,8 +265,10 @@ class Optimizer(StatefulOptimizer):
                 if parameter.grad is not None:
                     self._init_state(group, parameter, name_of(group, i))
         self._dtypes.record(self.state)
-        plan = StepPlan(signature, self.state, self._values, ranks, self)
+        external_writes.watch_other_optimizers(self)
+        plan = StepPlan(signature, self.state, self._values, ranks)
         self._plans.add(plan)
+        self._writes.forget(plan.params, self.state)
         plan.take_options(self._values, self.param_groups, self._options, self._moments)
         plan.rebuild_grads(list(map(plan.local, grads)), self._op)
         return plan

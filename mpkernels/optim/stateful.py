@@ -10,6 +10,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from mpkernels.optim import checkpoint, hyperparameters, master_weights
+from mpkernels.optim.external_writes import ExternalWrites
 from mpkernels.optim.format_checks import check_parameter, name_of, names_of, takes_another_grad_dtype
 from mpkernels.optim.state import ParameterDtypes, ParameterState
 from mpkernels.optim.step_plan import PlanCache
@@ -40,7 +41,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Start without anything that is tied to these Parameter objects: at construction, and in a copy."""
         self._kept = ParameterState(self.master_dtype, self.state_dtype, self._moments, self._optional, self._default_step)
-        self._plans, self._dtypes = PlanCache(), ParameterDtypes()
+        self._plans, self._dtypes, self._writes = PlanCache(), ParameterDtypes(), ExternalWrites({})
         self._is_swapped = False  # inside master_weights
 
     @torch.no_grad()
@@ -111,17 +112,12 @@ class StatefulOptimizer(torch.optim.Optimizer):
         They were written without moving their versions, and the next step would undo that: `sync_masters_`. Waits for the
         device. Of DTensors each rank looks at what it holds.
         """
-        self._take_over_visible_writes()
+        self._writes.take_over_for_readers(self.state)
         rounded = [(p, p, master) for p, master in master_weights.pairs(self.state)]
         rounded += [(c.weight, c.tensor, c.weight) for c in self._plans.compute_copies() if c.is_fresh()]
         strayed = master_weights.strays((narrow, wide) for _, narrow, wide in rounded)
         found = {id(p) for (p, _, _), stray in zip(rounded, strayed, strict=True) if stray}
         return [name for key, name in names_of(self.param_groups).items() if key in found]
-
-    def _take_over_visible_writes(self) -> None:
-        """To be called before masters are read: what moved a version or an address since our last write."""
-        self._plans.save_stamps()
-        master_weights.take_over_written(self.state, self._plans.stamps)
 
     @contextlib.contextmanager
     def master_weights(self) -> Iterator[None]:
@@ -152,7 +148,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         What was written to a parameter so that torch sees it, as `model.load_state_dict` does, is taken over first; what
         is read from `state[p]["master"]` itself is as of the last step.
         """
-        self._take_over_visible_writes()
+        self._writes.take_over_for_readers(self.state)
         return master_weights.in_state_dict(model, self.state)
 
     # ----- checkpoints --------------------------------------------------------------------------
@@ -160,7 +156,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's, all live; 16-bit parameters have a `master` besides, up to date with what torch sees written to them."""
         with torch.no_grad():
-            self._take_over_visible_writes()
+            self._writes.take_over_for_readers(self.state)
         return super().state_dict()
 
     @torch.no_grad()
@@ -183,8 +179,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self.state.clear()
         self.state.update(loaded)
         # The weights may be loaded after this: masters that were read meanwhile must not be those of the weights before.
-        self._plans = PlanCache()
-        self._plans.stamps = master_weights.stamps(self.state)
+        self._plans, self._writes = PlanCache(), ExternalWrites(self.state)
         self._dtypes.record(self.state)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)

@@ -5,29 +5,24 @@ What a step asks of a tensor is asked of a whole list at once: Python's time per
 A plan is made for one `Signature`: it matches that of a step or not, it `is_current` or is rebuilt, as a whole.
 """
 
-import weakref
 from itertools import chain, compress, repeat, starmap, zip_longest
 from operator import attrgetter, is_, is_not, itemgetter
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mpkernels.ops.common.cast import cast
 from mpkernels.ops.common.layout import same_formats
-from mpkernels.optim import distributed, hyperparameters, master_weights
+from mpkernels.optim import distributed, hyperparameters
 from mpkernels.optim.state import ParameterState
 from mpkernels.optim.update_lists import readings, update_lists
 from mpkernels.runtime import compute_copy
 from mpkernels.runtime.fake import addresses, any_fake
 from mpkernels.runtime.op import Op
 
-_optimizers: weakref.WeakSet = weakref.WeakSet()  # that have a plan
-hook = None  # of torch, while there is a plan or was one
 _NEVER_SEEN = object()
 MAX_PLANS = 8  # of steps that find other parameters with a gradient, as experts and dropped layers alternate
 
-_version, _grad, _is_placed = attrgetter("_version"), attrgetter("grad"), attrgetter("grads.placed")
-_params_of = itemgetter("params")
+_grad, _is_placed, _params_of = attrgetter("grad"), attrgetter("grads.placed"), itemgetter("params")
 
 
 class GroupValues:
@@ -109,26 +104,23 @@ class Signature:
 
 
 class StepPlan:
-    """The lists of a step, with their addresses and versions.
+    """The lists of a step, with their addresses.
 
-    signature: what it is for. state: the optimizer's, with all that these parameters need. versions: of the parameters after
-    our last write, None before it. values_generation: of the hyperparameters that were taken.
+    signature: what it is for. state: the optimizer's, with all that these parameters need. values_generation: of the
+    hyperparameters that were taken.
     """
 
-    def __init__(self, signature: Signature, state: dict, values: GroupValues, ranks: distributed.Ranks, optimizer):
+    def __init__(self, signature: Signature, state: dict, values: GroupValues, ranks: distributed.Ranks):
         self.signature, self.ranks, self.dtensors = signature, ranks, ranks.dtensors
         signature.grads = []  # a plan keeps no gradients
         self.params = list(compress(signature.params, signature.present))
         self.moments, self.values_generation = values.moments, None
         self._copies_generation = compute_copy.generation
-        self.versions: list | None = None
         self.entries = [state[p] for p in self.params]
         self._state = list(state), list(state.values())
         self.local_params = list(map(self.local, self.params))
         self.has_master = [i for i, entry in enumerate(self.entries) if "master" in entry]
-        self._always_taken_over = [i for i in self.has_master if self._may_be_written_unseen(self.params[i])]
         claimed = self._claim_copies()
-        _watch_other_optimizers(optimizer)
         self.updates = update_lists(self)
         self.readings = readings(self)
         shared = {id(update.grads) for update in self.updates}
@@ -144,11 +136,6 @@ class StepPlan:
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         return distributed.local(tensor) if self.dtensors else tensor
-
-    @staticmethod
-    def _may_be_written_unseen(parameter: torch.Tensor) -> bool:
-        """NOTE: what `state_dict()` hands out of a DTensor has a version counter of its own."""
-        return distributed.is_dtensor(parameter) or compute_copy.is_shared(parameter)
 
     def _claim_copies(self) -> dict[int, compute_copy.ComputeCopy]:
         """What the op writes, and the 16-bit copies: the parameter of a master, or what layers ask for, which is returned."""
@@ -241,95 +228,41 @@ class StepPlan:
         """Whether no gradient lies at address 0, as what was freed does; what has no elements does too."""
         return all(map(_is_placed, self.updates))
 
-    # ----- what was written by others --------------------------------------------------------
+    # ----- compute copies ---------------------------------------------------------------------
 
-    def sync_external_writes(self) -> None:
-        """Take over what others wrote since our last step: a skipped one must not leave a copy behind its weight."""
-        if self.has_master:
-            versions = self._find_versions()
-            for i in self._externally_written(versions):
-                master_weights.take_over(self.masters[i], self.local_params[i])
-            self.versions = versions
+    def refresh_copies(self) -> None:
+        """Take over what others wrote to the weights: a skipped step must not leave a copy behind its weight."""
         for copy, weight, address in self._copied:
             if copy.stamp != (weight._version, address):
-                copy.write(cast(copy.weight, copy.tensor.dtype))
+                copy.write(cast(weight, copy.tensor.dtype))
 
-    def record_writes(self) -> None:
-        """To be called after the update."""
-        if self.has_master:
-            self.versions = self._find_versions()
+    def stamp_copies(self) -> None:
+        """To be called after the update: `compute_copy.stamp` of weights whose addresses are known."""
         for copy, weight, address in self._copied:
-            copy.stamp = weight._version, address  # `compute_copy.stamp` of a weight whose address is known
-
-    def _find_versions(self) -> list:
-        """What changes when a parameter, or what this rank holds of it, is written visibly."""
-        versions = list(map(_version, self.local_params))
-        return list(zip(versions, map(_version, self.params), strict=True)) if self.dtensors else versions
-
-    def _externally_written(self, versions: list) -> list[int]:
-        """Places of parameters with a master that may have been written since our last write."""
-        if self.versions is None:
-            return self.has_master
-        if versions == self.versions:
-            return self._always_taken_over
-        unseen, old = set(self._always_taken_over), self.versions
-        return [i for i in self.has_master if versions[i] != old[i] or i in unseen]
-
-    def stamps(self) -> dict[int, tuple]:
-        """By id, version and address of each parameter after our last write; the state's addresses come behind."""
-        return dict(zip(map(id, self.params), zip(self.versions or (), self._addresses, strict=False), strict=False))
-
-
-def _watch_other_optimizers(optimizer: torch.optim.Optimizer) -> None:
-    """NOTE: torch offers a hook for the steps of all optimizers or of one that is known."""
-    global hook
-    hook = hook or register_optimizer_step_post_hook(_after_any_step)
-    _optimizers.add(optimizer)
-
-
-def _after_any_step(optimizer, args, kwargs) -> None:
-    """torch's fused optimizers, and those that write through `.data`, move no version: move it for parameters of ours."""
-    if optimizer in _optimizers:  # ours do move it
-        return
-    watched = {id(p) for ours in _optimizers for group in ours.param_groups for p in group["params"]}
-    if watched and (written := [p for group in optimizer.param_groups for p in group["params"] if id(p) in watched]):
-        torch.autograd.graph.increment_version(written)
+            copy.stamp = weight._version, address
 
 
 class PlanCache:
-    """The plans of an optimizer, the last used first.
-
-    stamps: by id, version and address of the parameters of these plans after our last write.
-    """
+    """The plans of an optimizer, the last used first."""
 
     def __init__(self):
         self.plans: list[StepPlan] = []
-        self.stamps: dict[int, tuple] = {}
 
     def find(self, signature: Signature) -> StepPlan | None:
+        """The plan of such a step, which comes first then, or None."""
         for plan in self.plans:
             if plan.signature.matches(signature):
+                if plan is not self.plans[0]:
+                    self.plans.remove(plan)
+                    self.plans.insert(0, plan)
                 return plan
         return None
 
-    def use(self, plan: StepPlan) -> None:
-        """Put `plan` first. What was written meanwhile under other plans is not external to it."""
-        self.save_stamps()
-        plan.versions = [self.stamps.get(id(p), (None,))[0] for p in plan.params]
-        self.plans.remove(plan)
-        self.plans.insert(0, plan)
-
     def add(self, plan: StepPlan) -> None:
-        self.save_stamps()
+        """Put `plan` first, in place of one for the same steps; those of other parameters go."""
         params = list(map(id, plan.signature.params))
         others = (p for p in self.plans if not p.signature.matches(plan.signature))
         self.plans = [plan, *(p for p in others if list(map(id, p.signature.params)) == params)][:MAX_PLANS]
-        known = {id(p) for some in self.plans for p in some.params}
-        self.stamps = {key: stamp for key, stamp in self.stamps.items() if key in known}
-
-    def save_stamps(self) -> None:
-        for plan in self.plans[:1]:
-            self.stamps.update(plan.stamps())
 
     def release_grads(self) -> None:
         for plan in self.plans[:1]:

@@ -187,7 +187,7 @@ def test_plans_of_replaced_parameters_do_not_pile_up():
         params[0] = optimizer.param_groups[0]["params"][0] = nn.Parameter(params[0].detach().clone())
         optimizer.state[params[0]] = state
     assert len(optimizer._plans.plans) == 1
-    assert len(optimizer._plans.stamps) <= len(params)
+    assert len(optimizer._writes._stamps) <= len(params)
     assert len(optimizer._dtypes._recorded) <= len(params)
 
 

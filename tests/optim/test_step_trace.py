@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import optimizer as torchs
 
 import mpkernels as mpk
-from mpkernels.optim import step_plan
+from mpkernels.optim import external_writes
 from mpkernels.runtime.op import Op
 from tests.call_trace import trace
 
@@ -59,7 +59,7 @@ def test_profiler_sees_the_ranges_of_torchs_optimizers(set_to_none):
 @pytest.mark.parametrize("is_first", [True, False])
 def test_hooks_of_steps_run_once(register, is_first, monkeypatch):
     if is_first:  # of all optimizers of the process: nothing of ours is registered yet
-        monkeypatch.setattr(step_plan, "hook", None)
+        monkeypatch.setattr(external_writes, "hook", None)
         monkeypatch.setattr(torchs, "_global_optimizer_post_hooks", OrderedDict())
     parameter, ran = nn.Parameter(torch.zeros(3)), []
     optimizer = mpk.optim.AdamW([parameter])
