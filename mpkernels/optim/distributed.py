@@ -65,14 +65,10 @@ class Ranks:
         self._plain = LOCAL if process_group is None else None
         self.many = any(m.shard_groups or m.replicate_groups for m in self._meshes.values())
 
-    def parts(self, params: list[torch.Tensor]) -> dict:
-        """`params` by what their squares are summed over: a mesh, None (the process group), LOCAL or UNCOUNTED."""
-        result: dict = {}
-        for parameter in params:
-            result.setdefault(self._part(parameter), []).append(parameter)
-        return result
-
-    def _part(self, parameter: torch.Tensor):
+    def part_of(self, parameter: torch.Tensor):
+        """What the squares of its gradient are summed over: a mesh, None (the process group), LOCAL or UNCOUNTED."""
+        if not self.many:
+            return LOCAL
         if not is_dtensor(parameter):
             return self._plain
         mesh, is_first = parameter.device_mesh, self._meshes[parameter.device_mesh].is_first

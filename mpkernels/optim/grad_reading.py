@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from mpkernels.ops import grad_stats
 from mpkernels.ops.common.layout import overlaps
 from mpkernels.ops.common.multi_tensor import inv_scale, skip_flag
-from mpkernels.optim.distributed import LOCAL, local, norm_of, squares_of
+from mpkernels.optim.distributed import local, norm_of, squares_of
 from mpkernels.optim.step_plan import StepPlan
 from mpkernels.runtime.fake import copy_
 from mpkernels.runtime.op import Op
@@ -64,36 +64,21 @@ class GradReader:
 
         spare: `stats` of a read that nothing is told of any more.
         """
-        if plan.ranks.many:
-            self._read_on_ranks(plan, grad_scale, norm)
-        else:
-            self.stats, spare = {}, spare or {}
-            for r in plan.readings:
-                self.stats[r.device] = read_list(r.device, r.params, r.grads, grad_scale, norm, spare.get(r.device))
-            if len(self.stats) > 1:
-                combine_devices(list(self.stats.values()))
-        if norm and self.stats:
-            self.norm = next(iter(self.stats.values())).grad_norm
-
-    def _read_on_ranks(self, plan: StepPlan, grad_scale: torch.Tensor | None, norm: bool) -> None:
-        """A rank without gradients joins in with none."""
-        by_device = {r.device: r.params for r in plan.readings} or {plan.signature.params[0].device: []}
-        first_device, squares = next(iter(by_device)), {}
-        self.stats = {}
-        for device, params in by_device.items():
-            parts = plan.ranks.parts(params) if norm and params else {LOCAL: params}
-            reads = {
-                part: read_list(device, members, [plan.local(p.grad) for p in members], grad_scale, norm)
-                for part, members in parts.items()
-            }
-            self.stats[device] = _joined(list(reads.values()))
-            for part, stats in reads.items() if norm else ():
-                square = squares_of(stats.grad_norm.to(first_device, non_blocking=True))
-                squares[part] = squares[part] + square if part in squares else square
+        self.stats, spare, squares = {}, spare or {}, {}
+        for r in plan.readings:
+            stats = read_list(r.device, r.params, r.grads, grad_scale, norm, spare.get(r.device))
+            if norm and plan.ranks.many:
+                square = squares_of(stats.grad_norm.to(plan.readings[0].device, non_blocking=True))
+                squares[r.part] = squares[r.part] + square if r.part in squares else square
+            before = self.stats.get(r.device)
+            self.stats[r.device] = stats if before is None else _joined(before, stats)
         if len(self.stats) > 1:
             combine_devices(list(self.stats.values()))
-        first = self.stats[first_device]
-        first.found_inf, first.grad_norm = plan.ranks.agree(first.found_inf, squares if norm else None)
+        if plan.ranks.many:
+            first = self.stats[plan.readings[0].device]
+            first.found_inf, first.grad_norm = plan.ranks.agree(first.found_inf, squares if norm else None)
+        if norm and self.stats:
+            self.norm = next(iter(self.stats.values())).grad_norm
 
     def read_for_step(
         self, plan: StepPlan, grad_scale: torch.Tensor | None, max_norm: float | None, *, check: bool
@@ -226,17 +211,15 @@ def scalar(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | 
     return tensor.reshape(()) if tensor.dim() else tensor
 
 
-def _joined(reads: list[GradStats]) -> GradStats:
-    """What several reads on one device found."""
-    if len(reads) == 1:
-        return reads[0]
+def _joined(first: GradStats, second: GradStats) -> GradStats:
+    """What two reads on one device found; their norms are the caller's."""
     return GradStats(
-        params=[p for read in reads for p in read.params],
-        found_inf=torch.stack([read.found_inf for read in reads]).amax(),
-        amax=torch.cat([read.amax for read in reads]),
-        nonfinite=torch.cat([read.nonfinite for read in reads]),
-        grad_norm=reads[0].grad_norm,
-        grad_scale=reads[0].grad_scale,
+        params=first.params + second.params,
+        found_inf=torch.maximum(first.found_inf, second.found_inf),
+        amax=torch.cat([first.amax, second.amax]),
+        nonfinite=torch.cat([first.nonfinite, second.nonfinite]),
+        grad_norm=first.grad_norm,
+        grad_scale=first.grad_scale,
     )
 
 

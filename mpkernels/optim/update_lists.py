@@ -48,10 +48,14 @@ class UpdateLists:
 
 
 class Reading:
-    """The gradients of one device in the order of the parameters, which decides the bits of their norm."""
+    """The gradients of one device in the order of the parameters, which decides the bits of their norm.
 
-    def __init__(self, plan, device: torch.device, indices: list[int]):
-        self.device, self.indices, self.params = device, indices, [plan.params[i] for i in indices]
+    part: over which ranks their squares are summed, see `distributed.Ranks.part_of`.
+    """
+
+    def __init__(self, plan, device: torch.device, part, indices: list[int]):
+        self.device, self.part, self.indices = device, part, indices
+        self.params = [plan.params[i] for i in indices]
         same = (lists.grads for lists in plan.updates if lists.indices == indices)
         self.grads = next(same, Tensors([]))  # usually those of the only update
 
@@ -65,8 +69,10 @@ def update_lists(plan) -> list[UpdateLists]:
 
 
 def readings(plan) -> list[Reading]:
-    """By device."""
-    indices: dict[torch.device, list[int]] = {}
+    """By device and part of the norm. A rank without gradients joins the others in with none."""
+    indices: dict[tuple, list[int]] = {}
     for i, parameter in enumerate(plan.params):
-        indices.setdefault(parameter.device, []).append(i)
-    return [Reading(plan, device, members) for device, members in indices.items()]
+        indices.setdefault((parameter.device, plan.ranks.part_of(parameter)), []).append(i)
+    if plan.ranks.many and not indices:
+        indices[plan.signature.params[0].device, distributed.LOCAL] = []
+    return [Reading(plan, device, part, members) for (device, part), members in indices.items()]
