@@ -225,7 +225,7 @@ class Optimizer(StatefulOptimizer):
         return result
 
     def _current_plan(self) -> StepPlan:
-        """The plan of a step that finds these gradients; state is made where it is missing, external writes are taken over."""
+        """The plan of a step that finds these gradients; external writes are taken over."""
         if self._is_swapped:
             self._refuse_while_swapped("a scaler's unscale_ or clip_grad_norm_")
         groups, values, plans = self.param_groups, self._values, self._plans
@@ -233,33 +233,25 @@ class Optimizer(StatefulOptimizer):
             values.look(groups)
         signature = Signature(groups, values.partition)
         plan = plans.find(signature)
-        if plan is None or not plan.is_current(self.state, values):
-            plan = self._make_plan(signature)
-        else:
-            if plan.values_generation != values.generation:
-                plan.take_options(values, groups, self._options, self._moments)
-            if plan.dtensors:
-                signature.redistribute_grads()
-                self._check_formats(plan.ranks)
-            grads = signature.with_gradient()[1]
-            if plan.dtensors:
-                grads = list(map(distributed.local, grads))
-            if not plan.rebind(grads):
-                self._check_formats(plan.ranks)
-                plan.rebuild_grads(grads, self._op)
-            elif not plan.has_memory():  # it may be only that a tensor has no elements
-                self._check_formats(plan.ranks)
+        is_current = plan is not None and plan.is_current(self.state, values)
+        ranks = plan.ranks if is_current else distributed.Ranks(signature.params, self.process_group)
+        grads = signature.local_grads(ranks.dtensors)
+        is_bound = is_current and plan.rebind(grads)
+        if not is_bound or ranks.dtensors or not plan.has_memory():  # or it may be only that a tensor has no elements
+            self._check_formats(ranks)
+        if not is_current:
+            plan = self._make_plan(signature, ranks)
+        if plan.values_generation != values.generation:
+            plan.take_options(values, groups, self._options, self._moments)
+        if not is_bound:
+            plan.rebuild_grads(grads, self._op)
         self._writes.take_over(plan)
         plan.refresh_copies()
         return plan
 
-    def _make_plan(self, signature: Signature) -> StepPlan:
-        ranks = distributed.Ranks(signature.params, self.process_group)
-        if ranks.dtensors:
-            signature.redistribute_grads()
-        self._check_formats(ranks)
-        params, grads = signature.with_gradient()
-        check_not_shared(params, self.param_groups)
+    def _make_plan(self, signature: Signature, ranks: distributed.Ranks) -> StepPlan:
+        """State is made where it is missing."""
+        check_not_shared(signature.params_with_gradient(), self.param_groups)
         for group in self.param_groups:
             for i, parameter in enumerate(group["params"]):
                 if parameter.grad is not None:
@@ -269,8 +261,6 @@ class Optimizer(StatefulOptimizer):
         plan = StepPlan(signature, self.state, self._values, ranks)
         self._plans.add(plan)
         self._writes.forget(plan.params, self.state)
-        plan.take_options(self._values, self.param_groups, self._options, self._moments)
-        plan.rebuild_grads(list(map(plan.local, grads)), self._op)
         return plan
 
     def _check_formats(self, ranks: distributed.Ranks) -> None:

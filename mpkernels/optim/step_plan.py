@@ -74,23 +74,23 @@ class Signature:
         self.params = list(chain.from_iterable(map(_params_of, param_groups)))
         self.grads = list(map(_grad, self.params))
         self.present = list(map(is_not, self.grads, repeat(None)))
-        self.all_present = all(self.present)
         self.sizes = list(map(len, map(_params_of, param_groups)))
         self.partition = partition
-
-    def redistribute_grads(self) -> None:
-        """Lay the gradients of DTensors out as the parameters lie: a collective where they do not."""
-        distributed.redistribute_grads(self.params)
-        self.grads = list(map(_grad, self.params))
 
     def matches(self, other: "Signature") -> bool:
         same = self.present == other.present and self.sizes == other.sizes and self.partition == other.partition
         return same and all(map(is_, self.params, other.params))
 
-    def with_gradient(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        if self.all_present:
-            return self.params, self.grads
-        return list(compress(self.params, self.present)), list(compress(self.grads, self.present))
+    def local_grads(self, dtensors: bool) -> list[torch.Tensor]:
+        """The gradients; of DTensors what this rank holds, laid out as the parameters lie: a collective where they do not."""
+        grads = self.grads
+        if dtensors:
+            distributed.redistribute_grads(self.params)
+            grads = map(distributed.local, map(_grad, self.params))
+        return list(compress(grads, self.present))
+
+    def params_with_gradient(self) -> list[torch.Tensor]:
+        return list(compress(self.params, self.present))
 
     def groups_with_gradient(self) -> list[int]:
         """The index of its group, for each parameter with a gradient."""
@@ -108,7 +108,7 @@ class StepPlan:
     def __init__(self, signature: Signature, state: dict, values: GroupValues, ranks: distributed.Ranks):
         self.signature, self.ranks, self.dtensors = signature, ranks, ranks.dtensors
         signature.grads = []  # a plan keeps no gradients
-        self.params = list(compress(signature.params, signature.present))
+        self.params = signature.params_with_gradient()
         self.moments, self.values_generation = values.moments, None
         self._copies_generation = compute_copy.generation
         self.entries = [state[p] for p in self.params]
