@@ -114,38 +114,28 @@ class StepPlan:
         self.entries = [state[p] for p in self.params]
         self._state = list(state), list(state.values())
         self.local_params = list(map(self.local, self.params))
-        self.has_master = [i for i, entry in enumerate(self.entries) if "master" in entry]
-        claimed = self._claim_copies()
+        mastered = [entry for entry in self.entries if "master" in entry]
+        self.compute_copies = self._claim_copies()
         self.updates = update_lists(self)
         self.readings = readings(self)
         shared = {id(update.grads) for update in self.updates}
         self._grad_lists = [*self.updates, *(reading for reading in self.readings if id(reading.grads) not in shared)]
         self._owners = [(itemgetter(name), lists.entries) for lists in self.updates for name in ("step", *lists.moments)]
-        self._owners.append((itemgetter("master"), [self.entries[i] for i in self.has_master]))
+        self._owners.append((itemgetter("master"), mastered))
         self._state_tensors = list(self._find_state_tensors())
         self._placed = [*self.local_params, *self._state_tensors]
         self._is_fake = any_fake(self.local_params)
         self._addresses = self._find_addresses()
-        self._copied = [(copy, self.params[i], self._addresses[i]) for i, copy in claimed.items()]
+        self._weight_addresses = addresses(copy.weight for copy in self.compute_copies)
         self._params_match, self._grads_match = same_formats(self.local_params), None
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         return distributed.local(tensor) if self.dtensors else tensor
 
-    def _claim_copies(self) -> dict[int, compute_copy.ComputeCopy]:
-        """What the op writes, and the 16-bit copies: the parameter of a master, or what layers ask for, which is returned."""
-        claimed = compute_copy.claim(self.params)
-        self.compute_copies = list(claimed.values())
-        self.masters, self.copies = list(self.local_params), [self._no_copy(p) for p in self.params]
-        for i, copy in claimed.items():
-            self.copies[i] = copy.tensor
-        for i in self.has_master:
-            self.masters[i], self.copies[i] = self.local(self.entries[i]["master"]), self.local_params[i]
-        return claimed
-
-    @staticmethod
-    def _no_copy(parameter: torch.Tensor) -> torch.Tensor:
-        return torch.empty(0, dtype=torch.float16, device=parameter.device)
+    def _claim_copies(self) -> list[compute_copy.ComputeCopy]:
+        """What layers ask for. The op writes one copy of a master: where that is the parameter itself, there is no other."""
+        rows = zip(self.params, self.entries, strict=True)
+        return list(compute_copy.claim([p for p, entry in rows if "master" not in entry]).values())
 
     # ----- whether it is still what it was ---------------------------------------------------
 
@@ -227,14 +217,14 @@ class StepPlan:
 
     def refresh_copies(self) -> None:
         """Take over what others wrote to the weights: a skipped step must not leave a copy behind its weight."""
-        for copy, weight, address in self._copied:
-            if copy.stamp != (weight._version, address):
-                copy.write(cast(weight, copy.tensor.dtype))
+        for copy, address in zip(self.compute_copies, self._weight_addresses, strict=True):
+            if copy.stamp != (copy.weight._version, address):
+                copy.write(cast(copy.weight, copy.tensor.dtype))
 
     def stamp_copies(self) -> None:
         """To be called after the update: `compute_copy.stamp` of weights whose addresses are known."""
-        for copy, weight, address in self._copied:
-            copy.stamp = weight._version, address
+        for copy, address in zip(self.compute_copies, self._weight_addresses, strict=True):
+            copy.stamp = copy.weight._version, address
 
 
 class PlanCache:

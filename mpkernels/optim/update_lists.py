@@ -20,8 +20,12 @@ class UpdateLists:
         self.group, self.indices, self.moments = group, indices, moments
         pick = list if len(indices) == len(plan.params) else lambda tensors: [tensors[i] for i in indices]
         self.device = plan.params[indices[0]].device
-        self.entries = pick(plan.entries)
-        self.masters, self.copies = Tensors(pick(plan.masters)), Tensors(pick(plan.copies))
+        params, self.entries = pick(plan.local_params), pick(plan.entries)
+        rows = list(zip(params, self.entries, strict=True))
+        self.masters = Tensors(plan.local(entry.get("master", parameter)) for parameter, entry in rows)
+        copies = {id(copy.weight): copy.tensor for copy in plan.compute_copies}
+        none = torch.empty(0, dtype=torch.float16, device=self.device)
+        self.copies = Tensors(p if "master" in entry else copies.get(id(p), none) for p, entry in rows)
         self.states = {name: Tensors(plan.local(entry[name]) for entry in self.entries) for name in moments}
         self.steps = Tensors(entry["step"] for entry in self.entries)
         self.grads = Tensors([])  # inside a step; of DTensors what this rank holds

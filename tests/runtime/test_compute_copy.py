@@ -2,6 +2,7 @@
 """Tests of compute copies: which layers have one, when it holds, and that no layer ever reads a stale one."""
 
 import copy
+import functools
 import gc
 import weakref
 
@@ -42,6 +43,16 @@ def check_fresh(layer):
     expected, got = plain(x), layer(x)
     assert torch.equal(got, expected)
     assert torch.equal(*(torch.autograd.grad(out.sum(), x)[0] for out in (got, expected)))
+
+
+@pytest.mark.parametrize("make", [mpk.optim.AdamW, mpk.optim.SGD])
+def test_no_copy_of_a_weight_that_has_a_master(make):
+    """The op writes one copy of a master, here the fp32 weight: another would stay as it was."""
+    layer, optimizer = layer_and_optimizer(make=functools.partial(make, master_dtype=torch.float64))
+    for _ in range(3):
+        check_fresh(layer)
+        train(layer, optimizer)
+    assert copy_of(layer) is None
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "mixed_float32", "param=float64,compute=float16"])
