@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import mpkernels as mpk
-from tests.amp.scaling import give_grads, iteration, parameters
+from tests.amp.scaling import give_grads, iteration
+from tests.optimizers import parameters
 
 
 def warned(events: str, scaler=None, after_each=lambda i: None) -> list[int]:

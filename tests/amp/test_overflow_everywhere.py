@@ -11,10 +11,10 @@ from torch import nn
 
 import mpkernels as mpk
 from mpkernels.runtime.resolve import ENVIRONMENT_VARIABLE
-from tests.steps import BAD_VALUES, compute_copies, raw
+from tests.optimizers import OURS, everything
+from tests.steps import BAD_VALUES, DTYPES, compute_copies, raw
 
-OURS = {"AdamW": mpk.optim.AdamW, "SGD": lambda p, **o: mpk.optim.SGD(p, momentum=0.9, **o)}
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+names = pytest.mark.parametrize("name", ["AdamW", "SGD"])
 SHORT = (1, 2, 7, 31, 64, 129, 257, 638, 0, 2049)  # tails of every vector width and block, of every dtype
 # The native CPU kernels split at multiples of these: vectors, blocks of the update, blocks of the sums, runs of a thread.
 EDGES = (16, 128, 2048, 16384)
@@ -47,10 +47,8 @@ class Training:
         self.scaler.update()
 
     def everything(self) -> list[bytes]:
-        states = [t for p in self.params for _, t in sorted(self.optimizer.state[p].items())]
-        copies = compute_copies(self.optimizer)
-        assert copies, "the layer's compute copy must be watched"
-        return raw([*self.params, *(p.grad for p in self.params), *states, *copies])
+        assert compute_copies(self.optimizer), "the layer's compute copy must be watched"
+        return [*everything(self.optimizer), *raw(p.grad for p in self.params)]
 
 
 def poison(training: Training, positions: np.ndarray, bad_values=BAD_VALUES) -> None:
@@ -93,7 +91,7 @@ def backend(request, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"max_norm": 1.0}], ids=["plain", "clipped"])
-@pytest.mark.parametrize("name", OURS)
+@names
 def test_overflow_at_every_edge_leaves_state_bitwise(backend, name, options):
     training = Training(name, **options)
     positions = edges(training)
@@ -106,7 +104,7 @@ def test_overflow_at_every_edge_leaves_state_bitwise(backend, name, options):
 # 11 is odd, so that a tenth of the positions has every place in a vector.
 @pytest.mark.parametrize("apart", [pytest.param(11, marks=pytest.mark.sweep), pytest.param(1, marks=pytest.mark.release)])
 @pytest.mark.parametrize("bad", BAD_VALUES)
-@pytest.mark.parametrize("name", OURS)
+@names
 def test_overflow_at_every_position_leaves_state_bitwise(monkeypatch, name, bad, apart):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "native")
     training, positions = Training(name), np.arange(0, TOTAL, apart)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import mpkernels as mpk
-from tests.amp.scaling import give_grads, iteration, parameters
+from tests.amp.scaling import give_grads, iteration
+from tests.optimizers import parameters
 
 # ----- the scale ----------------------------------------------------------------------
 

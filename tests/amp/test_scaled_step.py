@@ -10,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpkernels as mpk
-from tests.amp.scaling import OURS, everything, give_grads, iteration, parameters
+from tests.amp.scaling import give_grads, iteration
+from tests.optimizers import OURS, everything, parameters
 from tests.steps import BAD_VALUES, raw
 
 

@@ -2,7 +2,6 @@
 """state_dict of GradScaler: copies, both ways with torch's, and a bad one that loads nothing."""
 
 import copy
-import io
 import math
 import pickle
 
@@ -11,7 +10,8 @@ import pytest
 import torch
 
 import mpkernels as mpk
-from tests.amp.scaling import iteration, parameters
+from tests.amp.scaling import iteration
+from tests.optimizers import parameters, through_a_file
 
 
 def worn_scaler() -> mpk.GradScaler:
@@ -32,10 +32,7 @@ WORN = {
 def test_state_dict_ours_to_ours():
     scaler = worn_scaler()
     assert scaler.state_dict() == WORN
-    file = io.BytesIO()
-    torch.save(scaler.state_dict(), file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=True)
+    loaded = through_a_file(scaler.state_dict())
     for fresh in (mpk.GradScaler(hysteresis=3), worn_scaler()):
         fresh.load_state_dict(loaded)
         assert fresh.state_dict() == WORN

@@ -10,7 +10,8 @@ from torch import nn
 
 import mpkernels as mpk
 from tests import bounds
-from tests.amp.scaling import everything, give_grads, iteration, parameters
+from tests.amp.scaling import give_grads, iteration
+from tests.optimizers import everything, parameters
 from tests.steps import raw
 
 

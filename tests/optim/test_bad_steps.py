@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import mpkernels as mpk
-from tests.optim.optimizers import DTYPES, OURS, ours, parameters, set_grads, state_bytes, train
-from tests.steps import BAD_SCALES, raw
+from tests.optimizers import OURS, everything, ours, parameters, set_grads, train
+from tests.steps import BAD_SCALES, DTYPES, raw
 
 GOOD = nn.Parameter(torch.ones(3))
 COMPLEX = torch.ones(3, dtype=torch.complex64)
@@ -61,7 +61,7 @@ BAD_NUMBERS = (-1.0, math.nan, math.inf)
         (mpk.optim.SGD, {"nesterov": True}, "Nesterov momentum requires a momentum and zero dampening"),
         (mpk.optim.SGD, {"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "Nesterov momentum requires"),
         (mpk.optim.AdamW, {"master_dtype": torch.float16}, "master_dtype must be torch.float32 or .*got torch.float16"),
-        *((mpk.optim.AdamW, {"max_norm": v}, f"Invalid max_norm: {v}") for v in (0.0, -1.0, math.nan)),
+        *((mpk.optim.AdamW, {"max_norm": v}, "Invalid max_norm: ") for v in (0.0, -1.0, math.nan, "1", [1.0], 1j)),
     ],
 )
 def test_bad_hyperparameters(make, options, message):
@@ -187,11 +187,11 @@ def test_bad_steps_write_nothing(name, spoil, message):
     train(params, optimizer, 1)
     set_grads(params, 1)
     spoil(params, optimizer)
-    before = state_bytes(optimizer)
+    before = everything(optimizer)
     for _ in range(2):
         with pytest.raises((RuntimeError, ValueError), match=message):
             optimizer.step()
-        assert state_bytes(optimizer) == before
+        assert everything(optimizer) == before
 
 
 @pytest.mark.parametrize("steps", [0, 3])
@@ -227,17 +227,17 @@ def test_bad_value_of_grad_scale_is_an_overflow(name, master, scale):
     optimizer = OURS[name](params, master_dtype=master)
     train(params, optimizer, 1)
     set_grads(params, 1)
-    before = state_bytes(optimizer)
+    before = everything(optimizer)
     optimizer.grad_scale = torch.tensor(scale)
     optimizer.step()
-    assert state_bytes(optimizer) == before
+    assert everything(optimizer) == before
     optimizer.grad_scale = None
     optimizer.found_inf = torch.tensor(math.nan)  # not 0: a skip
     optimizer.step()
-    assert state_bytes(optimizer) == before
+    assert everything(optimizer) == before
     optimizer.found_inf = None
     optimizer.step()
-    assert state_bytes(optimizer) != before
+    assert everything(optimizer) != before
 
 
 def test_parameters_beside_each_other_in_one_storage():
@@ -255,10 +255,10 @@ def test_parameter_moved_to_another_device():
     params = parameters(torch.float32)
     optimizer = mpk.optim.AdamW(params)
     train(params, optimizer)
-    before = state_bytes(optimizer)
+    before = everything(optimizer)
     with pytest.raises(RuntimeError, match="incompatible tensor type"):  # torch's own
         params[0].data = torch.ones(5, device="meta")
-    assert state_bytes(optimizer) == before
+    assert everything(optimizer) == before
 
 
 def test_step_inside_backward_without_a_scaler():

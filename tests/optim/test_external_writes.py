@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import mpkernels as mpk
-from tests.optim.optimizers import parameters, set_grads, train
+from tests.optimizers import parameters, set_grads, train
 
 
 def half_trained(dtype=torch.float16):

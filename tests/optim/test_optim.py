@@ -16,8 +16,8 @@ from torch import nn
 import mpkernels as mpk
 from mpkernels.ops.common.cast import cast
 from tests import bounds
-from tests.optim.optimizers import DTYPES, OURS, PAIRS, POLICIES, ours, pairs, parameters, set_grads, state_bytes, train
-from tests.steps import norm_is_in_fp32, raw
+from tests.optimizers import OURS, PAIRS, POLICIES, everything, ours, pairs, parameters, set_grads, train
+from tests.steps import DTYPES, norm_is_in_fp32, raw
 
 # ----- the step ----------------------------------------------------------------------
 
@@ -251,7 +251,7 @@ def test_hyperparameters_may_be_written_in_place():
         else:
             first["betas"], first["lr"] = [0.5, 0.999], torch.tensor(0.01)
         train(params, optimizer, 2, 2)
-        runs.append(state_bytes(optimizer))
+        runs.append(everything(optimizer))
     assert runs[0] == runs[1]
 
 
@@ -337,10 +337,10 @@ def test_skip_nonfinite(name, poison):
     params = parameters(*DTYPES)
     optimizer = OURS[name](params, lr=0.1, skip_nonfinite=True)
     train(params, optimizer, 2)
-    before = state_bytes(optimizer)
+    before = everything(optimizer)
     params[1].grad[2] = poison
     optimizer.step()
-    assert state_bytes(optimizer) == before
+    assert everything(optimizer) == before
     plain = OURS[name](parameters(torch.float32), lr=0.1)
     (parameter,) = plain.param_groups[0]["params"]
     parameter.grad = torch.full_like(parameter, poison)

@@ -13,15 +13,8 @@ from torch import nn
 
 import mpkernels as mpk
 from tests import bounds
-from tests.optim.optimizers import DTYPES, OURS, PAIRS, ours, pairs, parameters, state_bytes, train
-from tests.steps import raw
-
-
-def through_a_file(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+from tests.optimizers import OURS, PAIRS, everything, ours, pairs, parameters, through_a_file, train
+from tests.steps import DTYPES, raw
 
 
 @ours
@@ -39,7 +32,7 @@ def test_resume_is_bitwise(name, order):
     for action in actions[:: 1 if order == "optimizer first" else -1]:
         action()
     train(resumed, again, first=3)
-    assert state_bytes(again) == state_bytes(optimizer)
+    assert everything(again) == everything(optimizer)
 
 
 @torch.no_grad()
@@ -114,7 +107,7 @@ def test_resume_after_a_switch_is_bitwise(switch, steps):
         train(params, optimizer, 1, 4)
         optimizer.param_groups[0].update({key: before[key] for key in after})
         train(params, optimizer, 1, 5)
-        runs.append(state_bytes(optimizer))
+        runs.append(everything(optimizer))
     assert runs[0] == runs[1]
 
 
@@ -186,7 +179,7 @@ def test_bad_checkpoint_file(spoil, capsys):
     params = parameters(torch.float16, torch.float32)
     optimizer = mpk.optim.AdamW(params)
     train(params, optimizer)
-    before, file, state = state_bytes(optimizer), io.BytesIO(), optimizer.state_dict()
+    before, file, state = everything(optimizer), io.BytesIO(), optimizer.state_dict()
     if spoil == "payload":
         state = _changed(state, exp_avg=_Payload())
     torch.save(state, file)
@@ -199,7 +192,7 @@ def test_bad_checkpoint_file(spoil, capsys):
     with pytest.raises((RuntimeError, pickle.UnpicklingError, EOFError)):
         optimizer.load_state_dict(torch.load(io.BytesIO(data), weights_only=True))
     assert capsys.readouterr().out == ""
-    assert state_bytes(optimizer) == before
+    assert everything(optimizer) == before
     train(params, optimizer, first=3)
 
 
@@ -250,10 +243,10 @@ def test_bad_state_dict_loads_nothing(change, message):
     params = parameters(torch.float16, torch.float32)
     optimizer = mpk.optim.AdamW(zip("ab", params, strict=True))
     train(params, optimizer)
-    before, groups = state_bytes(optimizer), copy.deepcopy([{**g, "params": None} for g in optimizer.param_groups])
+    before, groups = everything(optimizer), copy.deepcopy([{**g, "params": None} for g in optimizer.param_groups])
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(change(optimizer.state_dict()))
-    assert state_bytes(optimizer) == before
+    assert everything(optimizer) == before
     assert [{**g, "params": None} for g in optimizer.param_groups] == groups
     train(params, optimizer, first=3)
 
@@ -279,5 +272,5 @@ def test_copies_of_the_optimizer(name, renew):
     assert (twin.max_norm, twin.master_dtype) == (2.0, torch.float64)
     for group, owner in ((params, optimizer), (twins, twin)):
         train(group, owner, first=3)
-    assert state_bytes(twin) == state_bytes(optimizer)
+    assert everything(twin) == everything(optimizer)
     assert twins[0] is not params[0]

@@ -9,6 +9,7 @@ from torch import nn
 
 import mpkernels as mpk
 from mpkernels.optim import master_weights
+from tests.optimizers import everything, parameters, train
 from tests.steps import raw
 
 OPTIMIZERS = {
@@ -26,23 +27,6 @@ def make(name, params):
     return cls(params, **options)
 
 
-def parameters(dtype) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(4, 3, generator=generator).to(dtype)) for _ in range(3)]
-
-
-def train(params, optimizer, first=0, steps=2):
-    for t in range(first, first + steps):
-        for i, parameter in enumerate(params):
-            generator = torch.Generator().manual_seed(10 * t + i)
-            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-        optimizer.step()
-
-
-def everything(params, optimizer):
-    return raw([*params, *(t for p in params for _, t in sorted(optimizer.state[p].items()))])
-
-
 def as_made_anew(name, params, optimizer) -> list[bytes]:
     """What two steps make of copies of these parameters in an optimizer that is made and loaded now."""
     twins = [nn.Parameter(p.detach().clone()) for p in params]
@@ -52,8 +36,8 @@ def as_made_anew(name, params, optimizer) -> list[bytes]:
         if "master" in entry and entry["master"].shape != params[i].shape:
             del entry["master"]
     twin.load_state_dict({"state": state, "param_groups": twin.state_dict()["param_groups"]})
-    train(twins, twin, 2)
-    return everything(twins, twin)
+    train(twins, twin, first=3)
+    return everything(twin)
 
 
 def grown(tensor: torch.Tensor) -> torch.Tensor:
@@ -71,7 +55,7 @@ def pruned(tensor: torch.Tensor) -> torch.Tensor:
 @every_optimizer
 def test_replaced_parameter_with_its_state(name, dtype, resize, state_first, master_too):
     """As densifying and pruning in Gaussian splatting do; a master of the old shape starts from the parameter."""
-    params = parameters(dtype)
+    params = parameters(*[dtype] * 3)
     optimizer = make(name, params)
     train(params, optimizer)
     old = params[1]
@@ -85,8 +69,8 @@ def test_replaced_parameter_with_its_state(name, dtype, resize, state_first, mas
     optimizer.param_groups[0]["params"][1] = new
     optimizer.state[new] = state
     expected = as_made_anew(name, params, optimizer)
-    train(params, optimizer, 2)
-    assert everything(params, optimizer) == expected
+    train(params, optimizer, first=3)
+    assert everything(optimizer) == expected
     assert ("master" in optimizer.state[new]) == (dtype == torch.float16)
     assert old not in optimizer.state
 
@@ -97,7 +81,7 @@ def test_replaced_parameter_with_its_state(name, dtype, resize, state_first, mas
 @every_optimizer
 def test_replaced_parameter_without_state(name, dtype, stepped, whole_list):
     """As sharding a model after its optimizer was made does."""
-    params = parameters(dtype)
+    params = parameters(*[dtype] * 3)
     optimizer = make(name, params)
     if stepped:
         train(params, optimizer)
@@ -108,25 +92,25 @@ def test_replaced_parameter_without_state(name, dtype, stepped, whole_list):
     else:
         optimizer.param_groups[0]["params"][0] = params[0]
     expected = as_made_anew(name, params, optimizer)
-    train(params, optimizer, 2)
-    assert everything(params, optimizer) == expected
+    train(params, optimizer, first=3)
+    assert everything(optimizer) == expected
 
 
 @every_optimizer
 def test_state_that_changes_hands(name):
-    params = parameters(torch.float32)
+    params = parameters(*[torch.float32] * 3)
     optimizer = make(name, params)
     train(params, optimizer)
     state = optimizer.state
     state[params[0]], state[params[1]] = state[params[1]], state[params[0]]
     expected = as_made_anew(name, params, optimizer)
-    train(params, optimizer, 2)
-    assert everything(params, optimizer) == expected
+    train(params, optimizer, first=3)
+    assert everything(optimizer) == expected
 
 
 @pytest.mark.parametrize("replaced", [False, True])
 def test_state_of_another_shape_is_refused_by_name(replaced):
-    params = parameters(torch.float32)
+    params = parameters(*[torch.float32] * 3)
     optimizer = mpk.optim.AdamW(list(zip("abc", params, strict=True)))
     train(params, optimizer)
     if replaced:
@@ -136,7 +120,7 @@ def test_state_of_another_shape_is_refused_by_name(replaced):
     else:
         params[1].data = torch.ones(7)
     before = raw(params)
-    with pytest.raises(RuntimeError, match=r"parameter 1 \(b\) changed shape .* exp_avg has \(4, 3\), .* \(7,\): resize .*pop"):
+    with pytest.raises(RuntimeError, match=r"parameter 1 \(b\) changed shape .* exp_avg has \(5,\), .* \(7,\): resize .*pop"):
         train(params, optimizer, 2)
     assert raw(params) == before
     optimizer.state.pop(params[1])
@@ -154,7 +138,7 @@ def test_state_of_another_shape_is_refused_by_name(replaced):
     ],
 )
 def test_cast_after_state_was_made_is_refused_by_name(of, to):
-    params = parameters(of)
+    params = parameters(*[of] * 3)
     optimizer = mpk.optim.SGD(list(zip("abc", params, strict=True)), lr=0.1)
     train(params, optimizer)
     params[1].grad, params[1].data = None, params[1].data.to(to)
@@ -169,20 +153,20 @@ def test_cast_after_state_was_made_is_refused_by_name(of, to):
 
 
 def test_cast_before_state_was_made():
-    params = parameters(torch.float32)
+    params = parameters(*[torch.float32] * 3)
     optimizer = mpk.optim.AdamW(params)
     for parameter in params:
         parameter.data = parameter.data.half()
     expected = as_made_anew("AdamW", params, optimizer := make("AdamW", params))
-    train(params, optimizer, 2)
-    assert everything(params, optimizer) == expected
+    train(params, optimizer, first=3)
+    assert everything(optimizer) == expected
 
 
 def test_plans_of_replaced_parameters_do_not_pile_up():
-    params = parameters(torch.float16)
+    params = parameters(*[torch.float16] * 3)
     optimizer = mpk.optim.AdamW(params)
     for t in range(20):
-        train(params, optimizer, t, 1)
+        train(params, optimizer, 1, t)
         state = optimizer.state.pop(params[0])
         params[0] = optimizer.param_groups[0]["params"][0] = nn.Parameter(params[0].detach().clone())
         optimizer.state[params[0]] = state
@@ -194,7 +178,7 @@ def test_plans_of_replaced_parameters_do_not_pile_up():
 @every_dtype
 def test_steps_of_alternating_sets_are_those_of_single_optimizers(dtype):
     """Bit for bit, with writes of others in between, for more sets than there are plans."""
-    params, alone = parameters(dtype), parameters(dtype)
+    params, alone = parameters(*[dtype] * 3), parameters(*[dtype] * 3)
     optimizer, singles = make("AdamW", params), [make("AdamW", [p]) for p in alone]
     for t in range(40):
         present = [i for i in range(3) if (t * 5 // 3 >> i) & 1]
@@ -215,7 +199,7 @@ def test_steps_of_alternating_sets_are_those_of_single_optimizers(dtype):
 
 def test_sets_that_take_turns_are_not_taken_for_written_by_others(monkeypatch):
     """What one plan has written is not external to the next."""
-    params, taken_over = parameters(torch.float16), []
+    params, taken_over = parameters(*[torch.float16] * 3), []
     optimizer = mpk.optim.AdamW(params)
     take_over = master_weights.take_over
     monkeypatch.setattr(master_weights, "take_over", lambda *args: taken_over.append(1) or take_over(*args))
@@ -237,7 +221,7 @@ def test_groups_of_equal_hyperparameters_are_one_call(monkeypatch):
     for t, count in enumerate((2, 2, 3, 3)):
         if t == 2:
             optimizer.param_groups[3]["lr"] = apart[3].param_groups[0]["lr"] = 0.5
-        train(params, optimizer, t, 1)
+        train(params, optimizer, 1, t)
         assert len(optimizer._plans.plans[0].updates) == count
         for i, (p, single) in enumerate(zip(twins, apart, strict=True)):
             p.grad = params[i].grad.clone()

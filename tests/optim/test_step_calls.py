@@ -13,8 +13,8 @@ import mpkernels as mpk
 from mpkernels.ops.common import layout
 from mpkernels.runtime import native
 from tests import bounds
-from tests.optim.optimizers import DTYPES, PAIRS, pairs, parameters, train
-from tests.steps import raw
+from tests.optimizers import PAIRS, pairs, parameters, train
+from tests.steps import DTYPES, raw
 
 
 class Calls:

@@ -11,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import mpkernels as mpk
 from mpkernels.runtime.resolve import ENVIRONMENT_VARIABLE
+from tests.optimizers import everything
 from tests.steps import compute_copies, raw
 
 MAKE = {
@@ -69,10 +70,8 @@ class Training:
             self.end()
 
     def everything(self) -> list:
-        states = [t for p in self.params for _, t in sorted(self.optimizer.state[p].items())]
-        copies = compute_copies(self.optimizer)
-        assert copies
-        return [*raw([*self.params, *states, *copies]), self.scaler.get_scale(), self.scaler.skipped_steps.item()]
+        assert compute_copies(self.optimizer)
+        return [*everything(self.optimizer), self.scaler.get_scale(), self.scaler.skipped_steps.item()]
 
 
 class Failing:

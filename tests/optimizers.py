@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizers that their tests share, beside torch's, with parameters and gradients that every dtype holds."""
+"""The optimizers that tests share, beside torch's, with parameters and gradients that every dtype holds."""
+
+import io
 
 import pytest
 import torch
 from torch import nn
 
 import mpkernels as mpk
-from tests.steps import raw
+from tests.steps import compute_copies, raw
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 POLICIES = ("float64", "float32", "mixed_float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16")
 PAIRS = {  # ours and torch's, with the arguments of both
     "adamw": (mpk.optim.AdamW, torch.optim.AdamW, {"lr": 0.01}),
@@ -48,6 +49,16 @@ def train(params, optimizer, steps=3, first=0):
         optimizer.step()
 
 
-def state_bytes(optimizer) -> list[bytes]:
+def everything(optimizer) -> list[bytes]:
+    """Bytes of parameters, masters, moments, step counts and compute copies."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return raw([*params, *(t for p in params for _, t in sorted(optimizer.state[p].items()))])
+    states = [t for p in params for _, t in sorted(optimizer.state.get(p, {}).items())]
+    return raw([*params, *states, *compute_copies(optimizer)])
+
+
+def through_a_file(value):
+    """Saved and loaded again, as by torch without code."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
