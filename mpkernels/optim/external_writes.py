@@ -30,32 +30,31 @@ class ExternalWrites:
         params = (parameter for parameter, _ in master_weights.pairs(state))
         self._stamps = {id(p): compute_copy.stamp(p) for p in params if not _may_be_written_unseen(p)}
         self._plan: StepPlan | None = None  # of the last step, and what is known of its parameters, in its order
-        self._pairs, self._params, self._versions, self._addresses = [], [], [], []
+        self._params, self._versions, self._addresses = [], [], []
 
     def _close(self) -> None:
         """Keep what is known by id, as other plans and readers ask for it."""
         self._stamps.update(zip(map(id, self._params), zip(self._versions, self._addresses, strict=True), strict=True))
-        self._plan, self._pairs, self._params, self._versions, self._addresses = None, [], [], [], []
+        self._plan, self._params, self._versions, self._addresses = None, [], [], []
 
     def _open(self, plan: StepPlan) -> None:
         self._close()
-        rows = zip(plan.params, plan.entries, strict=True)
-        self._plan, self._pairs = plan, [(p, entry["master"]) for p, entry in rows if "master" in entry]
-        self._params = [parameter for parameter, _ in self._pairs]
+        self._plan, self._params = plan, [parameter for parameter, _ in plan.with_master]
         self._versions = [self._stamps.get(id(p), (None,))[0] for p in self._params]
         self._addresses = addresses(map(local, self._params))
         self._are_unseen = list(map(_may_be_written_unseen, self._params))
+        self._any_unseen = any(self._are_unseen)
 
     def take_over(self, plan: StepPlan) -> None:
         """Before the masters of `plan` are written."""
         if plan is not self._plan:
             self._open(plan)
         versions = list(map(_version, self._params))
-        if versions != self._versions or any(self._are_unseen):
-            rows = zip(self._pairs, versions, self._versions, self._are_unseen, strict=True)
-            for (parameter, master), now, known, is_unseen in rows:
+        if versions != self._versions or self._any_unseen:
+            rows = zip(plan.with_master, versions, self._versions, self._are_unseen, strict=True)
+            for (parameter, state), now, known, is_unseen in rows:
                 if now != known or is_unseen:
-                    master_weights.take_over(master, parameter)
+                    master_weights.take_over(state["master"], parameter)
         self._versions = versions
 
     def record(self) -> None:

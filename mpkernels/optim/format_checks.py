@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a parameter and its gradient must be to be stepped, and how messages name them."""
 
+from collections.abc import Iterator
 from itertools import pairwise, zip_longest
 
 import torch
@@ -23,6 +24,14 @@ def names_of(param_groups: list[dict]) -> dict[int, str]:
     """id -> name if the optimizer was made from named parameters, else index over all groups and shape."""
     named = [(p, name) for g in param_groups for p, name in zip_longest(g["params"], g.get("param_names", ()))]
     return {id(p): name or f"parameter {i} {_shape_of(p)}" for i, (p, name) in enumerate(named)}
+
+
+def with_gradient(param_groups: list[dict]) -> Iterator[tuple[dict, torch.Tensor, str]]:
+    """(group, parameter, name) of each that has one; what is lazy, or frozen, may be anything."""
+    for group in param_groups:
+        for i, parameter in enumerate(group["params"]):
+            if parameter.grad is not None:
+                yield group, parameter, name_of(group, i)
 
 
 def _shape_of(parameter: torch.Tensor) -> str:

@@ -10,7 +10,7 @@ from torch.autograd import profiler
 from torch.optim import optimizer as torchs
 
 from mpkernels.optim import distributed, external_writes, hyperparameters
-from mpkernels.optim.format_checks import check_gradient, check_not_shared, check_parameter, name_of, names_of
+from mpkernels.optim.format_checks import check_gradient, check_not_shared, check_parameter, names_of, with_gradient
 from mpkernels.optim.grad_reading import GradReader, LastRead, Unscaling, scalar
 from mpkernels.optim.stateful import StatefulOptimizer
 from mpkernels.optim.step_plan import GroupValues, Signature, StepPlan
@@ -179,7 +179,8 @@ class Optimizer(StatefulOptimizer):
         for lists, call in calls:
             self._op.run_checked(call)
             move_versions(lists.written)
-        self._writes.record()
+        if plan.with_master:
+            self._writes.record()
         plan.stamp_copies()
         self.steps_called += 1
         self._reader.drop_clip()
@@ -226,8 +227,6 @@ class Optimizer(StatefulOptimizer):
 
     def _current_plan(self) -> StepPlan:
         """The plan of a step that finds these gradients; external writes are taken over."""
-        if self._is_swapped:
-            self._refuse_while_swapped("a scaler's unscale_ or clip_grad_norm_")
         groups, values, plans = self.param_groups, self._values, self._plans
         if not values.is_current(groups):
             values.look(groups)
@@ -245,17 +244,16 @@ class Optimizer(StatefulOptimizer):
             plan.take_options(values, groups, self._options, self._moments)
         if not is_bound:
             plan.rebuild_grads(grads, self._op)
-        self._writes.take_over(plan)
+        if plan.with_master:
+            self._writes.take_over(plan)
         plan.refresh_copies()
         return plan
 
     def _make_plan(self, signature: Signature, ranks: distributed.Ranks) -> StepPlan:
         """State is made where it is missing."""
         check_not_shared(signature.params_with_gradient(), self.param_groups)
-        for group in self.param_groups:
-            for i, parameter in enumerate(group["params"]):
-                if parameter.grad is not None:
-                    self._init_state(group, parameter, name_of(group, i))
+        for group, parameter, name in with_gradient(self.param_groups):
+            self._init_state(group, parameter, name)
         self._dtypes.record(self.state)
         external_writes.watch_other_optimizers(self)
         plan = StepPlan(signature, self.state, self._values, ranks)
@@ -265,13 +263,10 @@ class Optimizer(StatefulOptimizer):
 
     def _check_formats(self, ranks: distributed.Ranks) -> None:
         """Raise RuntimeError for a parameter or gradient that is not what it should be."""
-        for group in self.param_groups:
-            for i, parameter in enumerate(group["params"]):
-                if parameter.grad is not None:  # a lazy one has no shape then
-                    name = name_of(group, i)
-                    check_parameter(parameter, name, self._kept, RuntimeError)
-                    self._dtypes.check(parameter, self.state.get(parameter), name)
-                    check_gradient(parameter, parameter.grad, name, self._kept, ranks.dtensors)
+        for _, parameter, name in with_gradient(self.param_groups):
+            check_parameter(parameter, name, self._kept, RuntimeError)
+            self._dtypes.check(parameter, self.state.get(parameter), name)
+            check_gradient(parameter, parameter.grad, name, self._kept, ranks.dtensors)
 
     # ----- what GradScaler calls ----------------------------------------------------------------
 
@@ -297,6 +292,7 @@ class Optimizer(StatefulOptimizer):
     @torch.no_grad()
     def _unscale_grads(self, grad_scale: torch.Tensor) -> dict[torch.device, torch.Tensor]:
         """Divide the gradients by `grad_scale`; found_inf by device. 16-bit ones become fp32: nothing is rounded or lost."""
+        self._refuse_while_swapped("a scaler's unscale_")
         plan = self._current_plan()
         self._reader.unscale(plan, grad_scale, self._op)
         self._plans.release_grads()
@@ -305,6 +301,7 @@ class Optimizer(StatefulOptimizer):
     @torch.no_grad()
     def _clip_at_next_step(self, grad_scale: Scalar, max_norm: float) -> torch.Tensor | None:
         """Read the gradients now and clip them to max_norm in the next step; the norm, or None without gradients."""
+        self._refuse_while_swapped("a scaler's clip_grad_norm_")
         plan = self._current_plan()
         self._reader.clip_at_next_step(plan, self._times_preset(grad_scale), max_norm)
         self._plans.release_grads()

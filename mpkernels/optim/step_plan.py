@@ -114,19 +114,19 @@ class StepPlan:
         self.entries = [state[p] for p in self.params]
         self._state = list(state), list(state.values())
         self.local_params = list(map(self.local, self.params))
-        mastered = [entry for entry in self.entries if "master" in entry]
+        self.with_master = [(p, entry) for p, entry in zip(self.params, self.entries, strict=True) if "master" in entry]
         self.compute_copies = self._claim_copies()
         self.updates = update_lists(self)
         self.readings = readings(self)
         shared = {id(update.grads) for update in self.updates}
         self._grad_lists = [*self.updates, *(reading for reading in self.readings if id(reading.grads) not in shared)]
         self._owners = [(itemgetter(name), lists.entries) for lists in self.updates for name in ("step", *lists.moments)]
-        self._owners.append((itemgetter("master"), mastered))
+        self._owners.append((itemgetter("master"), [entry for _, entry in self.with_master]))
         self._state_tensors = list(self._find_state_tensors())
         self._placed = [*self.local_params, *self._state_tensors]
         self._is_fake = any_fake(self.local_params)
         self._addresses = self._find_addresses()
-        self._weight_addresses = addresses(copy.weight for copy in self.compute_copies)
+        self._copied = list(zip(self.compute_copies, addresses(c.weight for c in self.compute_copies), strict=True))
         self._params_match, self._grads_match = same_formats(self.local_params), None
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -217,13 +217,13 @@ class StepPlan:
 
     def refresh_copies(self) -> None:
         """Take over what others wrote to the weights: a skipped step must not leave a copy behind its weight."""
-        for copy, address in zip(self.compute_copies, self._weight_addresses, strict=True):
+        for copy, address in self._copied:
             if copy.stamp != (copy.weight._version, address):
                 copy.write(cast(copy.weight, copy.tensor.dtype))
 
     def stamp_copies(self) -> None:
         """To be called after the update: `compute_copy.stamp` of weights whose addresses are known."""
-        for copy, address in zip(self.compute_copies, self._weight_addresses, strict=True):
+        for copy, address in self._copied:
             copy.stamp = copy.weight._version, address
 
 
