@@ -64,7 +64,7 @@ def _lists(lengths, dtypes, i: int, memory, random):
     return put(memory, masters), put(memory, grads), put(memory, copies)
 
 
-def _wide(tensors) -> np.ndarray:
+def wide(tensors) -> np.ndarray:
     """In fp64, or wider where they are fp64 themselves."""
     flat = torch.cat([tensor.flatten() for tensor in tensors]).double().numpy(force=True)
     return flat.astype(np.longdouble) if tensors[0].dtype == f64 else flat
@@ -73,15 +73,13 @@ def _wide(tensors) -> np.ndarray:
 def _check_state(got, exact, magnitude, nearest: bool, arithmetic: torch.dtype) -> None:
     """A moment: rounded once where it is bf16."""
     if got[0].dtype == bf16:
-        bounds.check_moment(_wide(got), exact, magnitude, nearest, arithmetic)
+        bounds.check_moment(wide(got), exact, magnitude, nearest, arithmetic)
     else:
-        bounds.check_stepped(_wide(got), exact, magnitude, arithmetic)
+        bounds.check_stepped(wide(got), exact, magnitude + bounds.least_subnormal(arithmetic), arithmetic)
 
 
 def _case(name, lengths, dtypes, ending, i, check: Callable, states: tuple[bool | None, ...], options: dict) -> Case:
-    """check(options, w, g, states, after): AssertionError where a step is wrong. states: whether the values of each list are
-    squares, None where it is empty. options: the op's numbers, in their order.
-    """
+    """states: whether the values of each list are squares, None where it is empty. options: the numbers of the op, in order."""
     arguments = functools.partial(_arguments, lengths, dtypes, ending, i, states, options)
     checked = functools.partial(_check, ending, check, len(states), options)
     return Case(name, arguments, checked, (0, *range(2, 4 + len(states))))
@@ -102,27 +100,33 @@ def _check(ending, check, count, options, before, after, results, device) -> Non
         for a, b in zip(before, after, strict=True):
             assert not isinstance(a, list) or all(map(torch.equal, a, b)), "a skipped step wrote"
         return
-    w, g, *states = (_wide(tensors) if tensors else None for tensors in before[: 2 + count])
-    check(options, w, g * _factor(ending), states, after)
+    w, g, *states = (wide(tensors) if tensors else None for tensors in before[: 2 + count])
+    check({"lr": LR, **options}, w, g * _factor(ending), states, after)
     for master, copy in zip(after[0], after[2 + count], strict=True):
         assert not copy.numel() or torch.equal(copy, cast(master, copy.dtype)), "a copy is not its master rounded"
     assert all(step.item() == STEP + 1 for step in after[3 + count]), "a step was not counted"
 
 
+# ----- the rules ---------------------------------------------------------------
+#
+# check(options, w, g, states, after): AssertionError where the step after STEP others is wrong. w, g, states: `wide` before it,
+# g unscaled and clipped, None for an empty list. after: masters, gradients and states.
+
+
 def adamw(few: bool, full: bool) -> Iterator[Case]:
     for *variant, i in _update_variants(few):
         options = ADAM | {"decoupled": i % 3 != 2, "maximize": i % 3 == 1}
-        yield _case(*variant, i, _check_adamw, (False, True, True if i % 2 else None), options)
+        yield _case(*variant, i, check_adamw, (False, True, True if i % 2 else None), options)
 
 
-def _check_adamw(options, w, g, states, after) -> None:
+def check_adamw(options, w, g, states, after) -> None:
     m, v, vmax = states
-    exact = reference.adamw(w, g, m, v, vmax, STEP + 1, lr=LR, **options)
-    size = np.abs(g) + (0 if options["decoupled"] else ADAM["weight_decay"] * np.abs(w))
-    root = np.sqrt(exact[2] if vmax is None else exact[3]) / math.sqrt(1 - ADAM["beta2"] ** (STEP + 1)) + ADAM["eps"]
-    moved = LR / (1 - ADAM["beta1"] ** (STEP + 1)) * (np.abs(m) + size) / root
+    exact = reference.adamw(w, g, m, v, vmax, STEP + 1, **options)
+    size = np.abs(g) + (0 if options["decoupled"] else options["weight_decay"] * np.abs(w))
+    root = np.sqrt(exact[2] if vmax is None else exact[3]) / math.sqrt(1 - options["beta2"] ** (STEP + 1)) + options["eps"]
+    moved = options["lr"] / (1 - options["beta1"] ** (STEP + 1)) * (np.abs(m) + size) / root
     arithmetic = after[0][0].dtype
-    bounds.check_stepped(_wide(after[0]), exact[0], np.abs(w) + moved, arithmetic)
+    bounds.check_stepped(wide(after[0]), exact[0], np.abs(w) + moved, arithmetic)
     _check_state(after[2], exact[1], np.abs(m) + size, True, arithmetic)
     _check_state(after[3], exact[2], v + size**2, False, arithmetic)
     if vmax is not None:
@@ -134,14 +138,14 @@ def sgd(few: bool, full: bool) -> Iterator[Case]:
         momentum = 0.9 if i % 3 != 2 else 0.0
         dampening, nesterov = 0.0 if i % 2 or not momentum else 0.25, bool(i % 2 and momentum)
         options = dict(momentum=momentum, dampening=dampening, weight_decay=ADAM["weight_decay"], nesterov=nesterov)
-        yield _case(*variant, i, _check_sgd, (False if momentum else None,), options | {"maximize": i % 3 == 1})
+        yield _case(*variant, i, check_sgd, (False if momentum else None,), options | {"maximize": i % 3 == 1})
 
 
-def _check_sgd(options, w, g, states, after) -> None:
+def check_sgd(options, w, g, states, after) -> None:
     (buffer,), arithmetic = states, after[0][0].dtype
-    exact = reference.sgd(w, g, buffer, STEP + 1, lr=LR, **options)
+    exact = reference.sgd(w, g, buffer, STEP + 1, **options)
     size = np.abs(g) + options["weight_decay"] * np.abs(w) + (0 if buffer is None else np.abs(buffer))
-    bounds.check_stepped(_wide(after[0]), exact[0], np.abs(w) + LR * 2 * size, arithmetic)
+    bounds.check_stepped(wide(after[0]), exact[0], np.abs(w) + options["lr"] * 2 * size, arithmetic)
     if buffer is not None:
         _check_state(after[2], exact[1], size, True, arithmetic)
 
@@ -149,13 +153,13 @@ def _check_sgd(options, w, g, states, after) -> None:
 def lion(few: bool, full: bool) -> Iterator[Case]:
     for *variant, i in _update_variants(few):
         options = {name: ADAM[name] for name in ("beta1", "beta2", "weight_decay")} | {"maximize": i % 3 == 1}
-        yield _case(*variant, i, _check_lion, (False,), options)
+        yield _case(*variant, i, check_lion, (False,), options)
 
 
-def _check_lion(options, w, g, states, after) -> None:
-    (m,), beta1, beta2 = states, options["beta1"], options["beta2"]
+def check_lion(options, w, g, states, after) -> None:
+    (m,), lr, beta1, beta2 = states, options["lr"], options["beta1"], options["beta2"]
     g = -g if options["maximize"] else g
-    arithmetic, decay = after[0][0].dtype, 1 - LR * options["weight_decay"]
+    arithmetic, decay = after[0][0].dtype, 1 - lr * options["weight_decay"]
     direction, size = beta1 * m + (1 - beta1) * g, beta1 * np.abs(m) + (1 - beta1) * np.abs(g)
-    bounds.check_sign_step(_wide(after[0]), w, direction, size, LR, decay, arithmetic)
+    bounds.check_sign_step(wide(after[0]), w, direction, size, lr, decay, arithmetic)
     _check_state(after[2], beta2 * m + (1 - beta2) * g, np.abs(m) + np.abs(g), False, arithmetic)

@@ -11,6 +11,7 @@ import torch
 
 from mpkernels.ops.optimizer_update import adamw_, lion_, reference, sgd_
 from mpkernels.runtime.op import Op
+from mpkernels.testing import update_cases
 from tests import bounds, steps
 from tests.steps import DTYPES, SIZES, scalar, step_counts
 
@@ -23,7 +24,7 @@ class Rule:
     """states: the lists of them. busy: options of a call that uses all. fill: of a fresh state.
 
     torch_optimizer(params, options): torch's for-loop one, or None. advance: (w, g, states, t, options) -> (w, states) by the
-    fp64 reference.
+    fp64 reference. check_step: see `update_cases`.
     """
 
     op: Op
@@ -32,6 +33,7 @@ class Rule:
     variants: dict[str, dict]
     busy: dict
     advance: Callable
+    check_step: Callable
     torch_optimizer: Callable | None = None
     fill: float = 0.0
 
@@ -128,19 +130,13 @@ class SignRule(Rule):
     def check(self, variant: str, dtype, device, call=None, copy_dtypes=COPIES) -> None:
         options, call, before = self.options(variant)[0], call or self.call, []
         factors = steps.clip_factors(self.variants[variant].get("max_norm"))
-        wide = lambda tensors: steps.join(tensors).astype(np.longdouble if dtype == torch.float64 else np.float64)
 
         def checked(**args):
-            w, m = wide(args["masters"]), wide(args["exp_avgs"])
-            g = wide(args["grads"]) / steps.problem().grad_scale * factors[len(before), 0] * (-1 if options["maximize"] else 1)
+            w, g, m = (update_cases.wide(args[name]) for name in ("masters", "grads", "exp_avgs"))
+            g = g / steps.problem().grad_scale * factors[len(before), 0]
             before.append(w)
             call(**args)
-            terms = options["beta1"] * m, (1 - options["beta1"]) * g
-            decay, size = 1 - LR * options["weight_decay"], sum(map(np.abs, terms))
-            bounds.check_sign_step(wide(args["masters"]), w, sum(terms), size, LR, decay, dtype)
-            exact = self.advance(w, g, (m,), 1, dict(lr=LR, **options | dict(maximize=False)))[1][0]
-            size = np.abs(m) + np.abs(g) + bounds.least_subnormal(dtype)
-            bounds.check_stepped(wide(args["exp_avgs"]), exact, size, dtype)
+            self.check_step(dict(lr=LR) | options, w, g, [m], [args[name] for name in ("masters", "grads", "exp_avgs")])
 
         self.trajectory(variant, dtype, device, checked, copy_dtypes)
 
@@ -179,6 +175,7 @@ ADAMW = Rule(
     },
     busy=dict(amsgrad=True),
     advance=_advance(reference.adamw),
+    check_step=update_cases.check_adamw,
     torch_optimizer=_torch_adamw,
 )
 SGD = Rule(
@@ -197,6 +194,7 @@ SGD = Rule(
     },
     busy=dict(momentum=0.9),
     advance=_advance(reference.sgd),
+    check_step=update_cases.check_sgd,
     torch_optimizer=lambda params, options: torch.optim.SGD(params, lr=LR, **options, foreach=False, fused=False),
     fill=math.nan,  # a buffer is not read at a first step
 )
@@ -212,5 +210,6 @@ LION = SignRule(
     },
     busy=dict(),
     advance=_advance(reference.lion),
+    check_step=update_cases.check_lion,
 )
 RULES = {"adamw": ADAMW, "sgd": SGD, "lion": LION}

@@ -10,8 +10,9 @@ import torch
 
 import mpkernels as mpk
 from mpkernels.ops.optimizer_update import reference
+from mpkernels.testing import update_cases
 from tests import bounds, steps
-from tests.ops.optimizer_update.rules import ADAMW, LION
+from tests.ops.optimizer_update.rules import ADAMW, LION, SGD
 from tests.steps import SIZES, check_raises_unchanged, raw, scalar, split, step_counts
 
 STEPS, LR, BETAS = 1000, 1e-2, (0.9, 0.999)
@@ -41,45 +42,25 @@ def problem(dtype, device, names, seed=0):
     return lists | dict(steps=step_counts(len(SIZES), device, 3), lr=scalar(LR, dtype=torch.float64))
 
 
-def wide(tensors) -> np.ndarray:
-    return steps.join(tensors if tensors[0].dtype != torch.bfloat16 else [t.float() for t in tensors]).astype(np.float64)
+VARIANTS = [
+    *((ADAMW, options) for options in (dict(), dict(decoupled=False), dict(maximize=True))),
+    *((ADAMW, options | dict(amsgrad=True)) for options in (dict(), dict(decoupled=False), dict(maximize=True))),
+    (SGD, dict(momentum=0.9, dampening=0.1)),
+    (SGD, dict(momentum=0.9, nesterov=True)),
+    (LION, dict()),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("options", [dict(), dict(decoupled=False), dict(maximize=True)], ids=["adamw", "adam", "maximize"])
-@pytest.mark.parametrize("amsgrad", [False, True])
-def test_state_dtype_step_of_adamw(amsgrad, options, dtype, device):
-    names = ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")[: 3 if amsgrad else 2]
-    args = dict(max_exp_avg_sqs=[]) | problem(dtype, device, names)
-    options = ADAMW.defaults | dict(weight_decay=0.1) | options
-    w, g, m, v = (wide(args[name]) for name in ("masters", "grads", "exp_avgs", "exp_avg_sqs"))
-    vmax = wide(args["max_exp_avg_sqs"]) if amsgrad else None
-    exact = reference.adamw(w, g, m, v, vmax, 4, lr=LR, **options)
-    torch.ops.mpkernels.adamw_(**args, **options)
-    decay = 0 if options["decoupled"] else 0.1
-    magnitude = np.abs(m) + np.abs(g) + decay * np.abs(w)
-    bounds.check_moment(wide(args["exp_avgs"]), exact[1], magnitude, True, dtype)
-    bounds.check_moment(wide(args["exp_avg_sqs"]), exact[2], v + magnitude**2, False, dtype)
-    if amsgrad:
-        bounds.check_moment(wide(args["max_exp_avg_sqs"]), exact[3], vmax + v + magnitude**2, True, dtype)
-    root = np.sqrt(exact[2 + amsgrad] / (1 - options["beta2"] ** 4)) + options["eps"]
-    bounds.check_stepped(
-        wide(args["masters"]), exact[0], np.abs(w) + LR / (1 - options["beta1"] ** 4) * magnitude / root, dtype
-    )
-    steps.check_copies(args["copies"], args["masters"])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_state_dtype_step_of_sgd(nesterov, dtype, device):
-    args = problem(dtype, device, ("momentum_buffers",))
-    options = dict(momentum=0.9, dampening=0.0 if nesterov else 0.1, weight_decay=0.1, nesterov=nesterov, maximize=False)
-    w, g, b = (wide(args[name]) for name in ("masters", "grads", "momentum_buffers"))
-    stepped, exact = reference.sgd(w, g, b, 4, lr=LR, **options)
-    torch.ops.mpkernels.sgd_(**args, **options)
-    magnitude = np.abs(b) + np.abs(g) + np.abs(w)
-    bounds.check_moment(wide(args["momentum_buffers"]), exact, magnitude, True, dtype)
-    bounds.check_stepped(wide(args["masters"]), stepped, np.abs(w) + LR * 2 * magnitude, dtype)
+@pytest.mark.parametrize("rule, options", VARIANTS, ids=lambda value: "" if not isinstance(value, dict) else " ".join(value))
+def test_state_dtype_step(rule, options, dtype, device):
+    options = rule.defaults | dict(weight_decay=0.1) | options
+    args = {name: [] for name in rule.states} | problem(dtype, device, rule.has_states(options))
+    options.pop("amsgrad", None)
+    lists = [args[name] for name in ("masters", "grads", *rule.states)]
+    w, g, *states = (update_cases.wide(tensors) if tensors else None for tensors in lists)
+    rule.call(**args, **options)
+    rule.check_step(dict(lr=LR) | options, w, g, states, lists)
     steps.check_copies(args["copies"], args["masters"])
 
 
@@ -89,19 +70,6 @@ def test_state_dtype_skip_leaves_state_bitwise(rule, device):
     before = raw(steps.leaves(args))
     rule.call(**args)
     assert raw(steps.leaves(args)) == before
-
-
-def test_state_dtype_step_of_lion(device):
-    for dtype in (torch.float32, torch.float64):
-        args, options = problem(dtype, device, ("exp_avgs",)), LION.defaults | dict(weight_decay=0.1)
-        w, g, m = (wide(args[name]) for name in ("masters", "grads", "exp_avgs"))
-        LION.call(**args, **options)
-        terms = options["beta1"] * m, (1 - options["beta1"]) * g
-        decay, size = 1 - LR * options["weight_decay"], sum(map(np.abs, terms))
-        bounds.check_sign_step(wide(args["masters"]), w, sum(terms), size, LR, decay, dtype)
-        exact = reference.lion(w, g, m, 4, lr=LR, **options)[1]
-        bounds.check_moment(wide(args["exp_avgs"]), exact, np.abs(m) + np.abs(g), False, dtype)
-        steps.check_copies(args["copies"], args["masters"])
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -155,8 +123,8 @@ def test_state_dtype_follows_fp64(device):
     weights, squares = [], []
     for grad in gradients().to(device):
         ADAMW.call(**args, grads=[grad], **ADAMW.defaults)
-        weights.append(wide(args["masters"]))
-        squares.append(wide(args["exp_avg_sqs"]))
+        weights.append(update_cases.wide(args["masters"]))
+        squares.append(update_cases.wide(args["exp_avg_sqs"]))
     w, m, v = exact_run()
     bounds.check_follows_mean(np.stack(squares), v, BETAS[1])
     bounds.check_bfloat16_moments(np.stack(weights), w, m, v, LR, BETAS, 1e-8)

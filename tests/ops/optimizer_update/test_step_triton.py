@@ -93,9 +93,8 @@ def test_step_mixed_dtypes_and_tails(rule, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_step_with_bf16_moments(dtype, device):
-    for amsgrad in (False, True):
-        test_state_dtype.test_state_dtype_step_of_adamw(amsgrad, dict(decoupled=amsgrad), dtype, device)
-    test_state_dtype.test_state_dtype_step_of_sgd(True, dtype, device)
+    for rule, options in (test_state_dtype.VARIANTS[1], test_state_dtype.VARIANTS[3], test_state_dtype.VARIANTS[-2]):
+        test_state_dtype.test_state_dtype_step(rule, options, dtype, device)
 
 
 def test_step_with_bf16_moments_that_are_not_finite(device):
