@@ -137,15 +137,16 @@ def capture(model: nn.Module, step: Callable, targets: Mapping[str, nn.Module], 
     def register(name: str, module: nn.Module) -> list:
         if targets.get(name) is not module:
             return []
-        handles = [module.register_forward_hook(lambda _, args, out: called(name, module, args, out))]
+        note = lambda _, args, kwargs, out: called(name, module, (args, kwargs), out)
+        handles = [module.register_forward_hook(note, with_kwargs=True)]
         if is_linear(module):
             outside = _Outside(module)
-            handles.append(module.register_forward_pre_hook(outside.enter))
+            handles.append(module.register_forward_pre_hook(outside.enter, with_kwargs=True))
             handles.append(module.register_forward_hook(outside.leave))
         return handles
 
-    def called(name: str, module: nn.Module, args: tuple, out: Any) -> None:
-        inputs = [t for t in tensors_of(args) if t.is_floating_point()]
+    def called(name: str, module: nn.Module, given: tuple, out: Any) -> None:
+        inputs = [t for t in tensors_of(given) if t.is_floating_point()]
         outputs = [t for t in tensors_of(out) if t.is_floating_point()]
         if not outputs:
             return
@@ -200,12 +201,12 @@ class _Outside:
         self.module, self.device = module, module.weight.device.type
         self.was_on = False
 
-    def enter(self, module: nn.Module, args: tuple) -> tuple:
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         self.was_on = torch.amp.is_autocast_available(self.device) and torch.is_autocast_enabled(self.device)
         if not self.was_on:
-            return args
+            return args, kwargs
         torch.set_autocast_enabled(self.device, False)
-        return mapped(lambda t: t.to(module.weight.dtype) if t.is_floating_point() else t, args)
+        return mapped(lambda t: t.to(module.weight.dtype) if t.is_floating_point() else t, (args, kwargs))
 
     def leave(self, module: nn.Module, args: tuple, out: Any) -> None:
         if self.was_on:

@@ -29,8 +29,9 @@ def find_nonfinite(model: nn.Module, step: Callable[[nn.Module], torch.Tensor]) 
     step: runs one forward on real data and returns the loss, a scalar with a graph; where a loss scale is in use, the scaled
     one (`lambda model: scaler.scale(loss_of(model))`), since backward overflows with it.
     "First" is in the order in which modules end, so it is the innermost; a module that was given inf or NaN is not named, and
-    where the first module was, the data is. In backward the gradient of a module's input counts, and of its parameters.
-    It waits for the device. The model stays what it was: gradients, buffers, hooks, random numbers.
+    where the first module was, the data is, but for the -inf of attention masks. In backward the gradient of a module's input
+    counts, and of its parameters. It waits for the device.
+    The model stays what it was: gradients, buffers, hooks, random numbers.
     Raises TypeError for what is no module or function, and for a loss that is no tensor, ValueError for a loss that is no
     scalar, RuntimeError for one without a graph and for a step that does not call the model.
     """
@@ -63,24 +64,29 @@ class _Search:
         self.last_amax = 0.0
 
     def register(self, name: str, module: nn.Module) -> list:
-        return [
-            module.register_forward_pre_hook(lambda _, args: self.enter(name, module, args)),
-            module.register_forward_hook(lambda _, args, out: self.leave(name, module, args, out)),
-        ]
+        enter = lambda _, args, kwargs: self.enter(name, module, args, kwargs)
+        leave = lambda _, args, kwargs, out: self.leave(name, module, (args, kwargs), out)
+        before = module.register_forward_pre_hook(enter, with_kwargs=True)
+        return [before, module.register_forward_hook(leave, with_kwargs=True)]
 
-    def enter(self, name: str, module: nn.Module, args: tuple) -> tuple | None:
+    def enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Each module reads a view of its own, whose gradient is the one that this module alone gives."""
-        if self.found is None and self.last is None and not all(map(_finite, tensors_of(args))):
-            message = f"in the data: {described(name, module)} was given {_worst(args)}, and no module ran before"
-            self.found = Report(False, message, None, "data", amax=_amax(args))
-        return mapped(lambda t: self._view(t, name, module), args) if torch.is_grad_enabled() else None
+        given = args, kwargs
+        if self.found is None and self.last is None and not all(map(_finite_or_mask, tensors_of(given))):
+            message = f"in the data: {described(name, module)} was given {_worst(given)}, and no module ran before"
+            self.found = Report(False, message, None, "data", amax=_amax(given))
+        if not torch.is_grad_enabled():
+            return None
+        view = lambda t: self._view(t, name, module)
+        # of kwargs no container is made anew, into which the module may write
+        return mapped(view, args), {key: view(t) if isinstance(t, torch.Tensor) else t for key, t in kwargs.items()}
 
-    def leave(self, name: str, module: nn.Module, args: tuple, out: Any) -> None:
+    def leave(self, name: str, module: nn.Module, given: tuple, out: Any) -> None:
         if self.found is None and not all(map(_finite, tensors_of(out))):
             bad = [which for which, p in module.named_parameters(recurse=False) if not _finite(p)]
             why = f"; its {' and '.join(bad)} is not finite" if bad else ""
-            message = f"first in forward: {described(name, module)} returns {_worst(out)}; it read amax {_amax(args):g}{why}"
-            self.found = Report(False, message, name, "forward", amax=_amax(args))
+            message = f"first in forward: {described(name, module)} returns {_worst(out)}; it read amax {_amax(given):g}{why}"
+            self.found = Report(False, message, name, "forward", amax=_amax(given))
         self.last, self.last_amax = name or type(module).__name__, _amax(out)
         for t in tensors_of(out):
             if t.requires_grad:
@@ -125,9 +131,15 @@ def _finite(t: torch.Tensor) -> bool:
     return not t.is_floating_point() or bool(t.isfinite().all())
 
 
+def _finite_or_mask(t: torch.Tensor) -> bool:
+    """-inf is what masks of attention have."""
+    return not t.is_floating_point() or not bool((t.isnan() | t.isposinf()).any())
+
+
 def _amax(tree: Any) -> float:
-    """The largest magnitude of the tensors in `tree`; NaN where there is one, 0 where there is nothing."""
-    found = [t.abs().max().item() for t in tensors_of(tree) if t.is_floating_point() and t.numel()]
+    """The largest magnitude of the tensors in `tree`, masks aside; NaN where there is one, 0 where there is nothing."""
+    tensors = (t.masked_fill(t == -math.inf, 0) for t in tensors_of(tree) if t.is_floating_point() and t.numel())
+    found = [t.abs().max().item() for t in tensors]
     return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
 
 

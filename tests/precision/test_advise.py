@@ -225,6 +225,15 @@ def test_advise_of_a_layer_that_is_used_twice():
     assert both.bytes - once[BF16].bytes == 24 * 32 * 2  # saved for backward, once more
 
 
+@pytest.mark.parametrize("run", [step, torch.autocast("cpu", torch.bfloat16)(step)], ids=["", "autocast"])
+def test_advise_of_arguments_by_name(run):
+    class ByName(Net):
+        def forward(self, x):
+            return self.last(input=self.after(x=self.planted(input=self.before(x=F.gelu(self.first(input=x))))))
+
+    assert advise(ByName(), run).to_json() == advise(Net(), run).to_json()
+
+
 class Checkpointed(Net):
     """`planted`, called twice, is run by `run`."""
 

@@ -62,6 +62,20 @@ def test_find_nonfinite_in_the_data(value):
     assert str(report).startswith("in the data: the model (Sequential) was given ")
 
 
+def test_find_nonfinite_knows_attention_masks():
+    """Whose -inf is no fault of the data; x beside it is looked at, too."""
+    model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), X.view(2, 3, 8)
+    mask = nn.Transformer.generate_square_subsequent_mask(3)
+    assert mask.isinf().any()
+    for run in (lambda model, x: model(x, mask), lambda model, x: model(x, src_mask=mask)):
+        assert mpk.find_nonfinite(model, lambda model, run=run: run(model, x).square().mean())
+        report = mpk.find_nonfinite(model, lambda model, run=run: run(model, x / 0).square().mean())
+        assert (report.ok, report.direction) == (False, "data")
+    model.register_forward_hook(lambda module, args, out: out * torch.nan)
+    report = mpk.find_nonfinite(model, lambda model: model(x, mask).square().mean())
+    assert (report.module, report.amax) == ("", pytest.approx(x.abs().max().item()))
+
+
 def test_find_nonfinite_of_float16_in_forward():
     """1e5 times what fits: the linear that multiplies it is the first whose output is inf, and what it read is said."""
     model = model_with(Scale(2e5), "mixed_float16")
@@ -104,6 +118,26 @@ def test_find_nonfinite_of_a_sibling():
 
     report = mpk.find_nonfinite(model_with(Residual()), step)
     assert (report.module, report.direction) == ("2.bad", "backward")
+
+
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.good, self.bad = nn.Linear(8, 8), Scale(backward=torch.inf)
+
+    def forward(self, inputs):
+        return inputs + self.good(input=inputs) + self.bad(x=inputs)
+
+
+def test_find_nonfinite_of_arguments_by_name():
+    report = mpk.find_nonfinite(ByName(), lambda model: model(inputs=X * torch.nan).sum())
+    assert (report.module, report.direction) == (None, "data")
+    report = mpk.find_nonfinite(model_with(ByName()), step)
+    assert (report.module, report.direction) == ("2.bad", "backward")
+    model = ByName()
+    model.good.weight.data[0] = torch.nan
+    report = mpk.find_nonfinite(model, lambda model: model(inputs=X).sum())
+    assert (report.module, report.amax) == ("good", pytest.approx(X.abs().max().item()))
 
 
 def test_find_nonfinite_of_the_loss():
