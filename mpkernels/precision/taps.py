@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -33,19 +33,18 @@ def counts(module: nn.Module) -> bool:
 class Tap:
     """That of one layer; that of a copy of the layer, or of a pickled one, does nothing.
 
-    why_not: why the layer cannot be converted, or "". position: that of its first call among all layers' first calls. dtype: of
-    what that returned. adapts: with adapt, grad_weight is written where there is no grad_x, and x and weight where
+    why_not: why the layer cannot be converted, or "". called: the rows of all taps in the order of their first calls. dtype: of
+    what that call returned. adapts: with adapt, grad_weight is written where there is no grad_x, and x and weight where
     `reads_operands`. may_be_captured: whether a call inside a CUDA graph is no error.
     """
 
     def __init__(
         self, name: str = "", module: nn.Module | None = None, why_not: str = "", table: torch.Tensor | None = None,
-        row: int = 0, clock: Iterator[int] | None = None, adapts: bool = False,
+        row: int = 0, called: list[int] | None = None, adapts: bool = False,
     ) -> None:  # fmt: skip
-        self.name, self.module, self.why_not, self.table, self.row, self.clock = name, module, why_not, table, row, clock
+        self.name, self.module, self.why_not, self.table, self.row, self.called = name, module, why_not, table, row, called
         self.raise_ = None if table is None else raise_of(table)
         self.has_node = False  # linear_act's as that of the output, which can be asked for grad_x
-        self.position: int | None = None
         self.dtype: torch.dtype | None = None
         self.adapts, self.reads_operands = adapts, False
         self.may_be_captured = not (adapts and table.is_cuda)
@@ -101,7 +100,7 @@ class Tap:
         if self.table is None or not counts(module):
             return
         is_compiling = torch.compiler.is_compiling()
-        if is_compiling or self.position is None:
+        if is_compiling or self.dtype is None:
             self.note(out.dtype)
         if not self.may_be_captured and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("watch: adapt cannot change what a CUDA graph has captured: capture without adapt=")
@@ -114,8 +113,9 @@ class Tap:
 
     def note(self, dtype: torch.dtype) -> None:
         """That the layer is called, in which order, and what it returns."""
-        if self.position is None:
-            self.position, self.dtype = next(self.clock), dtype
+        if self.dtype is None:
+            self.dtype = dtype
+            self.called.append(self.row)
 
     note._dynamo_marked_constant = True  # called when a call is traced; see linear_act.saves_mask
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """watch: in training, the largest magnitudes of what every linear returns and hands back, kept on the device."""
 
-import itertools
 import math
 import weakref
 from collections import deque
@@ -70,15 +69,15 @@ class Watch:
         _check_not_watched(found, scaler)
         device, dtype = _device_and_dtype(found)
         _check_ranks([name for name, _, _ in found], process_group)
-        clock, rows = itertools.count(), 1 + len(found)
-        table = torch.full((rows, COLUMNS), NOTHING, dtype=dtype, device=device)
-        self._taps = [Tap(*each, table, row, clock, adapt is not None) for row, each in enumerate(found, 1)]
+        table = torch.full((1 + len(found), COLUMNS), NOTHING, dtype=dtype, device=device)
+        self._called: list[int] = []  # the rows of layers in the order of their first calls
+        self._taps = [Tap(*each, table, row, self._called, adapt is not None) for row, each in enumerate(found, 1)]
         least_scale = 1.0 if scaler is None else max(1.0, scaler._min_scale)
         self._adaptation = None if adapt is None else Adaptation(adapt, self._taps, least_scale)
         self._pending: deque[_OnHost] = deque()  # tables of the last steps, with adapt
         self._scaler, self._group, self._steps = scaler, process_group, 0
         self._table, self._last, self._move_table = table, table.clone(), end_step_of(table)
-        self._order: list[int] | None = None  # the rows as layers were first called; None: no step has ended
+        self._order: list[int] | None = None  # that at the end of the first step
         handles = [model.register_forward_pre_hook(InputTap(table), with_kwargs=True)]
         for tap in self._taps:
             handles += tap.register()
@@ -222,10 +221,7 @@ class Watch:
 
     def _current_order(self) -> list[int]:
         """The rows in the order of first calls; layers that the first step did not call come last, as the model has them."""
-        if self._order is not None:
-            return self._order
-        taps = sorted(self._taps, key=lambda tap: math.inf if tap.position is None else tap.position)
-        return [tap.row for tap in taps]
+        return self._order or list(dict.fromkeys([*self._called, *(tap.row for tap in self._taps)]))
 
 
 def _remove(handles: list) -> None:
