@@ -5,12 +5,14 @@ What it does not see: memory that an op allocates and frees before it returns (a
 gaps between the allocator's blocks, and what torch does not allocate (a CUDA context, NCCL's buffers).
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from mpkernels.runtime import compute_copy
 
@@ -46,6 +48,10 @@ def trace(model: nn.Module, inputs: Sequence[torch.Tensor], steps: Sequence[Call
     tracker = MemTracker()
     tracker._update_peak_stats = lambda state: None  # the peaks of every module after every op: more time than all the rest
     tracker.track_external(model, *inputs)
+    none = RemovableHandle(OrderedDict())
+    for parameter in model.parameters():
+        if not parameter.requires_grad:  # on which it would put hooks for the gradient too, and torch refuses them
+            tracker._param_to_grad_hook_handles[parameter] = none, none
     recorder = _Recorder(tracker, device, flop_registry)
     with tracker, recorder:
         for step in steps:

@@ -170,7 +170,7 @@ def of_real_steps(make_model, make_batch, n: int, policy: str, optimizer: str) -
     copies = sum(copy.tensor.nbytes for copy in compute_copy.of_model(model))
     return {
         "parameters": sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
-        "gradients": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(p.nbytes for p in model.parameters() if p.requires_grad),
         "states": states,
         "copies": copies,
         "activations": max(u.activations for u in usages),

@@ -41,6 +41,20 @@ def test_plan_of_a_transformer(policy, optimizer):
     check(row, *STEPS["gpt2"])
 
 
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "bfloat16"])
+def test_plan_of_frozen_layers(policy):
+    def frozen():
+        model = mlp()
+        model[0].requires_grad_(False)
+        return model
+
+    (row,) = mpk.plan(frozen, rows, policies=[policy], batch_sizes=[64]).rows
+    check(row, frozen, rows)
+    (whole,) = mpk.plan(mlp, rows, policies=[policy], batch_sizes=[64]).rows
+    assert row.parameters == whole.parameters
+    assert whole.gradients - row.gradients == (96 * 192 + 192) * (4 if policy != "bfloat16" else 2)
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("case", STEPS)
 def test_plan_of_every_combination(case):
