@@ -150,16 +150,16 @@ def capture(model: nn.Module, step: Callable, targets: Mapping[str, nn.Module], 
         outputs = [t for t in tensors_of(out) if t.is_floating_point()]
         if not outputs:
             return
-        kept = None if is_linear(module) else outputs[0].detach()
-        x = inputs[0] if inputs else outputs[0].detach()[:0]
-        call, key = Call(name, module, x.detach(), kept, None, x.requires_grad), object()
+        kept = None if is_linear(module) else _dense(outputs[0])
+        x, wants_grad_x = (_dense(inputs[0]), inputs[0].requires_grad) if inputs else (_dense(outputs[0])[:0], False)
+        call, key = Call(name, module, x, kept, None, wants_grad_x), object()
         if is_backward:  # a checkpoint; the first time had no graph if it is reentrant, which alone has its gradients here
             if not without_graph[name]:
                 return
             without_graph[name].pop(0)
         if outputs[0].requires_grad:
             waiting[key] = call
-            outputs[0].register_hook(lambda grad: arrived(key, grad.detach()))
+            outputs[0].register_hook(lambda grad: arrived(key, _dense(grad)))
         else:
             without_graph[name].append(call)
 
@@ -179,6 +179,11 @@ def capture(model: nn.Module, step: Callable, targets: Mapping[str, nn.Module], 
             for call in itertools.chain(waiting.values(), *without_graph.values()):
                 analyse(call)
     return value
+
+
+def _dense(t: torch.Tensor) -> torch.Tensor:
+    """Of a jagged tensor the matrix in which its rows lie."""
+    return t.detach().values() if t.is_nested else t.detach()
 
 
 @contextlib.contextmanager

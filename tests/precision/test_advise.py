@@ -234,6 +234,14 @@ def test_advise_of_arguments_by_name(run):
     assert advise(ByName(), run).to_json() == advise(Net(), run).to_json()
 
 
+def test_advise_of_jagged_rows():
+    """Each row as it lies in one matrix."""
+    loss = lambda model, x: model(x).square()
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.Linear(32, 6)), [X[:5], X[5:]]
+    jagged = advise(model, lambda model: loss(model, torch.nested.nested_tensor(x, layout=torch.jagged)).values().mean())
+    assert jagged.to_json() == advise(model, lambda model: loss(model, X).mean()).to_json()
+
+
 class Checkpointed(Net):
     """`planted`, called twice, is run by `run`."""
 
