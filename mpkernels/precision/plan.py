@@ -257,9 +257,16 @@ def _made(make_model: Callable[[], nn.Module]) -> nn.Module:
     try:
         return uncompiled(make_model())
     except RuntimeError as error:
-        if "UninitializedParameter" not in str(error):
-            raise
-        raise ValueError("plan: make_model makes a lazy layer, which no FakeTensor can be: give it its in_features") from error
+        if "UninitializedParameter" in str(error):
+            raise ValueError(
+                "plan: make_model makes a lazy layer, which no FakeTensor can be: give it its in_features"
+            ) from error
+        if "Couldn't swap" in str(error):
+            raise ValueError(
+                "plan: make_model casts or moves the model, which torch cannot do to FakeTensors: make it in its dtype and on "
+                "its device, inside of torch.device(...) say, or by torch.set_default_dtype"
+            ) from error
+        raise
 
 
 def _check_model(model: Any, policy: Policy) -> None:

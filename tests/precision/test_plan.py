@@ -185,6 +185,11 @@ def test_plan_counts_a_tied_weight_once():
         ({"make_batch": 3}, TypeError, "make_batch must be a function, got int"),
         ({"make_model": nn.Linear(96, 8)}, TypeError, "make_model must be a function, got Linear"),
         ({"make_model": lambda: nn.LazyLinear(8)}, ValueError, "makes a lazy layer, which no FakeTensor can be: give it its"),
+        (
+            {"make_model": lambda: mlp().half()},
+            ValueError,
+            "make_model casts or moves the model, which torch cannot do",
+        ),
         ({"batch_sizes": 4}, TypeError, "batch_sizes must be several, as a list, got 4"),
         ({"policies": None}, TypeError, "policies must be several, as a list, got None"),
         ({"optimizers": 5}, TypeError, "optimizers must be several, as a list, got 5"),
