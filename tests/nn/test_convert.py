@@ -337,6 +337,15 @@ def test_last_matching_glob_wins():
     assert policies_of(mpk.convert(nested, {"*": f16, "*.2": f32})) == [f16, f32, f16, f16]
 
 
+def test_a_glob_may_be_a_name_with_brackets():
+    """As advise gives them."""
+    model = nn.ModuleDict({"a[0]": nn.Linear(2, 2), "b[*]": mlp()})
+    mpk.convert(model, {"a[0]": "float32", "b[*].4": "mixed_float16"}, keep="b[*].2")
+    assert [(row.name, row.converted) for row in mpk.convert_report(model)] == [
+        ("a[0]", True), ("b[*].0", False), ("b[*].2", False), ("b[*].4", True)
+    ]  # fmt: skip
+
+
 def test_policy_objects_and_mappings_of_them():
     policy = mpk.Policy.parse("mixed_bfloat16")
     assert policies_of(mpk.convert(mlp(), policy)) == ["mixed_bfloat16"] * 3

@@ -152,7 +152,9 @@ class _Linear(_Before):
 
 
 def _matches(name: str, glob: str) -> bool:
-    return fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name, f"{glob}.*")
+    """Whether `glob` is the name, or that of a module around it, to the letter or as a glob."""
+    is_literal = name == glob or name.startswith(f"{glob}.")
+    return is_literal or fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name, f"{glob}.*")
 
 
 def _check_globs(names: list[str], globs: Iterable[str], what: str) -> None:
