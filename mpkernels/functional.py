@@ -13,7 +13,6 @@ from torch.utils._device import DeviceContext
 from mpkernels.ops.linear_act import float8
 from mpkernels.ops.linear_act import linear_act as _linear_act
 from mpkernels.ops.linear_act.call import FusedBackwardLink
-from mpkernels.ops.linear_act.checks import refuse_what_is_no_tensor
 from mpkernels.ops.linear_act.epilogues import Activation, ActivationName, activation_of, name_of
 from mpkernels.ops.quantize import QuantizeCall, check_format
 from mpkernels.ops.quantize import op as _quantize
@@ -106,7 +105,9 @@ def forward(
         if not is_fused and _is_overridden(x, weight, bias):
             return _overridden(x, weight, bias, weight_copy, activation, policy, out_dtype)
     if not (type(x) in PLAIN and type(weight) in PLAIN and (bias is None or type(bias) in PLAIN)):
-        refuse_what_is_no_tensor(x=x, weight=weight, bias=bias)
+        for name, value in (("x", x), ("weight", weight), ("bias", bias)):
+            if not isinstance(value, Tensor) and not (value is None and name == "bias"):
+                raise TypeError(f"linear_act: {name} must be a Tensor, got {type(value).__name__}")
         if x.is_nested and x.layout == torch.jagged:
             return _over_values(x, lambda values: forward(values, weight, bias, weight_copy, activation, policy))
     if policy is None:

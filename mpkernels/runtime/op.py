@@ -5,7 +5,6 @@ The dispatcher carries flat arguments. `Op` turns them once into the op's call, 
 schema, in their order and with their defaults. A call has
 
     key           hashable: all that the choice of an implementation may depend on; `device` and `dtype` come first
-    is_valid()    of an op that writes nothing: a fast predicate; where it says no, the op's `check` builds the message, raises
     gemm_key      what a tuned table is asked by, or None; an op that no table is about has none
     written       of an op that writes: the tensors whose version counters are moved (raw-pointer writes do not move them)
 
@@ -41,7 +40,7 @@ class Op:
     """An op with its schema and its implementations, in order of preference on a CPU.
 
     call: the NamedTuple class of its calls. key: of their keys.
-    check: raises on a bad call; runs before every call of an op that writes, or that is not `is_valid`, and in the fake.
+    check: raises on a bad call; runs before every call, and in the fake.
     fake: shapes and dtypes of the result.
     fill: (call, results) -> results, with tensors of size 0 where an implementation returned None.
     parts: of the cases of a proof, each of which has verdicts of its own: names, that of the op first, and what dtype each
@@ -132,8 +131,7 @@ class Op:
             return kernel.function(call)
 
     def _run(self, call):
-        if self.writes or not call.is_valid():
-            self.check(call)
+        self.check(call)
         result = self.execute(call, self.resolve(call))
         if self.writes:
             move_versions(call.written)

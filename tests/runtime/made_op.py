@@ -36,9 +36,6 @@ class Call(NamedTuple):
     def gemm_key(self) -> tuple:
         return tuned_table.gemm_key("fprop", self.x.numel(), 1, 1, 0, self.x.dtype)
 
-    def is_valid(self) -> bool:
-        return True
-
 
 class Modules:
     """What `op._module` gives: a function that multiplies, and why_not by `reasons`, sentences or functions of a key."""

@@ -71,10 +71,10 @@ Source: torch.nn.functional.linear, torch.relu, ATen threshold_backward.
 import torch
 
 from mpkernels.ops.linear_act import autograd
-from mpkernels.ops.linear_act.call import ForwardCall, FusedBackwardLink
+from mpkernels.ops.linear_act.call import ForwardCall, FusedBackwardLink, check_forward
 from mpkernels.ops.linear_act.epilogues import Activation, ActivationName, activation_of, name_of
 from mpkernels.ops.linear_act.schema import backward_op, forward_op, op_of
-from mpkernels.runtime.op import PLAIN, Op, is_direct, is_dtensor, without_defaults
+from mpkernels.runtime.op import PLAIN, Op, is_dtensor, without_defaults
 
 __all__ = [
     "Activation", "ActivationName", "FusedBackwardLink", "activation_of", "backward_op", "forward_op", "linear_act", "name_of",
@@ -102,23 +102,20 @@ def linear_act(
     has_node = (with_grad and (requires_grad or prev is not None)) or torch.autograd.forward_ad._current_level >= 0
     save, fused = int(with_grad and activation > Activation.RELU), (None, 0, None)
     if prev is not None and prev.activation_grad_fused:
-        fused = prev.saved, int(prev.activation), prev.bias
+        fused = prev.saved, prev.activation, prev.bias
     call = ForwardCall(
         x, weight, bias, weight_copy, int(activation), compute_dtype, out_dtype, save, batch_invariant, grad_dtype, False,
         *fused, saved_dtype=saved_dtype, keeps_x=has_node and weight.requires_grad,
     )  # fmt: skip
-    direct, transforms = not Op.is_tracing() and call.is_valid(), False
+    direct, transforms = not Op.is_tracing() and check_forward(call), False
     if not direct:
         call = call._replace(keeps_x=True)
         if torch.compiler.is_compiling():
             return _by_dispatcher(call, next, saves_mask(x.device, compute_dtype), with_grad)
-        if is_direct(call):
-            forward_op.check(call)
-    kernel = forward_op.resolve(call)
-    if not direct:
         if torch._C._get_tracing_state() is not None:  # of torch.jit.trace, whose check wants the same graph without gradients
-            return _by_dispatcher(call, None, kernel.saves_mask, True)
+            return _by_dispatcher(call, None, forward_op.resolve(call).saves_mask, True)
         transforms = torch._C._are_functorch_transforms_active()
+    kernel = forward_op.resolve(call)
     if with_grad and (kernel.saves_mask or saved_dtype is not None):
         call = _saving(call, next, kernel.saves_mask)
     if has_node or transforms:

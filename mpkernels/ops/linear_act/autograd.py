@@ -9,7 +9,7 @@ torch.ops.mpkernels differentiate the ops. Both keep the same and take the same 
 import torch
 
 from mpkernels.ops.linear_act import accumulate, eight_bits
-from mpkernels.ops.linear_act.call import BackwardCall, ForwardCall
+from mpkernels.ops.linear_act.call import BackwardCall, ForwardCall, check_backward
 from mpkernels.ops.linear_act.epilogues import Activation
 from mpkernels.ops.linear_act.schema import backward_op, forward_op
 from mpkernels.runtime.op import Op, move_versions
@@ -98,10 +98,10 @@ def _grads(ctx, wanted, grad_out) -> tuple:
 
 def run_backward(call: BackwardCall) -> tuple:
     """The results of `linear_act_backward`."""
-    if not Op.is_tracing() and call.is_valid():
+    if not Op.is_tracing() and check_backward(call):
         grads = backward_op.execute(call, backward_op.resolve(call))
     else:
-        grads = backward_op.run(call)
+        grads = backward_op.dispatch(call)
     if call.grad_weight_sum is not None:
         move_versions([call.grad_weight_sum])
     return grads

@@ -18,8 +18,7 @@ import torch
 from mpkernels.ops import quantize
 from mpkernels.ops.linear_act import accumulate, eight_bits, passes
 from mpkernels.ops.linear_act.autograd import once_differentiable, run_backward
-from mpkernels.ops.linear_act.call import BackwardCall, ForwardCall
-from mpkernels.ops.linear_act.checks import check_tensors
+from mpkernels.ops.linear_act.call import BackwardCall, ForwardCall, check_tensors
 from mpkernels.ops.linear_act.epilogues import Activation, activation_backward
 from mpkernels.ops.linear_act.schema import forward_op
 from mpkernels.ops.quantize import QuantizeCall
@@ -50,7 +49,7 @@ def linear_act(
     if is_dtensor(x) or is_dtensor(weight):
         raise RuntimeError("linear_act: DTensors cannot be computed in eight bits: use a policy of 16 bits, or shard by FSDP2")
     if not (x.dtype in quantize.INPUTS and weight.dtype in quantize.INPUTS) or x.is_nested:
-        check_tensors("linear_act", quantize.INPUTS, x=x, weight=weight)
+        check_tensors("linear_act", {"x": quantize.INPUTS, "weight": quantize.INPUTS}, x=x, weight=weight)
     # By torch.jit.trace and torch.export, which see ops alone: those refuse a backward.
     is_traced = torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()
     run = _LinearAct.forward if is_traced else _LinearAct.apply

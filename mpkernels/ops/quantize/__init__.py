@@ -82,20 +82,11 @@ class QuantizeCall(NamedTuple):
         at = self.axis % x.dim()
         return math.prod(shape[:at]), shape[at], math.prod(shape[at + 1 :])
 
-    def is_valid(self) -> bool:
-        x = self.x
-        fits = self.axis is None or _is_in_range(self.axis, x.dim())
-        return fits and x.dtype in INPUTS and self.dtype in FORMATS and x.layout == torch.strided and not x.is_nested
-
-
-def _is_in_range(axis: int, dims: int) -> bool:
-    return -max(dims, 1) <= axis < max(dims, 1)
-
 
 def check_axis(axis: int | None, dims: int) -> None:
     """Raise IndexError for what is no dimension; 0-d tensors have one, as in torch's reductions."""
-    if axis is not None and not _is_in_range(axis, dims):
-        dims = max(dims, 1)
+    dims = max(dims, 1)
+    if axis is not None and not -dims <= axis < dims:
         raise IndexError(f"quantize: axis is out of range (expected to be in range of [{-dims}, {dims - 1}], but got {axis})")
 
 

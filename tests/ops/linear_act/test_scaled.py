@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import mpkernels as mpk
-from mpkernels.ops.linear_act import Activation, forward_op, scaled_mm
+from mpkernels.ops.linear_act import Activation, scaled_mm
 from mpkernels.ops.quantize import reference as quantize_reference
 from tests import bounds
 from tests.linear_act_cases import bits_of, same_bits
@@ -310,14 +310,6 @@ def test_scaled_is_as_its_fake(scaling, generator):
         torch.library.opcheck(op, arguments, {"x_scale": sx, "weight_scale": sw}, test_utils=CHECKS)
     compiled = torch.compile(lambda *t: call(*t)[0], backend="aot_eager", fullgraph=True)
     assert same_bits(compiled(qx, sx, qw, sw), call(qx, sx, qw, sw)[0])
-
-
-def test_scaled_takes_the_fast_path(generator):
-    qx, sx = operand(6, 32, e4m3, "row", generator)
-    good = forward_op.call(qx, qx, None, None, NONE, e4m3, f32, 0, x_scale=sx, weight_scale=sx)
-    assert good.is_valid()
-    assert not good._replace(weight_scale=None).is_valid()
-    assert not good._replace(x_scale=sx.flatten()).is_valid()
 
 
 def test_scaled_under_vmap(scaling, generator):

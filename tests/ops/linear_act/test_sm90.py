@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpkernels.ops.linear_act import Activation, checks, sm90
+from mpkernels.ops.linear_act import Activation, schema, sm90
 from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
 from mpkernels.ops.linear_act.epilogues import empty_mask
 from mpkernels.runtime import native
@@ -53,13 +53,13 @@ def implementation(monkeypatch):
 
 def forward(x, weight, bias, dtypes, activation=Activation.RELU, save=1, copy=None):
     call = ForwardCall(x, weight, bias, copy, int(activation), dtypes.compute, dtypes.out, save)
-    return checks.fill_forward(call, sm90.linear_act(call))
+    return schema.fill_forward(call, sm90.linear_act(call))
 
 
 def backward(grad_out, x, weight, saved, dtypes, activation=Activation.RELU, copy=None, output_mask=(True,) * 3):
     gradients = (dtypes.x, dtypes.grad, dtypes.grad)
     call = BackwardCall(grad_out, x, weight, copy, saved, int(activation), dtypes.compute, *gradients, list(output_mask))
-    return checks.fill_backward(call, sm90.linear_act_backward(call))[:3]
+    return schema.fill_backward(call, sm90.linear_act_backward(call))[:3]
 
 
 def fprop(x, weight, bias, relu, out_dtype, config):
