@@ -58,7 +58,7 @@ def _multiply(
     a, b, compute_dtype, out_dtype, bias=None, activation=Activation.NONE, preactivation=None, batch_invariant=False, scales=(),
     again=(False, False),
 ):  # fmt: skip
-    """round(act(a @ b.T + bias)) as passes.py has it."""
+    """round(act(a @ b.T + bias)) for a (M, K) and b (N, K), rounded to compute_dtype. again: of passes.py, not looked at."""
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     may_be_onednn = out_dtype is torch.bfloat16 and activation <= Activation.RELU and not batch_invariant
@@ -127,7 +127,7 @@ def _gradients(call: BackwardCall, grad_x_dtype: torch.dtype):
     if later:
         grad_x = _multiply(z, weight.t(), compute_dtype, grad_x_dtype)
     if grad_x is not None and not is_matrix:
-        grad_x = passes.as_grad_x(call, grad_x)
+        grad_x = passes.shaped(grad_x, call.grad_out)
     return grad_x, None if adds else grad_weight, grad_bias, None
 
 

@@ -16,7 +16,7 @@ from mpkernels.ops.common.cast import cast
 from mpkernels.ops.common.layout import overlaps
 from mpkernels.ops.linear_act import epilogues, onednn, passes, scaled_mm
 from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
-from mpkernels.ops.linear_act.epilogues import Activation, acc_dtype, finish
+from mpkernels.ops.linear_act.epilogues import Activation, acc_dtype, empty_saved, finish, pack_mask
 
 BLOCK_ELEMENTS = 1 << 20  # of a weight, upcast at a time: 4 MB, a fresh larger buffer costs page faults
 SMALL_GEMM = 1 << 20  # M * N * K up to which oneDNN's own set-up costs more than it saves
@@ -31,7 +31,20 @@ def why_not(key: CallKey) -> str | None:
 
 
 def linear_act(call: ForwardCall):
-    return passes.forward(_matmul_nt, call)
+    if onednn.seen:
+        onednn.forget(call)
+    x, N, activation, compute_dtype = call.x, call.weight.shape[0], call.activation, call.compute_dtype
+    x_compute = None if x.dtype == compute_dtype else cast(x, compute_dtype)
+    multiplies = call.save and activation > Activation.RELU
+    saved = empty_saved(x, N, activation, call.preactivation_dtype) if multiplies else None
+    out = _matmul_nt(
+        passes.rows(x if x_compute is None else x_compute), call.operand, compute_dtype, call.out_dtype,
+        bias=call.bias, activation=activation, preactivation=saved, batch_invariant=call.batch_invariant,
+        scales=(_column(call.x_scale), call.weight_scale) if call.is_scaled else None,
+    )  # fmt: skip
+    if call.save and activation == Activation.RELU:
+        saved = pack_mask(out)
+    return passes.shaped(out, x), saved, x_compute
 
 
 def linear_act_backward(call: BackwardCall):
@@ -42,8 +55,9 @@ def _matmul_nt(
     a, b, compute_dtype, out_dtype, *, bias=None, activation=Activation.NONE, preactivation=None, batch_invariant=False,
     scales=None, again=(False, False), added_to=None,
 ):  # fmt: skip
-    """round(act(a @ b.T + bias)) as passes.py has it; b is cast and multiplied a block of rows at a time.
+    """round(act(a @ b.T + bias)) for a (M, K) in compute_dtype and b (N, K), which is cast and multiplied by blocks of rows.
 
+    preactivation: filled where it is given. scales: of 8-bit operands. again: see passes.py.
     added_to: where there are several blocks, each is added to it, and it is returned.
     """
     a, b = (t.contiguous() if overlaps(t) else t for t in (a, b))  # oneDNN has no words for what lies in itself
@@ -81,6 +95,11 @@ def _matmul_nt(
         columns = out[:, n : n + rows]
         columns.copy_(z) if added_to is None else columns.add_(z)
     return out
+
+
+def _column(scale: torch.Tensor) -> torch.Tensor:
+    """A scale by row (*, 1) as a matrix; one for all () as it is."""
+    return passes.rows(scale) if scale.dim() else scale
 
 
 def _matmul_nt_scaled(a, b, scales, bias, activation, preactivation, out_dtype, batch_invariant):

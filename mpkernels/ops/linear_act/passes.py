@@ -1,35 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linear_act around its products, in plain torch: what implementations share that have no kernel for more.
+"""The backward of linear_act around its products, in plain torch: what implementations share that have no kernel for more.
 
-They differ in `multiply(a, b, compute_dtype, out_dtype, *, bias=None, activation=NONE, preactivation=None,
-batch_invariant=False)`: round(act(a @ b.T + bias)) for a (M, K) in compute_dtype and b (N, K). preactivation: None, or filled
-with what the activation is applied to. Of 8-bit operands it is also given `scales`, theirs. Backward says of a and of b whether
-a product of the same came before: `again`.
+They differ in `multiply(a, b, compute_dtype, out_dtype, again=(False, False))`: round(a @ b.T) for a (M, K) in compute_dtype
+and b (N, K). again: whether a product of the same a came before, and of the same b.
 """
 
 import torch
 
 from mpkernels.ops.common.cast import cast
-from mpkernels.ops.linear_act import onednn
-from mpkernels.ops.linear_act.call import BackwardCall, ForwardCall
-from mpkernels.ops.linear_act.epilogues import Activation, acc_dtype, activation_backward, empty_saved, pack_mask
-
-
-def forward(multiply, call: ForwardCall):
-    if onednn.seen:
-        onednn.forget(call)
-    x, N, activation, compute_dtype = call.x, call.weight.shape[0], call.activation, call.compute_dtype
-    x_compute = None if x.dtype == compute_dtype else cast(x, compute_dtype)
-    multiplies = call.save and activation not in (Activation.NONE, Activation.RELU)
-    saved = empty_saved(x, N, activation, call.preactivation_dtype) if multiplies else None
-    scales = {"scales": (_column(call.x_scale), call.weight_scale)} if call.is_scaled else {}
-    out = multiply(
-        rows(x if x_compute is None else x_compute), call.operand, compute_dtype, call.out_dtype,
-        bias=call.bias, activation=activation, preactivation=saved, batch_invariant=call.batch_invariant, **scales,
-    )  # fmt: skip
-    if call.save and activation == Activation.RELU:
-        saved = pack_mask(out)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], N), saved, x_compute
+from mpkernels.ops.linear_act.call import BackwardCall
+from mpkernels.ops.linear_act.epilogues import Activation, acc_dtype, activation_backward
 
 
 def backward(multiply, call: BackwardCall, wgrad=None):
@@ -48,7 +28,7 @@ def backward(multiply, call: BackwardCall, wgrad=None):
         grad_x = multiply(grad_z, call.operand.t(), compute_dtype, dtype, again=(False, True))
         if call.is_fused:
             grad_x, grad_prev_bias = prev_backward(call, grad_x)
-        grad_x = as_grad_x(call, cast(grad_x, call.grad_x_dtype))
+        grad_x = shaped(cast(grad_x, call.grad_x_dtype), call.grad_out)
     if wants_weight:
         a, b = grad_z.t(), rows(call.x).t()
         grad_weight = (wgrad or multiply)(a, b, compute_dtype, call.grad_weight_dtype, again=(wants_x, True))
@@ -77,12 +57,6 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
-def _column(scale: torch.Tensor) -> torch.Tensor:
-    """A scale by row (*, 1) as a matrix; one for all () as it is."""
-    return rows(scale) if scale.dim() else scale
-
-
-def as_grad_x(call: BackwardCall, grad_x):
-    """A matrix in the shape of x."""
-    grad_out = call.grad_out
-    return grad_x if grad_out.dim() == 2 else grad_x.view(*grad_out.shape[:-1], call.weight.shape[1])
+def shaped(matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A matrix with the leading dimensions of `like`, of which it has the rows."""
+    return matrix if like.dim() == 2 else matrix.view(*like.shape[:-1], matrix.shape[1])

@@ -22,12 +22,12 @@ from mpkernels.ops.common.cast import cast
 from mpkernels.ops.linear_act import epilogues, passes
 from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
 from mpkernels.ops.linear_act.epilogues import Activation, empty_mask, pack_mask
+from mpkernels.ops.linear_act.tile_config import INVARIANT_M, Operand, rows_why_not
 from mpkernels.runtime import native
 
 _RELU = int(Activation.RELU)
 BLOCK_M, BLOCK_K = 128, 64
 SELECT_ROWS, SUM_ROWS = 128, 64  # that one row of column sums stands for, of the select pass and of dgrad
-INVARIANT_M = 1024  # whose tile batch_invariant takes for every M
 K_BLOCKS_PER_SPLIT = 8  # at least: a part costs the write and the read of an fp32 tile
 MAX_SPLITS = 8
 # Clocks of an SM by the columns of a tile and whether by ping-pong: for a k-block of 64, for what of a tile no product hides,
@@ -55,14 +55,14 @@ def why_not(key: CallKey) -> str | None:
 
 def linear_act(call: ForwardCall):
     x, compute_dtype, (N, K) = call.x, call.compute_dtype, call.weight.shape
-    is_matrix = x.dim() == 2
-    M = x.shape[0] if is_matrix else x.shape[:-1].numel()
     x_compute = None if x.dtype == compute_dtype else cast(x, compute_dtype)
+    rows = passes.rows(x if x_compute is None else x_compute)
+    M = rows.shape[0]
     relu = call.activation == _RELU
     mask = empty_mask(x, M, N) if relu and call.save else None
     out = _empty(x, M, N, call.out_dtype)
     if M and N:
-        a, b = _matrix(_rows(x if x_compute is None else x_compute, M, K)), _weight(call)
+        a, b = _matrix(rows), _weight(call)
         if K == 0:  # an empty sum: one step of zeros
             a, b = a.new_zeros((M, 8)), b.new_zeros((N, 8))
         invariant = call.batch_invariant
@@ -73,31 +73,25 @@ def linear_act(call: ForwardCall):
             parts = _empty_parts(a, splits, M, N)
             native.ops.linear_act_fprop(a, b, None, False, parts.view(-1, N), None, *config, splits)
             native.ops.linear_act_sum(parts[:, :M], out, call.bias, relu, mask)
-    return out if is_matrix else out.view(*x.shape[:-1], N), mask, x_compute
+    return passes.shaped(out, x), mask, x_compute
 
 
 def linear_act_backward(call: BackwardCall):
-    grad_out, compute_dtype, (N, K) = call.grad_out, call.compute_dtype, call.weight.shape
-    is_matrix = grad_out.dim() == 2
-    M = grad_out.shape[0] if is_matrix else grad_out.shape[:-1].numel()
     wants_x, wants_weight, wants_bias = call.output_mask
     grad_z, grad_bias = _select(
-        _rows(grad_out, M, N),
-        _mask(call.saved, call.activation, M, N),
-        (M, N),
-        compute_dtype,
+        passes.rows(call.grad_out),
+        _mask(call.saved, call.activation),
+        call.compute_dtype,
         wants_x or wants_weight,
         call.grad_bias_dtype if wants_bias else None,
     )
     grad_x = grad_weight = grad_prev_bias = None
     if wants_x:
-        prev_mask = _mask(call.prev_saved, call.prev_activation, M, K)
-        dtypes = call.grad_x_dtype, call.grad_prev_bias_dtype
-        grad_x, grad_prev_bias = _dgrad(grad_z, _weight(call), prev_mask, (M, N, K), compute_dtype, *dtypes)
-        grad_x = grad_x if is_matrix else grad_x.view(*grad_out.shape[:-1], K)
+        prev_mask = _mask(call.prev_saved, call.prev_activation)
+        grad_x, grad_prev_bias = _dgrad(grad_z, _weight(call), prev_mask, call.grad_x_dtype, call.grad_prev_bias_dtype)
+        grad_x = passes.shaped(grad_x, call.grad_out)
     if wants_weight:
-        x = _matrix(_rows(call.x, M, K))
-        grad_weight = _wgrad(grad_z, x, (M, N, K), compute_dtype, call.grad_weight_dtype, call.grad_weight_sum)
+        grad_weight = _wgrad(grad_z, _matrix(passes.rows(call.x)), call.grad_weight_dtype, call.grad_weight_sum)
         grad_weight = passes.add_to_sum(call, grad_weight)
     return grad_x, grad_weight, grad_bias, grad_prev_bias
 
@@ -155,13 +149,7 @@ def _empty(like: torch.Tensor, rows: int, columns: int, dtype: torch.dtype) -> t
 
 
 def _weight(call: ForwardCall | BackwardCall) -> torch.Tensor:
-    weight = call.weight if call.weight_copy is None else call.weight_copy
-    return _matrix(weight if weight.dtype == call.compute_dtype else cast(weight, call.compute_dtype))
-
-
-def _rows(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """`tensor` as a matrix."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(rows, columns)
+    return _matrix(cast(call.operand, call.compute_dtype))
 
 
 def _matrix(tensor: torch.Tensor) -> torch.Tensor:
@@ -173,33 +161,26 @@ def _matrix(tensor: torch.Tensor) -> torch.Tensor:
 
 def tma_why_not(tensor: torch.Tensor) -> str | None:
     """Why TMA cannot read a matrix of 16-bit elements as it lies, or None; its rows are those of the matrix."""
-    pitch, step = tensor.stride()
-    if step != 1:
-        return f"needs contiguous rows, got a stride of {step}"
-    if pitch < tensor.shape[1]:
-        return f"needs rows that do not overlap, got a pitch of {pitch} for {tensor.shape[1]} elements"
-    if pitch % 8 or tensor.data_ptr() % 16:
-        return (
-            f"needs rows at multiples of 16 bytes, got a pitch of {2 * pitch} and an address {tensor.data_ptr() % 16} past one"
-        )
-    return None
+    if tensor.stride(1) != 1:
+        return f"needs contiguous rows, got a stride of {tensor.stride(1)}"
+    return rows_why_not(Operand(tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16))
 
 
-def _mask(saved, activation, rows, columns):
+def _mask(saved, activation):
     """The mask that `saved` is, or that of the output that it is; None where nothing is selected."""
     if not activation:
         return None
     if saved.dtype == torch.int32:
         return saved if saved.stride(1) == 1 else saved.contiguous()
-    return pack_mask(saved.reshape(rows, columns))
+    return pack_mask(passes.rows(saved))
 
 
 # ----- backward ---------------------------------------------------------------
 
 
-def _select(grad_out, mask, sizes, compute_dtype, wants_grad_z, grad_bias_dtype):
+def _select(grad_out, mask, compute_dtype, wants_grad_z, grad_bias_dtype):
     """(grad_z in compute_dtype, grad_bias), None where not wanted; grad_out itself where it already is grad_z."""
-    M, N = sizes
+    M, N = grad_out.shape
     is_grad_z = mask is None and grad_out.dtype == compute_dtype and _matrix(grad_out) is grad_out
     grad_z = _empty(grad_out, M, N, compute_dtype) if wants_grad_z and not is_grad_z else None
     sums = None if grad_bias_dtype is None else _empty(grad_out, -(-M // SELECT_ROWS), N, torch.float32)
@@ -225,9 +206,9 @@ def _sum_parts(parts, rows, dtype, added_to=None):
     return out
 
 
-def _dgrad(grad_z, weight, prev_mask, sizes, compute_dtype, dtype, grad_prev_bias_dtype):
+def _dgrad(grad_z, weight, prev_mask, dtype, grad_prev_bias_dtype):
     """(grad_z @ weight, selected by `prev_mask` where it is given, in `dtype`; its column sums unrounded, or None)."""
-    M, N, K = sizes
+    (M, N), K = grad_z.shape, weight.shape[1]
     sums = None if grad_prev_bias_dtype is None else _empty(grad_z, -(-M // SUM_ROWS), K, torch.float32)
     if not (N and M and K):
         return grad_z.new_zeros((M, K), dtype=dtype), None if sums is None else _sum_rows(sums, 0, K, grad_prev_bias_dtype)
@@ -237,14 +218,14 @@ def _dgrad(grad_z, weight, prev_mask, sizes, compute_dtype, dtype, grad_prev_bia
         parts = _empty_parts(grad_z, splits, M, K)
         native.ops.linear_act_dgrad(grad_z, weight, None, parts.view(-1, K), None, *config, splits)
         return _sum_parts(parts, M, dtype), None
-    grad_x = _empty(grad_z, M, K, dtype if dtype == compute_dtype else torch.float32)
+    grad_x = _empty(grad_z, M, K, dtype if dtype == grad_z.dtype else torch.float32)
     native.ops.linear_act_dgrad(grad_z, weight, prev_mask, grad_x, sums, *config, 1)
     return cast(grad_x, dtype), None if sums is None else _sum_rows(sums, M, K, grad_prev_bias_dtype)
 
 
-def _wgrad(grad_z, x, sizes, compute_dtype, dtype, added_to=None):
+def _wgrad(grad_z, x, dtype, added_to=None):
     """grad_z.T @ x in `dtype`; or `added_to` (N, K), fp32, where it was added to that: not to one that TMA cannot write."""
-    M, N, K = sizes
+    (M, N), K = grad_z.shape, x.shape[1]
     if not (M and N and K):
         return grad_z.new_zeros((N, K), dtype=dtype)
     config, splits = choose(N, K, M, _num_sms(grad_z.device), True)
@@ -255,7 +236,7 @@ def _wgrad(grad_z, x, sizes, compute_dtype, dtype, added_to=None):
     if added_to is not None and added_to.data_ptr() % 16 == 0:
         native.ops.linear_act_wgrad(grad_z, x, added_to, 1, *config, True)
         return added_to
-    grad_weight = _empty(grad_z, N, K, dtype if dtype == compute_dtype else torch.float32)
+    grad_weight = _empty(grad_z, N, K, dtype if dtype == grad_z.dtype else torch.float32)
     native.ops.linear_act_wgrad(grad_z, x, grad_weight, 1, *config)
     return cast(grad_weight, dtype)
 

@@ -250,6 +250,11 @@ def _map_why_not(operand: Operand) -> str | None:
         return f"needs sizes from 1 to 2**31 - 1, got {tuple(operand.shape)}"
     if operand.stride[operand.inner] != 1:
         return f"needs a stride of 1, got {operand.stride}"
+    return rows_why_not(operand)
+
+
+def rows_why_not(operand: Operand) -> str | None:
+    """Why TMA cannot read or write the rows (or columns) of a matrix, elements of which follow each other; or None."""
     if operand.pitch < operand.shape[operand.inner]:
         return f"needs rows that do not overlap, got a pitch of {operand.pitch} for {operand.shape[operand.inner]} elements"
     pitch = operand.pitch * operand.dtype.itemsize

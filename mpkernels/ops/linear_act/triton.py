@@ -14,7 +14,7 @@ import torch
 import triton
 
 from mpkernels.ops.common.cast import cast
-from mpkernels.ops.linear_act import epilogues
+from mpkernels.ops.linear_act import epilogues, passes
 from mpkernels.ops.linear_act import kernels_triton as kernels
 from mpkernels.ops.linear_act import kernels_triton_tma as tma
 from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
@@ -36,29 +36,29 @@ def why_not(key: CallKey) -> str | None:
 
 def linear_act(call: ForwardCall):
     x, activation, compute_dtype = call.x, call.activation, call.compute_dtype
-    (*lead, K), N, M = x.shape, call.weight.shape[0], x.shape[:-1].numel()
+    N, K = call.weight.shape
     x_compute = None if x.dtype == compute_dtype else cast(x, compute_dtype)
     saved = empty_saved(x, N, activation, call.preactivation_dtype) if call.save and activation else None
-    b = call.operand
-    gemm = ("fprop", M, N, K, activation, compute_dtype, b.dtype, call.out_dtype)
+    a, b = passes.rows(x if x_compute is None else x_compute), call.operand
+    gemm = ("fprop", a.shape[0], N, K, activation, compute_dtype, b.dtype, call.out_dtype)
     with torch.cuda.device_of(x):
         out, _ = _gemm(
-            _rows(x if x_compute is None else x_compute, M, K), b.t(), call.out_dtype,
-            None if call.batch_invariant else _tuned(x.device, *gemm), bias=call.bias, activation=int(activation), saved=saved,
-            batch_invariant=call.batch_invariant, scales=(_flat(call.x_scale), _flat(call.weight_scale)),
+            a, b.t(), call.out_dtype, None if call.batch_invariant else _tuned(x.device, *gemm), bias=call.bias,
+            activation=int(activation), saved=saved, batch_invariant=call.batch_invariant,
+            scales=(_flat(call.x_scale), _flat(call.weight_scale)),
         )  # fmt: skip
-    return out if x.dim() == 2 else out.view(*lead, N), saved, x_compute
+    return passes.shaped(out, x), saved, x_compute
 
 
 def linear_act_backward(call: BackwardCall):
-    grad_out, compute_dtype, b, device = call.grad_out, call.compute_dtype, call.operand, call.weight.device
-    (N, K), M = call.weight.shape, grad_out.shape[:-1].numel()
+    grad_out, compute_dtype, b, device = passes.rows(call.grad_out), call.compute_dtype, call.operand, call.grad_out.device
+    (N, K), M = call.weight.shape, grad_out.shape[0]
     wants_x, wants_weight, wants_bias = call.output_mask
     grad_x = grad_weight = grad_prev_bias = None
     with torch.cuda.device_of(grad_out):
         grad_z, grad_bias = _select(
-            _rows(grad_out, M, N),
-            _matrix(call.saved, call.activation, M, N),
+            grad_out,
+            _matrix(call.saved, call.activation),
             int(call.activation),
             compute_dtype,
             wants_x or wants_weight,
@@ -68,22 +68,17 @@ def linear_act_backward(call: BackwardCall):
             gemm = ("dgrad", M, N, K, 0, compute_dtype, b.dtype, call.grad_x_dtype)
             grad_x, sums = _gemm(
                 grad_z, b, call.grad_x_dtype, None if call.is_fused else _tuned(device, *gemm),
-                prev=_matrix(call.prev_saved, call.prev_activation, M, K), prev_activation=int(call.prev_activation),
+                prev=_matrix(call.prev_saved, call.prev_activation), prev_activation=int(call.prev_activation),
                 sums=call.grad_prev_bias_dtype is not None,
             )  # fmt: skip
-            grad_x = grad_x if grad_out.dim() == 2 else grad_x.view(*grad_out.shape[:-1], K)
+            grad_x = passes.shaped(grad_x, call.grad_out)
             grad_prev_bias = None if sums is None else _sum(sums, call.grad_prev_bias_dtype)
         if wants_weight:
             tile = _tuned(device, "wgrad", M, N, K, 0, compute_dtype, call.grad_weight_dtype)
-            added_to = call.grad_weight_sum
-            grad_weight, _ = _gemm(grad_z.t(), _rows(call.x, M, K), call.grad_weight_dtype, tile, add_to=added_to)
-            grad_weight = grad_weight if added_to is None else None
+            add_to = call.grad_weight_sum
+            grad_weight, _ = _gemm(grad_z.t(), passes.rows(call.x), call.grad_weight_dtype, tile, add_to=add_to)
+            grad_weight = passes.add_to_sum(call, grad_weight)
     return grad_x, grad_weight, grad_bias, grad_prev_bias
-
-
-def _rows(tensor, rows, columns):
-    """`tensor` as a matrix."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(rows, columns)
 
 
 def _flat(scale):
@@ -91,11 +86,9 @@ def _flat(scale):
     return None if scale is None else scale.reshape(scale.numel())
 
 
-def _matrix(saved, activation, rows, columns):
+def _matrix(saved, activation):
     """`saved` as a matrix: a mask, an output, a preactivation; None where there is no activation."""
-    if activation == Activation.NONE:
-        return None
-    return saved if saved.dtype == torch.int32 else saved.reshape(rows, columns)
+    return passes.rows(saved) if activation else None
 
 
 def _tuned(device, *gemm):
