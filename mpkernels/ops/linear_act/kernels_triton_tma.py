@@ -46,20 +46,11 @@ def gemm_tma_kernel(
             # ----- multiply-accumulate
             acc = multiply(a, b, acc, FLOAT8)
         # ----- epilogue, store
-        if SUBTILES == 1:
+        parts = (acc,) if SUBTILES == 1 else tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART_N)), (0, 2, 1)))
+        for i in tl.static_range(SUBTILES):
             _finish(
-                acc, a_scale_ptr, b_scale_ptr, bias_ptr, out_desc, mask_ptr, prev_ptr, partial_ptr, M, N, row, column,
-                stride_as, stride_bs, stride_bias, stride_mask, stride_sm, stride_sn, RELU, ACCUMULATE,
-            )  # fmt: skip
-        else:
-            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART_N)), (0, 2, 1)))
-            _finish(
-                left, a_scale_ptr, b_scale_ptr, bias_ptr, out_desc, mask_ptr, prev_ptr, partial_ptr, M, N, row, column,
-                stride_as, stride_bs, stride_bias, stride_mask, stride_sm, stride_sn, RELU, ACCUMULATE,
-            )  # fmt: skip
-            _finish(
-                right, a_scale_ptr, b_scale_ptr, bias_ptr, out_desc, mask_ptr, prev_ptr, partial_ptr, M, N, row,
-                column + PART_N, stride_as, stride_bs, stride_bias, stride_mask, stride_sm, stride_sn, RELU, ACCUMULATE,
+                parts[i], a_scale_ptr, b_scale_ptr, bias_ptr, out_desc, mask_ptr, prev_ptr, partial_ptr, M, N, row,
+                column + i * PART_N, stride_as, stride_bs, stride_bias, stride_mask, stride_sm, stride_sn, RELU, ACCUMULATE,
             )  # fmt: skip
 
 
