@@ -134,27 +134,12 @@ def test_policy_wide_output_is_not_rounded_on_the_way():
     assert linear_act(x, weight, torch.tensor([2.0**-20]), policy="mixed_float16").item() == 1 + 2.0**-14 + 2.0**-20
 
 
-def test_strided_and_empty_inputs(generator):
-    x = torch.randn(6, 4, generator=generator)
-    weight = torch.randn(3, 4, generator=generator)
-    for view in (x.t().contiguous().t(), x[::2], x[:0], torch.ones(1).expand(5, 4), x[0]):
-        bounds.check_forward(linear_act(view, weight, policy="float32"), view, weight, None, 0, torch.float32)
-    out = linear_act(torch.ones(2, 0), torch.ones(3, 0), torch.tensor([-1.0, 0, 2]), "relu")
-    assert out.tolist() == [[0.0, 0.0, 2.0]] * 2
-    assert linear_act(torch.ones(2, 3), torch.ones(0, 3)).shape == (2, 0)
-
-
 @pytest.mark.parametrize(
     "change, error, message",
     [
         ({"x": torch.ones(2, 5)}, RuntimeError, "x has last dimension 5, weight expects 4"),
-        ({"x": torch.ones(())}, RuntimeError, "0-d"),
-        ({"weight": torch.ones(4)}, RuntimeError, r"weight must have shape \(N, K\), got \(4,\)"),
         ({"bias": torch.ones(2)}, RuntimeError, r"bias must have shape \(3,\), got \(2,\)"),
-        ({"bias": torch.ones(3, 1)}, RuntimeError, r"bias must have shape \(3,\), got \(3, 1\)"),
         ({"x": [1.0]}, TypeError, "x must be a Tensor, got list"),
-        ({"weight": None}, TypeError, "weight must be a Tensor, got NoneType"),
-        ({"bias": 1.0}, TypeError, "bias must be a Tensor, got float"),
         ({"x": torch.ones(2, 4).to_sparse()}, RuntimeError, "sparse"),
         ({"x": torch.ones(2, 4, device="meta")}, RuntimeError, "x is on meta but weight is on cpu"),
         ({"activation": "tanh"}, ValueError, 'activation must be None or one of "relu", .*"silu", got \'tanh\''),
@@ -167,11 +152,3 @@ def test_bad_inputs(change, error, message, policy):
     good = {"x": torch.ones(2, 4), "weight": torch.ones(3, 4), "bias": torch.ones(3), "policy": policy}
     with pytest.raises(error, match=message):
         linear_act(**good | change)
-
-
-def test_double_backward_is_refused():
-    x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
-    weight = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
-    (grad,) = torch.autograd.grad(linear_act(x, weight).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward is not supported"):
-        grad.sum().backward()

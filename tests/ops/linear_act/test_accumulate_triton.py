@@ -7,16 +7,11 @@ import torch
 from mpkernels.ops.linear_act import Activation, triton
 from mpkernels.ops.linear_act.call import BackwardCall
 from mpkernels.testing.linear_act_cases import check_sum
-from tests import bounds
+from tests import bounds, triton_target
 from tests.linear_act_cases import same_bits
 
-INTERPRETED = pytest.importorskip("triton").knobs.runtime.interpret
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("needs a GPU or TRITON_INTERPRET=1, which test_triton_interpreter.py sets", allow_module_level=True)
-if INTERPRETED:
-    from tests.toolchain import triton_interpreter
-
-    triton_interpreter.install()
+INTERPRETED, device = triton_target.INTERPRETED, triton_target.device
+test_interpreter_computes_bf16_by_value = triton_target.test_interpreter_computes_bf16_by_value
 
 f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
 ALIGNED, ODD = (40, 72, 96), (7, 33, 41)  # M, N, K
@@ -24,11 +19,6 @@ CASES = [
     *((dtype, ALIGNED, shift, shift % 4 == 0) for dtype in (f16, bf16) for shift in (0, 1, 4)),
     (f16, ODD, 0, False), (f16, ODD, 3, False), (f16, (0, 16, 24), 0, False), (f32, ALIGNED, 0, False), (f32, ODD, 1, False),
 ]  # fmt: skip
-
-
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cpu" if INTERPRETED else "cuda")
 
 
 @pytest.mark.parametrize("dtype, sizes, shift, by_tma", CASES, ids=str)

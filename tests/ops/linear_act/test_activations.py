@@ -196,18 +196,6 @@ def test_activation_compiles_and_transforms(activation, policy, generator):
 
 
 @by_activation
-def test_activation_transforms_that_raise(activation):
-    """Forward mode and double backward: never a silent zero."""
-    layer = mpk.MPLinear(3, 2, activation=activation.name.lower(), policy="float64")
-    x = torch.randn(2, 3, dtype=f64, requires_grad=True)
-    with pytest.raises(RuntimeError, match="jvp"):
-        torch.func.jvp(layer, (x,), (x,))
-    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward is not supported"):
-        grad.sum().backward()
-
-
-@by_activation
 @by_dtype
 def test_activation_of_numbers_at_the_formats_ends(activation, dtype, device):
     """The largest finite numbers and the smallest: finite where the fp64 value is, a multiple of the vector's length too."""

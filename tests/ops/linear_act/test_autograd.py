@@ -208,14 +208,6 @@ def test_linear_act_joined_backward_of_what_requires_it(frozen, monkeypatch, gen
     assert [names[name].grad for name in frozen] == [None] * len(frozen)
 
 
-def test_linear_act_double_backward_raises(generator, device):
-    x, weight, bias, _ = leaves(Case(4, 5, 6, DTYPES["float64"]), generator, device)
-    out = call(x, weight, bias, DTYPES["float64"])
-    (grad_x,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward is not supported"):
-        torch.autograd.grad(grad_x.sum(), weight)
-
-
 @pytest.mark.parametrize("write", [lambda t: t.mul_(2), torch.relu_, lambda t: t.add_(t)], ids=["mul", "relu", "add"])
 @pytest.mark.parametrize("lead", [(), (4,), (2, 3)], ids=str)
 def test_linear_act_output_may_be_changed_in_place(write, lead, generator, device):

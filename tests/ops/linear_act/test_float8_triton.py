@@ -10,33 +10,19 @@ import torch
 from mpkernels.ops.linear_act import Activation, forward_op, tile_config, triton
 from mpkernels.ops.linear_act.tile_config import Float8
 from mpkernels.testing import scaled_cases
-from tests import bounds
+from tests import bounds, triton_target
 from tests.levels import each_once
 from tests.linear_act_cases import bits_of, same_bits
 
-INTERPRETED = pytest.importorskip("triton").knobs.runtime.interpret
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("needs a GPU or TRITON_INTERPRET=1, which test_triton_interpreter.py sets", allow_module_level=True)
-if INTERPRETED:
-    from tests.toolchain import triton_interpreter
-
-    triton_interpreter.install()
+INTERPRETED = triton_target.INTERPRETED
+device, _force_triton = triton_target.device, triton_target.forcing("linear_act")
+test_interpreter_computes_bf16_by_value = triton_target.test_interpreter_computes_bf16_by_value
 
 bf16, f16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
 PAIRS = ((e4m3, e4m3), (e5m2, e4m3), (e4m3, e5m2), (e5m2, e5m2))
 NONE, RELU, GELU = Activation.NONE, Activation.RELU, Activation.GELU
 NAN = float("nan")
-
-
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cpu" if INTERPRETED else "cuda")
-
-
-@pytest.fixture(autouse=True)
-def _force_triton(monkeypatch):
-    monkeypatch.setenv("MPKERNELS_BACKEND", "linear_act=triton")
 
 
 @pytest.fixture(params=["as they are", "decoded"])

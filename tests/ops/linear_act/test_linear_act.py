@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from mpkernels.ops.linear_act.epilogues import Activation, acc_dtype
 from tests import bounds
+from tests.levels import each_once
 from tests.linear_act_cases import (
     DTYPES,
     LAYOUTS,
@@ -307,17 +308,19 @@ def test_linear_act_any_subset_of_gradients(dtypes, generator, device):
 # ----- mask ---------------------------------------------------------------
 
 
-@by_dtypes
-@pytest.mark.parametrize("columns", [1, 31, 32, 33, 100, 128, 129, 300])
-def test_linear_act_mask_layout(dtypes, columns, generator, device):
-    """Bit j of word w is column 32w+j; rows start at 16 bytes; tail bits are 0; nothing is saved without being asked for."""
+@pytest.mark.parametrize("name, columns", each_once(DTYPES, (1, 31, 32, 33, 100, 128, 129, 300)))
+def test_linear_act_mask_layout(name, columns, generator, device):
+    """Bit j of word w is column 32w+j; rows start at 16 bytes; tail bits are 0, of a row of NaN too; nothing is saved without
+    being asked for."""
+    dtypes = DTYPES[name]
     x, weight, bias, _ = Case(5, columns, 9, dtypes).tensors(generator, device)
+    x[3] = torch.nan
     out, saved, _ = forward(x, weight, bias, dtypes)
     assert saved.dtype == torch.int32
     assert saved.shape == (5, -(-columns // 32))
     assert saved.stride() == (-(-columns // 128) * 4, 1)
     bits = bits_of(saved, columns)
-    np.testing.assert_array_equal(bits[:, :columns], (out > 0).cpu().numpy())
+    np.testing.assert_array_equal(bits[:, :columns], ~(out <= 0).cpu().numpy())
     assert not bits[:, columns:].any()
     for other in (forward(x, weight, bias, dtypes, save=0), forward(x, weight, bias, dtypes, activation=NONE)):
         assert other[1].dtype == torch.int32
@@ -328,12 +331,12 @@ def test_linear_act_mask_layout(dtypes, columns, generator, device):
 def test_linear_act_mask_of_zeros_underflow_and_nan(dtypes, device):
     """1 at NaN; 0 at both zeros and where the output underflows: the mask is of the rounded output."""
     least = max(bounds.least_subnormal(d) for d in (dtypes.out, dtypes.weight, acc_dtype(dtypes.compute)))
-    values = [1.0, -1.0, 0.0, -0.0, torch.nan, torch.inf, -torch.inf, least, least / 4]
-    expected = [1, 0, 0, 0, 1, 1, 0, 1, 0]
+    values = [1.0, -1.0, 0.0, -0.0, torch.nan, torch.inf, -torch.inf, least, 0.75 * least, least / 4]
+    expected = [1, 0, 0, 0, 1, 1, 0, 1, 1, 0]
     bias = torch.tensor(values, dtype=dtypes.weight, device=device)
-    x, weight = torch.zeros(2, 3, dtype=dtypes.x, device=device), torch.zeros(9, 3, dtype=dtypes.weight, device=device)
+    x, weight = torch.zeros(2, 3, dtype=dtypes.x, device=device), torch.zeros(10, 3, dtype=dtypes.weight, device=device)
     _, saved, _ = forward(x, weight, bias, dtypes)
-    assert bits_of(saved, 9)[0, :9].astype(int).tolist() == expected
+    assert bits_of(saved, 10)[0, :10].astype(int).tolist() == expected
 
 
 def test_linear_act_gradient_follows_the_mask(device):

@@ -13,17 +13,28 @@ from mpkernels.functional import linear_act
 from mpkernels.nn import MPMLP
 from mpkernels.ops.common.cast import cast
 from mpkernels.ops.linear_act import Activation, backward_op, forward_op, tile_config, triton
-from mpkernels.ops.linear_act.epilogues import empty_mask
 from mpkernels.runtime import tuned_table
 from mpkernels.testing import checks, linear_act_cases
 from tests import bounds, triton_target
 from tests import linear_act_cases as cases
 from tests.levels import each_once
 from tests.linear_act_cases import DTYPES, Case, backward, bits_of, forward, same_bits
+from tests.ops.linear_act import test_fused_backward, test_linear_act
 
 INTERPRETED = triton_target.INTERPRETED
 device, _force_triton = triton_target.device, triton_target.forcing("linear_act", "linear_act_backward")
 test_interpreter_computes_bf16_by_value = triton_target.test_interpreter_computes_bf16_by_value
+
+# The same of every backend, and soon done.
+test_linear_act_below_selects = test_fused_backward.test_linear_act_below_selects
+test_linear_act_below_small_gradients_sum_unrounded = test_fused_backward.test_linear_act_below_small_gradients_sum_unrounded
+test_linear_act_bias_is_not_rounded_to_compute = test_linear_act.test_linear_act_bias_is_not_rounded_to_compute
+test_linear_act_double_operands_are_rounded_once = test_linear_act.test_linear_act_double_operands_are_rounded_once
+test_linear_act_gradient_follows_the_mask = test_linear_act.test_linear_act_gradient_follows_the_mask
+test_linear_act_mask_layout = test_linear_act.test_linear_act_mask_layout
+test_linear_act_mask_of_zeros_underflow_and_nan = test_linear_act.test_linear_act_mask_of_zeros_underflow_and_nan
+test_linear_act_overflow = test_linear_act.test_linear_act_overflow
+test_linear_act_small_weight_gradient_arrives = test_linear_act.test_linear_act_small_weight_gradient_arrives
 
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 NAN, INF = float("nan"), float("inf")
@@ -78,17 +89,6 @@ def test_linear_act_below(name, sizes, generator, device):
     assert same_bits(unselected[0], plain[0])
     checked = (unselected[0], unselected[3])
     bounds.check_backward_below(checked, grad_out, weight, out > 0, None, dtypes.compute, v, True)
-
-
-def test_linear_act_below_selects(device):
-    """An inf or NaN behind a 0 of the previous layer is 0 in both gradients; padding rows add nothing, not even NaN."""
-    x = torch.tensor([[-1.0, 0.0, 1.0, NAN]], dtype=f16, device=device)
-    for value in (3.0, INF, NAN):
-        grad_out, weight = torch.ones(1, 1, dtype=f16, device=device), torch.full((1, 4), value, dtype=f16, device=device)
-        grads = cases.backward_below(grad_out, x, weight, None, x, DTYPES["float16"], Activation.NONE)
-        expected = torch.tensor([0, 0, value, value], dtype=f16, device=device)
-        assert same_bits(grads[0][0], expected)
-        assert same_bits(grads[3], expected)
 
 
 @pytest.mark.parametrize("activation, name", each_once(list(Activation)[2:], ("float64", "mixed_float16", "bfloat16")))
@@ -179,28 +179,6 @@ def test_linear_act_is_right_in_every_case(device, monkeypatch):
         assert checks.wrong(op, "triton", device) is None
 
 
-@pytest.mark.parametrize("dtype", [f16, bf16])
-def test_linear_act_mask_is_of_the_rounded_output(dtype, device):
-    """0 at zeros and where the rounding underflows, 1 at NaN and at what rounds up to the least subnormal."""
-    least = bounds.least_subnormal(dtype)
-    values = [NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, least, 0.75 * least, 0.5 * least, -least]
-    x = torch.tensor(values, dtype=f32, device=device)[:, None]
-    out, saved, _ = forward(x, torch.ones(1, 1, device=device), None, cases.Dtypes(f32, f32, f32, dtype, f32))
-    expected = [NAN, INF, 0, 0, 0, 1, 0, least, least, 0, 0]
-    assert same_bits(out.abs().flatten().float(), torch.tensor(expected, device=device))
-    assert bits_of(saved, 1)[:, 0].tolist() == [value != 0 for value in expected]
-
-
-def test_linear_act_mask_has_no_bits_behind_the_edge(device):
-    """A row of NaN is NaN in the padding of the tile too."""
-    x, weight = torch.full((3, 4), NAN, dtype=f16, device=device), torch.ones(35, 4, dtype=f16, device=device)
-    _, saved, _ = forward(x, weight, None, DTYPES["float16"])
-    assert saved.stride() == empty_mask(x, 3, 35).stride()
-    bits = bits_of(saved, 35)
-    assert bits[:, :35].all()
-    assert not bits[:, 35:].any()
-
-
 def test_linear_act_nonfinite_stays_in_its_row(generator, device):
     x, weight, bias, _ = Case(20, 40, 33, DTYPES["float16"]).tensors(generator, device)
     expected, _, _ = forward(x, weight, bias, DTYPES["float16"])
@@ -220,30 +198,6 @@ def test_linear_act_reads_nothing_behind_the_edges(generator, device):
         out, saved, _ = forward(x, weight, bias, dtypes)
         results.append((out, saved, *backward(grad_out, _inside_nan(x.half()), weight, saved, dtypes)))
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("by_mask", [True, False])
-def test_linear_act_selects(by_mask, device):
-    """An inf or NaN gradient behind a 0 is 0, one behind a NaN output passes."""
-    x = torch.tensor([[-1.0], [0.0], [1.0], [NAN]], dtype=f16, device=device)
-    weight = torch.ones(1, 1, dtype=f16, device=device)
-    out, saved, _ = forward(x, weight, None, DTYPES["float16"])
-    for value in (INF, NAN):
-        grad_out = torch.tensor([[value], [value], [1.0], [2.0]], dtype=f16, device=device)
-        grad_x, _, grad_bias = backward(grad_out, x, weight, saved if by_mask else out, DTYPES["float16"])
-        assert grad_x.flatten().tolist() == [0, 0, 1, 2]
-        assert grad_bias.item() == 3
-
-
-def test_linear_act_rounds_fp64_once(device):
-    """Just above a tie between two bf16 numbers; through fp32 it would be the tie itself, and round down."""
-    above = 1 + 2.0**-8 + 2.0**-40
-    one, wide = torch.ones(1, 1, dtype=f64, device=device), torch.full((1, 1), above, dtype=f64, device=device)
-    inside = DTYPES["fp64 to bf16"]
-    assert forward(wide, one, None, inside)[0].item() == forward(one, wide, None, inside)[0].item() == 1 + 2.0**-7
-    assert forward(one, wide, None, cases.Dtypes(f64, f64, f64, bf16, f64))[0].item() == 1 + 2.0**-7
-    grad_x, _, _ = backward(wide, one.bfloat16(), one, None, inside, Activation.NONE)
-    assert grad_x.item() == 1 + 2.0**-7
 
 
 @pytest.mark.parametrize("mask", [(True, False, False), (False, True, False), (False, False, True), (False, False, False)])
