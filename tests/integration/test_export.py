@@ -47,12 +47,14 @@ def test_decomposition_has_the_numerics_of_the_op(policy, bias, activation, gene
 @pytest.mark.parametrize("policy", ["mixed_float16", "float64"])
 def test_decomposition_saves_what_the_op_saves(policy, activation, generator):
     layer, x = layer_of(policy, activation.name.lower(), generator=generator)
-    args = (x, layer.weight.detach(), layer.bias.detach(), None, int(activation), layer.policy.compute_dtype, x.dtype, 1)
     op = torch.ops.mpkernels.linear_act.default
-    for got, expected in zip(mpk.functional.decompositions()[op](*args), op(*args), strict=True):
-        assert got.shape == expected.shape
-        assert got.dtype == expected.dtype
-    assert same_bits(got, expected)  # x_compute
+    for N in (layer.out_features, 0):
+        parameters = layer.weight[:N].detach(), layer.bias[:N].detach()
+        args = (x, *parameters, None, int(activation), layer.policy.compute_dtype, x.dtype, 1)
+        for got, expected in zip(mpk.functional.decompositions()[op](*args), op(*args), strict=True):
+            assert got.shape == expected.shape
+            assert got.dtype == expected.dtype
+        assert same_bits(got, expected)  # x_compute
 
 
 @pytest.mark.sweep

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_act in ATen, for graphs that leave this package: out = round(act(x @ weight.T + bias))."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -22,6 +24,6 @@ def linear_act(*args):
     out = cast(epilogue.graph(z), call.out_dtype)
     saved = x.new_empty(0, dtype=torch.int32)
     if call.save and epilogue.saves != "nothing":
-        rows = lambda t: t.reshape(-1, weight.shape[0])
+        rows = lambda t: t.reshape(math.prod(x.shape[:-1]), weight.shape[0])
         saved = pack_mask(rows(out)) if epilogue.saves == "mask" else cast(rows(z), compute_dtype)
     return out, saved, x_compute if x.dtype != compute_dtype else x.new_empty(0)
