@@ -148,6 +148,13 @@ def test_linear_act_refuses_names_of_activations(name):
         ({"activation": 6}, "activation must be one of 0 (NONE)"),
         ({"weight_copy": torch.ones(4, 3)}, "weight_copy must be (3, 4) torch.float32, got (4, 3)"),
         ({"grad_weight_dtype": torch.int8}, "grad_weight_dtype must be float16, bfloat16, float32 or float64"),
+        ({"prev_saved": None}, "prev_saved must be the mask (2, 1) int32 or x, got None"),
+        ({"prev_saved": torch.zeros(2, 2, dtype=torch.int32)}, "prev_saved must be the mask (2, 1) int32 or x, got (2, 2)"),
+        ({"prev_saved": torch.zeros(2, 3)}, "prev_saved must be the mask (2, 1) int32 or x, got (2, 3) torch.float32"),
+        ({"prev_saved": torch.zeros(2, 1, dtype=torch.int32, device="meta")}, "prev_saved is on meta, expected cpu"),
+        ({"prev_activation": 9}, "prev_activation must be one of 0 (NONE), 1 (RELU)"),
+        ({"grad_prev_bias_dtype": torch.int8}, "grad_prev_bias_dtype must be float16, bfloat16, float32 or float64"),
+        ({"output_mask": [False, True, True]}, "the gradients of the previous layer come out of grad_x: output_mask[0] must"),
     ],
 )
 def test_linear_act_backward_refuses(changed, message):
@@ -155,6 +162,7 @@ def test_linear_act_backward_refuses(changed, message):
         "grad_out": torch.ones(2, 3), "x": torch.ones(2, 4), "weight": torch.ones(3, 4), "weight_copy": None,
         "saved": torch.zeros(2, 1, dtype=torch.int32), "activation": 1, "compute_dtype": f32, "grad_x_dtype": f32,
         "grad_weight_dtype": f32, "grad_bias_dtype": f32, "output_mask": [True] * 3,
+        "prev_saved": torch.zeros(2, 1, dtype=torch.int32), "prev_activation": 1, "grad_prev_bias_dtype": f32,
     }  # fmt: skip
     torch.ops.mpkernels.linear_act_backward(**good)
     with pytest.raises(RuntimeError, match=re.escape(f"linear_act_backward: {message}")):
