@@ -88,12 +88,7 @@ def gemm_kernel(
     # ----- store
     tl.store(out_ptrs, out, mask=inside)
     if mask_ptr is not None:
-        words = _pack(tl.where(out <= 0, 0, 1), BLOCK_M, BLOCK_N)  # NaN is 1
-        word = first_column // 32 + tl.arange(0, BLOCK_N // 32)
-        bits = tl.maximum(tl.minimum(N - word * 32, 32), 0)  # of this word that are columns
-        words &= ((1 << bits) - 1).to(tl.int32)[None, :]  # the others may be NaN's
-        inside = row_inside[:, None] & (bits > 0)[None, :]
-        tl.store(mask_ptr + rows[:, None] * stride_mask + word[None, :], words, mask=inside)
+        store_mask(out, mask_ptr, rows, first_column, row_inside, N, stride_mask)
 
 
 @triton.jit
@@ -194,10 +189,17 @@ def select(grad, mask_ptr, rows, first_column, row_inside, N, stride_sm, stride_
 
 
 @triton.jit
-def _pack(bits, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """int32 words (BLOCK_M, BLOCK_N / 32) of bits (BLOCK_M, BLOCK_N) that are 0 or 1: bit j of word w is column 32w+j."""
-    bits = tl.reshape(bits, (BLOCK_M, BLOCK_N // 32, 32)) << tl.arange(0, 32)[None, None, :]
-    return tl.sum(bits, axis=2)
+def store_mask(out, mask_ptr, rows, first_column, row_inside, N, stride_mask):
+    """The mask of out (rows, columns) from first_column on: int32, bit j of word w is column 32w+j, 1 at NaN, tail bits 0."""
+    BLOCK_M: tl.constexpr = out.shape[0]
+    BLOCK_N: tl.constexpr = out.shape[1]
+    bits = tl.reshape(tl.where(out <= 0, 0, 1), (BLOCK_M, BLOCK_N // 32, 32)) << tl.arange(0, 32)[None, None, :]
+    words = tl.sum(bits, axis=2)
+    word = first_column // 32 + tl.arange(0, BLOCK_N // 32)
+    count = tl.maximum(tl.minimum(N - word * 32, 32), 0)  # of this word that are columns
+    words &= ((1 << count.to(tl.int64)) - 1).to(tl.int32)[None, :]  # the others may be NaN's
+    inside = row_inside[:, None] & (count > 0)[None, :]
+    tl.store(mask_ptr + rows[:, None] * stride_mask + word[None, :], words, mask=inside)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ A descriptor fills what lies behind an edge with zeros and clips what is stored 
 import triton
 import triton.language as tl
 
-from mpkernels.ops.linear_act.kernels_triton import _pack, multiply, select
+from mpkernels.ops.linear_act.kernels_triton import multiply, select, store_mask
 
 
 @triton.jit
@@ -90,9 +90,4 @@ def _finish(
         out += out_desc.load([row, column])
     out_desc.store([row, column], out)
     if mask_ptr is not None:
-        words = _pack(tl.where(out <= 0, 0, 1), BLOCK_M, BLOCK_N)  # NaN is 1
-        word = column // 32 + tl.arange(0, BLOCK_N // 32)
-        bits = tl.maximum(tl.minimum(N - word * 32, 32), 0)  # of this word that are columns
-        words &= ((1 << bits.to(tl.int64)) - 1).to(tl.int32)[None, :]  # the others may be NaN's
-        inside = (rows < M)[:, None] & (bits > 0)[None, :]
-        tl.store(mask_ptr + rows[:, None].to(tl.int64) * stride_mask + word[None, :], words, mask=inside)
+        store_mask(out, mask_ptr, rows.to(tl.int64), column, rows < M, N, stride_mask)
