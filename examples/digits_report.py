@@ -170,8 +170,8 @@ def peak_bytes(make: Callable, x: torch.Tensor, target: torch.Tensor) -> int:
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         life()
-    events = sorted(profile.events(), key=lambda event: event.time_range.end)
-    return max(itertools.accumulate(event.self_cpu_memory_usage for event in events))
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # those inside of ops too
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 # ----- every implementation -------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from mpkernels import Policy
 from tests.paths import ROOT
@@ -113,6 +114,25 @@ def test_examples_digits_narrow_policies_learn_like_fp32(tmp_path):
     assert rows["float32"]["ratio_to_torch_fp16"] is None
 
 
+def module_of(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_examples_digits_peak_is_of_what_is_there_at_once():
+    """Of two temporaries of one op, one after the other, one."""
+
+    class Run:
+        def step(self, x, target):
+            with torch.profiler.record_function("an op"):
+                for _ in range(2):
+                    torch.empty(1 << 20)
+
+    assert module_of("digits_report").peak_bytes(Run, torch.ones(1), torch.ones(1)) == 4 << 20
+
+
 def test_examples_regression_output():
     *epochs, test = example("regression_mlp.py").splitlines()
     check_epochs(epochs)
@@ -121,9 +141,7 @@ def test_examples_regression_output():
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_examples_regression_learns(policy, capsys):
-    spec = importlib.util.spec_from_file_location("regression_mlp", EXAMPLES / "regression_mlp.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = module_of("regression_mlp")
     assert policy in module.POLICIES
     assert module.train(Policy.parse(policy)) < 0.5
     check_epochs(capsys.readouterr().out.splitlines())
