@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 from bench.figures import IN_CHART, Cases, times
 from bench.implementation import OURS
+from bench.machines import MACHINES
 from bench.tables import by_case
 
 PEERS_OVER_K = ("oneDNN on fp32 copies", "MKL on fp32 copies", "torch float16", "torch bfloat16", "torch.compile default")
@@ -35,22 +36,19 @@ def drawn(charts: dict[str, tuple[list[dict], Callable]]) -> Iterable[tuple[str,
         yield file, "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 
-def charts(rows: dict[str, list[dict]], names: dict[str, str]) -> dict[str, tuple[list[dict], Callable]]:
-    """{file: (its rows, how to draw it)} of every chart that has rows; rows by page, and what its machine is called."""
+def charts(rows: dict[str, list[dict]]) -> dict[str, tuple[list[dict], Callable]]:
+    """{file: (its rows, how to draw it)} of every chart that has rows; rows by the page of their machine."""
     found = {
         f"{page}_{name}.svg": (chosen, functools.partial(PLOTS[name][1], rows=chosen))
         for page, of_page in rows.items()
-        for name, chosen in chosen_rows(of_page, kind(of_page)).items()
+        for name, chosen in chosen_rows(of_page, MACHINES[page].kind).items()
     }
-    cases = {names[page]: by_case(of_page) for page, of_page in rows.items() if kind(of_page) == "cpu"}
+    of_cpus = {MACHINES[page].name: of_page for page, of_page in rows.items() if MACHINES[page].kind == "cpu"}
+    cases = {name: by_case(of_page) for name, of_page in of_cpus.items()}
     for name, (select, plot) in README_PLOTS.items():
-        if chosen := [row for of_page in rows.values() if kind(of_page) == "cpu" for row in of_page if select(row)]:
+        if chosen := [row for of_page in of_cpus.values() for row in of_page if select(row)]:
             found[f"{name}.svg"] = (chosen, functools.partial(plot, cases=cases))
     return found
-
-
-def kind(rows: list[dict]) -> str:
-    return "cuda" if rows[-1]["clock"] == "GPU events" else "cpu"
 
 
 def chosen_rows(rows: list[dict], device: str) -> dict[str, list[dict]]:

@@ -9,12 +9,12 @@ was drawn from other rows. A ratio known to no better than 10 % is shown with it
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from bench import plots, savings, tables, which_precision
 from bench.figures import AGAINST_AMP, KEY_FIGURES, Comparison
 from bench.implementation import OURS
+from bench.machines import MACHINES
 from bench.rows import RESULTS, read
 from bench.tables import EVERY_OP, by_case, markdown, taken
 from mpkernels.runtime.resolve import Implementation, ops
@@ -22,41 +22,6 @@ from mpkernels.runtime.resolve import Implementation, ops
 ROOT = RESULTS.parent.parent
 PLOTS = ROOT / "docs" / "plots"
 DOCUMENTS = ("README.md", "docs/performance.md", "docs/which-precision.md", "docs/rl.md")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A machine with a page in docs/benchmarks.
-
-    device: as its rows name it. files: of bench/results; of a case that several have, the last one's rows are shown, since
-    bench/device.sh writes one per forced backend. note: what a reader of its tables has to know.
-    """
-
-    name: str
-    device: str
-    kind: str
-    files: tuple[str, ...]
-    note: str = ""
-
-
-MACHINES = {  # by the name of their page
-    "zen3": Machine("AMD EPYC, Zen 3 (AVX2)", "AMD EPYC family 25 model 1", "cpu", ("cpu",)),
-    "zen4": Machine("AMD EPYC, Zen 4 (AVX-512 BF16)", "AMD EPYC family 25 model 17", "cpu", ("cpu-zen4",)),
-    "intel": Machine(
-        "Intel Xeon (AVX-512 FP16, AMX)",
-        "Intel(R) Xeon(R) Processor family 6 model 167",
-        "cpu",
-        ("cpu-intel",),
-        "In forward, in chains and in models `oneDNN on fp32 copies`, `fp32, oneDNN` and `torch fp32, oneDNN` multiply in\n"
-        "bf16 on this CPU, which is how oneDNN reads the setting that selects it (the error is in the rows); with ReLU fused,\n"
-        "and in backward, they compute in fp32. The targets for training against torch's fp16 were set for a CPU without fp16\n"
-        "instructions, which this is not.",
-    ),
-    "icelake": Machine(savings.MACHINES[savings.ICE_LAKE], savings.ICE_LAKE, "cpu", ("cpu-icelake",)),
-    "h200": Machine("NVIDIA H200", "NVIDIA H200", "cuda", ("cuda", "cuda-triton", "cuda-step", "cuda-native")),
-}
-
-NAMES = {page: machine.name for page, machine in MACHINES.items()}
 
 
 def main() -> int:
@@ -73,7 +38,7 @@ def main() -> int:
 def charts(rows: dict[str, list[dict]]) -> dict[str, tuple]:
     """{file: (its rows, how to draw it)} of every chart in docs/plots."""
     policies = read(RESULTS / "which_precision.jsonl")
-    return plots.charts(rows, NAMES) | which_precision.charts(policies) | savings.charts(savings.rows())
+    return plots.charts(rows) | which_precision.charts(policies) | savings.charts(savings.rows())
 
 
 def current_rows(folder: Path = RESULTS) -> dict[str, list[dict]]:

@@ -7,12 +7,11 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.machines import MACHINES
 from bench.rows import RESULTS, read
 from bench.tables import markdown
 
 FP32 = "torch fp32"
-ICE_LAKE = "Intel(R) Xeon(R) Processor @ 2.60GHz family 6 model 106"  # as rows name it
-MACHINES = {ICE_LAKE: "Intel Xeon, Ice Lake (AVX-512 VNNI)"}
 CLAIMED = 0.70  # of fp32's: what "30 to 50 % less" means at least
 FASTER = 0.95  # of fp32's time: a recipe counts as faster whose 80th percentile is below
 LISTED = ",\n  "  # in a bullet, a line each
@@ -216,7 +215,8 @@ def charts(found: list[dict]) -> dict[str, tuple[list[dict], Callable]]:
 
 def place(found: list[dict]) -> str:
     """Machine, torch and date."""
-    return f"{MACHINES.get(found[0]['device'], found[0]['device'])}, torch {found[0]['torch']}, {found[0]['date']}"
+    row, names = found[0], {machine.device: machine.name for machine in MACHINES.values()}
+    return f"{names.get(row['device'], row['device'])}, torch {row['torch']}, {row['date']}"
 
 
 def same_bits(found: list[dict]) -> str:

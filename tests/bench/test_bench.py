@@ -12,6 +12,7 @@ import torch
 from bench import compare, figures, plots, report, rows, step, tables, targets
 from bench.cases import CASES, Float8, LinearAct, Mlp, Quantize, Step, select
 from bench.implementation import OURS
+from bench.machines import MACHINES
 from bench.measure import check
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -116,7 +117,7 @@ def test_bench_a_page_per_machine():
     assert {path.stem for path in (docs / "benchmarks").glob("*.md")} == rows.keys()
     assert {path.name for path in report.PLOTS.glob("*.svg")} == report.charts(rows).keys()
     for page, of_page in rows.items():
-        assert {row["device"] for row in of_page} == {report.MACHINES[page].device}, page
+        assert {row["device"] for row in of_page} == {MACHINES[page].device}, page
 
 
 def test_bench_a_table_without_its_row_fails():
@@ -181,7 +182,7 @@ def test_bench_plots_rows_of_a_gpu():
         like |= {"op": case.op}
         for name in NAMED | {"torch float16"}:
             rows.append(like | {"case": case.name, "implementation": name, "clock": "GPU events", "peak_bytes": 1, "gb_s": 1.0})
-    drawn = [name for name, text in plots.drawn(plots.charts({"h200": rows}, report.NAMES)) if "<svg" in text]
+    drawn = [name for name, text in plots.drawn(plots.charts({"h200": rows})) if "<svg" in text]
     assert drawn == [f"h200_{name}.svg" for name in plots.PLOTS]
     text = report.benchmarks("h200", rows)
     assert all(f"plots/{name}" in text for name in drawn)
@@ -196,12 +197,12 @@ def test_bench_quick_rows_are_a_page_of_a_cpu():
     assert all(f"## {title}\n" in text for title in report.SECTIONS if title not in WITHOUT_ROWS)
     assert list(plots.chosen_rows(of_page, "cpu")) == list(plots.PLOTS)
     filled = [report.filled((report.ROOT / name).read_text(), rows | {"icelake": of_page}) for name in report.DOCUMENTS]
-    assert any(report.MACHINES["icelake"].name in document for document in filled)
+    assert any(MACHINES["icelake"].name in document for document in filled)
 
 
 def test_bench_every_plot_of_a_cpu_has_rows():
     for page, of_page in report.current_rows().items():
-        assert list(plots.chosen_rows(of_page, report.MACHINES[page].kind)) == list(plots.PLOTS)
+        assert list(plots.chosen_rows(of_page, MACHINES[page].kind)) == list(plots.PLOTS)
 
 
 def test_bench_shows_what_device_sh_wrote(tmp_path):
@@ -214,7 +215,7 @@ def test_bench_shows_what_device_sh_wrote(tmp_path):
     write("cuda.jsonl", "overhead", "overhead/forward")
     found = report.current_rows(tmp_path)
     assert list(found) == ["h200"]
-    assert plots.charts(found, report.NAMES) == {}
+    assert plots.charts(found) == {}
     assert "## Per call" in report.benchmarks("h200", found["h200"])
     write("cuda-step.jsonl", "step", "step/float16/plain/1e8in300", bytes_per_parameter=30)
     for backend in ("native", "triton"):
@@ -222,7 +223,7 @@ def test_bench_shows_what_device_sh_wrote(tmp_path):
     found = report.current_rows(tmp_path)
     assert [row.get("backends") for row in found["h200"] if row["op"] == "linear_act"] == ["native"]
     assert {row["op"] for row in found["h200"]} == {"overhead", "step", "linear_act"}
-    drawn = list(plots.charts(found, report.NAMES))
+    drawn = list(plots.charts(found))
     assert "h200_roofline.svg" in drawn
     assert all(f"plots/{name}" in report.benchmarks("h200", found["h200"]) for name in drawn)
 
