@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from bench.figures import IN_CHART, Cases, times
 from bench.implementation import OURS
 from bench.machines import MACHINES
-from bench.tables import by_case
+from bench.tables import by_case, parameters, stream_bytes
 
 PEERS_OVER_K = ("oneDNN on fp32 copies", "MKL on fp32 copies", "torch float16", "torch bfloat16", "torch.compile default")
 OVER_K = {"cpu": (256, 1024), "cuda": (4096, 4096)}  # M, N
@@ -93,8 +93,7 @@ def ratio_over_k(axes, rows):
 def bytes_per_parameter(axes, rows):
     count = parameters(rows[0])
     names = [row["implementation"] for row in rows]
-    worth = [row["us_p50"] * row["limits"]["gb_s"] * 1e3 / count for row in rows]
-    axes.barh(names, worth, color="lightgray", label="time, in bytes of a plain stream")
+    axes.barh(names, list(map(stream_bytes, rows)), color="lightgray", label="time, in bytes of a plain stream")
     axes.barh(names, [row["bytes_per_parameter"] for row in rows], height=0.4, label="counted (0: not counted)")
     axes.invert_yaxis()
     axes.set(xlabel="bytes per parameter", title=f"AdamW step, {count:.0e} fp16 parameters in 300 tensors")
@@ -116,10 +115,6 @@ def _lines(axes, rows, of: Callable[[dict], int], label: str):
             axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel="ns per parameter", title="AdamW step, fp16 gradients")
     axes.legend()
-
-
-def parameters(row: dict) -> int:
-    return int(float(row["case"].rsplit("/", 1)[1].split("in")[0]))
 
 
 def tensors(row: dict) -> int:

@@ -5,7 +5,6 @@ import functools
 import math
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 from bench.machines import MACHINES
 from bench.rows import RESULTS, read
@@ -59,8 +58,8 @@ METHOD = """## How to read the tables
   takes five steps for the sake of its time."""
 
 
-def rows(folder: Path = RESULTS) -> list[dict]:
-    return read(folder / "apps.jsonl")
+def rows() -> list[dict]:
+    return read(RESULTS / "apps.jsonl")
 
 
 def by_task(found: list[dict]) -> dict[str, list[dict]]:

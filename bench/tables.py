@@ -72,15 +72,24 @@ def numerics(rows: list[dict]) -> str:
     return markdown(["cases", "implementation", "error, of the least possible", "correctly rounded"], lines)
 
 
+def parameters(row: dict) -> int:
+    """Of a step."""
+    return int(float(row["case"].rsplit("/", 1)[1].split("in")[0]))
+
+
+def stream_bytes(row: dict) -> float:
+    """What a step takes per parameter, in bytes of a plain stream."""
+    return row["us_p50"] * row["limits"]["gb_s"] * 1e3 / parameters(row)
+
+
 def bytes_per_parameter(rows: list[dict]) -> str:
     """Counted, and what the time is worth at the rate of a plain stream."""
     cases = by_case(rows, "step", prefix="step/float16/plain/")
     lines = []
     for case, found in cases.items():
-        count = int(float(case.rsplit("/", 1)[1].split("in")[0]))
         for name, row in found.items():
-            worth = row["us_p50"] * row["limits"]["gb_s"] * 1e3 / count
-            lines.append([case, name, str(row["bytes_per_parameter"] or "not counted"), with_doubt(f"{worth:.0f}", row)])
+            worth = with_doubt(f"{stream_bytes(row):.0f}", row)
+            lines.append([case, name, str(row["bytes_per_parameter"] or "not counted"), worth])
     return markdown(["case", "recipe", "bytes per parameter, counted", "its time in bytes of a plain stream"], lines)
 
 
