@@ -127,25 +127,24 @@ def forward(x, weight, bias, dtypes: Dtypes, activation=Activation.RELU, save=1,
     return op(x, weight, bias, copy, int(activation), dtypes.compute, dtypes.out, save, batch_invariant, dtypes.grad)
 
 
-def backward(grad_out, x, weight, saved, dtypes: Dtypes, activation=Activation.RELU, copy=None, output_mask=(True,) * 3):
-    """(grad_x, grad_weight, grad_bias) of the op; x in compute dtype."""
+def backward(
+    grad_out, x, weight, saved, dtypes: Dtypes, activation=Activation.RELU, copy=None, output_mask=(True,) * 3, prev=(),
+):  # fmt: skip
+    """(grad_x, grad_weight, grad_bias) of the op; x in compute dtype. prev: its arguments of the previous layer."""
     op = torch.ops.mpkernels.linear_act_backward
     return op(
         grad_out, x, weight, copy, saved, int(activation), dtypes.compute, dtypes.x, dtypes.grad, dtypes.grad,
-        list(output_mask),
-    )[:3]  # fmt: skip
+        list(output_mask), *prev,
+    )[: 4 if prev else 3]  # fmt: skip
 
 
 def backward_below(
     grad_out, x, weight, saved, prev_saved, dtypes: Dtypes, activation=Activation.RELU, prev_activation=Activation.RELU,
-    *, wants_bias=True, copy=None,
+    *, wants_bias=True,
 ):  # fmt: skip
     """The same for a layer whose x is the output of another: (grad_x, grad_weight, grad_bias, grad_prev_bias)."""
-    op = torch.ops.mpkernels.linear_act_backward
-    return op(
-        grad_out, x, weight, copy, saved, int(activation), dtypes.compute, dtypes.x, dtypes.grad, dtypes.grad,
-        [True] * 3, prev_saved, int(prev_activation), dtypes.grad if wants_bias else None,
-    )  # fmt: skip
+    prev = prev_saved, int(prev_activation), dtypes.grad if wants_bias else None
+    return backward(grad_out, x, weight, saved, dtypes, activation, prev=prev)
 
 
 def saving_masks():

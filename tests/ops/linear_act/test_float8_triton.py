@@ -13,6 +13,7 @@ from mpkernels.testing import scaled_cases
 from tests import bounds, triton_target
 from tests.levels import each_once
 from tests.linear_act_cases import bits_of, same_bits
+from tests.ops.linear_act.test_scaled import call, decoded
 
 INTERPRETED = triton_target.INTERPRETED
 device, _force_triton = triton_target.device, triton_target.forcing("linear_act")
@@ -56,17 +57,9 @@ def operand(rows, K, dtype, generator, device, one_scale=False):
     return q.to(device), scale.to(device)
 
 
-def call(x, x_scale, weight, weight_scale, bias=None, activation=NONE, out_dtype=f32, save=0, batch_invariant=False):
-    return torch.ops.mpkernels.linear_act(
-        x, weight, bias, None, int(activation), x.dtype, out_dtype, save, batch_invariant,
-        x_scale=x_scale, weight_scale=weight_scale,
-    )  # fmt: skip
-
-
 def check(out, x, x_scale, weight, weight_scale, bias, activation):
-    a, b = ((q.float() * scale).to(bf16) for q, scale in ((x, x_scale), (weight, weight_scale)))
     v = scaled_cases.roundoff(x.device, x.shape[-1])
-    bounds.check_forward(out, a, b, bias, activation, bf16, v, random_sign=True)
+    bounds.check_forward(out, decoded(x, x_scale), decoded(weight, weight_scale), bias, activation, bf16, v, random_sign=True)
 
 
 def test_scaled_runs_in_triton(device):

@@ -212,10 +212,24 @@ def moves_up(monkeypatch):
 
 
 @pytest.mark.parametrize("activations", [(RELU, RELU), (RELU, NONE), (NONE, RELU)], ids=str)
-@pytest.mark.parametrize("frozen", [(), ("x",), ("bias",), ("x", "weight"), ("x", "bias"), ("weight", "bias")], ids=str)
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        (),
+        ("x",),
+        ("bias",),
+        ("x", "weight"),
+        ("x", "bias"),
+        ("weight", "bias"),
+        ("x", "weight", "bias"),
+        ("above",),
+        ("bias_above",),
+    ],
+    ids=str,
+)
 @pytest.mark.usefixtures("moves_up")
 def test_linear_act_joined_layers_have_the_gradients_of_two(activations, frozen, generator, device):
-    """Whichever of the lower layer's inputs require a gradient. The bias's is summed from wider values than by two layers."""
+    """Whichever of their inputs require a gradient. The lower bias's is summed from wider values than by two layers."""
     x, weight, bias, _ = Case(31, 20, 12).tensors(generator, device)
     _, above, bias_above, grad_out = Case(31, 9, 20, DTYPES["float16"]).tensors(generator, device)
     inputs = {"x": x, "weight": weight, "bias": bias, "above": above.float(), "bias_above": bias_above.float()}

@@ -225,17 +225,6 @@ def test_linear_act_deterministic(generator, device):
     assert all(same_bits(a, b) for a, b in zip(grads, grads_again, strict=True))
 
 
-def test_linear_act_gradients(generator, device):
-    """Through autograd: forward writes the mask, backward reads it."""
-    x, weight, bias, grad_out = Case(9, 35, 13, DTYPES["mixed_float16"]).tensors(generator, device)
-    leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    out = linear_act(*leaves, activation="relu", policy="mixed_float16")
-    out.backward(grad_out)
-    v = bounds.accumulator_roundoff(device, f16)
-    bounds.check_forward(out, x, weight, bias, Activation.RELU, f16, v)
-    bounds.check_backward([t.grad for t in leaves], grad_out, x, weight, out > 0, f16, v)
-
-
 def test_linear_act_opcheck(generator, device):
     """Schema and fake agree with what the kernels return: strides of the mask included."""
     dtypes = DTYPES["mixed_float16"]
@@ -420,6 +409,7 @@ def _operand(shape, dtype=f16, stride=None, misalignment=0):
 
 
 A, B, OUT = _operand((64, 32)), _operand((32, 48), stride=(1, 32)), _operand((64, 48))
+BIG = [_operand((8192, 8192)), _operand((8192, 8192), stride=(1, 8192)), _operand((8192, 8192))]
 RUNGS = {
     "sm80": (dict(sm=80), "needs sm90 or sm100, got sm80"),
     "fp32": (dict(a=A._replace(dtype=f32)), "one 16-bit dtype"),
@@ -457,9 +447,8 @@ def test_linear_act_tile_follows_the_size(sm):
 
 
 def test_linear_act_plan_is_persistent_and_specialized_where_it_can_be():
-    big = [_operand((8192, 8192)), _operand((8192, 8192), stride=(1, 8192)), _operand((8192, 8192))]
     for sm, specializes in ((90, True), (90, False), (100, True)):
-        plan = tile_config.plan(sm, 132, specializes, *big)
+        plan = tile_config.plan(sm, 132, specializes, *BIG)
         assert plan.by_tma
         assert plan.grid == (132,)
         assert plan.options["SPECIALIZE"] == (sm == 90 and specializes)
@@ -471,16 +460,15 @@ def test_linear_act_plan_is_persistent_and_specialized_where_it_can_be():
 @pytest.mark.parametrize("sm", [80, 86, 89, 90, 100])
 def test_linear_act_plan_of_richer_epilogues(sm):
     """By descriptors for the previous layer, not specialized; by pointers for a slope, never with a tile that spills then."""
-    big = [_operand((8192, 8192)), _operand((8192, 8192), stride=(1, 8192)), _operand((8192, 8192))]
-    fused = tile_config.plan(sm, 132, True, *big, fuses_prev=True)
+    fused = tile_config.plan(sm, 132, True, *BIG, fuses_prev=True)
     assert fused.by_tma == (sm in tile_config.TMA_SMS)
     assert not fused.options.get("SPECIALIZE")
     for how in (dict(non_relu_activation=True), dict(non_relu_activation=True, fuses_prev=True)):
-        plan = tile_config.plan(sm, 132, True, *big, **how)
+        plan = tile_config.plan(sm, 132, True, *BIG, **how)
         assert not plan.by_tma
         assert plan.options["BLOCK_M"] * plan.options["BLOCK_N"] <= tile_config.LARGEST_HEAVY
-    assert tile_config.plan(sm, 132, True, *big, accumulates=True) == tile_config.plan(sm, 132, True, *big)
-    odd = tile_config.plan(sm, 132, True, *big[:2], big[2]._replace(dtype=f32, misalignment=4), accumulates=True)
+    assert tile_config.plan(sm, 132, True, *BIG, accumulates=True) == tile_config.plan(sm, 132, True, *BIG)
+    odd = tile_config.plan(sm, 132, True, *BIG[:2], BIG[2]._replace(dtype=f32, misalignment=4), accumulates=True)
     assert odd.options["BLOCK_M"] * odd.options["BLOCK_N"] <= tile_config.LARGEST_HEAVY
 
 
@@ -499,11 +487,10 @@ def test_linear_act_plan_of_richer_epilogues(sm):
 )
 def test_linear_act_plan_takes_a_tuned_tile_where_it_is_one_of_its_own(change, taken):
     """A packaged table outlives Triton's versions, and a file may say anything: what cannot run here is left aside."""
-    big = [_operand((8192, 8192)), _operand((8192, 8192), stride=(1, 8192)), _operand((8192, 8192))]
     tuned = tile_config._SM90_SPECIALIZED[2][1]
     fields = dataclasses.asdict(tuned) | {n: v for n, v in change.items() if n in ("BLOCK_M", "num_stages", "more")}
     how = {n: v for n, v in change.items() if n in ("fuses_prev", "non_relu_activation")}
-    plan = tile_config.plan(90, 132, change.get("specializes", True), *big, tuple(fields.items()), **how)
+    plan = tile_config.plan(90, 132, change.get("specializes", True), *BIG, tuple(fields.items()), **how)
     assert (plan.options.items() >= dataclasses.asdict(tuned).items()) == taken
     assert all(plan.options[name] != 3 for name in ("BLOCK_M", "BLOCK_N"))
 
