@@ -7,6 +7,8 @@ import numpy as np
 import torch
 
 from mpkernels.ops.linear_act import Activation, forward_op
+from mpkernels.ops.linear_act.call import BackwardCall
+from mpkernels.testing.linear_act_cases import check_sum
 from tests import bounds
 
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -203,6 +205,23 @@ def run(case: Case, generator, device="cpu"):
         by_out = backward(grad_out, operand, weight, out, dtypes, case.activation, copy)
         assert all(same_bits(a, b) for a, b in zip(grads, by_out, strict=True)), "by the mask and by out differ"
     return out, grads
+
+
+def check_adds_grad_weight(linear_act_backward, sizes, dtype, shift, generator, device):
+    """With the bits of a product that is added afterwards, wherever in a buffer the sum lies, and nothing beside it written."""
+    M, N, K = sizes
+    grad_out, x = (data((M, n), dtype, "normal", generator).to(device) for n in (N, K))
+    weight, before = (data((N, K), f32, "normal", generator).to(device) for _ in range(2))
+    call = BackwardCall(grad_out, x, weight, None, None, 0, dtype, dtype, f32, f32, [False, True, True])
+    _, product, bias, _ = linear_act_backward(call)
+    room = torch.full((shift + N * K + 8,), torch.nan, device=device)
+    total = room[shift : shift + N * K].view(N, K).copy_(before)
+    _, nothing, grad_bias, _ = linear_act_backward(call._replace(grad_weight_sum=total))
+    assert nothing is None
+    assert same_bits(total, before + product)
+    assert same_bits(grad_bias, bias)
+    assert room.isnan().sum() == shift + 8
+    check_sum(total, before, grad_out, x, dtype, bounds.accumulator_roundoff(device, dtype))
 
 
 def check_slopes(grads, grad_out, operand, weight, saved, case, v):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gradients of the previous layer out of linear_act_backward, against fp64; and two calls with a link between them."""
 
+import functools
 import re
 from itertools import product
 
@@ -9,6 +10,7 @@ import torch
 
 from mpkernels.ops import linear_act as ops
 from mpkernels.ops.linear_act import Activation, FusedBackwardLink, linear_act, reference
+from mpkernels.ops.linear_act.epilogues import pack_mask
 from tests import bounds, wrong_kernels
 from tests.linear_act_cases import (
     DTYPES,
@@ -20,7 +22,6 @@ from tests.linear_act_cases import (
     bf16,
     f16,
     f32,
-    f64,
     forward,
     laid_out,
     same_bits,
@@ -34,31 +35,41 @@ by_dtypes = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys()
 
 
 def tensors_of(case, generator, device):
-    """grad_out, x in compute dtype and not negative, weight, what this layer saved, and the mask that x implies."""
+    """grad_out, x in compute dtype and not negative, weight, what this layer saved, its output, and the mask that x implies."""
     x, weight, bias, grad_out = case.tensors(generator, device)
     x = laid_out(x.relu(), case.layout)
     out, saved, x_compute = forward(x, weight, bias, case.dtypes, case.activation)
-    eye = torch.eye(case.K, dtype=case.dtypes.compute, device=device)
-    same = Dtypes(x.dtype, case.dtypes.compute, x.dtype if x.dtype == f64 else f32, x.dtype, f32)
-    mask = forward(x, eye, None, same)[1]
-    return grad_out, x if x.dtype == case.dtypes.compute else x_compute, weight, saved, out, mask
+    x = x if x.dtype == case.dtypes.compute else x_compute
+    return grad_out, x, weight, saved, out, pack_mask(x.reshape(case.M, case.K))
 
 
-def run(case, generator, device="cpu"):
+def run(case, generator, device="cpu", by_epilogue=False):
+    """Both of the previous layer's gradients, one, and without its activation. by_epilogue: they have the bits of dgrad."""
     grad_out, x, weight, saved, out, mask = tensors_of(case, generator, device)
     selector = saved if case.activation else None
-    grads = backward_below(grad_out, x, weight, selector, mask, case.dtypes, case.activation)
+    call = functools.partial(backward_below, grad_out, x, weight, selector, dtypes=case.dtypes, activation=case.activation)
     v = bounds.accumulator_roundoff(weight.device, case.dtypes.compute)
-    positive = out > 0 if case.activation else None
-    bounds.check_backward_below(
-        (grads[0], grads[3]), grad_out, weight, positive, x > 0, case.dtypes.compute, v, case.random_sign
-    )  # fmt: skip
+    positive = ~(out <= 0) if case.activation else None
+
+    def check(grads, below):
+        checked = grads[0], grads[3]
+        bounds.check_backward_below(checked, grad_out, weight, positive, below, case.dtypes.compute, v, case.random_sign)
+
+    grads = call(mask)
+    check(grads, x > 0)
     assert grads[0].shape == (*grad_out.shape[:-1], case.K)
     assert (grads[0].dtype, grads[3].dtype, grads[3].shape) == (case.dtypes.x, case.dtypes.grad, (case.K,))
     plain = backward(grad_out, x, weight, selector, case.dtypes, case.activation)
     assert all(same_bits(a, b) for a, b in zip(grads[1:3], plain[1:], strict=True)), "grad_weight and grad_bias are its own"
-    by_x = backward_below(grad_out, x, weight, selector, x, case.dtypes, case.activation)
-    assert all(same_bits(a, b) for a, b in zip(grads, by_x, strict=True)), "by the mask and by x differ"
+    assert all(same_bits(a, b) for a, b in zip(grads, call(x), strict=True)), "by the mask and by x differ"
+    no_bias = call(mask, wants_bias=False)
+    assert same_bits(no_bias[0], grads[0])
+    assert no_bias[3].shape == (0,)
+    unselected = call(None, prev_activation=NONE)
+    check(unselected, None)
+    if by_epilogue:
+        assert same_bits(grads[0], torch.where(x > 0, plain[0], 0))
+        assert same_bits(unselected[0], plain[0])
     return grads
 
 
@@ -97,28 +108,6 @@ def test_linear_act_below_small_integers_are_exact(dtypes, device, generator):
     grad_z = torch.where(x > 0, expected[0], 0)
     for grad, exact in zip(grads, (grad_z, *expected[1:], grad_z.sum(0)), strict=True):
         assert torch.equal(grad.double(), exact)
-
-
-def test_linear_act_below_without_activation_or_bias(generator, device):
-    """Either part alone; asked for neither, it is the op as it was."""
-    grad_out, x, weight, saved, _, mask = tensors_of(Case(19, 33, 45), generator, device)
-    dtypes = DTYPES["mixed_float16"]
-    both = backward_below(grad_out, x, weight, saved, mask, dtypes)
-    no_bias = backward_below(grad_out, x, weight, saved, mask, dtypes, wants_bias=False)
-    assert same_bits(no_bias[0], both[0])
-    assert no_bias[3].shape == (0,)
-    no_activation = backward_below(grad_out, x, weight, saved, None, dtypes, prev_activation=NONE)
-    bounds.check_backward_below(
-        (no_activation[0], no_activation[3]), grad_out, weight, unpacked(saved, 33), None, f16, 2.0**-24, True
-    )  # fmt: skip
-    plain = backward(grad_out, x, weight, saved, dtypes)
-    assert same_bits(no_activation[0], plain[0])
-
-
-def unpacked(mask, columns):
-    from mpkernels.ops.linear_act.epilogues import unpack_mask
-
-    return unpack_mask(mask, columns)
 
 
 def test_linear_act_below_selects(device):

@@ -11,7 +11,6 @@ import torch
 
 from mpkernels.functional import linear_act
 from mpkernels.nn import MPMLP
-from mpkernels.ops.common.cast import cast
 from mpkernels.ops.linear_act import Activation, backward_op, forward_op, tile_config, triton
 from mpkernels.runtime import tuned_table
 from mpkernels.testing import checks, linear_act_cases
@@ -69,26 +68,7 @@ SIZES = ((19, 70, 45), (33, 5, 97), (1, 1, 1), (0, 5, 7), (5, 0, 7), (5, 7, 0))
 @pytest.mark.parametrize("name, sizes", each_once(("float32", "mixed_float16", "mixed_bfloat16 inside", "fp64 to fp16"), SIZES))
 def test_linear_act_below(name, sizes, generator, device):
     """The dgrad epilogue does the previous layer's pass: the bits of dgrad and then the selection, sums of the unrounded."""
-    dtypes = DTYPES[name]
-    x, weight, bias, grad_out = Case(*sizes, dtypes).tensors(generator, device)
-    x = cast(x.relu(), dtypes.compute)
-    out, saved, _ = forward(x, weight, bias, dtypes)
-    same = cases.Dtypes(dtypes.compute, dtypes.compute, dtypes.compute, dtypes.compute, f32)
-    _, mask, _ = forward(x, torch.eye(sizes[2], dtype=dtypes.compute, device=device), None, same)
-    plain = backward(grad_out, x, weight, saved, dtypes)
-    for selector in (mask, x):
-        grads = cases.backward_below(grad_out, x, weight, saved, selector, dtypes)
-        assert same_bits(grads[0], torch.where(x > 0, plain[0], 0))
-        assert all(same_bits(a, b) for a, b in zip(grads[1:3], plain[1:], strict=True))
-        v = bounds.accumulator_roundoff(device, dtypes.compute)
-        checked = (grads[0], grads[3])
-        bounds.check_backward_below(checked, grad_out, weight, out > 0, x > 0, dtypes.compute, v, True)
-    no_bias = cases.backward_below(grad_out, x, weight, saved, mask, dtypes, wants_bias=False)
-    assert same_bits(no_bias[0], grads[0])
-    unselected = cases.backward_below(grad_out, x, weight, saved, None, dtypes, prev_activation=Activation.NONE)
-    assert same_bits(unselected[0], plain[0])
-    checked = (unselected[0], unselected[3])
-    bounds.check_backward_below(checked, grad_out, weight, out > 0, None, dtypes.compute, v, True)
+    test_fused_backward.run(Case(*sizes, DTYPES[name]), generator, device, by_epilogue=True)
 
 
 @pytest.mark.parametrize("activation, name", each_once(list(Activation)[2:], ("float64", "mixed_float16", "bfloat16")))
@@ -281,26 +261,10 @@ def test_linear_act_by_descriptors_without_bias_and_mask(generator, device, gemm
 
 @pytest.mark.parametrize("name, sizes", each_once(("float16", "bfloat16, fp32 gradients"), ALIGNED))
 def test_linear_act_below_by_descriptors(sizes, name, generator, device, gemms):
-    """Against fp64, and the bits of dgrad by descriptors and then the selection; by the pointer kernel where x is what is
-    selected by, with the same bits."""
-    dtypes, (M, N, K) = DTYPES[name], ALIGNED[sizes]
-    grad_out, weight = (torch.randn(s, generator=generator).to(device, dtypes.compute) for s in ((M, N), (N, K)))
-    x = torch.randn(M, K, generator=generator).to(device, dtypes.compute).relu()
-    _, mask, _ = forward(x, torch.eye(K, dtype=dtypes.compute, device=device), None, dtypes)
-    plain = backward(grad_out, x, weight, None, dtypes, Activation.NONE)[0]
-    gemms.clear()
-    grads = cases.backward_below(grad_out, x, weight, None, mask, dtypes, Activation.NONE)
-    assert same_bits(grads[0], torch.where(x > 0, plain, 0))
-    v = bounds.accumulator_roundoff(device, dtypes.compute)
-    bounds.check_backward_below((grads[0], grads[3]), grad_out, weight, None, x > 0, dtypes.compute, v, True)
-    no_bias = cases.backward_below(grad_out, x, weight, None, mask, dtypes, Activation.NONE, wants_bias=False)
-    assert same_bits(no_bias[0], grads[0])
-    unselected = cases.backward_below(grad_out, x, weight, None, None, dtypes, Activation.NONE, Activation.NONE)
-    assert same_bits(unselected[0], plain)
-    bounds.check_backward_below((unselected[0], unselected[3]), grad_out, weight, None, None, dtypes.compute, v, True)
-    by_x = cases.backward_below(grad_out, x, weight, None, x, dtypes, Activation.NONE)
-    bounds.check_backward_below((by_x[0], by_x[3]), grad_out, weight, None, x > 0, dtypes.compute, v, True)
-    assert _by_tma(gemms) == [True] * 6 + [False, True]  # dgrad and wgrad, four times
+    """The same, by the pointer kernel where x is what is selected by, with the same bits."""
+    case = Case(*ALIGNED[sizes], DTYPES[name], activation=Activation.NONE)
+    test_fused_backward.run(case, generator, device, by_epilogue=True)
+    assert _by_tma(gemms) == [True] * 5 + [False] + [True] * 5  # forward; dgrad and wgrad, five times, the third by x
 
 
 def test_linear_act_below_by_descriptors_selects(device, gemms):

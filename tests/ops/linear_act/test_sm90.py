@@ -19,6 +19,7 @@ from mpkernels.testing import linear_act_cases as proven
 from tests import bounds, linear_act_cases
 from tests.emulator import host_kernels
 from tests.linear_act_cases import DTYPES, LAYOUTS, Case, bits_of, data, same_bits
+from tests.ops.linear_act import test_fused_backward
 
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 HALVES = (f16, bf16)
@@ -44,8 +45,9 @@ def device(request, monkeypatch) -> torch.device:
 @pytest.fixture(autouse=True)
 def implementation(monkeypatch):
     """The cases of the op go to `native`; what is allocated there is NaN until it is written."""
-    monkeypatch.setattr(linear_act_cases, "forward", forward)
-    monkeypatch.setattr(linear_act_cases, "backward", backward)
+    for module in (linear_act_cases, test_fused_backward):
+        monkeypatch.setattr(module, "forward", forward)
+        monkeypatch.setattr(module, "backward", backward)
     torch.use_deterministic_algorithms(True)  # so that torch fills what it allocates
     yield
     torch.use_deterministic_algorithms(False)
@@ -56,10 +58,10 @@ def forward(x, weight, bias, dtypes, activation=Activation.RELU, save=1, copy=No
     return schema.fill_forward(call, sm90.linear_act(call))
 
 
-def backward(grad_out, x, weight, saved, dtypes, activation=Activation.RELU, copy=None, output_mask=(True,) * 3):
+def backward(grad_out, x, weight, saved, dtypes, activation=Activation.RELU, copy=None, output_mask=(True,) * 3, prev=()):
     gradients = (dtypes.x, dtypes.grad, dtypes.grad)
-    call = BackwardCall(grad_out, x, weight, copy, saved, int(activation), dtypes.compute, *gradients, list(output_mask))
-    return schema.fill_backward(call, sm90.linear_act_backward(call))[:3]
+    call = BackwardCall(grad_out, x, weight, copy, saved, int(activation), dtypes.compute, *gradients, list(output_mask), *prev)
+    return schema.fill_backward(call, sm90.linear_act_backward(call))[: 4 if prev else 3]
 
 
 def fprop(x, weight, bias, relu, out_dtype, config):
@@ -211,30 +213,9 @@ def test_hopper_fprop_same_bits_for_any_number_of_rows(generator, device):
 
 
 @pytest.mark.parametrize("name", ["float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("prev_activation", [Activation.NONE, Activation.RELU])
-@pytest.mark.parametrize("by_mask", [True, False], ids=["mask", "output"])
-def test_hopper_gradients_of_the_previous_layer(name, prev_activation, by_mask, generator, device):
-    dtypes, M, N, K = DTYPES[name], 130, 72, 136
-    x, weight, _, grad_out = Case(M, N, K, dtypes).tensors(generator, device)
-    positive, v = ~(x <= 0), bounds.accumulator_roundoff(device, dtypes.compute)
-    prev_saved = None if prev_activation == Activation.NONE else pack(positive) if by_mask else x
-    call = BackwardCall(
-        grad_out, None, weight, None, None, 0, dtypes.compute, dtypes.x, dtypes.grad, dtypes.grad, [True, False, False],
-        prev_saved, int(prev_activation), dtypes.grad,
-    )  # fmt: skip
-    grad_x, _, _, grad_prev_bias = sm90.linear_act_backward(call)
-    selected = None if prev_activation == Activation.NONE else positive
-    bounds.check_backward_below((grad_x, grad_prev_bias), grad_out, weight, None, selected, dtypes.compute, v, random_sign=True)
-
-
-def pack(positive: torch.Tensor) -> torch.Tensor:
-    """The mask of these bits, packed by numpy."""
-    M, N = positive.shape
-    mask = empty_mask(positive, M, N)
-    padded = np.zeros((M, mask.shape[1] * 32), bool)
-    padded[:, :N] = positive.cpu().numpy()
-    mask.copy_(torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view("<i4").copy()))
-    return mask
+@pytest.mark.parametrize("activation", [Activation.NONE, Activation.RELU])
+def test_hopper_gradients_of_the_previous_layer(name, activation, generator, device):
+    test_fused_backward.run(Case(130, 72, 136, DTYPES[name], activation=activation), generator, device)
 
 
 # ----- wgrad ---------------------------------------------------------------
@@ -244,16 +225,7 @@ def pack(positive: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("M, N, K", [(130, 72, 136), (1030, 8, 16), (0, 8, 8)])  # the second splits its rows
 def test_hopper_adds_grad_weight(M, N, K, shift, dtype, generator, device):
-    """With the bits of a product that is added afterwards, wherever in a buffer the sum lies."""
-    grad_out, x = (data((M, n), dtype, "normal", generator).to(device) for n in (N, K))
-    weight, before = (data((N, K), f32, "normal", generator).to(device) for _ in range(2))
-    call = BackwardCall(grad_out, x, weight, None, None, 0, dtype, dtype, f32, f32, [False, True, True])
-    _, product, bias, _ = sm90.linear_act_backward(call)
-    total = torch.cat([torch.zeros(shift, device=device), before.flatten()])[shift:].view(N, K)
-    _, nothing, grad_bias, _ = sm90.linear_act_backward(call._replace(grad_weight_sum=total))
-    assert nothing is None
-    assert same_bits(total, before + product)
-    assert same_bits(grad_bias, bias)
+    linear_act_cases.check_adds_grad_weight(sm90.linear_act_backward, (M, N, K), dtype, shift, generator, device)
 
 
 # ----- tiles of a GEMM ---------------------------------------------------------------
