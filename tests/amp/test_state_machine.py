@@ -61,22 +61,6 @@ def test_fp16_gradients_of_other_optimizers_stay_an_error():
         scaler.unscale_(torch.optim.SGD(params, lr=0.1))
 
 
-def test_step_that_raises_can_be_taken_again():
-    params, scaler = parameters(torch.float32, torch.float32), mpk.GradScaler()
-    optimizer = mpk.optim.AdamW(params)
-    give_grads(params, scaler)
-    good, params[1].grad = params[1].grad, torch.ones(5).to_sparse()
-    before = raw(params)
-    with pytest.raises(RuntimeError, match="sparse"):
-        scaler.step(optimizer)
-    assert raw(params) == before
-    assert not hasattr(optimizer, "grad_scale")
-    params[1].grad = good
-    scaler.step(optimizer)
-    scaler.update()
-    assert raw(params) != before
-
-
 def test_lr_scheduler_does_not_warn():
     params, scaler = parameters(torch.float32), mpk.GradScaler()
     optimizer = mpk.optim.AdamW(params, lr=1.0)

@@ -251,16 +251,6 @@ def test_parameters_beside_each_other_in_one_storage():
     assert not flat.any()
 
 
-def test_parameter_moved_to_another_device():
-    params = parameters(torch.float32)
-    optimizer = mpk.optim.AdamW(params)
-    train(params, optimizer)
-    before = everything(optimizer)
-    with pytest.raises(RuntimeError, match="incompatible tensor type"):  # torch's own
-        params[0].data = torch.ones(5, device="meta")
-    assert everything(optimizer) == before
-
-
 def test_step_inside_backward_without_a_scaler():
     """As torch's: an optimizer per parameter, run by the hook that its gradient has arrived; under a scaler see amp/."""
     torch.manual_seed(0)

@@ -301,14 +301,6 @@ def test_group_that_lost_a_value():
         step(optimizer)
 
 
-def test_messages_end_with_what_to_do():
+def test_message_ends_with_what_to_do():
     with pytest.raises(ValueError, match=r"Invalid learning rate: '1e-3' \(a str\): lr must be .*; convert it with float\(\)"):
         mpk.optim.AdamW(params(), lr="1e-3")
-    model = nn.Linear(3, 3)
-    optimizer = mpk.optim.AdamW(model.named_parameters())
-    step(optimizer)
-    mpk.convert(model, "float16")
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    with pytest.raises(RuntimeError, match=r"changed dtype since its state was made: .*: make the optimizer after convert"):
-        optimizer.step()

@@ -251,17 +251,6 @@ def test_bad_state_dict_loads_nothing(change, message):
     train(params, optimizer, first=3)
 
 
-def test_state_dict_hooks_run():
-    params = parameters(torch.float32)
-    optimizer, seen = mpk.optim.AdamW(params), []
-    train(params, optimizer, 1)
-    optimizer.register_load_state_dict_pre_hook(lambda o, s: seen.append("before"))
-    optimizer.register_load_state_dict_post_hook(lambda o: seen.append("after"))
-    optimizer.register_state_dict_post_hook(lambda o, s: seen.append("saved"))
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert seen == ["saved", "before", "after"]
-
-
 @ours
 @pytest.mark.parametrize("renew", [copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v))], ids=["deepcopy", "pickle"])
 def test_copies_of_the_optimizer(name, renew):

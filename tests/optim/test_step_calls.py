@@ -52,14 +52,17 @@ def test_step_calls_do_not_follow_the_number_of_tensors(dtype, monkeypatch):
     assert (calls[1] - calls[0]) / 100 <= 0.5, f"{calls} calls for 10 and 110 tensors"
 
 
-def test_step_checks_the_lists_once(monkeypatch):
+@pytest.mark.parametrize("shared", [False, True])
+def test_step_checks_the_lists_once(monkeypatch, shared):
+    """A tensor that stands twice in a list, as one gradient of all does, is no reason to look at it anew."""
     params = [torch.nn.Parameter(torch.randn(8)) for _ in range(5)]
     optimizer, checks = mpk.optim.SGD(params, lr=0.1, momentum=0.9), []
     check = optimizer._op.check
     monkeypatch.setattr(optimizer._op, "check", lambda call: checks.append(1) or check(call))
     for t in range(6):
+        one = torch.ones(8)
         for p in params:
-            p.grad = torch.randn_like(p)
+            p.grad = one if shared else torch.randn_like(p)
         if t == 4:
             optimizer.state[params[2]]["momentum_buffer"].data = torch.zeros(8)  # moved: looked at again
         optimizer.step()
@@ -67,20 +70,6 @@ def test_step_checks_the_lists_once(monkeypatch):
     assert torch.equal(
         optimizer._plans.plans[0].updates[0].states["momentum_buffer"][2], optimizer.state[params[2]]["momentum_buffer"]
     )
-
-
-def test_step_of_one_gradient_for_all_looks_at_the_lists_once(monkeypatch):
-    """A tensor that stands twice in a list is no reason to look at it anew."""
-    params = [torch.nn.Parameter(torch.randn(8)) for _ in range(5)]
-    optimizer, checks = mpk.optim.SGD(params, lr=0.1), []
-    check = optimizer._op.check
-    monkeypatch.setattr(optimizer._op, "check", lambda call: checks.append(1) or check(call))
-    for _ in range(4):
-        grad = torch.ones(8)
-        for p in params:
-            p.grad = grad
-        optimizer.step()
-    assert len(checks) == 1
 
 
 @pairs

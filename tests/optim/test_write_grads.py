@@ -84,13 +84,3 @@ def test_gradient_that_overlaps_itself_is_refused_before_the_step(unscale):
     with pytest.raises(RuntimeError, match=r"gradient of shape \(3,\) overlaps itself .* a clone of it"):
         (scaler.unscale_ if unscale else scaler.step)(optimizer)
     assert parameter.tolist() == [1, 1, 1]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_write_grads_of_a_single_parameter(dtype):
-    parameter = nn.Parameter(torch.ones(3, dtype=dtype))
-    optimizer, scaler = mpk.optim.SGD([parameter], lr=1.0, write_grads=True), mpk.GradScaler(init_scale=4.0)
-    scaler.scale(torch.ones(()))
-    parameter.grad = torch.full_like(parameter, 2.0)
-    scaler.step(optimizer)
-    assert parameter.grad.tolist() == parameter.tolist() == [0.5] * 3

@@ -4,9 +4,8 @@
 import pytest
 import torch
 
-from mpkernels.optim import SGD
 from tests.ops.optimizer_update.rules import RULES
-from tests.steps import check_raises_unchanged, counts, raw, scalar, step_counts, taken
+from tests.steps import check_raises_unchanged, counts, scalar, step_counts, taken
 
 ops = torch.ops.mpkernels
 f64, i32, i64 = torch.float64, torch.int32, torch.int64
@@ -123,18 +122,3 @@ def test_shared_gradients_are_read():
     out = grad_stats() | dict(grads=[one.expand(6), one.expand(4), one[:0]], amax=torch.ones(3, dtype=f64), nonfinite=counts(3))
     ops.grad_stats_(**out)
     assert out["amax"].tolist() == [1, 1, 0]
-
-
-def test_optimizer_checks_memory_once(monkeypatch):
-    """The steps after the first of the same tensors ask nothing of it."""
-    from mpkernels.ops.optimizer_update import checks
-
-    calls = []
-    check = checks.check_memory
-    monkeypatch.setattr(checks, "check_memory", lambda *args, **kwargs: calls.append(args) or check(*args, **kwargs))
-    parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer = SGD([parameter], lr=0.5)
-    for _ in range(3):
-        parameter.grad = torch.ones(3)
-        optimizer.step()
-    assert (len(calls), raw([parameter])) == (1, raw([torch.full((3,), -0.5)]))

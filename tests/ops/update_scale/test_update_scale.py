@@ -68,21 +68,6 @@ def test_update_scale_matches_torch(device, interval, share, n, factors):
         assert (ours.scale.item(), ours.growth_tracker.item()) == (scale.item(), tracker.item()), f"update {i}"
 
 
-def test_update_scale_matches_grad_scaler():
-    """The same through torch's class, whose `update` is what a user calls."""
-    theirs = torch.amp.GradScaler("cpu", growth_interval=4)
-    ours = Scaler("cpu", growth_interval=4)
-    parameter = torch.nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.SGD([parameter], lr=0.0)
-    theirs.scale(torch.zeros(()))
-    for found in overflows(200, 0.2, 0):
-        parameter.grad = torch.full((1,), math.inf if found else 1.0)
-        theirs.step(optimizer)
-        theirs.update()
-        ours.update(found)
-        assert theirs.get_scale() == ours.scale.item()
-
-
 @pytest.mark.parametrize("hysteresis", [1, 2, 5])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("interval", [1, 4])
