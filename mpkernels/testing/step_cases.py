@@ -160,11 +160,10 @@ def _racing(op: str, n: int, backend, device) -> tuple:
     masters, first = values(), values()
     copies = [master.to(f16) for master in masters]
     steps = [scalar(STEP) for _ in masters]
+    states, numbers = {
+        "adamw_": ((first, [value.square() for value in first], []), (*ADAM.values(), True, False)),
+        "sgd_": ((first,), (0.9, 0.0, 0.0, False, False)),
+        "lion_": ((first,), (0.9, 0.99, 0.0, False)),
+    }[op]
     ending = (scalar(SCALE), scalar(0.0), scalar(NORM, f64), MAX_NORM)
-    lr = scalar(2.0**-20, f64)
-    if op == "lion_":
-        return masters, grads, first, copies, steps, lr, 0.9, 0.99, 0.0, False, *ending
-    if op == "sgd_":
-        return masters, grads, first, copies, steps, lr, 0.9, 0.0, 0.0, False, False, *ending
-    second = [value.square() for value in first]
-    return masters, grads, first, second, [], copies, steps, lr, *ADAM.values(), True, False, *ending
+    return masters, grads, *states, copies, steps, scalar(2.0**-20, f64), *numbers, *ending
