@@ -32,7 +32,8 @@ def checked_state(
     }
     known, states = {"step", "master", *kept.moments}, state_dict["state"]
     others = {key: state for key, state in states.items() if key not in by_key}
-    if unknown := [key for key, state in others.items() if isinstance(key, int) or _keys(state) & {*kept.moments}]:
+    has_moments = lambda state: isinstance(state, dict) and not state.keys().isdisjoint(kept.moments)
+    if unknown := [key for key, state in others.items() if isinstance(key, int) or has_moments(state)]:
         raise ValueError(f"state_dict has state for {unknown}, which no group names")
     for new, group in zip(saved, ours, strict=True):
         check_hyperparameters({**group, **new})
@@ -72,10 +73,6 @@ def _saved_groups(state_dict: dict, ours: list[dict]) -> list[dict]:
     if sizes[0] != sizes[1]:
         raise ValueError(f"state_dict has groups of {sizes[0]} parameters, the optimizer of {sizes[1]}")
     return saved
-
-
-def _keys(state) -> set:
-    return set(state) if isinstance(state, dict) else set()
 
 
 def _like(value, parameter: torch.Tensor):

@@ -98,11 +98,12 @@ def _mesh(mesh, placed: list[torch.Tensor]) -> _Mesh:
         for dim, where in enumerate(parameter.placements)
         if not where.is_replicate()
     }
-    groups: tuple[list, list] = ([], [])
-    for dim in range(mesh.ndim):
-        if mesh.size(dim) > 1:
-            groups[dim not in sharded].append(mesh.get_group(dim))
-    return _Mesh(*groups, tuple(c == 0 for c in coordinate))
+    several = [dim for dim in range(mesh.ndim) if mesh.size(dim) > 1]
+    return _Mesh(
+        shard_groups=[mesh.get_group(dim) for dim in several if dim in sharded],
+        replicate_groups=[mesh.get_group(dim) for dim in several if dim not in sharded],
+        is_first=tuple(c == 0 for c in coordinate),
+    )
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -45,18 +45,14 @@ def takes_another_grad_dtype(parameter: torch.Tensor) -> bool:
 
 def check_parameter(parameter: torch.Tensor, name: str, kept: ParameterState, error: type[Exception]) -> None:
     """Raise `error` for a parameter that cannot be stepped."""
-    if problem := _parameter_problem(parameter, name, kept):
-        raise error(problem)
-
-
-def _parameter_problem(parameter: torch.Tensor, name: str, kept: ParameterState) -> str | None:
     if parameter.layout != torch.strided or parameter.dtype not in DTYPES:
-        return f"{name} must be a dense float16, bfloat16, float32 or float64 tensor, got {parameter.dtype}, {parameter.layout}"
+        got = f"{parameter.dtype}, {parameter.layout}"
+        raise error(f"{name} must be a dense float16, bfloat16, float32 or float64 tensor, got {got}")
     if overlaps(parameter):
-        return f"{name} overlaps itself (strides {parameter.stride()}): its elements are not updated one by one"
+        raise error(f"{name} overlaps itself (strides {parameter.stride()}): its elements are not updated one by one")
     if any(where.is_partial() for where in distributed.placement(parameter)[1]):
-        return f"{name} has placements {parameter.placements}: no rank has its values"
-    return kept.problem(parameter, name)
+        raise error(f"{name} has placements {parameter.placements}: no rank has its values")
+    kept.check_dtypes(parameter, name, error)
 
 
 def check_gradient(parameter: torch.Tensor, grad: torch.Tensor, name: str, kept: ParameterState, dtensors: bool) -> None:

@@ -52,10 +52,6 @@ class GradReader:
         """Drop the statistics: the next step may be of other gradients."""
         self.stats = {}
 
-    def found_inf(self) -> torch.Tensor | None:
-        """Of all devices and ranks."""
-        return next(iter(self.stats.values())).found_inf if self.stats else None
-
     def found_inf_by_device(self) -> dict[torch.device, torch.Tensor]:
         return {device: stats.found_inf for device, stats in self.stats.items()}
 
@@ -82,18 +78,19 @@ class GradReader:
 
     def read_for_step(
         self, plan: StepPlan, grad_scale: torch.Tensor | None, max_norm: float | None, *, check: bool
-    ) -> float | None:
-        """Read what the step needs: found_inf (check), the norm of a clip to `max_norm` or to a pending one, which it returns.
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, float | None]:
+        """What the step needs: found_inf (check), and the norm and bound of a clip, to `max_norm` or the pending one's.
 
         What the pending clip read holds for the step, but on many ranks: only a collective knows of another rank's writes.
         """
-        clip = None if self._clip is None else self.clip_in_force(plan)
+        clip = self.clip_in_force(plan)
         max_norm = max_norm if clip is None else clip.max_norm
         if clip is None or not self.stats or plan.ranks.many:
             spare, self.stats = self.stats if check else None, {}  # no check: of unscaled gradients the report tells the former
             if check or max_norm is not None:
                 self.read(plan, grad_scale, norm=max_norm is not None, spare=spare)
-        return max_norm
+        found_inf = next(iter(self.stats.values())).found_inf if check and self.stats else None
+        return found_inf, None if max_norm is None else self.norm, max_norm
 
     # ----- the pending clip ---------------------------------------------------------------------
 

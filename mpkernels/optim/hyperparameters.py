@@ -134,10 +134,10 @@ def check_as_torch(defaults: dict) -> None:
     tensors = [isinstance(beta, torch.Tensor) for beta in betas]
     if betas and not (all(tensors) or all(isinstance(beta, float) for beta in betas)):
         raise ValueError(f"betas must be either both floats or both Tensors, got {betas}")
-    if not foreach or defaults.get("capturable", True):
-        return
-    for name in (["lr"] if isinstance(defaults["lr"], torch.Tensor) else []) + ["betas[0]"] * any(tensors):
-        raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
+    if foreach and not defaults.get("capturable", True):
+        for name, is_tensor in (("lr", isinstance(defaults["lr"], torch.Tensor)), ("betas[0]", any(tensors))):
+            if is_tensor:
+                raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
 
 
 def _message(name: str, requirement: Requirement, value) -> str:

@@ -213,10 +213,8 @@ class Optimizer(StatefulOptimizer):
         """
         is_foreign = found_inf is not None and not are_ours
         check = found_inf is None and (grad_scale is not None or self.skip_nonfinite)
-        max_norm = self._reader.read_for_step(plan, grad_scale, self.max_norm, check=check)
-        if check:
-            found_inf = self._reader.found_inf()
-        norm, result = None if max_norm is None else self._reader.norm, []
+        read, norm, max_norm = self._reader.read_for_step(plan, grad_scale, self.max_norm, check=check)
+        found_inf, result = read if check else found_inf, []
         for lists in plan.updates:
             scaling = [value if value is None else scalar(value, lists.device) for value in (grad_scale, found_inf, norm)]
             call = self._op.call(*lists.arguments, *scaling, max_norm)

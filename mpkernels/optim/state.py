@@ -39,15 +39,13 @@ class ParameterState:
     def moment_dtype(self, parameter: torch.Tensor) -> torch.dtype:
         return self.given_moment_dtype or self.master_dtype(parameter)
 
-    def problem(self, parameter: torch.Tensor, name: str) -> str | None:
-        """Why these dtypes do not go with that of the parameter, or None."""
+    def check_dtypes(self, parameter: torch.Tensor, name: str, error: type[Exception]) -> None:
+        """Raise `error` where these dtypes do not go with that of the parameter."""
         if self.given_master_dtype is not None and self.given_master_dtype.itemsize < parameter.dtype.itemsize:
-            return f"master_dtype {self.given_master_dtype} is narrower than {parameter.dtype} of {name}"
+            raise error(f"master_dtype {self.given_master_dtype} is narrower than {parameter.dtype} of {name}")
         if self.given_moment_dtype not in (None, master := self.master_dtype(parameter), torch.bfloat16):
-            return (
-                f"state_dtype must be None, {master} as the master of {name}, or torch.bfloat16, got {self.given_moment_dtype}"
-            )
-        return None
+            wanted = f"None, {master} as the master of {name}, or torch.bfloat16"
+            raise error(f"state_dtype must be {wanted}, got {self.given_moment_dtype}")
 
     def missing(self, state: dict, group: dict, parameter: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
         """What is to be put into `state`: all of it at first, later what a changed hyperparameter asks for; or nothing.
