@@ -77,13 +77,6 @@ def mapped(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
     return tree
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
-    """model of a tensor, a tuple of arguments or a mapping of keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-
-
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Inside, the model may run forward and backward; after it gradients, buffers and random numbers are what they were."""

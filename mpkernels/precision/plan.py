@@ -16,10 +16,11 @@ from mpkernels.nn.convert.linears import linears
 from mpkernels.optim.optimizer import Optimizer
 from mpkernels.policy import Policy, PolicyName, dtype_name
 from mpkernels.precision import memory as step_memory
-from mpkernels.precision.capture import call, is_positive, mapped, several, tensors_of, uncompiled
+from mpkernels.precision.capture import is_positive, mapped, several, tensors_of, uncompiled
 from mpkernels.precision.memory import Trace, Usage
 from mpkernels.precision.tables import flops_text, shown, size_text, table
 from mpkernels.runtime.fake import is_fake
+from mpkernels.runtime.untouched import call
 
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16")
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

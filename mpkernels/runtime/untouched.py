@@ -3,6 +3,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,16 +12,19 @@ from torch.utils import _pytree as pytree
 is_inside = False  # whether `untouched` runs a forward now: no call of training, which a watch leaves out
 
 
-def run_once(model: nn.Module, example_inputs: object) -> None:
-    """One forward and backward, for what they call: no gradient is left, and the model `untouched`.
+def call(model: nn.Module, inputs: Any) -> Any:
+    """model of a tensor, a tuple of arguments or a mapping of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
-    example_inputs: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
-    """
-    args = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
+
+def run_once(model: nn.Module, example_inputs: object) -> None:
+    """One forward and backward, for what they call: no gradient is left, and the model `untouched`."""
     params = [p for p in model.parameters() if p.requires_grad]
     with untouched(model), torch.inference_mode(False), torch.enable_grad():
-        found = model(**example_inputs) if isinstance(example_inputs, Mapping) else model(*args)
-        outputs = [t for t in pytree.tree_leaves(found) if isinstance(t, torch.Tensor) and t.requires_grad]
+        found = pytree.tree_leaves(call(model, example_inputs))
+        outputs = [t for t in found if isinstance(t, torch.Tensor) and t.requires_grad]
         if outputs and params:  # not backward(): that adds to .grad, and steps optimizers that live in hooks
             torch.autograd.grad(outputs, params, [torch.zeros_like(t) for t in outputs], allow_unused=True)
 

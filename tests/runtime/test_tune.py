@@ -231,6 +231,17 @@ def test_tune_leaves_the_model_as_it_was():
         assert str(watch.report()) != seen
 
 
+def test_tune_of_a_model_that_takes_a_list():
+    """As models of detection do: a list is one argument, a tuple is several."""
+    layer = mpk.MPLinear(12, 20, policy="mixed_float16")
+
+    class Detector(nn.Sequential):
+        def forward(self, images: list):
+            return super().forward(torch.cat(images))
+
+    assert tune.record(Detector(layer), [torch.ones(1, 12), torch.ones(2, 12)]) == tune.record(layer, torch.ones(3, 12))
+
+
 def test_tune_leaves_activations_that_it_cannot_check():
     assert not tune.record(mpk.MPLinear(12, 20, activation="gelu", policy="mixed_float16"), torch.randn(3, 12))
 
