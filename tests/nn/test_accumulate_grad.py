@@ -233,24 +233,38 @@ def test_accumulate_grad_of_a_weight_with_two_uses(uses):
     bounds.check_rearranged(module.weight.grad, plain.weight.grad)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_accumulate_grad_under_checkpoint(once, reentrant):
-    module, seen, plain = once
-    for each in (module, plain):
-        x = torch.ones(8, 40, requires_grad=True)
-        checkpoint(each, x, use_reentrant=reentrant).square().sum().backward()
-    assert same_bits(module.weight.grad, plain.weight.grad)
-    assert seen.added == [False]
+def ones(**options) -> torch.Tensor:
+    return torch.ones(8, 40, **options)
 
 
-def test_accumulate_grad_twice_through_one_graph(once):
-    module, seen, plain = once
+def twice(each) -> None:
+    loss = each(ones()).square().sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+RUNS = {  # a backward of a layer, and what autograd adds in it
+    "twice through one graph": (twice, [False, False]),
+    "checkpoint": (
+        lambda each: checkpoint(each, ones(requires_grad=True), use_reentrant=False).square().sum().backward(), [False]
+    ),
+    "reentrant checkpoint": (
+        lambda each: checkpoint(each, ones(requires_grad=True), use_reentrant=True).square().sum().backward(), [False]
+    ),
+    "create_graph": (lambda each: each(ones(requires_grad=True)).square().sum().backward(create_graph=True), [True]),
+    "compiled": (lambda each: torch.compile(each, backend="aot_eager")(ones()).square().sum().backward(), [True]),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("name", RUNS)
+def test_accumulate_grad_by_any_backward(once, name):
+    """What is traced, or has a graph of its own, returns gradients."""
+    (module, seen, plain), (run, added) = once, RUNS[name]
     for each in (module, plain):
-        loss = each(torch.ones(8, 40)).square().sum()
-        loss.backward(retain_graph=True)
-        loss.backward()
-    assert same_bits(module.weight.grad, plain.weight.grad)
-    assert seen.added == [False, False]
+        run(each)
+    assert same_bits(module.weight.grad.detach(), plain.weight.grad.detach())
+    assert seen.added == added
 
 
 # ----- what must see the gradient of the layer ---------------------------------------------------------------
@@ -379,16 +393,6 @@ def test_accumulate_grad_under_a_watch(once):
     assert seen.added == [True]
 
 
-@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
-def test_accumulate_grad_under_create_graph(once):
-    module, seen, plain = once
-    for each in (module, plain):
-        x = torch.ones(8, 40, requires_grad=True)
-        each(x).square().sum().backward(create_graph=True)
-    assert same_bits(module.weight.grad.detach(), plain.weight.grad.detach())
-    assert seen.added == [True]
-
-
 @pytest.mark.parametrize("of", ["weight", "x", "both"])
 def test_accumulate_grad_of_autograd_grad(once, of):
     """`torch.autograd.grad` returns gradients and leaves `.grad` as it was."""
@@ -425,15 +429,6 @@ def test_accumulate_grad_of_backward_with_inputs(once, of, added):
     assert same_bits(module.weight.grad, plain.weight.grad)
     assert same_bits(module.weight.grad, before) == (of == "x")
     assert seen.added == added
-
-
-def test_accumulate_grad_under_compile(once):
-    """What is traced returns gradients."""
-    module, seen, plain = once
-    for each in (module, plain):
-        torch.compile(each, backend="aot_eager")(torch.ones(8, 40)).square().sum().backward()
-    assert same_bits(module.weight.grad, plain.weight.grad)
-    assert seen.added == [True]
 
 
 def test_accumulate_grad_under_torch_func(once):

@@ -373,14 +373,6 @@ def test_another_module_between(moved):
     assert moved == [40]
 
 
-def test_every_layer_is_called(joined):
-    model, called = made(), []
-    for i, module in enumerate(model):
-        module.register_forward_pre_hook(lambda module, args, i=i: called.append(i))
-    model(inputs(model))
-    assert called == list(range(5))
-
-
 # ----- with the rest of torch ----------------------------------------------------------------------
 
 
