@@ -109,10 +109,9 @@ class Call:
     """One call of a module in forward, and what came back to it in backward."""
 
     name: str
-    module: nn.Module
     x: torch.Tensor
-    out: torch.Tensor | None  # not of linears, whose output is computed again
-    grad_out: torch.Tensor | None  # None: backward did not come to it
+    grad_out: torch.Tensor | None = None  # None: backward did not come to it
+    out: torch.Tensor | None = None  # not of linears, whose output is computed again
     wants_grad_x: bool = True  # False where x is data, say
 
 
@@ -145,7 +144,7 @@ def capture(model: nn.Module, step: Callable, targets: Mapping[str, nn.Module], 
             return
         kept = None if is_linear(module) else _dense(outputs[0])
         x, wants_grad_x = (_dense(inputs[0]), inputs[0].requires_grad) if inputs else (_dense(outputs[0])[:0], False)
-        call, key = Call(name, module, x, kept, None, wants_grad_x), object()
+        call, key = Call(name, x, None, kept, wants_grad_x), object()
         if is_backward:  # a checkpoint; the first time had no graph if it is reentrant, which alone has its gradients here
             if not without_graph[name]:
                 return
@@ -196,8 +195,7 @@ class _Outside:
     """Hooks of one linear that turn off autocast around it, and widen what comes to it from inside of one."""
 
     def __init__(self, module: nn.Module):
-        self.module, self.device = module, module.weight.device.type
-        self.was_on = False
+        self.device, self.was_on = module.weight.device.type, False
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         self.was_on = torch.amp.is_autocast_available(self.device) and torch.is_autocast_enabled(self.device)

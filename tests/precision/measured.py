@@ -4,7 +4,7 @@
 import copy
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import nn
 import mpkernels as mpk
 from mpkernels.precision import memory
 from mpkernels.precision.capture import Call
-from mpkernels.precision.layer import Layer
+from mpkernels.precision.layer import Layer, PolicyRow
 from mpkernels.runtime import compute_copy
 from tests import models
 
@@ -66,6 +66,14 @@ def agreement(changes: list[tuple[str, float, float]]) -> tuple[float, float]:
     return correlation, sum(within) / len(within)
 
 
+def rows_of(linear: nn.Module, x: torch.Tensor, grad: torch.Tensor | None, policies: Iterable[str]) -> list[PolicyRow]:
+    """What each policy makes of one call of a linear, by itself. The loss scale is 64."""
+    layer = Layer(linear, [mpk.Policy.parse(p) for p in policies], 64.0)
+    with torch.no_grad():
+        layer.add(Call("", x, grad))
+    return [layer.row(i) for i in range(len(layer.policies))]
+
+
 # ----- the bound ----------------------------------------------------------------------
 
 OF_BOUND = (*FORMATS, "mixed_float16,output=float16", "mixed_bfloat16,output=bfloat16")
@@ -88,15 +96,12 @@ def _random_call(rng: random.Random) -> tuple[nn.Linear, torch.Tensor]:
 
 def bound_ratios(seed: int, layers: int, of=OF_BOUND) -> Iterator[tuple[str, str | None, float | None]]:
     """(policy, activation, error in units of the bound) of random layers under every policy; None where something overflows."""
-    rng, policies = random.Random(seed), [mpk.Policy.parse(p) for p in of]
+    rng = random.Random(seed)
     torch.manual_seed(seed)
     for _ in range(layers):
         linear, x = _random_call(rng)
-        layer = Layer(linear, policies, 1.0)
-        with torch.no_grad():
-            layer.add(Call("", linear, x, None, None))
-        for i, policy in enumerate(policies):
-            yield str(policy), linear.activation, layer.row(i).bound_ratio
+        for row in rows_of(linear, x, None, of):
+            yield str(row.policy), linear.activation, row.bound_ratio
 
 
 # ----- the memory of real steps ----------------------------------------------------------------------

@@ -18,10 +18,8 @@ from torch import nn
 import mpkernels as mpk
 from mpkernels.ops.linear_act import Activation
 from mpkernels.precision import choose
-from mpkernels.precision.capture import Call
 from mpkernels.precision.choose import Option
 from mpkernels.precision.exact import Exact
-from mpkernels.precision.layer import Layer
 from mpkernels.precision.ranges import RangeCounter
 from mpkernels.runtime import tuned_table
 from tests import models
@@ -97,13 +95,9 @@ def test_advise_errors_are_those_of_fp64():
     """Against products that are written out; and blocks of rows change nothing."""
     torch.manual_seed(0)
     linear, x, grad = nn.Linear(40, 24), torch.randn(33, 40), torch.randn(33, 24)
-    policy = mpk.Policy.parse("mixed_bfloat16")
-    layer = Layer(linear, [policy], 64.0)
-    with torch.no_grad():
-        layer.add(Call("", linear, x, None, grad))
-    row = layer.row(0)
+    (row,) = measured.rows_of(linear, x, grad, ["mixed_bfloat16"])
     out = F.linear(*(t.detach().double() for t in (x, linear.weight, linear.bias)))
-    mine = mpk.convert(copy.deepcopy(linear), policy)
+    mine = mpk.convert(copy.deepcopy(linear), "mixed_bfloat16")
     inputs = x.clone().requires_grad_()
     got = mine(inputs)
     got.backward(grad)
@@ -371,7 +365,6 @@ def test_advise_of_a_sample_is_near_that_of_all_rows(monkeypatch):
     linear, x, grad = mpk.MPLinear(32, 24, activation="gelu"), torch.randn(6000, 32), torch.randn(6000, 24)
     x[4321] *= 1e4
     grad[4321] *= 1e-4
-    policies = [mpk.Policy.parse(p) for p in ("mixed_float16", "mixed_bfloat16", "mixed_float8_hybrid")]
     rows, counted = {}, []
     run = Exact.run
     monkeypatch.setattr(
@@ -379,11 +372,8 @@ def test_advise_of_a_sample_is_near_that_of_all_rows(monkeypatch):
     )
     for is_sampled in (False, True):
         monkeypatch.setattr("mpkernels.precision.layer.is_sampled_on", lambda device, is_sampled=is_sampled: is_sampled)
-        layer = Layer(linear, policies, 64.0)
         counted.clear()
-        with torch.no_grad():
-            layer.add(Call("", linear, x, None, grad))
-        rows[is_sampled] = list(map(layer.row, range(len(policies))))
+        rows[is_sampled] = measured.rows_of(linear, x, grad, ["mixed_float16", "mixed_bfloat16", "mixed_float8_hybrid"])
         assert sum(counted) == (256 if is_sampled else 6000)
     for all_rows, sample in zip(rows[False], rows[True], strict=True):
         for name, found in all_rows.range.items():

@@ -10,8 +10,6 @@ from torch import nn
 
 import mpkernels as mpk
 from mpkernels.precision import verdict
-from mpkernels.precision.capture import Call
-from mpkernels.precision.layer import Layer
 from mpkernels.precision.ranges import Range
 from tests.precision import measured
 from tests.precision.test_advise import FP16, FP32, Net, advise, step, wrong
@@ -19,13 +17,6 @@ from tests.precision.test_advise import FP16, FP32, Net, advise, step, wrong
 ROW, TENSOR, HYBRID = "mixed_float8", "mixed_float8,scaling=tensor", "mixed_float8_hybrid"
 SAVED = "mixed_bfloat16,saved=float8_e4m3fn"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-
-
-def layer_of(linear, x, grad, *policies):
-    layer = Layer(linear, list(map(mpk.Policy.parse, policies)), 64.0)
-    with torch.no_grad():
-        layer.add(Call("", linear, x, None, grad))
-    return [layer.row(i) for i in range(len(policies))]
 
 
 def made(sizes=1.0):
@@ -37,7 +28,7 @@ def made(sizes=1.0):
 def of_a_linear(*policies, change=lambda x: None, sizes=1.0):
     linear, x, grad = made(sizes)
     change(x)
-    return layer_of(linear, x, grad, *policies)
+    return measured.rows_of(linear, x, grad, policies)
 
 
 # ----- planted tensors ----------------------------------------------------------------------
