@@ -70,19 +70,18 @@ def advise(
 
     loss = capture(model, step, modules, analyse)
     tuned = tuned_table.entries(next(iter(layers.values())).weight.device)
-    found = {name: [layer.row(i, tuned) for i in range(len(candidates))] for name, layer in layers.items() if layer.rows}
+    found = {name: layer.by_policy(tuned) for name, layer in layers.items() if layer.rows}
     budget = _loss_budget(loss, loss_budget, found)
     chosen = _choose(modules, found, candidates, loss_scale, budget, math.inf if memory is None else memory)
     rows = []
     for name in modules:
-        policy = chosen.get(name)
+        note, by_policy = "", found.get(name, {})
         if name in others:
             note = reasons.get(name) or f"{type(modules[name]).__name__} is not converted"
             by_policy = {str(p): PolicyRow(p, others[name].of(p)) for p in candidates}
-        else:
-            note = "" if name in found else "was not called in this step: nothing was measured"
-            by_policy = {str(row.policy): row for row in found.get(name, ())}
-        rows.append(AdviceRow(name, None if policy is None else str(candidates[policy]), by_policy, note))
+        elif name not in found:
+            note = "was not called in this step: nothing was measured"
+        rows.append(AdviceRow(name, chosen.get(name), by_policy, note))
     return Advice(tuple(rows), loss, budget, loss_scale)
 
 
@@ -106,11 +105,11 @@ def _with_parameters(model: nn.Module) -> dict[str, nn.Module]:
     }  # fmt: skip
 
 
-def _loss_budget(loss: float, given: float | None, found: dict[str, list[PolicyRow]]) -> float:
+def _loss_budget(loss: float, given: float | None, found: dict[str, dict[str, PolicyRow]]) -> float:
     """By default not below what the most exact choice makes of itself; no limit where the loss is no number."""
     if given is not None:
         return float(given)
-    least = sum(min((r.noise for r in rows if _is_number(r.noise)), default=0.0) for rows in found.values())
+    least = sum(min((r.noise for r in rows.values() if _is_number(r.noise)), default=0.0) for rows in found.values())
     return max(LOSS_BUDGET * abs(loss), least) if math.isfinite(loss) else math.inf
 
 
@@ -118,42 +117,45 @@ def _is_number(noise: float | None) -> bool:
     return noise is not None and math.isfinite(noise)
 
 
-def _choose(modules, found, policies, loss_scale: float, budget: float, memory: float) -> dict[str, int]:
-    """The index of the policy of each linear, by name; ValueError where no choice meets the budgets."""
+def _choose(
+    modules: dict[str, nn.Module], found: dict[str, dict[str, PolicyRow]], policies: Sequence[Policy], loss_scale: float,
+    budget: float, memory: float,
+) -> dict[str, str]:  # fmt: skip
+    """The policy of each linear, by name; ValueError where no choice meets the budgets."""
     tied: dict[int, list[str]] = {}
     for name in found:
         tied.setdefault(id(modules[name].weight), []).append(name)
-    groups, priced_by = list(tied.values()), cost_of(row for rows in found.values() for row in rows)
+    groups, priced_by = list(tied.values()), cost_of(row for rows in found.values() for row in rows.values())
     tried, choices = [], []
     for family in _families(policies):
         allowed = [_allowed([found[name] for name in names], family, loss_scale) for names in groups]
-        items = [[_option([found[name][i] for name in names], priced_by) for i in row] for names, row in zip(groups, allowed)]
+        items = [[_option([found[name][p] for name in names], priced_by) for p in some] for names, some in zip(groups, allowed)]
         tried.append(items)
         picks = choose.choose(items, budget, memory)
         if picks is not None:
             cost = tuple(choose.total(items, picks, field) for field in ("cost", "noise"))
-            choices.append((cost, {n: row[i] for names, row, i in zip(groups, allowed, picks) for n in names}))
+            choices.append((cost, {n: some[i] for names, some, i in zip(groups, allowed, picks) for n in names}))
     if not choices:
         raise ValueError(f"advise: {_nearest(tried, budget, memory)}")
     return min(choices, key=lambda choice: choice[0])[1]
 
 
-def _families(policies: Sequence[Policy]) -> list[list[int]]:
+def _families(policies: Sequence[Policy]) -> list[list[str]]:
     """Which of `policies` go together in one model: 16-bit parameters with wide ones, mixed ones without them."""
     narrow = sorted({p.param_dtype for p in policies if p.param_dtype.itemsize == 2}, key=str)
-    families = [[i for i, p in enumerate(policies) if p.param_dtype.itemsize > 2]]
+    families = [[str(p) for p in policies if p.param_dtype.itemsize > 2]]
     families += [
-        [i for i, p in enumerate(policies) if p.param_dtype == dtype or (p.param_dtype.itemsize > 2 and not p.mixed)]
-        for dtype in narrow
+        [str(p) for p in policies if p.param_dtype == dtype or (p.param_dtype.itemsize > 2 and not p.mixed)] for dtype in narrow
     ]
     return [family for family in families if family]
 
 
-def _allowed(rows: list[list[PolicyRow]], family: list[int], loss_scale: float) -> list[int]:
+def _allowed(group: list[dict[str, PolicyRow]], family: list[str], loss_scale: float) -> list[str]:
     """The policies that keep all linears of a group in range, the least error of out first; if none, the widest arithmetic."""
-    kept = [i for i in family if all(problem(row[i], loss_scale) is None for row in rows)]
-    wide = max(family, key=lambda i: (torch.finfo(rows[0][i].policy.range_dtype).max, rows[0][i].policy.compute_dtype.itemsize))
-    return sorted(kept, key=lambda i: sum(row[i].error["out"] for row in rows)) or [wide]
+    if kept := [p for p in family if all(problem(rows[p], loss_scale) is None for rows in group)]:
+        return sorted(kept, key=lambda p: sum(rows[p].error["out"] for rows in group))
+    widths = {p: (torch.finfo(row.policy.range_dtype).max, row.policy.compute_dtype.itemsize) for p, row in group[0].items()}
+    return [max(family, key=widths.get)]
 
 
 def _option(rows: list[PolicyRow], priced_by: str) -> choose.Option:

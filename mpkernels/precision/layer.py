@@ -236,9 +236,11 @@ class Layer:
             grads = torch.autograd.grad(out, list(wanted.values()), scaled.to(out.dtype)) if wanted else ()
         return out.detach(), dict(zip(wanted, grads))
 
-    def row(self, index: int, tuned: Mapping[str, Any] = MappingProxyType({})) -> PolicyRow:
+    def by_policy(self, tuned: Mapping[str, Any] = MappingProxyType({})) -> dict[str, PolicyRow]:
         """tuned: the entries of this machine's table."""
-        policy, sums = self.policies[index], self.sums[index]
+        return {str(p): self._row(p, sums, tuned) for p, sums in zip(self.policies, self.sums, strict=True)}
+
+    def _row(self, policy: Policy, sums: _Sums, tuned: Mapping[str, Any]) -> PolicyRow:
         weight, rows = self.weight, sum(self.rows)
         N, K = weight.shape
         parameters = N * K + (0 if self.module.bias is None else N)

@@ -71,7 +71,7 @@ def rows_of(linear: nn.Module, x: torch.Tensor, grad: torch.Tensor | None, polic
     layer = Layer(linear, [mpk.Policy.parse(p) for p in policies], 64.0)
     with torch.no_grad():
         layer.add(Call("", x, grad))
-    return [layer.row(i) for i in range(len(layer.policies))]
+    return list(layer.by_policy().values())
 
 
 # ----- the bound ----------------------------------------------------------------------
