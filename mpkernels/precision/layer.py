@@ -115,9 +115,9 @@ class Layer:
     """A linear, and what its calls have shown so far."""
 
     def __init__(self, module: nn.Module, policies: list[Policy], loss_scale: float):
-        self.module, self.policies, self.loss_scale = module, policies, loss_scale
+        self.module, self.loss_scale = module, loss_scale
         self.ranges = Ranges(policies, loss_scale)
-        self.sums = [_Sums({"out": 0.0, "grad_x": 0.0, "grad_weight": 0.0}) for _ in policies]
+        self.sums = {policy: _Sums({"out": 0.0, "grad_x": 0.0, "grad_weight": 0.0}) for policy in policies}
         self.norms = {"out": 0.0, "grad_x": 0.0, "grad_weight": 0.0}
         self.activation = getattr(module, "_activation", Activation.NONE)
         self.rows: list[int] = []  # of each call
@@ -155,11 +155,11 @@ class Layer:
             chosen, largest = _sample(x, grad)
             x, grad = x[chosen], None if grad is None else grad[chosen]
             blocks = [(slice(0, largest), 1.0), (slice(largest, None), (M - largest) / (len(chosen) - largest))]
-        of_tensor = [p for p in self.policies if p.scaling == "tensor"]
+        of_tensor = [p for p in self.sums if p.scaling == "tensor"]
         split = of_tensor if len(blocks) > 1 else ()  # one block is the whole: nothing of it has to wait
         wholes = {p: self._run(p, exact, x, _times(grad, self.loss_scale)) for p in split}
         exact.tensor_scales = {p: (scale_of(x, p, None), scale_of(weight, p, None)) for p in of_tensor}
-        totals: list[torch.Tensor | None] = [None] * len(self.policies)
+        totals: dict[Policy, torch.Tensor] = {}
         for at, share in blocks:
             is_last = at is blocks[-1][0]
             parts = {p: _part(whole, at, is_last) for p, whole in wholes.items()}
@@ -184,7 +184,7 @@ class Layer:
             self.ranges.add(name, getattr(exact, name))
 
     def _add_block(
-        self, exact: Exact, parts: dict[Policy, tuple], totals: list[torch.Tensor | None], is_last: bool, share: float
+        self, exact: Exact, parts: dict[Policy, tuple], totals: dict[Policy, torch.Tensor], is_last: bool, share: float
     ) -> None:
         """parts: of policies with one scale for a tensor. totals: gradients of the weight, of the blocks before this one.
 
@@ -194,7 +194,7 @@ class Layer:
             values = getattr(exact, name)
             self.norms[name] += 0.0 if values is None else share * _square(values)
         scaled = _times(exact.stored_grad, self.loss_scale)
-        for i, (policy, found) in enumerate(zip(self.policies, self.sums, strict=True)):
+        for policy, found in self.sums.items():
             out, grads = parts[policy] if policy in parts else self._run(policy, exact, exact.stored_x, scaled)
             wrong, stored = out.double().sub_(exact.out), out.dtype
             del out
@@ -213,12 +213,11 @@ class Layer:
                 found.wrong["grad_x"] += share * _distance(grads["grad_x"], self.loss_scale, exact.grad_x)
             if "grad_weight" in grads:
                 total = grads["grad_weight"].to(torch.promote_types(torch.float32, policy.grad_dtype or policy.param_dtype))
-                total = total if totals[i] is None else totals[i].add_(total)
+                totals[policy] = totals[policy].add_(total) if policy in totals else total
                 if is_last:
-                    found.wrong["grad_weight"] += _distance(total, self.loss_scale, exact.grad_weight)
-                totals[i] = None if is_last else total
+                    found.wrong["grad_weight"] += _distance(totals.pop(policy), self.loss_scale, exact.grad_weight)
 
-    def _run(self, policy: Policy, exact: "Exact", x, scaled) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _run(self, policy: Policy, exact: Exact, x, scaled) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """out, and the gradients that are wanted, of the op under `policy`; with parameters of 16 bits, of them rounded.
 
         scaled: the gradient of the output times the loss scale; so are those that come of it.
@@ -238,7 +237,7 @@ class Layer:
 
     def by_policy(self, tuned: Mapping[str, Any] = MappingProxyType({})) -> dict[str, PolicyRow]:
         """tuned: the entries of this machine's table."""
-        return {str(p): self._row(p, sums, tuned) for p, sums in zip(self.policies, self.sums, strict=True)}
+        return {str(policy): self._row(policy, sums, tuned) for policy, sums in self.sums.items()}
 
     def _row(self, policy: Policy, sums: _Sums, tuned: Mapping[str, Any]) -> PolicyRow:
         weight, rows = self.weight, sum(self.rows)
