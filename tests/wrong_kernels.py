@@ -78,6 +78,50 @@ def last_row_missing(x, weight, bias, activation, compute_dtype, out_dtype):
     return out
 
 
+def sound_scaled(x, x_scale, weight, weight_scale, bias, activation, out_dtype):
+    return _store(_scaled(_acc(x, weight), x_scale, weight_scale) + _wide(bias), activation, out_dtype)
+
+
+def scaled_rounded_before_bias(x, x_scale, weight, weight_scale, bias, activation, out_dtype):
+    z = _scaled(_acc(x, weight), x_scale, weight_scale).to(out_dtype).float()
+    return _store(z + _wide(bias), activation, out_dtype)
+
+
+def scaled_through_bfloat16(x, x_scale, weight, weight_scale, bias, activation, out_dtype):
+    """The result of a library that gives 16 bits, cast to fp32."""
+    return sound_scaled(x, x_scale, weight, weight_scale, bias, activation, torch.bfloat16).to(out_dtype)
+
+
+def scaled_accumulator_14_bits(x, x_scale, weight, weight_scale, bias, activation, out_dtype):
+    """As tensor cores of sm_90 add where nothing is promoted to fp32."""
+    acc = torch.zeros(x.shape[0], weight.shape[0])
+    for k in range(x.shape[1]):
+        acc += torch.outer(x[:, k].float(), weight[:, k].float())
+        acc = (acc.view(torch.int32) & ~0x3FF).view(torch.float32)
+    return _store(_scaled(acc, x_scale, weight_scale) + _wide(bias), activation, out_dtype)
+
+
+def scaled_saturating(x, x_scale, weight, weight_scale, bias, activation, out_dtype):
+    """A NaN, what is left of an overflow, is a large number."""
+    x_scale, x = x_scale.nan_to_num(1.0), x.float().nan_to_num(448.0)
+    return sound_scaled(x, x_scale, weight, weight_scale.nan_to_num(1.0), bias, activation, out_dtype)
+
+
+def scaled_as_another_format(x, x_scale, weight, weight_scale, bias, activation, out_dtype):
+    other = {torch.float8_e4m3fn: torch.float8_e5m2, torch.float8_e5m2: torch.float8_e4m3fn}
+    return sound_scaled(x.view(other[x.dtype]), x_scale, weight, weight_scale, bias, activation, out_dtype)
+
+
+def scaled_by_one_scale(x, x_scale, weight, weight_scale, bias, activation, out_dtype):
+    one = weight_scale[:1] if weight_scale.dim() else weight_scale
+    return sound_scaled(x, x_scale, weight, one, bias, activation, out_dtype)
+
+
+def scaled_bias_too(x, x_scale, weight, weight_scale, bias, activation, out_dtype):
+    """The bias is scaled with the sum."""
+    return _store(_scaled(_acc(x, weight) + _wide(bias), x_scale, weight_scale), activation, out_dtype)
+
+
 def sound_backward(grad_z, x, weight, grad_dtype):
     grad_bias = grad_z.float().sum(0)
     return _acc(grad_z, weight.T).to(x.dtype), _acc(grad_z.T, x.T).to(grad_dtype), grad_bias.to(grad_dtype)
@@ -135,6 +179,10 @@ def below_summed_in_16_bit(grad_z, x, weight, grad_dtype):
 def below_by_row(grad_z, x, weight, grad_dtype):
     """The last row's mask is another row's."""
     return sound_backward_below(grad_z, torch.cat([x[:-1], -x[-1:]]), weight, grad_dtype)
+
+
+def _scaled(acc, x_scale, weight_scale):
+    return acc * x_scale * weight_scale.expand(acc.shape[1], 1).T
 
 
 def _acc(a, b):
