@@ -2,6 +2,8 @@
 """The report of which gradients of a skipped step were not finite."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -50,6 +52,28 @@ def _instead(optimizer) -> str:
     return f"train with mpkernels.optim.{name if name in ('AdamW', 'Adam', 'Lion', 'SGD') else 'AdamW'}"
 
 
+@dataclass(frozen=True)
+class _Gradient:
+    """What was read of one: how many of its elements are inf or NaN, and amax of the others. -1: not counted, and gone."""
+
+    name: str
+    place: int  # among the optimizer's parameters; -1 of one that was replaced
+    is_weight: bool
+    size: int
+    nonfinite: int
+    amax: float
+
+    @property
+    def is_whole(self) -> bool:
+        return self.nonfinite == self.size
+
+    def __str__(self) -> str:
+        if self.nonfinite < 0:
+            return f"{self.name} has non-finite of {self.size}, not counted: the gradient was replaced before this report"
+        others = "no finite element" if self.is_whole else f"amax {self.amax:g} of the finite ones"
+        return f"{self.name} has {self.nonfinite} non-finite of {self.size}, {others}"
+
+
 def _lines(read: LastRead, is_found: bool) -> list[str]:
     """One line where it began in the forward, else a line for each gradient that is not finite, in order of backward.
 
@@ -57,30 +81,30 @@ def _lines(read: LastRead, is_found: bool) -> list[str]:
     loss that is linear in the output it reaches the weights alone, through the inputs of their layers. is_found: it is known
     where it began.
     """
-    names = read.names
-    order = {key: i for i, key in enumerate(names)}
-    found = [
-        (order.get(id(p), -1), names.get(id(p), f"a replaced parameter {tuple(p.shape)}"), size, count, amax, p.dim() > 1)
-        for stats in read.stats
-        for p, count, amax in _counted(stats)
-        if (size := local(p).numel())
-    ]
-    found.sort(key=lambda row: -row[0])  # the last registered is the first that backward reaches
-    bad = [f"{name} {_what_is_bad(size, count, amax)}" for _, name, size, count, amax, _ in found if count]
+    gradients = _gradients(read)
+    bad = [gradient for gradient in gradients if gradient.nonfinite]
     if not bad and read.on_many_ranks:
         return ["every gradient of this rank is finite: another rank's is not, or it is not once it is unscaled"]
     if not bad:
         return ["every gradient is finite, but not once it is unscaled"]
-    last_is_bad, others = found[0][3] != 0, len(found) - 1
-    a_whole_one = any(count == size for _, _, size, count, *_ in found)
-    weights = [count == size for _, _, size, count, _, is_weight in found if is_weight]
-    from_the_end = last_is_bad and a_whole_one and len(bad) >= MOST * len(found)
+    from_the_end = bad[0] is gradients[0] and len(bad) >= MOST * len(gradients) and any(g.is_whole for g in bad)
+    weights = [gradient.is_whole for gradient in gradients if gradient.is_weight]
     if not (from_the_end or (len(weights) > 1 and all(weights))):
-        return bad
-    many = "all" if len(bad) == len(found) else f"{len(bad) - 1} of"
+        return list(map(str, bad))
+    many, others = "all" if len(bad) == len(gradients) else f"{len(bad) - 1} of", len(gradients) - 1
     too = f", and {many} {others} other gradients have inf or NaN too" if others else ""
     where = f": this began in the forward, the loss or the data, unless the scale is far too large: {HOW_TO_SEARCH}"
     return [f"{bad[0]}{too}{'' if is_found else where}"]
+
+
+def _gradients(read: LastRead) -> list[_Gradient]:
+    """Those that have elements, in order of backward: it reaches the last registered first."""
+    places, found = {key: place for place, key in enumerate(read.names)}, []
+    for p, count, amax in chain.from_iterable(map(_counted, read.stats)):
+        if size := local(p).numel():
+            name = read.names.get(id(p), f"a replaced parameter {tuple(p.shape)}")
+            found.append(_Gradient(name, places.get(id(p), -1), p.dim() > 1, size, count, amax))
+    return sorted(found, key=lambda gradient: -gradient.place)
 
 
 def _counted(stats) -> Iterator[tuple[torch.Tensor, int, float]]:
@@ -91,10 +115,3 @@ def _counted(stats) -> Iterator[tuple[torch.Tensor, int, float]]:
                 now, amax_now = (t.item() for t in count_nonfinite(local(p.grad)))
             count, amax = (now, amax_now) if now else (count, amax)  # none: it is another gradient
         yield p, count, amax
-
-
-def _what_is_bad(size: int, count: int, amax: float) -> str:
-    if count < 0:
-        return f"has non-finite of {size}, not counted: the gradient was replaced before this report"
-    others = f"amax {amax:g} of the finite ones" if count < size else "no finite element"
-    return f"has {count} non-finite of {size}, {others}"
