@@ -19,17 +19,14 @@ class ScaleState(torch.amp.GradScaler):
     ) -> None:  # fmt: skip
         if enabled and device is not None:
             values.check_device(device)
-        self._min_scale, self._max_scale = (
-            values.bound("min_scale", min_scale),
-            values.bound("max_scale", max_scale),
-        )
-        self._hysteresis = values.hysteresis(hysteresis)
+        self._min_scale, self._max_scale = values.checked("min_scale", min_scale), values.checked("max_scale", max_scale)
+        self._hysteresis = values.checked("hysteresis", hysteresis)
         super().__init__(
             "cpu",
             values.scale("init_scale", init_scale, self._min_scale, self._max_scale),
-            values.growth_factor(growth_factor),
-            values.backoff_factor(backoff_factor),
-            values.growth_interval(growth_interval),
+            values.checked("growth_factor", growth_factor),
+            values.checked("backoff_factor", backoff_factor),
+            values.checked("growth_interval", growth_interval),
             enabled,
         )
         self._placed = None if device is None else torch.device(device)
@@ -41,15 +38,15 @@ class ScaleState(torch.amp.GradScaler):
 
     def set_growth_factor(self, new_factor: float) -> None:
         """Set what the scale grows by."""
-        super().set_growth_factor(values.growth_factor(new_factor))
+        super().set_growth_factor(values.checked("growth_factor", new_factor))
 
     def set_backoff_factor(self, new_factor: float) -> None:
         """Set what the scale backs off by."""
-        super().set_backoff_factor(values.backoff_factor(new_factor))
+        super().set_backoff_factor(values.checked("backoff_factor", new_factor))
 
     def set_growth_interval(self, new_interval: int) -> None:
         """Set after how many steps without an overflow the scale grows."""
-        super().set_growth_interval(values.growth_interval(new_interval))
+        super().set_growth_interval(values.checked("growth_interval", new_interval))
 
     def _lazy_init_scale_growth_tracker(self, dev: torch.device) -> None:
         dev = self._placed or dev

@@ -21,7 +21,7 @@ def number(name: str, value) -> float:
         return math.inf
 
 
-def _integer(name: str, what: str, value, least: int, most: int) -> int:
+def _integer(name: str, value, what: str, least: int, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
         raise ValueError(f"{name} must be {what} from {least} to {most}, got {value!r}{_hint(value)}")
     return int(value)
@@ -38,9 +38,25 @@ def _number(name: str, value, wanted: str, holds: Callable[[float], bool]) -> fl
     return result
 
 
-def bound(name: str, value) -> float:
-    """min_scale or max_scale."""
-    return _number(name, value, "a normal positive float32", lambda x: _FLOAT32.tiny <= x <= _FLOAT32.max)
+_NORMAL = "a normal positive float32", lambda x: _FLOAT32.tiny <= x <= _FLOAT32.max
+_NUMBERS = {
+    "min_scale": _NORMAL,
+    "max_scale": _NORMAL,
+    "growth_factor": ("greater than 1 and finite", lambda x: 1 < x < math.inf),
+    "backoff_factor": ("between 0 and 1", lambda x: 0 < x < 1),
+}
+_INTEGERS = {
+    "growth_interval": ("an int", 1, _INT64.max),  # one that the int32 of the tracker never reaches: growth never comes
+    "hysteresis": ("an int", 1, _INT32.max),
+    "_growth_tracker": ("a count", 0, _INT32.max),
+    "hysteresis_tracker": ("a count", 0, _INT32.max),
+    "skipped": ("a count", 0, _INT64.max),
+}
+
+
+def checked(name: str, value) -> float | int:
+    """The value of this name in these tables."""
+    return _number(name, value, *_NUMBERS[name]) if name in _NUMBERS else _integer(name, value, *_INTEGERS[name])
 
 
 def scale(name: str, value, min_scale: float, max_scale: float) -> float:
@@ -49,45 +65,21 @@ def scale(name: str, value, min_scale: float, max_scale: float) -> float:
     return _number(name, value, wanted, lambda x: min_scale <= x <= max_scale)
 
 
-def growth_factor(value) -> float:
-    """What a scale grows by."""
-    return _number("growth_factor", value, "greater than 1 and finite", lambda x: 1 < x < math.inf)
-
-
-def backoff_factor(value) -> float:
-    """What a scale backs off by."""
-    return _number("backoff_factor", value, "between 0 and 1", lambda x: 0 < x < 1)
-
-
-def growth_interval(value) -> int:
-    """An argument of the op, an int64: one that the int32 of the tracker never reaches is growth that never comes."""
-    return _integer("growth_interval", "an int", value, 1, _INT64.max)
-
-
-def hysteresis(value) -> int:
-    """What the int32 of the hysteresis tracker starts from."""
-    return _integer("hysteresis", "an int", value, 1, _INT32.max)
-
-
 def state(loaded: dict, default_hysteresis: int, min_scale: float, max_scale: float) -> dict:
     """The state_dict of a scaler, ours or torch's, with every value checked and complete."""
     if not isinstance(loaded, dict):
         raise TypeError(f"state_dict must be what a scaler's state_dict() returned, got {type(loaded).__name__}")
     if missing := [name for name in _TORCHS if name not in loaded]:
         raise ValueError(f"state_dict lacks {', '.join(missing)}: it is not that of a GradScaler")
-    skipped = loaded.get("skipped", [0, 0])
+    given = {"hysteresis_tracker": default_hysteresis, "skipped": [0, 0]} | loaded
+    skipped = given["skipped"]
     if not isinstance(skipped, list | tuple) or len(skipped) != 2:
         raise ValueError(f"skipped must be two counts, of all steps and of those in a row, got {skipped!r}")
+    names = ("growth_factor", "backoff_factor", "growth_interval", "_growth_tracker", "hysteresis_tracker")
     return {
-        "scale": scale("scale", loaded["scale"], min_scale, max_scale),
-        "growth_factor": growth_factor(loaded["growth_factor"]),
-        "backoff_factor": backoff_factor(loaded["backoff_factor"]),
-        "growth_interval": growth_interval(loaded["growth_interval"]),
-        "_growth_tracker": _integer("_growth_tracker", "a count", loaded["_growth_tracker"], 0, _INT32.max),
-        "hysteresis_tracker": _integer(
-            "hysteresis_tracker", "a count", loaded.get("hysteresis_tracker", default_hysteresis), 0, _INT32.max
-        ),
-        "skipped": [_integer("skipped", "a count", count, 0, _INT64.max) for count in skipped],
+        "scale": scale("scale", given["scale"], min_scale, max_scale),
+        **{name: checked(name, given[name]) for name in names},
+        "skipped": [checked("skipped", count) for count in skipped],
     }
 
 
