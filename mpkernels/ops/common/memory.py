@@ -8,11 +8,9 @@ from typing import NamedTuple
 import torch
 
 from mpkernels.ops.common.layout import is_dense, overlaps
+from mpkernels.runtime.op import PLAIN
 
 Named = Mapping[str, torch.Tensor | Sequence[torch.Tensor] | None]
-
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class _Span(NamedTuple):
@@ -22,11 +20,7 @@ class _Span(NamedTuple):
     end: int
     tensor: torch.Tensor
     name: str
-    index: int | None  # in its list
     written: bool
-
-    def __str__(self) -> str:
-        return self.name if self.index is None else f"{self.name}[{self.index}]"
 
 
 def check_memory(op: str, *, written: Named, read: Named) -> None:
@@ -39,7 +33,7 @@ def check_memory(op: str, *, written: Named, read: Named) -> None:
     spans = _spans(written, True) + _spans(read, False)
     for span in spans:
         if span.written and not span.tensor.is_contiguous() and overlaps(span.tensor):
-            raise RuntimeError(f"{op}: {span} overlaps itself (strides {span.tensor.stride()})")
+            raise RuntimeError(f"{op}: {span.name} overlaps itself (strides {span.tensor.stride()})")
     cluster, reach = [], 0  # spans that reach into each other
     for span in sorted((span for span in spans if span.begin < span.end), key=lambda span: span.begin):
         if span.begin >= reach:
@@ -55,7 +49,7 @@ def _are_apart(values: list[torch.Tensor | Sequence[torch.Tensor] | None]) -> bo
     spans = []
     for value in values:
         for tensor in (value,) if isinstance(value, torch.Tensor) else value or ():
-            if type(tensor) not in _PLAIN or not tensor.is_contiguous():
+            if type(tensor) not in PLAIN or not tensor.is_contiguous():
                 return False
             begin = tensor.data_ptr()
             spans.append((begin, begin + tensor.nbytes))
@@ -67,24 +61,24 @@ def _spans(named: Named, written: bool) -> list[_Span]:
     result = []
     for name, value in named.items():
         if isinstance(value, torch.Tensor):
-            result.append(_span(value, name, None, written))
+            result.append(_span(value, name, written))
         elif value is not None:
-            result += [_span(tensor, name, i, written) for i, tensor in enumerate(value)]
+            result += [_span(tensor, f"{name}[{i}]", written) for i, tensor in enumerate(value)]
     return result
 
 
-def _span(tensor: torch.Tensor, name: str, index: int | None, written: bool) -> _Span:
+def _span(tensor: torch.Tensor, name: str, written: bool) -> _Span:
     begin, length = _address(tensor), 0
     if begin and tensor.is_contiguous():
         length = tensor.numel()
     elif begin:
         length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return _Span(begin, begin + length * tensor.itemsize, tensor, name, index, written)
+    return _Span(begin, begin + length * tensor.itemsize, tensor, name, written)
 
 
 def _address(tensor: torch.Tensor) -> int:
     """0 where there is nothing to share."""
-    if type(tensor) not in _PLAIN:
+    if type(tensor) not in PLAIN:
         try:
             if tensor.untyped_storage().device.type == "meta":  # of a FakeTensor
                 return 0
@@ -96,7 +90,7 @@ def _address(tensor: torch.Tensor) -> int:
 def _check_cluster(op: str, cluster: list[_Span]) -> None:
     if len(cluster) > 1 and any(span.written for span in cluster) and (shared := _first_shared(cluster)):
         first, second = sorted(shared, key=lambda span: not span.written)
-        raise RuntimeError(f"{op}: {first} shares memory with {second}: what is written needs memory of its own")
+        raise RuntimeError(f"{op}: {first.name} shares memory with {second.name}: what is written needs memory of its own")
 
 
 def _first_shared(spans: list[_Span]) -> tuple[_Span, _Span] | None:

@@ -83,9 +83,5 @@ class _UpdateCall:
         return self[2 : 2 + len(self.rule.states)]
 
     @property
-    def parameters(self) -> dict[str, float | bool]:
-        return {name: getattr(self, name) for name in self.rule.parameters}
-
-    @property
     def written(self) -> list[torch.Tensor]:
         return [tensor for tensors in (self.masters, *self.states, self.copies, self.steps) for tensor in tensors]
