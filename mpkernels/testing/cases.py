@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from mpkernels.testing import linear_act_cases, quantize_cases, scaled_cases, step_cases, update_cases
+from mpkernels.testing import gemm, linear_act_cases, quantize_cases, scaled_cases, step_cases, update_cases
 from mpkernels.testing.case import Case
 
 
@@ -28,10 +28,6 @@ def of(op: str, *, few: bool, full: bool = False) -> Iterator[Case]:
 def sizes(part: str, device: torch.device) -> dict[str, Callable[[torch.device], tuple]]:
     """What a race of a part of an op's cases is run on: a name and the arguments of the op, made on the device."""
     few = device.type == "cpu"
-    family = {
-        "linear_act": linear_act_cases,
-        "linear_act 8-bit": scaled_cases,
-        "linear_act_backward": linear_act_cases,
-        "quantize": quantize_cases,
-    }
-    return family.get(part, step_cases).sizes(part, few)
+    if part in gemm.RACES:
+        return gemm.sizes(part, few)
+    return (quantize_cases if part == "quantize" else step_cases).sizes(part, few)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random operands of one GEMM of linear_act, by the key of a tuned table, and why results of it are wrong."""
+"""Random operands of one GEMM of linear_act, by the key of a tuned table: what a race is run on, and why results are wrong."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,7 @@ from mpkernels.ops.linear_act import op_of, reference
 from mpkernels.ops.linear_act.call import ForwardCall
 from mpkernels.ops.linear_act.epilogues import Activation, pack_mask, unpack_mask
 from mpkernels.runtime.op import without_defaults
-from mpkernels.runtime.tuned_table import GemmKey
+from mpkernels.runtime.tuned_table import GemmKey, gemm_key
 from mpkernels.testing import bounds, scaled_cases
 
 
@@ -77,3 +79,28 @@ def _outside(name: str, got, exact, a, b, bias, compute: torch.dtype) -> str | N
     v = scaled_cases.roundoff(device, a.shape[-1]) if compute.itemsize == 1 else bounds.accumulator_roundoff(device, compute)
     excess = bounds.random_sign_excess(got, exact, a, b, bias, compute, v)
     return None if excess <= 1 else f"{name} is {excess:.3g} times as far from fp64 as the bound allows"
+
+
+# ----- the race ---------------------------------------------------------------
+
+_f16, _f32, _bf16, _e4m3 = torch.float16, torch.float32, torch.bfloat16, torch.float8_e4m3fn
+RACES = {  # of a part of an op's cases: role, activation and dtypes of the key
+    "linear_act": ("fprop", Activation.RELU, _f16, _f16, _f16),
+    "linear_act 8-bit": ("fprop", Activation.NONE, _e4m3, _e4m3, _bf16),
+    "linear_act_backward": ("backward", Activation.RELU, _f16, _f16, _f16, _f32),
+}
+_SIZES = {  # M, K, N of a race; in 1 GB with what flushes the cache
+    True: ((16, 32, 24), (64, 64, 64), (8, 128, 64), (128, 32, 32)),
+    False: ((512, 1024, 4096), (4096, 1024, 4096), (2048, 4096, 4096), (16384, 1024, 1024)),
+}
+
+
+def sizes(part: str, few: bool) -> dict[str, Callable[[str, torch.device], tuple]]:
+    """What a race is run on: a name, and what makes the arguments for a backend on a device."""
+    return {f"M={M} K={K} N={N}": functools.partial(_racing, part, M, N, K) for M, K, N in _SIZES[few]}
+
+
+def _racing(part: str, M: int, N: int, K: int, backend: str, device: torch.device) -> tuple:
+    role, activation, *dtypes = RACES[part]
+    problem = gemm_key(role, M, N, K, activation, *dtypes)
+    return Inputs.random(problem, M, device).arguments(backend, (True, True, True))

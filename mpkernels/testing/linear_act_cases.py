@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 
-from mpkernels.ops.common.cast import cast
 from mpkernels.ops.linear_act.call import BackwardCall
 from mpkernels.ops.linear_act.epilogues import Activation, pack_mask, unpack_mask
 from mpkernels.testing import bounds
@@ -21,10 +20,6 @@ MANY_TILES = ((16384, 768, 256), (16384, 256, 768), (256, 16384, 768), (1536, 15
 KINDS = ("special", "strided", "misaligned")  # besides plain
 _SUM = BackwardCall._fields.index("grad_weight_sum")
 LARGE = (32776, 65544, 8)  # more than 2^31 outputs
-_SIZES = {  # M, K, N of a race; in 1 GB with what flushes the cache
-    True: ((16, 32, 24), (64, 64, 64), (8, 128, 64), (128, 32, 32)),
-    False: ((512, 1024, 4096), (4096, 1024, 4096), (2048, 4096, 4096), (16384, 1024, 1024)),
-}
 
 
 def _shapes(few: bool, full: bool) -> list[tuple[int, int, int]]:
@@ -202,38 +197,3 @@ def _check_backward(before, after, results, device) -> None:
     bounds.check_backward_below(
         (grad_x, grad_bias_below), grad_out, weight, positive, below, compute_dtype, v, random_sign=True
     )
-
-
-# ----- the race ---------------------------------------------------------------
-
-
-def sizes(part: str, few: bool):
-    make = _racing_forward if part == "linear_act" else _racing_backward
-    return by_size(make, few)
-
-
-def by_size(make, few: bool):
-    return {f"M={M} K={K} N={N}": functools.partial(make, M, N, K) for M, K, N in _SIZES[few]}
-
-
-def _random(device, *shapes):
-    generator = torch.Generator(device).manual_seed(0)
-    return [torch.randn(shape, generator=generator, dtype=f32, device=device).to(f16) for shape in shapes]
-
-
-def _racing_forward(M, N, K, backend, device) -> tuple:
-    x, weight, bias = _random(device, (M, K), (N, K), (N,))
-    return x, weight, bias.float(), None, int(Activation.RELU), f16, f16, _saves(backend, device)
-
-
-def _racing_backward(M, N, K, backend, device) -> tuple:
-    grad_out, x, weight = _random(device, (M, N), (M, K), (N, K))
-    out = grad_out.roll(1, 0)
-    saved = pack_mask(out) if _saves(backend, device) else cast(out, f16)
-    return grad_out, x, weight, None, saved, int(Activation.RELU), f16, f16, f32, f32, [True] * 3
-
-
-def _saves(backend: str, device: torch.device) -> int:
-    from mpkernels.ops.linear_act import forward_op
-
-    return int(forward_op.kernel(backend, device).saves_mask)

@@ -88,22 +88,6 @@ def _powers(shape: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
     return torch.exp2(torch.randint(-6, 7, shape, generator=random, dtype=torch.int64, device="cpu").to(f32))
 
 
-# ----- the race ---------------------------------------------------------------
-
-
-def sizes(part: str, few: bool):
-    return linear_act_cases.by_size(_racing, few)
-
-
-def _racing(M: int, N: int, K: int, backend, device) -> tuple:
-    """As a layer under mixed_float8: scales by row, a result in bf16."""
-    generator = torch.Generator(device).manual_seed(0)
-    x, weight = (torch.randn((rows, K), generator=generator, dtype=f32, device=device).to(e4m3) for rows in (M, N))
-    x_scale, weight_scale = (torch.ones((rows, 1), dtype=f32, device=device) for rows in (M, N))
-    nothing = (None, False, None, 0, None)
-    return x, weight, None, None, int(Activation.NONE), e4m3, bf16, 0, False, *nothing, x_scale, weight_scale
-
-
 def _check(before, after, results, device) -> None:
     """As a call of the bf16 operands that 8-bit ones times their scales are exactly."""
     x, weight, bias, _, activation, *_, x_scale, weight_scale = before
