@@ -159,18 +159,23 @@ def test_activation_keeps_a_gradient_where_float16_overflows(activation, device)
 @by_activation
 @pytest.mark.parametrize("name", ["float64", "float32", "mixed_float16", "mixed_bfloat16 inside"])
 def test_activation_of_the_previous_layer(activation, name, generator, device):
-    """Its slope in the dgrad epilogue: as grad_x unrounded times the slope, and the sums of that."""
+    """Its slope in the dgrad epilogue: as grad_x unrounded times the slope, and the sums of that; at infinity the limit."""
     dtypes = DTYPES[name]
     acc = f64 if dtypes.compute == f64 else f32
     _, weight, _, grad_out = Case(37, 20, 33, dtypes).tensors(generator, device)
     x = torch.randn(37, 33, generator=generator).to(device, dtypes.compute)
     prev_saved = torch.randn(37, 33, generator=generator).to(device, dtypes.compute)
+    prev_saved[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     wide = Dtypes(acc, dtypes.weight, dtypes.compute, dtypes.out, dtypes.grad)
     grads = backward_below(grad_out, x, weight, None, prev_saved, dtypes, NONE, activation)
     arrived = backward_below(grad_out, x, weight, None, None, wide, NONE, NONE)[0]
+    assert grads[0][0, 0].isnan()
+    assert grads[0][0, 1] == (arrived[0, 1] * (torch.inf if activation == Activation.RELU2 else 1)).to(dtypes.x)
+    assert grads[0][0, 2] == 0
     v = bounds.accumulator_roundoff(device, dtypes.compute)
-    bounds.check_slope(grads[0], arrived, prev_saved, activation, dtypes.compute if dtypes.x != f32 else f32, v)
-    bounds.check_summed_slopes(grads[3], arrived, prev_saved, activation, dtypes.compute, v)
+    rounded = dtypes.compute if dtypes.x != f32 else f32
+    bounds.check_slope(grads[0][1:], arrived[1:], prev_saved[1:], activation, rounded, v)
+    bounds.check_summed_slopes(grads[3][3:], arrived[:, 3:], prev_saved[:, 3:], activation, dtypes.compute, v)
 
 
 @pytest.mark.parametrize("activation, policy", each_once(TORCH, ("float64", "mixed_float16")))

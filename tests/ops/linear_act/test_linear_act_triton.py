@@ -18,13 +18,14 @@ from tests import bounds, triton_target
 from tests import linear_act_cases as cases
 from tests.levels import each_once
 from tests.linear_act_cases import DTYPES, Case, backward, bits_of, forward, same_bits
-from tests.ops.linear_act import test_fused_backward, test_linear_act
+from tests.ops.linear_act import test_activations, test_fused_backward, test_linear_act
 
 INTERPRETED = triton_target.INTERPRETED
 device, _force_triton = triton_target.device, triton_target.forcing("linear_act", "linear_act_backward")
 test_interpreter_computes_bf16_by_value = triton_target.test_interpreter_computes_bf16_by_value
 
 # The same of every backend, and soon done.
+test_activation_of_the_previous_layer = test_activations.test_activation_of_the_previous_layer
 test_linear_act_below_selects = test_fused_backward.test_linear_act_below_selects
 test_linear_act_below_small_gradients_sum_unrounded = test_fused_backward.test_linear_act_below_small_gradients_sum_unrounded
 test_linear_act_bias_is_not_rounded_to_compute = test_linear_act.test_linear_act_bias_is_not_rounded_to_compute
@@ -73,21 +74,8 @@ def test_linear_act_below(name, sizes, generator, device):
 
 @pytest.mark.parametrize("activation, name", each_once(list(Activation)[2:], ("float64", "mixed_float16", "bfloat16")))
 def test_linear_act_activations(activation, name, generator, device):
-    """Value, saved preactivation and gradients; the slope at infinity; and in the epilogue of the next layer."""
-    dtypes = DTYPES[name]
-    cases.run(Case(19, 70, 45, dtypes, activation=activation), generator, device)
-    grad_out, weight = Case(19, 37, 45, dtypes).tensors(generator, device)[3], torch.randn(37, 45, generator=generator)
-    weight, x, saved = weight.to(device, dtypes.weight), *torch.randn(2, 19, 45, generator=generator).to(device, dtypes.compute)
-    saved[0, :3] = torch.tensor([NAN, INF, -INF])
-    wide = cases.Dtypes(f64 if dtypes.compute == f64 else f32, dtypes.weight, dtypes.compute, dtypes.out, dtypes.grad)
-    grads = cases.backward_below(grad_out, x, weight, None, saved, wide, Activation.NONE, activation)
-    arrived = cases.backward_below(grad_out, x, weight, None, None, wide, Activation.NONE, Activation.NONE)[0]
-    assert grads[0][0, 0].isnan()
-    assert grads[0][0, 1] == arrived[0, 1] * (INF if activation == Activation.RELU2 else 1)
-    assert grads[0][0, 2] == 0
-    v = bounds.accumulator_roundoff(device, dtypes.compute)
-    bounds.check_slope(grads[0][1:], arrived[1:], saved[1:], activation, wide.x, v)
-    bounds.check_summed_slopes(grads[3][3:], arrived[:, 3:], saved[:, 3:], activation, dtypes.compute, v)
+    """Value, saved preactivation and gradients."""
+    cases.run(Case(19, 70, 45, DTYPES[name], activation=activation), generator, device)
 
 
 @pytest.mark.parametrize("policy", ["float16", "mixed_float16", "mixed_bfloat16"])
