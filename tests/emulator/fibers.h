@@ -54,6 +54,11 @@ void yield();
 // Blocks until all lanes of the warp have reached the same instruction.
 void sync_warp(const char* where);
 
+// What PTX calls bar.sync, barrier.cluster.arrive and .wait.
+void sync_named(int id, int threads);
+void arrive_cluster();
+void wait_cluster();
+
 Block& current_block();
 std::vector<Block>& cluster();  // the running blocks
 uint32_t random_number();

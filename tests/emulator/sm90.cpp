@@ -9,7 +9,7 @@
 // Source: PTX ISA 8.0 and later: mbarrier, cp.async.bulk.tensor, Tensors (swizzling modes), wgmma (matrix descriptor, strides,
 // canonical layouts, accumulator fragments), stmatrix, async proxy. Of these: 2-d tiles, and the swizzle of 128 bytes.
 
-#include "sm90.h"
+#include "common/sm90.cuh"
 
 #include <algorithm>
 #include <array>
@@ -26,6 +26,8 @@
 
 namespace host {
 namespace {
+
+using mpk::sm90::Operand;
 
 constexpr uint32_t kWindow = 1024;  // where dynamic shared memory starts in the .shared window, after the system's
 constexpr uint32_t kLine = 16;      // bytes that a swizzle keeps together
@@ -152,6 +154,13 @@ void on_store(State& state, uint32_t address, uint32_t bytes) {
     ++state.unfenced[line];
     thread.unfenced.push_back(line);
   }
+}
+
+void store_bytes(void* shared, const void* value, uint32_t bytes) {
+  const uint32_t address = mpk::sm90::shared_address(shared);
+  if (address % bytes != 0) fail("a store to shared memory at no multiple of its size");
+  on_store(here(), address, bytes);
+  std::memcpy(at(here(), address, bytes), value, bytes);
 }
 
 // The 128-byte swizzle: bits 4-6 of the address are XORed with bits 7-9.
@@ -516,6 +525,12 @@ void finish_units(const Block& block) {
   }
 }
 
+}  // namespace host
+
+namespace mpk::sm90 {
+
+using namespace host;
+
 // ----- PTX wrappers: shared memory -----
 
 uint8_t* dynamic_shared() { return current_block().shared; }
@@ -527,30 +542,27 @@ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(byte - block.shared) + kWindow;
 }
 
-unsigned cluster_rank() { return current_block().rank; }
-
-void store_shared(void* shared, const void* value, uint32_t bytes) {
-  const uint32_t address = shared_address(shared);
-  if (address % bytes != 0) fail("a store to shared memory at no multiple of its size");
-  on_store(here(), address, bytes);
-  std::memcpy(at(here(), address, bytes), value, bytes);
+void store_shared(void* shared, float first, float second) {
+  const float values[] = {first, second};
+  store_bytes(shared, values, sizeof(values));
 }
 
 void load_shared(const void* shared, uint32_t (&words)[4]) {
   const uint32_t address = shared_address(shared);
   if (address % sizeof(words) != 0) fail("a load of shared memory at no multiple of its size");
-  std::memcpy(words, at(here(), address, sizeof(words)), sizeof(words));
+  std::memcpy(words, host::at(here(), address, sizeof(words)), sizeof(words));
 }
 
 // Lane 8 i + r passes the address of row r of matrix i; value i of lane l is pair l % 4 of row l / 4 of matrix i.
-void stmatrix_x4(void* row, const uint32_t (&matrices)[4]) {
+void stmatrix_x4(void* row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
+  const uint32_t matrices[] = {m0, m1, m2, m3};
   if (shared_address(row) % 16 != 0) fail("stmatrix at no multiple of 16 bytes");
   std::memcpy(exchange_slot(lane()), &row, sizeof(row));
-  sync_warp("stmatrix");
+  host::sync_warp("stmatrix");
   for (unsigned i = 0; i < 4; ++i) {
     uint8_t* to;
     std::memcpy(&to, exchange_slot(8 * i + lane() / 4), sizeof(to));
-    store_shared(to + lane() % 4 * 4, &matrices[i], 4);
+    store_bytes(to + lane() % 4 * 4, &matrices[i], 4);
   }
   end_exchange();
 }
@@ -563,7 +575,12 @@ void fence_proxy_async() {
 
 // ----- PTX wrappers: barriers -----
 
-void barrier_init(void* barrier, uint32_t arrivals) {
+void named_barrier_sync(int id, int threads) { sync_named(id, threads); }
+void cluster_arrive() { arrive_cluster(); }
+void cluster_wait() { wait_cluster(); }
+uint32_t cluster_rank() { return current_block().rank; }
+
+void barrier_init(Barrier* barrier, uint32_t arrivals) {
   const uint32_t address = shared_address(barrier);
   if (address % 8 != 0) fail("an mbarrier at no multiple of 8 bytes");
   if (arrivals == 0 || arrivals > kMaxTx) fail("an mbarrier for " + std::to_string(arrivals) + " arrivals");
@@ -577,23 +594,23 @@ void fence_barrier_init() {
   for (auto& [address, barrier] : here().barriers) barrier.fenced |= barrier.initialized_by == threadIdx.x;
 }
 
-void arrive_cluster_relaxed() {
+void cluster_arrive_relaxed() {
   for (const auto& [address, barrier] : here().barriers) {
     if (!barrier.fenced && barrier.initialized_by == threadIdx.x) fail("a relaxed arrival after an mbarrier with no fence");
   }
-  arrive_cluster();
+  cluster_arrive();
 }
 
-void barrier_arrive(void* barrier) { arrive(barrier_at(here(), shared_address(barrier))); }
+void barrier_arrive(Barrier* barrier) { arrive(barrier_at(here(), shared_address(barrier))); }
 
-void barrier_arrive_expect_tx(void* barrier, uint32_t bytes) {
+void barrier_arrive_expect_tx(Barrier* barrier, uint32_t bytes) {
   MBarrier& here_barrier = barrier_at(here(), shared_address(barrier));
   if (here_barrier.pending == 0) fail("more arrivals than an mbarrier expects");
   expect_bytes(here_barrier, bytes);
   arrive(here_barrier);
 }
 
-void barrier_arrive_cluster(void* barrier, uint32_t rank) {
+void barrier_arrive_cluster(Barrier* barrier, uint32_t rank) {
   if (rank >= states.size()) fail("the cluster has no block " + std::to_string(rank));
   check_alive(states[rank], "an arrival");
   MBarrier& there = barrier_at(states[rank], shared_address(barrier));
@@ -601,7 +618,7 @@ void barrier_arrive_cluster(void* barrier, uint32_t rank) {
   arrive(there);
 }
 
-void barrier_wait(void* barrier, uint32_t parity) {
+void barrier_wait(Barrier* barrier, uint32_t parity) {
   MBarrier& here_barrier = barrier_at(here(), shared_address(barrier));
   if (parity > 1) fail("a parity that is neither 0 nor 1");
   if (random_number() % 4 == 0) yield();
@@ -611,9 +628,13 @@ void barrier_wait(void* barrier, uint32_t parity) {
 
 // ----- PTX wrappers: TMA -----
 
-void tma_prefetch(const void* map) { read_map(map); }
+void tma_prefetch(const TensorMap* map) { read_map(map); }
 
-void tma_load(void* shared, const void* map, void* barrier, int32_t c0, int32_t c1, uint32_t blocks) {
+void tma_load(void* shared, const TensorMap* map, Barrier* barrier, int32_t c0, int32_t c1) {
+  tma_load_multicast(shared, map, barrier, c0, c1, static_cast<uint16_t>(1u << cluster_rank()));
+}
+
+void tma_load_multicast(void* shared, const TensorMap* map, Barrier* barrier, int32_t c0, int32_t c1, uint16_t blocks) {
   const uint32_t to = shared_address(shared), signal = shared_address(barrier);
   if (to % kBoxRow != 0) fail("TMA to shared memory at no multiple of 128 bytes");
   if (blocks == 0 || blocks >> states.size() != 0) fail("TMA to a block that the cluster does not have");
@@ -626,7 +647,7 @@ void tma_load(void* shared, const void* map, void* barrier, int32_t c0, int32_t 
   }
 }
 
-void tma_store(const void* map, const void* shared, int32_t c0, int32_t c1) {
+void tma_store(const TensorMap* map, const void* shared, int32_t c0, int32_t c1) {
   const uint32_t from = shared_address(shared);
   if (from % kBoxRow != 0) fail("TMA from shared memory at no multiple of 128 bytes");
   Thread& thread = this_thread();
@@ -685,7 +706,7 @@ void wgmma(float* acc, int n, Operand a, Operand b, bool accumulate, bool bf16) 
 
 // .sync.aligned, as all of wgmma: what a lane does behind it, all of its warp have come to.
 void wgmma_commit() {
-  sync_warp("wgmma.commit_group");
+  host::sync_warp("wgmma.commit_group");
   this_thread().committed.push_back(this_thread().issued);
 }
 
@@ -707,7 +728,7 @@ void wgmma_wait(int groups) {
   thread.fenced = false;
 }
 
-}  // namespace host
+}  // namespace mpk::sm90
 
 // ----- the driver -----
 

@@ -12,7 +12,6 @@
 
 #include "common/cast.h"
 #include "common/tensor_map.h"
-#include "sm90.h"
 
 namespace mpk::sm90 {
 
@@ -20,63 +19,45 @@ using Barrier = uint64_t;
 
 // ----- shared memory -----
 
-inline uint8_t* dynamic_shared() { return host::dynamic_shared(); }
-inline uint32_t shared_address(const void* shared) { return host::shared_address(shared); }
-
-inline void store_shared(void* shared, float first, float second) {
-  const float values[] = {first, second};
-  host::store_shared(shared, values, sizeof(values));
-}
-
-inline void load_shared(const void* shared, uint32_t (&words)[4]) { host::load_shared(shared, words); }
-
-inline void stmatrix_x4(void* shared, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
-  host::stmatrix_x4(shared, {m0, m1, m2, m3});
-}
-
-inline void fence_proxy_async() { host::fence_proxy_async(); }
+uint8_t* dynamic_shared();
+uint32_t shared_address(const void* shared);
+void store_shared(void* shared, float first, float second);
+void load_shared(const void* shared, uint32_t (&words)[4]);
+void stmatrix_x4(void* shared, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3);
+void fence_proxy_async();
 
 // ----- barriers -----
 
-inline void named_barrier_sync(int id, int threads) { host::sync_named(id, threads); }
-inline void cluster_arrive() { host::arrive_cluster(); }
-inline void cluster_arrive_relaxed() { host::arrive_cluster_relaxed(); }
-inline void cluster_wait() { host::wait_cluster(); }
-inline uint32_t cluster_rank() { return host::cluster_rank(); }
+void named_barrier_sync(int id, int threads);
+void cluster_arrive();
+void cluster_arrive_relaxed();
+void cluster_wait();
+uint32_t cluster_rank();
 
-inline void barrier_init(Barrier* barrier, uint32_t arrivals) { host::barrier_init(barrier, arrivals); }
-inline void fence_barrier_init() { host::fence_barrier_init(); }
-inline void barrier_arrive(Barrier* barrier) { host::barrier_arrive(barrier); }
-inline void barrier_arrive_expect_tx(Barrier* barrier, uint32_t bytes) { host::barrier_arrive_expect_tx(barrier, bytes); }
-inline void barrier_arrive_cluster(Barrier* barrier, uint32_t rank) { host::barrier_arrive_cluster(barrier, rank); }
-inline void barrier_wait(Barrier* barrier, uint32_t parity) { host::barrier_wait(barrier, parity); }
+void barrier_init(Barrier* barrier, uint32_t arrivals);
+void fence_barrier_init();
+void barrier_arrive(Barrier* barrier);
+void barrier_arrive_expect_tx(Barrier* barrier, uint32_t bytes);
+void barrier_arrive_cluster(Barrier* barrier, uint32_t rank);
+void barrier_wait(Barrier* barrier, uint32_t parity);
 
 // ----- TMA -----
 
-inline void tma_prefetch(const TensorMap* map) { host::tma_prefetch(map); }
-
-inline void tma_load(void* shared, const TensorMap* map, Barrier* barrier, int32_t c0, int32_t c1) {
-  host::tma_load(shared, map, barrier, c0, c1, 1u << host::cluster_rank());
-}
-
-inline void tma_load_multicast(void* shared, const TensorMap* map, Barrier* barrier, int32_t c0, int32_t c1, uint16_t blocks) {
-  host::tma_load(shared, map, barrier, c0, c1, blocks);
-}
-
-inline void tma_store(const TensorMap* map, const void* shared, int32_t c0, int32_t c1) {
-  host::tma_store(map, shared, c0, c1);
-}
-
-inline void tma_store_commit() { host::tma_store_commit(); }
+void tma_prefetch(const TensorMap* map);
+void tma_load(void* shared, const TensorMap* map, Barrier* barrier, int32_t c0, int32_t c1);
+void tma_load_multicast(void* shared, const TensorMap* map, Barrier* barrier, int32_t c0, int32_t c1, uint16_t blocks);
+void tma_store(const TensorMap* map, const void* shared, int32_t c0, int32_t c1);
+void tma_store_commit();
+void tma_store_wait(int groups, bool only_read);
 
 template <int N>
 void tma_store_wait_read() {
-  host::tma_store_wait(N, /*only_read=*/true);
+  tma_store_wait(N, /*only_read=*/true);
 }
 
 template <int N>
 void tma_store_wait() {
-  host::tma_store_wait(N, /*only_read=*/false);
+  tma_store_wait(N, /*only_read=*/false);
 }
 
 // ----- warps and registers -----
@@ -137,29 +118,37 @@ void set_nonzero(uint32_t& word, uint32_t packed) {
 
 // ----- WGMMA -----
 
-inline void wgmma_fence() { host::wgmma_fence(); }
-inline void wgmma_commit() { host::wgmma_commit(); }
+struct Operand {
+  uint64_t descriptor;
+  bool transposed;
+  bool operator==(const Operand& other) const { return descriptor == other.descriptor && transposed == other.transposed; }
+};
+
+void wgmma_fence();
+void wgmma(float* acc, int n, Operand a, Operand b, bool accumulate, bool bf16);
+void wgmma_commit();
+void wgmma_wait(int groups);
 
 template <int kGroups>
 void wgmma_wait() {
-  host::wgmma_wait(kGroups);
+  wgmma_wait(kGroups);
 }
 
 template <int kValues>
 void wgmma_wait_all(float (&)[kValues]) {
-  host::wgmma_wait(0);
+  wgmma_wait(0);
 }
 
 template <int kAccs, int kValues>
 void wgmma_wait_all(float (&)[kAccs][kValues]) {
-  host::wgmma_wait(0);
+  wgmma_wait(0);
 }
 
 template <class T, int N, bool trans_a, bool trans_b>
 void wgmma(float (&acc)[N / 2], uint64_t desc_a, uint64_t desc_b, bool accumulate) {
   static_assert(N == 64 || N == 128 || N == 192 || N == 256);
   static_assert(std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>);
-  host::wgmma(acc, N, {desc_a, trans_a}, {desc_b, trans_b}, accumulate, std::is_same_v<T, BFloat16>);
+  wgmma(acc, N, {desc_a, trans_a}, {desc_b, trans_b}, accumulate, std::is_same_v<T, BFloat16>);
 }
 
 }  // namespace mpk::sm90
