@@ -19,7 +19,7 @@ namespace mpk {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kImageBytes = 64 << 10;  // of shared memory that a probe fills or shows
+constexpr int kImageBytes = 96 << 10;  // of shared memory that a probe fills or shows
 constexpr uint32_t kUntouched = 0xabababab;
 
 struct Probe {
@@ -132,7 +132,8 @@ __global__ void probe_stmatrix(MPK_GRID_CONSTANT(Probe) a) {
   show(shared, a.out, 4096);
 }
 
-// For two values of `in` per thread: pack and pack_relu of both types, relu of each, and which of the packed are nonzero.
+// For two values of `in` per thread: pack and pack_relu of both types, relu of each; and which halves of their bits are nonzero
+// as fp16, as bf16.
 __global__ void probe_round(MPK_GRID_CONSTANT(Probe) a) {
   float pair[2];
   for (int i = 0; i < 2; ++i) {
@@ -147,8 +148,8 @@ __global__ void probe_round(MPK_GRID_CONSTANT(Probe) a) {
   __stcs(to + 4, bits_of(sm90::relu(pair[0])));
   __stcs(to + 5, bits_of(sm90::relu(pair[1])));
   uint32_t nonzero[2] = {};
-  sm90::set_nonzero<Half, 3>(nonzero[0], sm90::pack<Half>(pair[0], pair[1]));
-  sm90::set_nonzero<BFloat16, 3>(nonzero[1], sm90::pack<BFloat16>(pair[0], pair[1]));
+  sm90::set_nonzero<Half, 3>(nonzero[0], bits_of(pair[0]));
+  sm90::set_nonzero<BFloat16, 3>(nonzero[1], bits_of(pair[1]));
   __stcs(to + 6, nonzero[0]);
   __stcs(to + 7, nonzero[1]);
 }

@@ -13,7 +13,6 @@ import itertools
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 SOURCES = ("tests/device/probes.cu", "csrc/common/tensor_map.cu")
 ANSWERS = ROOT / "tests/data/sm90_probes.npz"
-IMAGE_WORDS = 16384  # of shared memory that a probe fills
+IMAGE_WORDS = 24576  # of shared memory that a probe fills
 
 
 @dataclass(frozen=True)
@@ -53,15 +52,8 @@ def _copies() -> dict[str, Probe]:
         elements = np.arange(1, rows * pitch + 1, dtype=np.uint32 if wide else np.uint16)
         matrix = elements.view(np.uint32)
         tensor = (wide, rows, columns, pitch)
-        for c0, c1, box in (
-            (0, 0, 8),
-            (box_columns, 0, 64),
-            (16, 5, 16),
-            (0, 33, 16),
-            (-8, -3, 16),
-            (columns + 28, 0, 8),
-            (0, 40, 8),
-        ):
+        edges = ((0, 0, 8), (box_columns, 0, 64), (16, 5, 16), (0, 33, 16), (-8, -3, 16), (columns + 28, 0, 8), (0, 40, 8))
+        for c0, c1, box in edges:
             name = f"fp{32 if wide else 16} box of {box} rows at {c0} {c1}"
             found[f"load {name}"] = Probe(
                 "load", (c0, c1, box * 128, *(0,) * 5, *tensor, box), matrix, _untouched(box * 32 + 32)
@@ -92,22 +84,8 @@ def _products() -> dict[str, Probe]:
 
 def _others() -> dict[str, Probe]:
     special = [
-        0.0,
-        -0.0,
-        1.0,
-        -1.0,
-        65504.0,
-        65519.0,
-        65520.0,
-        1e5,
-        -1e5,
-        np.inf,
-        -np.inf,
-        2.0**-24,
-        2.0**-25,
-        -(2.0**-25),
-        3e38,
-    ]
+        0.0, -0.0, 1.0, -1.0, 65504.0, 65519.0, 65520.0, 1e5, -1e5, np.inf, -np.inf, 2.0**-24, 2.0**-25, -(2.0**-25), 3e38,
+    ]  # fmt: skip
     ties = [1 + 2.0**-11, 1 + 3 * 2.0**-11, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 2.0**-133, 2.0**-134, 2.0**-149, 1 + 2.0**-12, 3.4e38]
     values = np.array(special + ties, np.float32).view(np.uint32)
     nans = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF], np.uint32)
@@ -120,13 +98,13 @@ def _others() -> dict[str, Probe]:
     }
 
 
-def ask(probe: Probe, library: ctypes.CDLL, given: int, out: int) -> None:
-    """Run the probe on device memory, by address."""
-    parameters = (ctypes.c_int64 * 13)(*probe.parameters)
+def ask(name: str, parameters: tuple[int, ...], library: ctypes.CDLL, given: int, out: int) -> None:
+    """Run a probe on device memory, by address."""
     library.mpk_probe.restype = ctypes.c_char_p
-    error = library.mpk_probe(probe.name.encode(), parameters, ctypes.c_void_p(given), ctypes.c_void_p(out))
+    values = (ctypes.c_int64 * 13)(*parameters)
+    error = library.mpk_probe(name.encode(), values, ctypes.c_void_p(given), ctypes.c_void_p(out))
     if error:
-        raise RuntimeError(f"{probe.name}: {error.decode()}")
+        raise RuntimeError(f"{name}: {error.decode()}")
 
 
 def build(folder: Path) -> ctypes.CDLL:
@@ -143,10 +121,6 @@ def build(folder: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def answers(run: Callable[[Probe], np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: run(probe) for name, probe in probes().items()}
-
-
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ANSWERS)
@@ -158,11 +132,11 @@ def main(arguments: list[str]) -> None:
 
         def run(probe: Probe) -> np.ndarray:
             given, result = (torch.from_numpy(a.view(np.int32).copy()).cuda() for a in (probe.given, probe.out))
-            ask(probe, library, given.data_ptr(), result.data_ptr())
+            ask(probe.name, probe.parameters, library, given.data_ptr(), result.data_ptr())
             torch.cuda.synchronize()
             return result.cpu().numpy().view(np.uint32)
 
-        found = answers(run)
+        found = {name: run(probe) for name, probe in probes().items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(out, gpu=torch.cuda.get_device_name(), **found)
     print(f"{len(found)} answers of {torch.cuda.get_device_name()} in {out}")

@@ -76,9 +76,14 @@ def library(name: str = "mpkernels_host") -> ctypes.CDLL:
         built = subprocess.run([sys.executable, "-m", "ninja", "-C", str(build)], capture_output=True, text=True)
         if built.returncode:
             raise RuntimeError(built.stdout)
-    loaded = ctypes.CDLL(str(path))
-    loaded.host_run_kernel.restype = ctypes.c_char_p
-    return loaded
+    return ctypes.CDLL(str(path))
+
+
+def run(function: str, *arguments, name: str = "mpkernels_host") -> str:
+    """Call a test's own function of the library, a tensor by its address: the error of its launch, or an empty string."""
+    called = getattr(library(name), function)
+    called.restype = ctypes.c_char_p
+    return called(*(ctypes.c_void_p(a.data_ptr()) if torch.is_tensor(a) else a for a in arguments)).decode()
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels for tests/emulator/test_sm90_emulator.py: one per PTX wrapper, to compare with its definition; a pipelined GEMM that
-// can be wrong in many ways; and misuse that the emulator must refuse.
+// Kernels for tests/emulator/test_sm90_emulator.py: a pipelined GEMM that can be wrong in many ways, and misuse that the
+// emulator must refuse.
 
 #include <cuda_runtime.h>
 
@@ -18,127 +18,8 @@ using sm90::Barrier;
 
 struct Arguments {
   TensorMap a, b, out;
-  const uint16_t* image;  // of shared memory
-  float* floats;
-  uint16_t* halves;
-  int box_rows, c0, c1, wrong;
-  uint64_t desc_a, desc_b;
+  int tiles, k_blocks, wrong;
 };
-
-// ----- TMA -----
-
-// A box as TMA lays it out in shared memory.
-__global__ void dump_box(const Arguments& g) {
-  uint8_t* const shared = sm90::dynamic_shared();
-  const int bytes = g.box_rows * 128;
-  auto* const barrier = reinterpret_cast<Barrier*>(shared + bytes);
-  if (threadIdx.x == 0) {
-    sm90::barrier_init(barrier, 1);
-    sm90::fence_barrier_init();
-    sm90::barrier_arrive_expect_tx(barrier, bytes);
-    sm90::tma_load(shared, &g.a, barrier, g.c0, g.c1);
-  }
-  __syncthreads();
-  sm90::barrier_wait(barrier, 0);
-  for (int i = threadIdx.x; i < bytes / 2; i += blockDim.x) __stcs(g.halves + i, reinterpret_cast<uint16_t*>(shared)[i]);
-}
-
-// Two blocks, each of which loads half of the rows for both. `wrong`: before both have initialized their mbarriers.
-__global__ void dump_multicast(const Arguments& g) {
-  uint8_t* const shared = sm90::dynamic_shared();
-  const int bytes = g.box_rows * 128, rank = static_cast<int>(sm90::cluster_rank());
-  auto* const barrier = reinterpret_cast<Barrier*>(shared + 2 * bytes);
-  if (threadIdx.x == 0) {
-    sm90::barrier_init(barrier, 1);
-    sm90::fence_barrier_init();
-  }
-  if (!g.wrong) {
-    sm90::cluster_arrive();
-    sm90::cluster_wait();
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    sm90::barrier_arrive_expect_tx(barrier, 2 * bytes);
-    sm90::tma_load_multicast(shared + rank * bytes, &g.a, barrier, g.c0, g.c1 + rank * g.box_rows, 3);
-  }
-  sm90::barrier_wait(barrier, 0);
-  uint16_t* const to = g.halves + blockIdx.x * bytes;
-  for (int i = threadIdx.x; i < bytes; i += blockDim.x) __stcs(to + i, reinterpret_cast<uint16_t*>(shared)[i]);
-  sm90::cluster_arrive();
-  sm90::cluster_wait();
-}
-
-void copy_image(const Arguments& g, uint8_t* shared, int bytes) {
-  for (int i = 8 * threadIdx.x; i < bytes; i += 8 * blockDim.x) {
-    float two[2];
-    std::memcpy(two, g.image + i / 2, sizeof(two));
-    sm90::store_shared(shared + i, two[0], two[1]);
-  }
-}
-
-// An image of shared memory, stored as a box.
-__global__ void store_box(const Arguments& g) {
-  uint8_t* const shared = sm90::dynamic_shared();
-  copy_image(g, shared, g.box_rows * 128);
-  sm90::fence_proxy_async();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    sm90::tma_store(&g.out, shared, g.c0, g.c1);
-    sm90::tma_store_commit();
-    sm90::tma_store_wait<0>();
-  }
-}
-
-// ----- stmatrix and rounding -----
-
-// Lane l passes row l of 32 rows of 16 bytes, and as value i the pair (4 l + i, 4 l + i + 1000).
-__global__ void dump_stmatrix(const Arguments& g) {
-  uint8_t* const shared = sm90::dynamic_shared();
-  const uint32_t lane = threadIdx.x;
-  const auto pair = [&](uint32_t i) { return (4 * lane + i) * 0x10001u + (1000u << 16); };
-  sm90::stmatrix_x4(shared + 16 * lane, pair(0), pair(1), pair(2), pair(3));
-  __syncthreads();
-  for (int i = threadIdx.x; i < 256; i += 32) __stcs(g.halves + i, reinterpret_cast<uint16_t*>(shared)[i]);
-}
-
-template <class T>
-__global__ void dump_pack(const Arguments& g) {
-  const int i = threadIdx.x;
-  const uint32_t plain = sm90::pack<T>(g.floats[2 * i], g.floats[2 * i + 1]);
-  const uint32_t positive = sm90::pack_relu<T>(g.floats[2 * i], g.floats[2 * i + 1]);
-  std::memcpy(g.halves + 2 * i, &plain, sizeof(plain));
-  std::memcpy(g.halves + 2 * blockDim.x + 2 * i, &positive, sizeof(positive));
-}
-
-// Every pattern of 16 bits beside another one: bits 5 and 6 of a word.
-template <class T>
-__global__ void dump_nonzero(const Arguments& g) {
-  for (uint32_t i = threadIdx.x; i < 0x10000; i += blockDim.x) {
-    uint32_t word = 1;
-    sm90::set_nonzero<T, 5>(word, i | (i * 0x9e37u & 0xffff) << 16);
-    g.halves[i] = static_cast<uint16_t>(word);
-  }
-}
-
-// ----- WGMMA -----
-
-// A product twice: overwriting, then accumulating. Shared memory is given as an image; the fragments are dumped.
-template <class T, int N, bool trans_a, bool trans_b>
-__global__ void dump_wgmma(const Arguments& g) {
-  uint8_t* const shared = sm90::dynamic_shared();
-  copy_image(g, shared, g.box_rows * 128);
-  sm90::fence_proxy_async();
-  __syncthreads();
-  float acc[N / 2];
-  for (float& value : acc) value = 12345;
-  const uint64_t start = sm90::shared_address(shared) >> 4;
-  sm90::wgmma_fence();
-  sm90::wgmma<T, N, trans_a, trans_b>(acc, g.desc_a + start, g.desc_b + start, false);
-  sm90::wgmma<T, N, trans_a, trans_b>(acc, g.desc_a + start, g.desc_b + start, true);
-  sm90::wgmma_commit();
-  sm90::wgmma_wait_all(acc);
-  for (int i = 0; i < N / 2; ++i) __stcs(g.floats + threadIdx.x * (N / 2) + i, acc[i]);
-}
 
 // ----- a pipeline, and what can be wrong with it -----
 
@@ -176,7 +57,7 @@ __global__ void pipeline(const Arguments& g) {
   uint8_t* const shared = sm90::dynamic_shared();
   auto* const full = reinterpret_cast<Barrier*>(shared + (2 * kStages + 1) * kBox);
   Barrier* const empty = full + kStages;
-  const int tiles = g.c1, k_blocks = g.c0, thread = static_cast<int>(threadIdx.x), wrong = g.wrong;
+  const int tiles = g.tiles, k_blocks = g.k_blocks, thread = static_cast<int>(threadIdx.x), wrong = g.wrong;
   if (thread == 0) {
     for (int i = 0; i < kStages; ++i) {
       sm90::barrier_init(full + i, wrong == kOneArrivalTooMany ? 2 : 1);
@@ -267,16 +148,21 @@ enum Misuse {
   kPartOfWarpgroup,
   kEndsInWarp,
   kUnfencedArrival,
+  kMulticastTooEarly,
+  kNoSwizzle,
+  kBaseOffset,
+  kPastShared,
+  kTooMuchShared,
 };
 
 __global__ void misuse(const Arguments& g) {
   uint8_t* const shared = sm90::dynamic_shared();
-  auto* const barrier = reinterpret_cast<Barrier*>(shared + 4096);
+  auto* const barrier = reinterpret_cast<Barrier*>(shared + kBox);
   const int thread = static_cast<int>(threadIdx.x), rank = static_cast<int>(sm90::cluster_rank());
   const uint64_t tile = 1ull << 62 | 64ull << 32 | sm90::shared_address(shared) >> 4;
   float acc[32] = {}, other[32] = {}, third[32] = {};
   const auto multiply = [&](float (&to)[32], uint64_t a) { sm90::wgmma<Half, 64, false, false>(to, a, tile, false); };
-  if (thread == 0 && g.wrong != kUninitialized) {
+  if (thread == 0 && g.wrong != kUninitialized && !(g.wrong == kMulticastTooEarly && rank == 1)) {
     sm90::barrier_init(barrier, g.wrong == kEndedBlock ? 128 : 1);
     sm90::fence_barrier_init();
   }
@@ -347,87 +233,59 @@ __global__ void misuse(const Arguments& g) {
       if (thread == 0) sm90::barrier_init(barrier + 1, 1);
       sm90::cluster_arrive_relaxed();
       return sm90::cluster_wait();
+    case kMulticastTooEarly:
+      if (thread == 0 && rank == 0) {
+        sm90::barrier_arrive_expect_tx(barrier, kBox);
+        sm90::tma_load_multicast(shared, &g.a, barrier, 0, 0, 3);
+      }
+      if (rank == 0) sm90::barrier_wait(barrier, 0);
+      sm90::cluster_arrive();
+      return sm90::cluster_wait();
+    case kNoSwizzle:
+      sm90::wgmma_fence();
+      return multiply(acc, tile & ~(3ull << 62));
+    case kBaseOffset:
+      sm90::wgmma_fence();
+      return multiply(acc, tile | 1ull << 49);
+    case kPastShared:
+      sm90::wgmma_fence();
+      multiply(acc, tile + 0x3000);
+      sm90::wgmma_commit();
+      return sm90::wgmma_wait_all(acc);
   }
 }
 
-using Kernel = void (*)(const Arguments&);
-
-template <class T, int N>
-Kernel wgmma_kernel(bool trans_a, bool trans_b) {
-  if (trans_a) return trans_b ? dump_wgmma<T, N, true, true> : dump_wgmma<T, N, true, false>;
-  return trans_b ? dump_wgmma<T, N, false, true> : dump_wgmma<T, N, false, false>;
+// A matrix of fp16 without gaps, in boxes of `box_rows` rows.
+TensorMap map_of(const void* data, int64_t rows, int64_t columns, int box_rows) {
+  return encode_tensor_map(data, ScalarType::Half, rows, columns, columns, box_rows);
 }
 
-template <class T>
-Kernel wgmma_kernel(int n, bool trans_a, bool trans_b) {
-  if (n == 64) return wgmma_kernel<T, 64>(trans_a, trans_b);
-  if (n == 128) return wgmma_kernel<T, 128>(trans_a, trans_b);
-  return n == 192 ? wgmma_kernel<T, 192>(trans_a, trans_b) : wgmma_kernel<T, 256>(trans_a, trans_b);
-}
-
-struct Matrix {
-  const void* data;
-  int dtype;  // 0: fp16, 1: bf16, 2: fp32
-  int64_t rows, columns, pitch;
-};
-
-TensorMap map_of(const Matrix& matrix, int box_rows) {
-  constexpr ScalarType kTypes[] = {ScalarType::Half, ScalarType::BFloat16, ScalarType::Float};
-  return encode_tensor_map(matrix.data, kTypes[matrix.dtype], matrix.rows, matrix.columns, matrix.pitch, box_rows);
-}
-
-}  // namespace
-
-// A request of a test; tests/emulator/test_sm90_emulator.py declares the same struct.
-struct Case {
-  const char* kernel;
-  Matrix a, b, out;
-  const uint16_t* image;
-  float* floats;
-  uint16_t* halves;
-  int box_rows, c0, c1, wrong;
-  int n, bf16, trans_a, trans_b;
-  uint64_t desc_a, desc_b;
-};
-
-// Returns the error of the launch, or an empty string.
-extern "C" const char* host_run_kernel(const Case& c) {
+// The error of the launch, or an empty string.
+const char* run(void (*kernel)(const Arguments&), unsigned blocks, unsigned threads, size_t shared, const Arguments& g) {
   static std::string message;
   message.clear();
   try {
-    Arguments g{};
-    if (c.a.data) g.a = map_of(c.a, c.box_rows);
-    if (c.b.data) g.b = map_of(c.b, c.box_rows);
-    if (c.out.data) g.out = map_of(c.out, c.box_rows);
-    g.image = c.image;
-    g.floats = c.floats;
-    g.halves = c.halves;
-    g.box_rows = c.box_rows;
-    g.c0 = c.c0;
-    g.c1 = c.c1;
-    g.wrong = c.wrong;
-    g.desc_a = c.desc_a;
-    g.desc_b = c.desc_b;
-    const std::string name = c.kernel;
-    const auto run = [&](Kernel kernel, unsigned blocks, unsigned threads, size_t shared) {
-      allow_shared_bytes(kernel, shared);
-      launch_clusters(kernel, blocks, blocks, threads, shared, nullptr, g);
-    };
-    const size_t box = c.box_rows * 128;
-    if (name == "box") run(dump_box, 1, 64, box + 8);
-    if (name == "multicast") run(dump_multicast, 2, 64, 2 * box + 8);
-    if (name == "store") run(store_box, 1, 64, box);
-    if (name == "stmatrix") run(dump_stmatrix, 1, 32, 512);
-    if (name == "pack") run(c.bf16 ? dump_pack<BFloat16> : dump_pack<Half>, 1, 128, 0);
-    if (name == "nonzero") run(c.bf16 ? dump_nonzero<BFloat16> : dump_nonzero<Half>, 1, 128, 0);
-    if (name == "wgmma") {
-      run(c.bf16 ? wgmma_kernel<BFloat16>(c.n, c.trans_a, c.trans_b) : wgmma_kernel<Half>(c.n, c.trans_a, c.trans_b), 1, 128,
-          box);
-    }
-    if (name == "misuse") run(misuse, c.n, c.wrong == kPartOfWarpgroup ? 96 : 128, 8192);
-    if (name == "pipeline") run(pipeline, 1, 160, (2 * kStages + 1) * kBox + 4 * sizeof(Barrier));
+    allow_shared_bytes(kernel, shared);
+    launch_clusters(kernel, blocks, blocks, threads, shared, nullptr, g);
   } catch (const std::exception& error) {
     message = error.what();
   }
   return message.c_str();
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* host_run_pipeline(const void* a, const void* b, void* out, int tiles, int k_blocks, int wrong) {
+  const int64_t M = tiles * kTile, K = k_blocks * 64;
+  const Arguments g{map_of(a, M, K, kTile), map_of(b, kTile, K, kTile), map_of(out, M, kTile, kTile), tiles, k_blocks, wrong};
+  return run(pipeline, 1, 160, (2 * kStages + 1) * kBox + 4 * sizeof(Barrier), g);
+}
+
+// tensor: 64 x 64.
+const char* host_run_misuse(const void* tensor, int blocks, int wrong) {
+  const Arguments g{map_of(tensor, kTile, 64, kTile), {}, {}, 0, 0, wrong};
+  return run(misuse, blocks, wrong == kPartOfWarpgroup ? 96 : 128, wrong == kTooMuchShared ? 232449 : kBox + 1024, g);
+}
 }

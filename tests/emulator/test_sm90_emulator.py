@@ -4,13 +4,12 @@
 The definitions use numpy and nothing of csrc or tests/emulator. Whether a Hopper GPU agrees is for test_sm90_probes.py to say.
 """
 
-import ctypes
-
 import numpy as np
 import pytest
 import torch
 
 from tests import bounds
+from tests.device import probes
 from tests.emulator import host_kernels
 
 REASON = host_kernels.why_not()
@@ -18,40 +17,30 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 LIBRARY = "mpkernels_hopper"
 SEEDS = 6
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16)
+IMAGE = 2 * probes.IMAGE_WORDS  # halves of shared memory that a probe fills
 NAN = -1  # as bits of 16
 
 
-class Matrix(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int)]
-    _fields_ += [(name, ctypes.c_int64) for name in ("rows", "columns", "pitch")]
-
-
-class Case(ctypes.Structure):
-    """tests/emulator/sm90_kernels.cu declares the same struct."""
-
-    _fields_ = [("kernel", ctypes.c_char_p), ("a", Matrix), ("b", Matrix), ("out", Matrix)]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("image", "floats", "halves")]
-    _fields_ += [(name, ctypes.c_int) for name in ("box_rows", "c0", "c1", "wrong", "n", "bf16", "trans_a", "trans_b")]
-    _fields_ += [(name, ctypes.c_uint64) for name in ("desc_a", "desc_b")]
-
-
-def run(kernel, seed=0, **options):
-    """Run a kernel of sm90_kernels.cu; the error of the launch, or ''."""
-    case, memory = Case(kernel=kernel.encode()), []
-    for name, value in options.items():
-        if torch.is_tensor(value):
-            memory.append(value)
-            kind = dict(Case._fields_)[name]
-            if kind is Matrix:
-                value = Matrix(value.data_ptr(), DTYPES.index(value.dtype), *value.shape, value.stride(0))
-            else:
-                value = value.data_ptr()
-        setattr(case, name, value)
+def emulator(seed, written, read=()):
+    """The library, its events in the order of `seed`, for a kernel that may touch these tensors."""
     library = host_kernels.library(LIBRARY)
     library.host_seed(seed)
-    host_kernels.set_memory(memory, [], LIBRARY)
-    return library.host_run_kernel(ctypes.byref(case)).decode()
+    host_kernels.set_memory(list(written), list(read), LIBRARY)
+    return library
+
+
+def probe(name, parameters, given, out, seed=0):
+    """What a probe of tests/device/probes.cu makes of `given`, in `out`; both of any dtype."""
+    probes.ask(name, parameters, emulator(seed, [out], [given]), given.data_ptr(), out.data_ptr())
+    return out
+
+
+def copy_of(tensor, c0, c1, rows, *more):
+    """Parameters of a probe of TMA: a box of `rows` at column c0 and row c1 of the tensor."""
+    parameters = (c0, c1, *(more or (rows * 128,)))
+    is_wide = tensor.itemsize == 4
+    return (*parameters, *(0,) * (8 - len(parameters)), is_wide, *tensor.shape, tensor.stride(0), rows)
 
 
 def random_bits(*shape, generator):
@@ -85,37 +74,33 @@ def box(tensor, rows, c0, c1):
 BOXES = [(64, 0, 0), (64, 64, 8), (256, 32, 0), (8, -3, -2), (16, 77, 60), (64, 5, -70), (64, 1000, 0), (200, -64, 0)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("at", BOXES, ids=str)
 def test_tma_load_is_the_swizzled_box(dtype, at, generator):
+    """And nothing behind it: 128 bytes stay as they were."""
     rows, c0, c1 = at
     tensor = random_bits(70, 104 * dtype.itemsize // 2, generator=generator).view(dtype)[:, :96]
-    halves = torch.full((rows * 64,), NAN, dtype=torch.int16)
-    assert run("box", a=tensor, halves=halves, box_rows=rows, c0=c0, c1=c1) == ""
-    assert halves.equal(box(tensor, rows, c0, c1))
+    out = probe("load", copy_of(tensor, c0, c1, rows), tensor, torch.zeros(rows * 64 + 64, dtype=torch.int16))
+    assert out[:-64].equal(box(tensor, rows, c0, c1))
+    assert out[-64:].eq(0xABAB - 2**16).all()
 
 
 def test_tma_multicast_writes_both_blocks(generator):
     tensor = random_bits(70, 64, generator=generator).view(torch.float16)
     for seed in range(SEEDS):
         halves = torch.full((2, 64 * 64), NAN, dtype=torch.int16)
-        assert run("multicast", seed, a=tensor, halves=halves, box_rows=32, c0=8, c1=30) == ""
+        probe("multicast", copy_of(tensor, 8, 30, 32, 32 * 128, 32), tensor, halves, seed)
         assert halves.equal(box(tensor, 64, 8, 30).expand(2, -1))
 
 
-def test_tma_multicast_needs_the_other_blocks_barrier(generator):
-    tensor, halves = random_bits(70, 64, generator=generator).view(torch.float16), torch.zeros(2, 64 * 64, dtype=torch.int16)
-    errors = [run("multicast", seed, a=tensor, halves=halves, box_rows=32, wrong=1) for seed in range(SEEDS)]
-    assert any("an mbarrier that is not initialized" in error for error in errors)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("at", BOXES, ids=str)
 def test_tma_store_writes_what_lies_inside(dtype, at, generator):
     rows, c0, c1 = at
     source = random_bits(rows, 64, generator=generator).view(dtype)
+    image = torch.nn.functional.pad(box(source, rows, 0, 0), (0, IMAGE - rows * 64))
     memory = torch.full((70, 104 * dtype.itemsize // 2), NAN, dtype=torch.int16).view(dtype)
-    assert run("store", out=memory[:, :96], image=box(source, rows, 0, 0), box_rows=rows, c0=c0, c1=c1) == ""
+    probe("store", copy_of(memory[:, :96], c0, c1, rows), image, memory)
     expected = torch.full_like(memory.view(torch.int16), NAN).view(dtype)
     for r in range(max(c1, 0), min(c1 + rows, 70)):
         begin, end = max(c0, 0), min(c0 + source.shape[1], 96)
@@ -124,25 +109,20 @@ def test_tma_store_writes_what_lies_inside(dtype, at, generator):
     assert memory.view(torch.int16).equal(expected.view(torch.int16))
 
 
-@pytest.mark.parametrize("change", ["address", "pitch", "empty", "box"])
-def test_tensor_map_is_refused(change):
-    tensor, rows = torch.zeros(64, 72).half(), 64
-    if change == "address":
-        tensor = tensor[:, 4:]
-    if change == "pitch":
-        tensor = torch.zeros(64, 68).half()
-    if change == "empty":
-        tensor = Matrix(tensor.data_ptr(), 0, 0, 64, 72)
-    if change == "box":
-        rows = 257
-    assert "cuTensorMapEncodeTiled refuses" in run("box", a=tensor, halves=torch.zeros(1).short(), box_rows=rows)
+@pytest.mark.parametrize("tensor, rows", [
+    (torch.zeros(64, 72).half()[:, 4:], 64), (torch.zeros(64, 68).half(), 64), (torch.zeros(0, 64).half(), 64),
+    (torch.zeros(64, 72).half(), 257),
+], ids=["address", "pitch", "empty", "box"])  # fmt: skip
+def test_tensor_map_is_refused(tensor, rows):
+    with pytest.raises(RuntimeError, match="cuTensorMapEncodeTiled refuses"):
+        probe("load", copy_of(tensor, 0, 0, rows), tensor, torch.zeros(1))
 
 
 def test_loads_are_checked_against_memory():
     """The map claims more rows than memory has."""
     memory = torch.zeros(66, 64).half()
-    more = Matrix(memory.data_ptr(), 0, 66, 64, 64)
-    assert "a load outside of every tensor" in run("box", a=more, halves=memory[:-1].view(torch.int16), box_rows=66)
+    with pytest.raises(RuntimeError, match="a load outside of every tensor"):
+        probe("load", copy_of(memory, 0, 0, 66), memory[:-1], torch.zeros(67 * 64).short())
 
 
 # ----- stmatrix and rounding ------------------------------------------------------------------------
@@ -150,41 +130,49 @@ def test_loads_are_checked_against_memory():
 
 def test_stmatrix_places_pairs():
     """Row r of matrix i is where lane 8 i + r says; lane 4 r + c has its elements 2 c and 2 c + 1."""
-    halves = torch.full((32, 8), NAN, dtype=torch.int16)
-    assert run("stmatrix", halves=halves) == ""
-    for i, r, c, high in np.ndindex(4, 8, 4, 2):
-        assert halves[8 * i + r, 2 * c + high] == 4 * (4 * r + c) + i + 1000 * high
+    image = probe("stmatrix", (), torch.zeros(1), torch.zeros(2048, dtype=torch.int16))
+    expected = torch.full_like(image, 0xABAB - 2**16)
+    for i, r, c in np.ndindex(4, 8, 4):
+        row, value = 8 * i + r, 4 * r + c
+        at = swizzled(row % 16 * 128 + (2 + row // 16) * 16 + 4 * c) // 2
+        expected[at], expected[at + 1] = value + 0x1000 * i, value + 0x100
+    assert image.equal(expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2])
+def rounding(pairs):
+    """By thread the words of the probe: packed fp16, bf16, the same of max(x, 0); max(x, 0) of both; which are nonzero."""
+    return probe("round", (), pairs, torch.zeros(128, 8, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_pack_rounds_to_nearest_even(dtype, generator):
     values = torch.randn(256, generator=generator) * torch.logspace(-30, 20, 256, base=2)
     ties = [1 + 2.0**-11, 1 + 3 * 2.0**-11, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 2.0**-25, 3 * 2.0**-25, 65519.0, 65520.0]
     special = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, 3e38, -3e38]
     values[:16] = torch.tensor(ties + special)
-    halves = torch.zeros(2, 256, dtype=torch.int16)
-    assert run("pack", floats=values, halves=halves, bf16=dtype == torch.bfloat16) == ""
+    words, column = rounding(values), DTYPES.index(dtype)
     plain = bounds.rounded(values.double().numpy(), dtype)
-    positive = np.where(plain < 0, 0, plain)
-    np.testing.assert_array_equal(halves.view(dtype).double().numpy(), [plain, positive])
+    for packed, expected in ((words[:, column], plain), (words[:, 2 + column], np.where(plain < 0, 0, plain))):
+        np.testing.assert_array_equal(packed.contiguous().view(dtype).double().numpy(), expected)
+    np.testing.assert_array_equal(words[:, 4:6].reshape(-1).view(torch.float32), values.clamp(min=0))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_nonzero_of_every_value(dtype):
     """All 65536 patterns in either half, either sign of zero, subnormals and NaN included."""
-    words = torch.zeros(0x10000, dtype=torch.int16)
-    assert run("nonzero", halves=words, bf16=dtype == torch.bfloat16) == ""
-    low = torch.arange(0x10000, dtype=torch.int32)
     nonzero = lambda bits: ~(bits.short().view(dtype).float() == 0)
-    expected = 1 + 32 * nonzero(low) + 64 * nonzero(low * 0x9E37 & 0xFFFF)
-    assert torch.equal(words.int(), expected.int())
+    column = DTYPES.index(dtype)  # of the probe: the first value of a thread is fp16, the second bf16
+    for low in torch.arange(0x10000, dtype=torch.int32).split(128):
+        high = low * 0x9E37 & 0xFFFF
+        words = rounding((low | high << 16)[:, None].expand(128, 2).contiguous())
+        assert words[:, 6 + column].equal((8 * nonzero(low) + 16 * nonzero(high)).int())
 
 
 # ----- WGMMA ----------------------------------------------------------------------------------------
 
 
 def place(image, operand, start, form, transposed):
-    """Puts `operand` (MN, 16) into an image of bits from byte `start` on, and returns its descriptor without the address.
+    """Puts `operand` (MN, 16) into an image of bits from byte `start` on.
 
     Canonical layouts with the swizzle of 128 bytes, in elements of 16 bits: along K ((8, m), (64)) : ((64, stride), (1)),
     along MN ((64, m), (8, k)) : ((1, leading), (64, stride)).
@@ -196,10 +184,9 @@ def place(image, operand, start, form, transposed):
     else:
         byte = start + mn % 8 * 128 + mn // 8 * stride + k * 2
     image[swizzled(byte) // 2] = operand
-    return start >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | 1 << 62
 
 
-FORMS = {  # of b: (leading, stride); b starts behind 16 KB
+FORMS = {  # of b: whether it lies along N, its first byte behind 16 KB, (leading, stride)
     "along K": (False, 0, (16, 1024)),
     "along K, its third k-step": (False, 64, (16, 1024)),
     "along K, spread": (False, 32, (16, 2048)),
@@ -209,38 +196,30 @@ FORMS = {  # of b: (leading, stride); b starts behind 16 KB
 }
 
 
+PRODUCTS = [(64, torch.float16), (128, torch.float16), (128, torch.bfloat16), (192, torch.float16), (256, torch.float16)]
+
+
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("n", [64, 128, 192, 256])
-def test_wgmma_matches_its_definition(form, n, generator):
-    """Both operands, all layouts, both dtypes; integers, so that sums are exact."""
+@pytest.mark.parametrize("n, dtype", PRODUCTS)
+def test_wgmma_matches_its_definition(form, n, dtype, generator):
+    """Both operands, all layouts; integers, so that sums are exact."""
     trans_b, start_b, form_b = FORMS[form]
-    for seed, (trans_a, dtype) in enumerate([(False, torch.float16), (True, torch.bfloat16)]):
+    for accumulate, trans_a in enumerate((False, True)):
+        start_a, form_a = (0, (4096, 1024)) if trans_a else (32, (0, 2048))
         a, b = (torch.randint(-8, 9, (size, 16), generator=generator) for size in (64, n))
-        image = np.full(1 << 16, NAN, np.int16)
-        bits = lambda t, dtype=dtype: t.to(dtype).view(torch.int16).numpy()
-        desc_a = place(image, bits(a), 0 if trans_a else 32, (4096, 1024) if trans_a else (0, 2048), trans_a)
-        desc_b = place(image, bits(b), (1 << 14) + start_b, form_b, trans_b)
+        image = np.full(IMAGE, NAN, np.int16)
+        bits = lambda t: t.to(dtype).view(torch.int16).numpy()
+        place(image, bits(a), start_a, form_a, trans_a)
+        place(image, bits(b), (1 << 14) + start_b, form_b, trans_b)
+        parameters = (start_a, (1 << 14) + start_b, *form_a, *form_b, accumulate, 0)
+        parameters += (dtype == torch.bfloat16, n, trans_a, trans_b)
         floats = torch.full((128, n // 2), torch.nan)
-        error = run(
-            "wgmma", seed, image=torch.from_numpy(image), floats=floats, box_rows=1 << 10, n=n, bf16=seed,
-            trans_a=trans_a, trans_b=trans_b, desc_a=desc_a, desc_b=desc_b,
-        )  # fmt: skip
-        assert error == ""
-        expected = 2 * a @ b.T
+        probe("wgmma", parameters, torch.from_numpy(image), floats, seed=accumulate)
         thread, i = np.indices(floats.shape)
         row = thread // 32 * 16 + i // 2 % 2 * 8 + thread % 32 // 4
         column = i // 4 * 8 + thread % 4 * 2 + i % 2
-        assert floats.equal(expected[row, column].float())
-
-
-@pytest.mark.parametrize("descriptor, message", [
-    (0, "a matrix descriptor without the swizzle of 128 bytes"),
-    (1 << 62 | 1 << 49, "a matrix descriptor with a base offset"),
-    (1 << 62 | 0x3000, "shared memory that the block does not have"),
-])  # fmt: skip
-def test_wgmma_refuses_descriptors(descriptor, message):
-    image, floats = torch.zeros(1 << 12).short(), torch.zeros(128, 32)
-    assert message in run("wgmma", image=image, floats=floats, box_rows=64, n=64, desc_a=descriptor, desc_b=descriptor)
+        before = accumulate * torch.from_numpy(1000 * thread + i)
+        assert floats.equal(((a @ b.T)[row, column] + before).float())
 
 
 # ----- a pipeline, and what can be wrong with it ----------------------------------------------------
@@ -279,7 +258,8 @@ def run_pipeline(wrong, seed, generator, tiles=TILES):
     """(error, whether the result is right)."""
     a, b = (torch.randint(-4, 5, (rows, 64 * K_BLOCKS), generator=generator).half() for rows in (64 * tiles, 64))
     out = torch.full((64 * tiles, 64), torch.nan).half()
-    error = run("pipeline", seed, a=a, b=b, out=out, box_rows=64, c0=K_BLOCKS, c1=tiles, wrong=wrong)
+    emulator(seed, [out], [a, b])
+    error = host_kernels.run("host_run_pipeline", a, b, out, tiles, K_BLOCKS, wrong, name=LIBRARY)
     return error, out.float().equal(a.float() @ b.float().T)
 
 
@@ -340,25 +320,25 @@ MISUSE = [
     ("wgmma by three warps", "wgmma by a part of a warpgroup"),
     ("ends while its warp shuffles", "while"),
     ("arrives relaxed past an mbarrier", "a relaxed arrival after an mbarrier with no fence"),
+    ("multicasts before the other block's barrier is there", "an mbarrier that is not initialized"),
+    ("wgmma without the swizzle", "a matrix descriptor without the swizzle of 128 bytes"),
+    ("wgmma with a base offset", "a matrix descriptor with a base offset"),
+    ("wgmma past shared memory", "shared memory that the block does not have"),
+    ("more shared memory than there is", "no 232449 bytes of shared memory for a block"),
 ]
+CLUSTERS = ("arrives at an ended block", "multicasts before the other block's barrier is there")  # of two blocks
 
 
 @pytest.mark.parametrize("which", range(len(MISUSE)), ids=lambda i: MISUSE[i][0])
 def test_misuse_is_refused(which):
     what, message = MISUSE[which]
     tensor = torch.zeros(64, 64).half()
-    errors = [run("misuse", seed, a=tensor, box_rows=8, wrong=which, n=1 + (which == 10)) for seed in range(4 * SEEDS)]
+    errors = []
+    for seed in range(4 * SEEDS):
+        emulator(seed, [tensor])
+        errors.append(host_kernels.run("host_run_misuse", tensor, 1 + (what in CLUSTERS), which, name=LIBRARY))
     assert any(message in error for error in errors), set(errors)
-    assert what == "arrives at an ended block" or "" not in errors
-
-
-# ----- launches -------------------------------------------------------------------------------------
-
-
-def test_shared_memory_has_an_end():
-    rows = 232448 // 128 + 1
-    error = run("wgmma", image=torch.zeros(1).short(), floats=torch.zeros(1), n=64, box_rows=rows)
-    assert f"no {128 * rows} bytes of shared memory for a block" in error
+    assert what in CLUSTERS or "" not in errors
 
 
 def test_schedules_differ(generator):
