@@ -93,6 +93,12 @@ def raw(tensors: Iterable[torch.Tensor]) -> list[bytes]:
     return [t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for t in tensors]
 
 
+def clone(args: dict) -> dict:
+    """The arguments of a call with tensors of their own. NOTE: these are aligned, whatever the originals are."""
+    each = lambda value: [t.clone() for t in value] if isinstance(value, list) else value
+    return {name: value.clone() if torch.is_tensor(value) else each(value) for name, value in args.items()}
+
+
 def leaves(value) -> list[torch.Tensor]:
     """Every tensor in the arguments of a call."""
     if isinstance(value, torch.Tensor):

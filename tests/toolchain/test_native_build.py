@@ -18,12 +18,12 @@ from mpkernels.ops.common.layout import is_dense
 from mpkernels.ops.optimizer_update import adamw_, reference, sgd_
 from mpkernels.runtime import native
 from tests import bounds, steps
+from tests.ops.optimizer_update.rules import RULES
 from tests.paths import ROOT
-from tests.steps import DTYPES, counts, raw, scalar, split, step_counts
+from tests.steps import DTYPES, clone, counts, raw, scalar, split, step_counts
 
 CHUNK = 16384  # elements of a chunk: csrc/common/chunk_partition.h
 SIZES = (CHUNK - 1, 1, 0, 2 * CHUNK + 17, 63, CHUNK, 3, 64, 0)
-HYPER = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, decoupled=True, maximize=False)
 
 
 @pytest.fixture(autouse=True)
@@ -164,27 +164,20 @@ def test_max_norm_arrives():
 # ----- runs, chunks and threads ---------------------------------------------------------------------
 
 
+ADAMW = RULES["adamw"]
+
+
 def problem(sizes, generator, grad_dtypes=(torch.float16,), master_dtypes=(torch.float32,), copy_dtypes=(torch.float16,)):
     """Arguments of an adamw_ call over tensors of these sizes, of alternating dtypes."""
     total = sum(sizes)
     w, g, m = split(torch.randn(3 * total, generator=generator, dtype=torch.float64), (total,) * 3)
     take = lambda flat, dtypes: [t.to(dtypes[i % len(dtypes)]) for i, t in enumerate(split(flat, sizes))]
-    masters = take(w, master_dtypes)
-    return dict(
-        masters=masters,
-        grads=take(g, grad_dtypes),
-        exp_avgs=take(m, master_dtypes),
-        exp_avg_sqs=take(m * m, master_dtypes),
-        max_exp_avg_sqs=[],
-        copies=[torch.full_like(t, -7, dtype=copy_dtypes[i % len(copy_dtypes)]) for i, t in enumerate(masters)],
-        steps=step_counts(len(sizes)),
-        lr=scalar(1e-2),
-        **HYPER,
-    )
+    args = ADAMW.arguments(take(w, master_dtypes), take(g, grad_dtypes), copy_dtypes, weight_decay=0.1)
+    return args | dict(exp_avgs=take(m, master_dtypes), exp_avg_sqs=take(m * m, master_dtypes), lr=scalar(1e-2))
 
 
 def written(args) -> list[torch.Tensor]:
-    return [t for name in ("masters", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "copies") for t in args[name]]
+    return ADAMW.state(args)[: -len(args["steps"])]
 
 
 def one_by_one(args) -> None:
@@ -192,13 +185,6 @@ def one_by_one(args) -> None:
     lists = [name for name, value in args.items() if isinstance(value, list) and value and name != "steps"]
     cut = {name: [e for t in args[name] for e in t.split(1)] for name in lists}
     native_of(adamw_)(**args | cut | dict(steps=step_counts(len(cut["masters"]))))
-
-
-def clone(args) -> dict:
-    return {
-        name: [t.clone() for t in value] if isinstance(value, list) else value.clone() if torch.is_tensor(value) else value
-        for name, value in args.items()
-    }
 
 
 @pytest.mark.parametrize("master_dtype", [torch.float32, torch.float64])
