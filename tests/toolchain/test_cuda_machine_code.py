@@ -60,14 +60,14 @@ def usage(sm: int) -> dict[str, dict[str, int]]:
 
 
 @functools.cache
-def blocks(sm: int, kernel: str) -> dict[str, list[list[tuple[str, str]]]]:
-    """(opcode, operands) of each instruction of the kernels of that kind, by mangled name, cut at the branches."""
+def blocks(sm: int) -> dict[str, list[list[tuple[str, str]]]]:
+    """(opcode, operands) of each instruction of each kernel, by mangled name, cut at the branches."""
     text = run("-sass", "-arch", f"sm_{sm}{'a' if sm == 90 else ''}")
     parts = re.split(r"Function : (\S+)", text)[1:]
     line = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)\s*(.*?);")
     result = {}
     for name, code in zip(parts[::2], parts[1::2]):
-        if kind(name) == kernel:
+        if kind(name):
             result[name] = [[]]
             for instruction in line.findall(code):
                 result[name][-1].append(instruction)
@@ -90,13 +90,13 @@ def loads_in_flight(block: list[tuple[str, str]], load: str) -> int:
     return count
 
 
-@functools.cache
 def instructions(sm: int) -> dict[str, list[str]]:
     """The opcodes of each kernel, in order, by mangled name."""
-    text = run("-sass", "-arch", f"sm_{sm}{'a' if sm == 90 else ''}")
-    parts = re.split(r"Function : (\S+)", text)[1:]
-    opcode = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)")
-    return {name: opcode.findall(code) for name, code in zip(parts[::2], parts[1::2]) if kind(name)}
+    return {name: [opcode for part in parts for opcode, _ in part] for name, parts in blocks(sm).items()}
+
+
+def stats_kernels(sm: int) -> dict[str, list[list[tuple[str, str]]]]:
+    return {name: parts for name, parts in blocks(sm).items() if kind(name) == "stats_kernel"}
 
 
 def of_architecture(text: str, sm: int) -> list[str]:
@@ -167,7 +167,7 @@ def test_cuda_update_of_fp32_has_no_fp64_arithmetic(sm):
 
 def test_cuda_stats_loads_are_in_flight_together(sm):
     """Of each thread three or four vectors of a gradient, whatever its dtype, with the norm and without."""
-    for name, parts in blocks(sm, "stats_kernel").items():
+    for name, parts in stats_kernels(sm).items():
         loops = [part for part in parts if sum(".128" in opcode for opcode, _ in part) == 4]
         assert len(loops) >= DTYPES, name  # fp64 a second time, scaled, for a norm
         assert min(loads_in_flight(part, ".128") for part in loops) >= 3, name
@@ -175,7 +175,7 @@ def test_cuda_stats_loads_are_in_flight_together(sm):
 
 def test_cuda_stats_take_few_instructions_an_element(sm):
     """Without the norm: reading 16-bit gradients is then bound by memory and not by arithmetic."""
-    ((_, parts),) = [(n, p) for n, p in blocks(sm, "stats_kernel").items() if "ILb0E" in n]
+    ((_, parts),) = [(n, p) for n, p in stats_kernels(sm).items() if "ILb0E" in n]
     elements = 4 * 16 // 2
     shifts = lambda part: sum(opcode.startswith(("SHF", "IMAD.SHL", "IMAD.U32")) for opcode, _ in part)
     loops = [p for p in parts if sum(".128" in opcode for opcode, _ in p) == 4 and shifts(p) >= elements]
@@ -185,7 +185,7 @@ def test_cuda_stats_take_few_instructions_an_element(sm):
 
 def test_cuda_stats_are_summed_by_the_last_block(sm):
     """Two tickets, each between fences; the block that sums has two results of others, of three numbers each, on their way."""
-    for name, parts in blocks(sm, "stats_kernel").items():
+    for name, parts in stats_kernels(sm).items():
         code = [opcode for part in parts for opcode, _ in part]
         assert sum(opcode.startswith("ATOMG") and ".INC" in opcode for opcode in code) == 2, name
         assert sum(opcode.startswith("MEMBAR") for opcode in code) == 4, name

@@ -19,16 +19,16 @@ SIZES = ("M", "N", "K")
 STRIDES = ("stride_am", "stride_ak", "stride_bk", "stride_bn")
 NON_RELU = ("non_relu", "prev non_relu")
 HEAVY = ("prev", "sums", "added", *NON_RELU)
-ROLES = {
-    "fprop": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:1", "i32:16"), strict=True)),
-    "dgrad": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:16", "i32:1"), strict=True)),
-    "wgrad": dict(zip(SIZES + STRIDES, ("i32:16", "i32:16", "i32", "i32:1", "i32:16", "i32:16", "i32:1"), strict=True)),
-    "added": dict(zip(SIZES + STRIDES, ("i32:16", "i32:16", "i32", "i32:1", "i32:16", "i32:16", "i32:1"), strict=True)),
-    "prev": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:16", "i32:1"), strict=True)),
-    "sums": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:16", "i32:1"), strict=True)),
-    "non_relu": dict(zip(SIZES + STRIDES, ("i32", "i32:16", "i32:16", "i32:16", "i32:1", "i32:1", "i32:16"), strict=True)),
-    "any": dict.fromkeys(SIZES + STRIDES, "i64"),
-}
+FPROP, DGRAD, WGRAD, ANY = (
+    dict(zip(SIZES + STRIDES, kinds.split(), strict=True))
+    for kinds in (
+        "i32 i32:16 i32:16 i32:16 i32:1 i32:1 i32:16",
+        "i32 i32:16 i32:16 i32:16 i32:1 i32:16 i32:1",
+        "i32:16 i32:16 i32 i32:1 i32:16 i32:16 i32:1",
+        "i64 i64 i64 i64 i64 i64 i64",
+    )
+)
+ROLES = dict(fprop=FPROP, non_relu=FPROP, dgrad=DGRAD, prev=DGRAD, sums=DGRAD, wgrad=WGRAD, added=WGRAD, any=ANY)
 
 
 def cases(sm: int, every: bool):
