@@ -3,8 +3,6 @@
 
 #include "cast.h"
 
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cstring>
 
@@ -128,30 +126,21 @@ Cast non_temporal_cast_between() {
 #endif
 }
 
-// f(T{}) for the type T of dtype.
-template <class F>
-Cast of_dtype(ScalarType dtype, const F& f) {
-  if (dtype == ScalarType::Half) return f(Half{});
-  if (dtype == ScalarType::BFloat16) return f(BFloat16{});
-  if (dtype == ScalarType::Float) return f(float{});
-  STD_TORCH_CHECK(dtype == ScalarType::Double, "cannot cast this dtype");
-  return f(double{});
-}
-
 // f(From{}, To{})
 template <class F>
-Cast of_dtypes(ScalarType from, ScalarType to, const F& f) {
-  return of_dtype(from, [&](auto x) { return of_dtype(to, [&](auto y) { return f(x, y); }); });
+Cast with_floats(ScalarType from, ScalarType to, const F& f) {
+  return with_float("what is cast", from,
+                    [&](auto x) { return with_float("a cast's result", to, [&](auto y) { return f(x, y); }); });
 }
 
 }  // namespace
 
 Cast find_cast(ScalarType from, ScalarType to) {
-  return of_dtypes(from, to, [](auto x, auto y) { return cast_between<decltype(x), decltype(y)>(); });
+  return with_floats(from, to, [](auto x, auto y) { return cast_between<decltype(x), decltype(y)>(); });
 }
 
 Cast find_cast_non_temporal(ScalarType from, ScalarType to) {
-  return of_dtypes(from, to, [](auto x, auto y) { return non_temporal_cast_between<decltype(x), decltype(y)>(); });
+  return with_floats(from, to, [](auto x, auto y) { return non_temporal_cast_between<decltype(x), decltype(y)>(); });
 }
 
 #ifdef __x86_64__

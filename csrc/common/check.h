@@ -10,21 +10,18 @@
 namespace mpk {
 
 inline void check_same_device(const char* name, const Tensor& tensor, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index(), name,
+  STD_TORCH_CHECK(tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
                   " must be on one device with the rest");
 }
 
-// The value of a 0-d tensor of dtype T, or nothing.
-template <class T>
-std::optional<T> value_of(const std::optional<Tensor>& tensor) {
-  if (!tensor) return std::nullopt;
-  return *tensor->const_data_ptr<T>();
+inline void check_vector(const char* name, const Tensor& tensor, int64_t numel) {
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == numel, name, " must have ", numel, " elements in one dimension");
 }
 
-// The value of a 0-d fp32 or fp64 tensor.
-inline double real_value(const Tensor& tensor) {
-  if (tensor.scalar_type() == ScalarType::Double) return *tensor.const_data_ptr<double>();
-  return *tensor.const_data_ptr<float>();
+// The address of a number of dtype T; null where there is none.
+template <class T>
+T* address_of(const std::optional<Tensor>& number) {
+  return number ? number->number<T>() : nullptr;
 }
 
 }  // namespace mpk

@@ -5,6 +5,7 @@
 
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Float8_e4m3fn.h>
 #include <torch/headeronly/util/Float8_e5m2.h>
 #include <torch/headeronly/util/Half.h>
@@ -42,6 +43,16 @@ MPK_HOST_DEVICE inline bool is_float8(ScalarType dtype) {
 MPK_HOST_DEVICE inline int size_of(ScalarType dtype) {
   if (is_float8(dtype)) return 1;
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
+// f(T{}) for the type T of a dtype of those four, on the host.
+template <class F>
+auto with_float(const char* name, ScalarType dtype, const F& f) {
+  if (dtype == ScalarType::Half) return f(Half{});
+  if (dtype == ScalarType::BFloat16) return f(BFloat16{});
+  if (dtype == ScalarType::Float) return f(float{});
+  STD_TORCH_CHECK(dtype == ScalarType::Double, name, " must be float16, bfloat16, float32 or float64");
+  return f(double{});
 }
 
 template <class To, class From>

@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <stdexcept>
 #include <type_traits>
 
 namespace mpk {
@@ -21,11 +22,10 @@ class Tensor {
       : data_(data), sizes_(sizes), strides_(strides), dim_(dim), device_(device), dtype_(dtype), is_cuda_(is_cuda) {}
 
   int64_t dim() const { return dim_; }
-  int64_t size(int64_t i) const { return sizes_[i]; }
-  int64_t stride(int64_t i) const { return strides_[i]; }
+  int64_t size(int64_t i) const { return sizes_[checked(i)]; }
+  int64_t stride(int64_t i) const { return strides_[checked(i)]; }
   ScalarType scalar_type() const { return dtype_; }
   bool is_cuda() const { return is_cuda_; }
-  bool is_cpu() const { return !is_cuda_; }
   int32_t get_device_index() const { return device_; }
 
   int64_t numel() const {
@@ -59,7 +59,23 @@ class Tensor {
     return static_cast<T*>(data_);
   }
 
+  // Of one number of that dtype.
+  template <class T>
+  T* number() const {
+    STD_TORCH_CHECK(numel() == 1, "a tensor has ", numel(), " elements where its op expects one number");
+    return mutable_data_ptr<T>();
+  }
+
  private:
+  int64_t checked(int64_t dimension) const {
+    if (dimension >= dim_) refuse_dimension();
+    return dimension;
+  }
+
+  [[noreturn]] __attribute__((noinline)) static void refuse_dimension() {  // small where it is called
+    throw std::runtime_error("a tensor has fewer dimensions than its op expects");
+  }
+
   void* data_;
   const int64_t *sizes_, *strides_;
   int32_t dim_, device_;

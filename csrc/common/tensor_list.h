@@ -13,7 +13,7 @@ namespace mpk {
 class TensorList {
  public:
   TensorList(const char* name, const Tensor& table) : size_(table.dim() == 2 ? table.size(1) : -1) {
-    STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Long && size_ >= 0 && table.size(0) == kRows &&
+    STD_TORCH_CHECK(!table.is_cuda() && table.scalar_type() == ScalarType::Long && size_ >= 0 && table.size(0) == kRows &&
                         table.is_contiguous(),
                     name, " must be an int64 table of elements, dtypes and addresses");
     at_ = static_cast<const int64_t*>(table.const_data_ptr());

@@ -202,11 +202,7 @@ void segment_stats(const void* grads, int64_t begin, int64_t end, bool with_norm
 }
 
 auto find_segment_stats(ScalarType dtype) {
-  if (dtype == ScalarType::Half) return segment_stats<Half>;
-  if (dtype == ScalarType::BFloat16) return segment_stats<BFloat16>;
-  if (dtype == ScalarType::Float) return segment_stats<float>;
-  STD_TORCH_CHECK(dtype == ScalarType::Double, "grads must be floating point");
-  return segment_stats<double>;
+  return with_float("grads", dtype, [](auto x) { return segment_stats<decltype(x)>; });
 }
 
 Stats total(const ChunkPartition& partition, int64_t tensor, const std::vector<Stats>& segments) {
@@ -227,9 +223,11 @@ std::vector<Stats> stats_of_segments(const ChunkPartition& partition, const Tens
 void grad_stats_(Tensor grads_, std::optional<Tensor> grad_scale, Tensor found_inf, Tensor amax, Tensor nonfinite,
                  std::optional<Tensor> grad_norm) {
   const TensorList grads("grads", grads_);
+  check_vector("amax", amax, grads.size());
+  check_vector("nonfinite", nonfinite, grads.size());
   const ChunkPartition partition(grads);
   const std::vector<Stats> segments = stats_of_segments(partition, grads, grad_norm.has_value());
-  const float scale = value_of<float>(grad_scale).value_or(1);
+  const float scale = grad_scale ? *grad_scale->number<float>() : 1;
   const double inv = inv_scale(scale);
   bool bad = !is_good_scale(scale);
   Stats all{};
@@ -241,8 +239,8 @@ void grad_stats_(Tensor grads_, std::optional<Tensor> grad_scale, Tensor found_i
     bad |= stats.nonfinite > 0 || (is_double ? overflows<double> : overflows<float>)(stats.amax, inv);
     all.merge(stats);
   }
-  *found_inf.mutable_data_ptr<float>() = bad;
-  if (grad_norm) *grad_norm->mutable_data_ptr<double>() = all.norm(inv);
+  *found_inf.number<float>() = bad;
+  if (grad_norm) *grad_norm->number<double>() = all.norm(inv);
 }
 
 // ----- a watch: mpkernels/precision/taps.py -----
@@ -257,8 +255,7 @@ typename Bits<T>::type largest_magnitude_in_parallel(const T* x, int64_t n) {
   return *std::max_element(chunks.begin(), chunks.end());
 }
 
-// The largest magnitude of n elements, NaN above inf; nothing where -inf is to be ignored and is all
-// that is infinite.
+// The largest magnitude of n elements, NaN above inf; nothing where -inf is to be ignored and is all that is infinite.
 template <class T>
 std::optional<double> amax_of(const void* data, int64_t n, bool ignores_minus_inf) {
   using I = typename Bits<T>::type;
@@ -267,14 +264,6 @@ std::optional<double> amax_of(const void* data, int64_t n, bool ignores_minus_in
   const auto is_inf = [](T value) { return c10::bit_cast<I>(value) == Bits<T>::kInf; };
   if (ignores_minus_inf && amax == Bits<T>::kInf && std::none_of(x, x + n, is_inf)) return std::nullopt;
   return convert<double>(c10::bit_cast<T>(amax));
-}
-
-auto find_amax_of(ScalarType dtype) {
-  if (dtype == ScalarType::Half) return amax_of<Half>;
-  if (dtype == ScalarType::BFloat16) return amax_of<BFloat16>;
-  if (dtype == ScalarType::Float) return amax_of<float>;
-  STD_TORCH_CHECK(dtype == ScalarType::Double, "x must be floating point");
-  return amax_of<double>;
 }
 
 // f(pointer to the first number of a table, of fp32 or fp64)
@@ -292,8 +281,10 @@ void with_numbers(Tensor& table, const F& f) {
 void amax_(Tensor x, Tensor table, int64_t index, bool ignores_minus_inf) {
   STD_TORCH_CHECK(index >= 0 && index < table.numel(), "index must be in the table");
   STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
-  const std::optional<double> amax = find_amax_of(x.scalar_type())(x.const_data_ptr(), x.numel(), ignores_minus_inf);
-  if (!amax || x.numel() == 0) return;
+  if (x.numel() == 0) return;
+  const auto find_amax = with_float("x", x.scalar_type(), [](auto number) { return amax_of<decltype(number)>; });
+  const std::optional<double> amax = find_amax(x.const_data_ptr(), x.numel(), ignores_minus_inf);
+  if (!amax) return;
   with_numbers(table, [&](auto* numbers) {
     auto& number = numbers[index];
     if (number == number && !(number >= *amax)) number = *amax;
@@ -302,9 +293,10 @@ void amax_(Tensor x, Tensor table, int64_t index, bool ignores_minus_inf) {
 
 // `last` becomes `table`, with the scale at `index`, and the table is filled with `nothing`.
 void end_step_(Tensor table, Tensor last, std::optional<Tensor> scale, int64_t index, double nothing) {
-  STD_TORCH_CHECK(table.scalar_type() == last.scalar_type() && table.numel() == last.numel() && index < table.numel(), "last");
+  STD_TORCH_CHECK(table.scalar_type() == last.scalar_type() && table.numel() == last.numel(), "last must be like table");
+  STD_TORCH_CHECK(index >= 0 && index < table.numel(), "index must be in the table");
   with_numbers(table, [&](auto* numbers) {
-    if (scale) numbers[index] = *value_of<float>(scale);
+    if (scale) numbers[index] = *scale->number<float>();
     with_numbers(last, [&](auto* copied) { std::copy(numbers, numbers + table.numel(), copied); });
     std::fill(numbers, numbers + table.numel(), nothing);
   });

@@ -300,15 +300,17 @@ void launch_table(StatsArguments& a, const Tensor& like, cudaStream_t stream) {
 void grad_stats_(Tensor grads_, std::optional<Tensor> grad_scale, Tensor found_inf, Tensor amax, Tensor nonfinite,
                  std::optional<Tensor> grad_norm) {
   const TensorList grads("grads", grads_);
+  check_vector("amax", amax, grads.size());
+  check_vector("nonfinite", nonfinite, grads.size());
   const OnDevice device(found_inf);
   const Scratch<Stats> rows(found_inf, grads.size());
   const Scratch<unsigned> tickets = tickets_for(found_inf, device.stream());
   StatsArguments a;
-  a.verdict = {grad_scale ? grad_scale->const_data_ptr<float>() : nullptr,
-               found_inf.mutable_data_ptr<float>(),
+  a.verdict = {address_of<float>(grad_scale),
+               found_inf.number<float>(),
                amax.mutable_data_ptr<double>(),
                nonfinite.mutable_data_ptr<int64_t>(),
-               grad_norm ? grad_norm->mutable_data_ptr<double>() : nullptr,
+               address_of<double>(grad_norm),
                amax.stride(0),
                nonfinite.stride(0)};
   a.rows = rows.data();

@@ -12,28 +12,21 @@
 namespace mpk {
 
 // A magnitude compared as an integer orders like the number: inf is above every finite value, NaN above inf.
+template <class I, I kInfBits>
+struct BitsOf {
+  using type = I;
+  static constexpr I kInf = kInfBits, kMagnitude = std::numeric_limits<I>::max();  // all but the sign
+};
 template <class T>
 struct Bits;
 template <>
-struct Bits<Half> {
-  using type = int16_t;
-  static constexpr type kInf = 0x7c00, kMagnitude = 0x7fff;
-};
+struct Bits<Half> : BitsOf<int16_t, 0x7c00> {};
 template <>
-struct Bits<BFloat16> {
-  using type = int16_t;
-  static constexpr type kInf = 0x7f80, kMagnitude = 0x7fff;
-};
+struct Bits<BFloat16> : BitsOf<int16_t, 0x7f80> {};
 template <>
-struct Bits<float> {
-  using type = int32_t;
-  static constexpr type kInf = 0x7f800000, kMagnitude = 0x7fffffff;
-};
+struct Bits<float> : BitsOf<int32_t, 0x7f800000> {};
 template <>
-struct Bits<double> {
-  using type = int64_t;
-  static constexpr type kInf = 0x7ff0000000000000, kMagnitude = 0x7fffffffffffffff;
-};
+struct Bits<double> : BitsOf<int64_t, 0x7ff0000000000000> {};
 
 // amax is the magnitude's bits, of what is finite. count is a lane's share and of the element's width: up to 2^15 - 1.
 template <class T>

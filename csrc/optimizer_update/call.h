@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A call of a rule's private op, and the function of that op's signature, which makes one.
+// A call of a rule's private op, the function of that op's signature, which makes one, and what a step is of its scalars.
 
 #pragma once
 
@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "../common/factor.h"
 #include "../common/tensor_list.h"
 
 namespace mpk {
@@ -54,7 +55,47 @@ struct UpdateCall {
   std::optional<double> max_norm;
 };
 
-// Update::update(call) as a function of the private op's arguments, for TORCH_BOX.
+// The call's scalars, by their address where they are tensors; null where the caller gave none.
+struct StepInputs {
+  const float *grad_scale, *found_inf;
+  const double* grad_norm;
+  double max_norm;
+  bool maximize;
+  double lr_value;  // of an lr that a kernel cannot read
+  const float* lr_float;
+  const double* lr_double;
+
+  MPK_HOST_DEVICE float scale() const { return grad_scale == nullptr ? 1 : *grad_scale; }
+
+  MPK_HOST_DEVICE bool taken() const { return takes_step(found_inf == nullptr ? 0 : *found_inf, scale()); }
+
+  // What a gradient is multiplied by: unscales, clips, and negates with maximize.
+  MPK_HOST_DEVICE double factor() const {
+    double factor = inv_scale(scale());
+    if (grad_norm != nullptr) factor *= clip_factor(*grad_norm, max_norm);
+    return maximize ? -factor : factor;
+  }
+
+  MPK_HOST_DEVICE double lr() const { return lr_double != nullptr ? *lr_double : lr_float != nullptr ? *lr_float : lr_value; }
+};
+
+template <class Rule>
+StepInputs step_inputs(const UpdateCall<Rule>& call) {
+  StepInputs in{};
+  in.grad_scale = address_of<float>(call.grad_scale);
+  in.found_inf = address_of<float>(call.found_inf);
+  if (call.max_norm) in.grad_norm = call.grad_norm.value().template number<double>();
+  in.max_norm = call.max_norm.value_or(0);
+  in.maximize = call.maximize;
+  if (call.lr.scalar_type() == ScalarType::Double) {
+    in.lr_double = call.lr.template number<double>();
+  } else {
+    in.lr_float = call.lr.template number<float>();
+  }
+  return in;
+}
+
+// Update::update(call) as a function of the private op's arguments.
 template <class Rule, class Update, class = std::make_index_sequence<kStateLists<Rule>>, class = typename Rule::Parameters>
 struct PrivateOp;
 
@@ -67,14 +108,14 @@ struct PrivateOp<Rule, Update, std::index_sequence<k...>, ParameterTypes<Paramet
   static bool call(Tensor masters, Tensor grads, TensorAt<k>... states, Tensor copies, Tensor steps, Tensor on, Tensor lr,
                    Parameter... parameters, bool maximize, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
                    std::optional<Tensor> grad_norm, std::optional<double> max_norm) {
-    return Update::update(UpdateCall<Rule>{make_lists<Rule>(masters, grads, {std::move(states)...}, copies, steps),
-                                           std::move(on),
-                                           std::move(lr),
+    return Update::update(UpdateCall<Rule>{make_lists<Rule>(masters, grads, {states...}, copies, steps),
+                                           on,
+                                           lr,
                                            {/*lr=*/0, parameters...},
                                            maximize,
-                                           std::move(grad_scale),
-                                           std::move(found_inf),
-                                           std::move(grad_norm),
+                                           grad_scale,
+                                           found_inf,
+                                           grad_norm,
                                            max_norm});
   }
 };

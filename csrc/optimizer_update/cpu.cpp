@@ -7,27 +7,11 @@
 #include "../common/cast.h"
 #include "../common/chunk_partition.h"
 #include "../common/clones.h"
-#include "../common/factor.h"
-#include "../common/native_op.h"
 #include "../common/prefetch.h"
 #include "rules.h"
 
 namespace mpk {
 namespace {
-
-struct Step {
-  bool taken;
-  double factor;  // what a gradient is multiplied by: unscales, clips, and negates with maximize
-};
-
-template <class Call>
-Step read_step(const Call& call) {
-  const float scale = value_of<float>(call.grad_scale).value_or(1);
-  if (!takes_step(value_of<float>(call.found_inf).value_or(0), scale)) return {false, 0};
-  double factor = inv_scale(scale);
-  if (call.max_norm) factor *= clip_factor(value_of<double>(call.grad_norm).value(), *call.max_norm);
-  return {true, call.maximize ? -factor : factor};
-}
 
 // How many steps tensor i has taken: the optimizer's own count, fp32, which stays at 2^24 as torch's does.
 float& steps_taken(const TensorList& steps, int64_t i) { return *reinterpret_cast<float*>(steps.data(i)); }
@@ -130,10 +114,11 @@ typename TensorUpdate<Rule>::Run find_run(const UpdateCall<Rule>& call, int64_t 
 
 // Scalars of the tensor before are taken where they are the same: powers cost more than the update of a short tensor.
 template <class Rule>
-std::vector<TensorUpdate<Rule>> make_tensors(const UpdateCall<Rule>& call, double factor) {
+std::vector<TensorUpdate<Rule>> make_tensors(const UpdateCall<Rule>& call, const StepInputs& step) {
   const UpdateLists& lists = call.lists;
   typename Rule::Options options = call.options;
-  options.lr = real_value(call.lr);
+  options.lr = step.lr();
+  const double factor = step.factor();
   std::vector<TensorUpdate<Rule>> tensors;
   tensors.reserve(lists.masters.size());
   for (int64_t i = 0; i < lists.masters.size(); ++i) {
@@ -156,9 +141,9 @@ std::vector<TensorUpdate<Rule>> make_tensors(const UpdateCall<Rule>& call, doubl
 template <class Rule>
 struct CpuUpdate {
   static bool update(const UpdateCall<Rule>& call) {
-    const Step step = read_step(call);
-    if (!step.taken) return false;
-    const std::vector<TensorUpdate<Rule>> tensors = make_tensors(call, step.factor);
+    const StepInputs step = step_inputs(call);
+    if (!step.taken()) return false;
+    const std::vector<TensorUpdate<Rule>> tensors = make_tensors(call, step);
     ChunkPartition(call.lists.masters).parallel_for_each([&](int64_t i, int64_t begin, int64_t end, int64_t) {
       tensors[i].run(tensors[i], begin, end);
     });
@@ -167,14 +152,7 @@ struct CpuUpdate {
   }
 };
 
-// An op for each rule, registered while the library is loaded.
-const bool registered = [] {
-  for_each_rule([](auto rule) {
-    using Rule = decltype(rule);
-    static const NativeOp op(Rule::kName, Device::kCpu, PrivateOp<Rule, CpuUpdate<Rule>>::call);
-  });
-  return true;
-}();
+const bool are_registered = register_rules<CpuUpdate>(Device::kCpu);  // while the library is loaded
 
 }  // namespace
 }  // namespace mpk

@@ -2,7 +2,8 @@
 // The update of every rule on the GPU: one launch over many tensors, every byte read and written once, behind a small one for
 // what the elements of each tensor share.
 
-#include "../common/native_op.h"
+#include "../common/launch.h"
+#include "../common/stream.h"
 #include "cuda.cuh"
 #include "rules.h"
 
@@ -67,32 +68,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) update_kernel(MPK_GRID
 
 // ----- on the host -----
 
-template <class T>
-const T* address_of(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->const_data_ptr<T>() : nullptr;
-}
-
-void refuse_frozen_lr(const char* op, cudaStream_t stream) {
-  STD_TORCH_CHECK(!is_capturing(stream), op,
-                  ": lr is on the CPU and would be frozen in the CUDA graph; pass it as a tensor on the device");
-}
-
+// An lr on the CPU is read now.
 template <class Rule>
-StepInputs step_inputs(const UpdateCall<Rule>& call, cudaStream_t stream) {
-  StepInputs in{};
-  in.grad_scale = address_of<float>(call.grad_scale);
-  in.found_inf = address_of<float>(call.found_inf);
-  if (call.max_norm) in.grad_norm = call.grad_norm.value().template const_data_ptr<double>();
-  in.max_norm = call.max_norm.value_or(0);
-  in.maximize = call.maximize;
-  if (!is_on_device(call.lr)) {
-    refuse_frozen_lr(Rule::kName, stream);
-    in.lr_value = real_value(call.lr);
-  } else if (call.lr.scalar_type() == ScalarType::Double) {
-    in.lr_double = address_of<double>(call.lr);
-  } else {
-    in.lr_float = address_of<float>(call.lr);
-  }
+StepInputs device_step_inputs(const UpdateCall<Rule>& call, cudaStream_t stream) {
+  StepInputs in = step_inputs(call);
+  if (is_on_device(call.lr)) return in;
+  STD_TORCH_CHECK(!is_capturing(stream), Rule::kName,
+                  ": lr is on the CPU and would be frozen in the CUDA graph; pass it as a tensor on the device");
+  in.lr_value = in.lr();
+  in.lr_float = nullptr;
+  in.lr_double = nullptr;
   return in;
 }
 
@@ -155,7 +140,7 @@ struct CudaUpdate {
   // Always true: whether the step is taken is known on the device, and a skipped one has changed nothing.
   static bool update(const UpdateCall<Rule>& call) {
     const OnDevice device(call.on);
-    const StepInputs step = step_inputs(call, device.stream());
+    const StepInputs step = device_step_inputs(call, device.stream());
     Rule::with_variant(call.options, call.lists.states.size(),
                        [&](auto variant) { launch_variant<decltype(variant)>(call, step, device.stream()); });
     return true;
@@ -180,14 +165,7 @@ struct CudaUpdate {
   }
 };
 
-// An op for each rule, registered while the library is loaded.
-const bool registered = [] {
-  for_each_rule([](auto rule) {
-    using Rule = decltype(rule);
-    static const NativeOp op(Rule::kName, Device::kCuda, PrivateOp<Rule, CudaUpdate<Rule>>::call);
-  });
-  return true;
-}();
+const bool are_registered = register_rules<CudaUpdate>(Device::kCuda);  // while the library is loaded
 
 }  // namespace
 }  // namespace mpk

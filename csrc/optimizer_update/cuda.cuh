@@ -1,41 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The update of a chunk on the GPU: the call's scalars, vectors of gradients, states and copies, the loop over them.
+// The update of a chunk on the GPU: vectors of gradients, states and copies, and the loop over them.
 
 #pragma once
 
 #include "../common/dtype.h"
-#include "../common/factor.h"
-#include "../common/launch.h"
 #include "../common/multi_tensor.cuh"
-#include "../common/stream.h"
 #include "../common/vector.cuh"
-#include "call.h"
 
 namespace mpk {
-
-// The call's scalars, those on the device by their address; null where the caller gave none.
-struct StepInputs {
-  const float *grad_scale, *found_inf;
-  const double* grad_norm;
-  double max_norm;
-  bool maximize;
-  double lr_value;  // read at the call, where lr is on the CPU
-  const float* lr_float;
-  const double* lr_double;
-
-  __device__ float scale() const { return grad_scale == nullptr ? 1 : *grad_scale; }
-
-  __device__ bool taken() const { return takes_step(found_inf == nullptr ? 0 : *found_inf, scale()); }
-
-  // What a gradient is multiplied by: unscales, clips, and negates with maximize.
-  __device__ double factor() const {
-    double factor = inv_scale(scale());
-    if (grad_norm != nullptr) factor *= clip_factor(*grad_norm, max_norm);
-    return maximize ? -factor : factor;
-  }
-
-  __device__ double lr() const { return lr_double != nullptr ? *lr_double : lr_float != nullptr ? *lr_float : lr_value; }
-};
 
 // The lists of a table, in their order; the states are the last.
 enum UpdateList { kMaster, kGrad, kCopy, kFirstState };
@@ -132,9 +104,11 @@ __device__ inline void store_copy(char* copy, ScalarType dtype, int64_t i, const
 }
 
 // One tensor of an update by one variant of a rule, and what its elements share.
-template <class Variant, class Scalars, class T, class S>
-struct TensorUpdate {
-  using Indices = std::make_index_sequence<Variant::kStates>;
+template <class Variant, class Scalars, class T, class S, class = std::make_index_sequence<Variant::kStates>>
+struct TensorUpdate;
+
+template <class Variant, class Scalars, class T, class S, size_t... k>
+struct TensorUpdate<Variant, Scalars, T, S, std::index_sequence<k...>> {
   static constexpr int kStates = std::max(Variant::kStates, 1);  // an array has at least one element
 
   const char* grad;
@@ -146,15 +120,14 @@ struct TensorUpdate {
 
   // Tensor i of a table.
   template <class Table>
-  __device__ TensorUpdate(const Table& table, int i, const Scalars& scalars) {
-    grad = table.data[kGrad][i];
-    grad_dtype = table.grad_dtype[i];
-    copy_dtype = table.copy_dtype[i];
-    copy = table.data[kCopy][i];
-    master = reinterpret_cast<T*>(table.data[kMaster][i]);
-    set_states(table, i, Indices());
-    this->scalars = scalars;
-  }
+  __device__ TensorUpdate(const Table& table, int i, const Scalars& scalars)
+      : grad(table.data[kGrad][i]),
+        grad_dtype(table.grad_dtype[i]),
+        copy_dtype(table.copy_dtype[i]),
+        copy(table.data[kCopy][i]),
+        master(reinterpret_cast<T*>(table.data[kMaster][i])),
+        states{reinterpret_cast<S*>(table.data[kFirstState + k][i])...},
+        scalars(scalars) {}
 
   template <int N>
   struct Values {
@@ -165,40 +138,19 @@ struct TensorUpdate {
 
   template <int N>
   __device__ bool aligned(int64_t i) const {
-    return aligned<N>(i, Indices());
-  }
-
-  template <int N>
-  __device__ void load(int64_t i, Values<N>& x) const {
-    load(i, x, Indices());
-  }
-
-  template <int N>
-  __device__ void step_and_store(int64_t i, Values<N>& x) const {
-    step_and_store(i, x, Indices());
-  }
-
- private:
-  template <class Table, size_t... k>
-  __device__ void set_states(const Table& table, int i, std::index_sequence<k...>) {
-    ((states[k] = reinterpret_cast<S*>(table.data[kFirstState + k][i])), ...);
-  }
-
-  template <int N, size_t... k>
-  __device__ bool aligned(int64_t i, std::index_sequence<k...>) const {
     return is_vector<N>(grad, grad_dtype, i) && (copy == nullptr || is_vector<N>(copy, copy_dtype, i)) &&
            is_aligned(master + i, kWidest) && (is_vector<N>(states[k] + i) && ...);
   }
 
-  template <int N, size_t... k>
-  __device__ void load(int64_t i, Values<N>& x, std::index_sequence<k...>) const {
+  template <int N>
+  __device__ void load(int64_t i, Values<N>& x) const {
     x.grad.load(grad, grad_dtype, i);
     mpk::load<LoadStreaming>(master + i, x.w);
     (mpk::load<LoadStreaming>(states[k] + i, x.states[k]), ...);
   }
 
-  template <int N, size_t... k>
-  __device__ void step_and_store(int64_t i, Values<N>& x, std::index_sequence<k...>) const {
+  template <int N>
+  __device__ void step_and_store(int64_t i, Values<N>& x) const {
     const Elements<T, N> g = x.grad.get(grad_dtype);
 #pragma unroll
     for (int j = 0; j < N; ++j) Variant::element(scalars, i + j, g.at[j], x.w.at[j], x.states[k].at[j]...);

@@ -12,18 +12,22 @@
 
 #pragma once
 
+#include "../common/native_op.h"
 #include "adamw.h"
 #include "lion.h"
 #include "sgd.h"
 
 namespace mpk {
 
-// f(Rule{}) for each.
-template <class F>
-void for_each_rule(const F& f) {
-  f(Adamw{});
-  f(Sgd{});
-  f(Lion{});
+// The private op of each on a device, whose calls Update<Rule>::update runs.
+template <template <class Rule> class Update>
+bool register_rules(Device device) {
+  [[maybe_unused]] static const NativeOp registered[] = {
+      {Adamw::kName, device, PrivateOp<Adamw, Update<Adamw>>::call},
+      {Sgd::kName, device, PrivateOp<Sgd, Update<Sgd>>::call},
+      {Lion::kName, device, PrivateOp<Lion, Update<Lion>>::call},
+  };
+  return true;
 }
 
 }  // namespace mpk

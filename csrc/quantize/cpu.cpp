@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "../common/cast.h"
-#include "../common/check.h"
 #include "../common/clones.h"
 #include "../common/native_op.h"
 #include "format.h"
@@ -132,8 +131,12 @@ void quantize_as(const Input& x, int64_t outer, int64_t n, int64_t inner, uint8_
   });
 }
 
-// q: the bytes of the result. All are contiguous, and none is empty.
+// q: the bytes of the result. All are contiguous.
 void quantize(Tensor x, int64_t outer, int64_t n, int64_t inner, int64_t mantissa, Tensor q, Tensor scale) {
+  STD_TORCH_CHECK(outer > 0 && n > 0 && inner > 0 && x.numel() == outer * n * inner && q.numel() == x.numel() &&
+                      scale.numel() == outer * inner,
+                  "x and q must have outer * n * inner elements, not none, and scale outer * inner");
+  STD_TORCH_CHECK(x.is_contiguous() && q.is_contiguous() && scale.is_contiguous(), "x, q and scale must be contiguous");
   const ScalarType dtype = x.scalar_type();
   const Input input{static_cast<const char*>(x.const_data_ptr()), size_of(dtype),
                     dtype == ScalarType::Float ? nullptr : find_cast(dtype, ScalarType::Float)};

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // update_scale_ on the GPU: one thread.
 
-#include "../common/check.h"
 #include "../common/launch.h"
 #include "../common/native_op.h"
 #include "../common/stream.h"
@@ -18,11 +17,9 @@ void update_scale_(Tensor grad_scale, Tensor growth_tracker, Tensor hysteresis_t
                    double growth_factor, double backoff_factor, int64_t growth_interval, int64_t hysteresis, double min_scale,
                    double max_scale) {
   const OnDevice device(grad_scale);
-  int64_t* counts = skipped.mutable_data_ptr<int64_t>();
-  const ScaleState state{grad_scale.mutable_data_ptr<float>(), growth_tracker.mutable_data_ptr<int32_t>(),
-                         hysteresis_tracker.mutable_data_ptr<int32_t>(), counts, counts + skipped.stride(0)};
+  const ScaleState state = scale_state(grad_scale, growth_tracker, hysteresis_tracker, skipped);
   const ScaleOptions options{growth_factor, backoff_factor, growth_interval, hysteresis, min_scale, max_scale};
-  launch<update_scale_kernel>(1, 1, 0, device.stream(), state, options, found_inf.const_data_ptr<float>());
+  launch<update_scale_kernel>(1, 1, 0, device.stream(), state, options, found_inf.number<float>());
 }
 
 const NativeOp registered("update_scale_", Device::kCuda, update_scale_);

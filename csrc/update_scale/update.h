@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "../common/host_device.h"
+#include "../common/tensor.h"
 
 namespace mpk {
 
@@ -21,6 +22,14 @@ struct ScaleState {
   int32_t *growth_tracker, *hysteresis_tracker;
   int64_t *skipped, *skipped_in_a_row;
 };
+
+inline ScaleState scale_state(const Tensor& grad_scale, const Tensor& growth_tracker, const Tensor& hysteresis_tracker,
+                              const Tensor& skipped) {
+  STD_TORCH_CHECK(skipped.dim() == 1 && skipped.size(0) == 2, "skipped must have 2 elements");
+  int64_t* counts = skipped.mutable_data_ptr<int64_t>();
+  return {grad_scale.number<float>(), growth_tracker.number<int32_t>(), hysteresis_tracker.number<int32_t>(), counts,
+          counts + skipped.stride(0)};
+}
 
 // One more, or as many as the type can say.
 template <class I>

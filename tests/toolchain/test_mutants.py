@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mutation tool: what it changes in Python, and that its list names files and tests that are there."""
+"""The mutation tool: what it changes in Python, and that its list names files, tests and lines that are there."""
 
 import importlib.util
 import tomllib
@@ -48,4 +48,6 @@ def test_mutants_are_of_files_and_tests_that_exist():
     files = {entry["file"] for entry in (*table["cpp"], *table["equivalent"])}
     assert not [path for path in tests | files if not (ROOT / path).exists()]
     assert all(entry["reason"] for entry in table["equivalent"])
+    stale = [entry for entry in table["cpp"] if (ROOT / entry["file"]).read_text().count(entry["old"]) != 1]
+    assert not stale
     assert len(table["cpp"]) >= 50

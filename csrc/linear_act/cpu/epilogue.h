@@ -22,12 +22,40 @@ MPK_CLONES void scale(float* z, float by, const float* by_column, int64_t n) {
   for (int64_t i = 0; i < n; ++i) z[i] = z[i] * by * by_column[i];
 }
 
+// A tensor that is read or written as fp32: rows without gaps, or a single one. Or null.
+class AsFloat {
+ public:
+  static AsFloat read(const std::optional<Tensor>& tensor) {
+    return tensor ? AsFloat(*tensor, find_cast(tensor->scalar_type(), ScalarType::Float)) : AsFloat();
+  }
+  static AsFloat written(const std::optional<Tensor>& tensor) {
+    return tensor ? AsFloat(*tensor, find_cast(ScalarType::Float, tensor->scalar_type())) : AsFloat();
+  }
+
+  explicit operator bool() const { return data_ != nullptr; }
+  char* at(int64_t row, int64_t column) const { return data_ + (row * pitch_ + column) * size_; }
+  void read(int64_t row, int64_t column, float* to, int64_t n) const { cast_(at(row, column), to, n); }
+  void write(const float* from, int64_t row, int64_t column, int64_t n) const { cast_(from, at(row, column), n); }
+
+ private:
+  AsFloat() = default;
+  AsFloat(const Tensor& tensor, Cast cast)
+      : data_(static_cast<char*>(tensor.mutable_data_ptr())),
+        pitch_(tensor.dim() == 2 ? tensor.stride(0) : 0),
+        size_(size_of(tensor.scalar_type())),
+        cast_(cast) {}
+
+  char* data_ = nullptr;
+  int64_t pitch_ = 0, size_ = 0;
+  Cast cast_ = nullptr;
+};
+
 // A number in fp32 for each of `rows` rows of an operand; null where it has none.
 const float* scales_of(const std::optional<Tensor>& scales, int64_t rows) {
   if (!scales) return nullptr;
-  STD_TORCH_CHECK(scales->is_cpu() && scales->scalar_type() == ScalarType::Float && scales->dim() == 1 &&
-                      scales->size(0) == rows && scales->is_contiguous(),
-                  "scales must be contiguous, fp32 and as many as rows of an operand");
+  STD_TORCH_CHECK(
+      scales->scalar_type() == ScalarType::Float && scales->dim() == 1 && scales->size(0) == rows && scales->is_contiguous(),
+      "scales must be contiguous, fp32 and as many as rows of an operand");
   return static_cast<const float*>(scales->const_data_ptr());
 }
 
@@ -38,29 +66,20 @@ class Output {
                   const std::optional<Tensor>& saved = std::nullopt, const std::optional<Tensor>& a_scale = std::nullopt,
                   const std::optional<Tensor>& b_scale = std::nullopt)
       : rows_(out.size(0)),
-        pitch_(out.size(1)),
-        data_(static_cast<char*>(out.mutable_data_ptr())),
-        size_(size_of(out.scalar_type())),
-        round_(find_cast(ScalarType::Float, out.scalar_type())),
-        activate_(activation_loops(activation).activate) {
-    STD_TORCH_CHECK(out.is_cpu() && out.dim() == 2 && out.is_contiguous(), "out must be a contiguous matrix");
+        columns_(out.size(1)),
+        out_(AsFloat::written(out)),
+        saved_(AsFloat::written(saved)),
+        bias_(AsFloat::read(bias)),
+        activate_(activation_loops(activation).activate),
+        a_scale_(scales_of(a_scale, rows_)),
+        b_scale_(scales_of(b_scale, columns_)) {
+    STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous(), "out must be a contiguous matrix");
     STD_TORCH_CHECK(a_scale.has_value() == b_scale.has_value(), "both operands have scales or neither has");
-    a_scale_ = scales_of(a_scale, out.size(0));
-    b_scale_ = scales_of(b_scale, out.size(1));
-    if (saved) {
-      STD_TORCH_CHECK(saved->is_cpu() && saved->dim() == 2 && saved->size(0) == out.size(0) && saved->size(1) == out.size(1) &&
-                          saved->is_contiguous(),
-                      "saved must be a contiguous matrix as large as out");
-      saved_ = static_cast<char*>(saved->mutable_data_ptr());
-      saved_size_ = size_of(saved->scalar_type());
-      round_saved_ = find_cast(ScalarType::Float, saved->scalar_type());
-    }
-    if (!bias) return;
-    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == out.size(1) && bias->is_contiguous(),
+    STD_TORCH_CHECK(
+        !saved || (saved->dim() == 2 && saved->size(0) == rows_ && saved->size(1) == columns_ && saved->is_contiguous()),
+        "saved must be a contiguous matrix as large as out");
+    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == columns_ && bias->is_contiguous()),
                     "bias must be contiguous and as long as a row of out");
-    bias_ = static_cast<const char*>(bias->const_data_ptr());
-    bias_size_ = size_of(bias->scalar_type());
-    widen_bias_ = find_cast(bias->scalar_type(), ScalarType::Float);
   }
 
   // The same for a result that is added to what is in `out`.
@@ -71,38 +90,29 @@ class Output {
     return result;
   }
 
-  bool has_size(int64_t rows, int64_t columns) const { return rows_ == rows && pitch_ == columns; }
+  bool has_size(int64_t rows, int64_t columns) const { return rows_ == rows && columns_ == columns; }
 
   // out[row + i, column + j] = round(act(acc[i * pitch + j] * a_scale[row + i] * b_scale[column + j] + bias[column + j])).
   // Overwrites acc; scratch: `columns` elements.
   void finish(int64_t row, int64_t column, int64_t rows, int64_t columns, float* acc, int64_t pitch, float* scratch) const {
-    if (bias_ != nullptr) widen_bias_(bias_ + column * bias_size_, scratch, columns);
+    if (bias_) bias_.read(0, column, scratch, columns);
     for (int64_t i = 0; i < rows; ++i) {
       float* z = acc + i * pitch;
       if (a_scale_ != nullptr) scale(z, a_scale_[row + i], b_scale_ + column, columns);
-      if (bias_ != nullptr) add(z, scratch, columns);
-      const int64_t at = (row + i) * pitch_ + column;
-      if (saved_ != nullptr) round_saved_(z, saved_ + at * saved_size_, columns);  // round: fp32 -> saved
+      if (bias_) add(z, scratch, columns);
+      if (saved_) saved_.write(z, row + i, column, columns);  // round: fp32 -> saved
       if (activate_ != nullptr) activate_(z, columns);
-      if (adds_) add(z, reinterpret_cast<const float*>(data_) + at, columns);
-      round_(z, data_ + at * size_, columns);  // round: fp32 -> out
+      if (adds_) add(z, reinterpret_cast<const float*>(out_.at(row + i, column)), columns);
+      out_.write(z, row + i, column, columns);  // round: fp32 -> out
     }
   }
 
  private:
-  int64_t rows_, pitch_;
-  char* data_;
-  int64_t size_;
-  Cast round_;
+  int64_t rows_, columns_;
+  AsFloat out_, saved_, bias_;
   bool adds_ = false;
   void (*activate_)(float* z, int64_t n);
-  char* saved_ = nullptr;
-  int64_t saved_size_ = 0;
-  Cast round_saved_ = nullptr;
-  const char* bias_ = nullptr;
-  int64_t bias_size_ = 0;
-  Cast widen_bias_ = nullptr;
-  const float *a_scale_ = nullptr, *b_scale_ = nullptr;
+  const float *a_scale_, *b_scale_;
 };
 
 }  // namespace

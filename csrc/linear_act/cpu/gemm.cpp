@@ -154,8 +154,7 @@ bool linear_act_products_stay_normal(Tensor a, Tensor b, std::optional<Tensor> b
   const auto min_magnitude = [&](const Tensor& t) { return min_nonzero_magnitude(Matrix("an operand", t, bf16, isa)); };
   if (!products_stay_normal(min_magnitude(a), min_magnitude(b))) return false;
   if (!bias) return true;
-  STD_TORCH_CHECK(bias->is_cpu() && bias->scalar_type() == ScalarType::Float && bias->is_contiguous(),
-                  "bias must be contiguous and fp32");
+  STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->is_contiguous(), "bias must be contiguous and fp32");
   const auto* values = static_cast<const float*>(bias->const_data_ptr());
   return std::none_of(values, values + bias->numel(), [](float x) { return x != 0 && std::fabs(x) < 0x1p-100f; });
 }
@@ -164,7 +163,7 @@ bool linear_act_products_stay_normal(Tensor a, Tensor b, std::optional<Tensor> b
 bool is_like(const std::optional<Tensor>& tensor, const Tensor& like) {
   if (!tensor) return true;
   const bool as_large = tensor->dim() == 2 && tensor->size(0) == like.size(0) && tensor->size(1) == like.size(1);
-  return tensor->is_cpu() && as_large && (tensor->numel() == 0 || tensor->size(1) == 1 || tensor->stride(1) == 1);
+  return as_large && (tensor->numel() == 0 || tensor->size(1) == 1 || tensor->stride(1) == 1);
 }
 
 // Any subset of the gradients. saved: the preactivation, of a ReLU its output; grad_z: memory for the gradient of the

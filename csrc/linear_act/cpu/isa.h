@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "../../common/clones.h"
+
 // x86 intrinsics in functions compiled for another target than their file: clang would need an attribute on each function.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MPK_X86_KERNELS
@@ -25,10 +27,6 @@ namespace {
 enum class Isa : int64_t { kAuto, kPortable, kPortableVnni, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 #ifdef MPK_X86_KERNELS
-inline bool has_avx2_fma() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
-
 inline bool has_avx512() {
   return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
@@ -48,7 +46,7 @@ inline bool has_amx() {
 inline std::vector<Isa> supported_isas() {
   std::vector<Isa> found;
 #ifdef MPK_X86_KERNELS
-  if (has_avx2_fma()) {
+  if (has_avx2) {
     if (has_avx512()) {
       found.push_back(Isa::kAvx512);
 #ifdef MPK_BF16_DOT_KERNELS

@@ -32,9 +32,12 @@ struct Matrix {
         kernels(&isa.micro_kernels(compute, tensor.scalar_type())),
         size(size_of(tensor.scalar_type())) {
     const ScalarType from = tensor.scalar_type();
+    const bool is_half = compute == ScalarType::Half || compute == ScalarType::BFloat16;
+    STD_TORCH_CHECK(is_half || is_float8(compute) || compute == ScalarType::Float,
+                    "compute_dtype must be float16, bfloat16, float32 or an 8-bit float");
     const bool widens = from == compute || (compute == ScalarType::Float && size == 2);
     const bool fits = is_float8(compute) ? is_float8(from) : widens || from == ScalarType::Float;
-    STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2 && fits, name, " must be a matrix in the compute dtype or fp32");
+    STD_TORCH_CHECK(tensor.dim() == 2 && fits, name, " must be a matrix in the compute dtype or fp32");
     STD_TORCH_CHECK(row_stride == 1 || column_stride == 1, name, " must have rows or columns without gaps");
   }
 
