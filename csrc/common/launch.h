@@ -52,15 +52,20 @@ class KnownKernel {
 template <auto kKernel>
 inline const KnownKernel known_kernel{reinterpret_cast<const void*>(kKernel)};
 
-// A kernel that is chosen at run time, as tests have them: not in the list.
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, size_t shared_bytes, cudaStream_t stream,
-            const Arguments&... arguments) {
+inline cudaLaunchConfig_t launch_config(unsigned grid, unsigned block, size_t shared_bytes, cudaStream_t stream) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(grid);
   config.blockDim = dim3(block);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  return config;
+}
+
+// A kernel that is chosen at run time, as tests have them: not in the list.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, size_t shared_bytes, cudaStream_t stream,
+            const Arguments&... arguments) {
+  const cudaLaunchConfig_t config = launch_config(grid, block, shared_bytes, stream);
   check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 

@@ -294,30 +294,22 @@ __device__ __forceinline__ void wgmma_wait_all(float (&accs)[kAccs][kValues]) {
   "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define MPK_REGISTERS_96 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define MPK_WGMMA_N64(type) \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type \
-               " {" MPK_REGISTERS_0 "}, " \
-               "%32, %33, p, 1, 1, %35, %36;\n}" \
-               : MPK_ACC32(0) \
+// The operands after the accumulator's registers, by their numbers: desc_a, desc_b, accumulate, trans_a, trans_b.
+#define MPK_WGMMA(n, type, registers, a, b, add, ta, tb, ...) \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" add ", 0;\nwgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type \
+               " {" registers "}, " \
+               "%" a ", %" b ", p, 1, 1, %" ta ", %" tb ";\n}" \
+               : __VA_ARGS__ \
                : "l"(desc_a), "l"(desc_b), "r"(static_cast<uint32_t>(accumulate)), "n"(trans_a), "n"(trans_b))
+#define MPK_WGMMA_N64(type) MPK_WGMMA("64", type, MPK_REGISTERS_0, "32", "33", "34", "35", "36", MPK_ACC32(0))
 #define MPK_WGMMA_N128(type) \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type \
-               " {" MPK_REGISTERS_0 ", " MPK_REGISTERS_32 "}, " \
-               "%64, %65, p, 1, 1, %67, %68;\n}" \
-               : MPK_ACC32(0), MPK_ACC32(32) \
-               : "l"(desc_a), "l"(desc_b), "r"(static_cast<uint32_t>(accumulate)), "n"(trans_a), "n"(trans_b))
+  MPK_WGMMA("128", type, MPK_REGISTERS_0 ", " MPK_REGISTERS_32, "64", "65", "66", "67", "68", MPK_ACC32(0), MPK_ACC32(32))
 #define MPK_WGMMA_N192(type) \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\nwgmma.mma_async.sync.aligned.m64n192k16.f32." type "." type \
-               " {" MPK_REGISTERS_0 ", " MPK_REGISTERS_32 ", " MPK_REGISTERS_64 "}, " \
-               "%96, %97, p, 1, 1, %99, %100;\n}" \
-               : MPK_ACC32(0), MPK_ACC32(32), MPK_ACC32(64) \
-               : "l"(desc_a), "l"(desc_b), "r"(static_cast<uint32_t>(accumulate)), "n"(trans_a), "n"(trans_b))
+  MPK_WGMMA("192", type, MPK_REGISTERS_0 ", " MPK_REGISTERS_32 ", " MPK_REGISTERS_64, \
+            "96", "97", "98", "99", "100", MPK_ACC32(0), MPK_ACC32(32), MPK_ACC32(64))
 #define MPK_WGMMA_N256(type) \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type \
-               " {" MPK_REGISTERS_0 ", " MPK_REGISTERS_32 ", " MPK_REGISTERS_64 ", " MPK_REGISTERS_96 "}, " \
-               "%128, %129, p, 1, 1, %131, %132;\n}" \
-               : MPK_ACC32(0), MPK_ACC32(32), MPK_ACC32(64), MPK_ACC32(96) \
-               : "l"(desc_a), "l"(desc_b), "r"(static_cast<uint32_t>(accumulate)), "n"(trans_a), "n"(trans_b))
+  MPK_WGMMA("256", type, MPK_REGISTERS_0 ", " MPK_REGISTERS_32 ", " MPK_REGISTERS_64 ", " MPK_REGISTERS_96, \
+            "128", "129", "130", "131", "132", MPK_ACC32(0), MPK_ACC32(32), MPK_ACC32(64), MPK_ACC32(96))
 // clang-format on
 
 // acc (64 x N) = a (64 x 16) b (16 x N) [+ acc], by the 128 threads of a warpgroup; asynchronous until a wait. The operands lie
@@ -343,6 +335,7 @@ __device__ __forceinline__ void wgmma(float (&acc)[N / 2], uint64_t desc_a, uint
 #undef MPK_WGMMA_N192
 #undef MPK_WGMMA_N128
 #undef MPK_WGMMA_N64
+#undef MPK_WGMMA
 #undef MPK_REGISTERS_96
 #undef MPK_REGISTERS_64
 #undef MPK_REGISTERS_32

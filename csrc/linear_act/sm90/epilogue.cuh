@@ -20,8 +20,6 @@
 
 namespace mpk {
 
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
 constexpr int kEpilogueN = 64;  // columns of an epilogue tile
 
 // f(std::integral_constant<int, i>()) for each i.
@@ -129,7 +127,7 @@ __device__ __forceinline__ void write_mask(const GemmArguments& g, const uint8_t
   row += staged_row;
   column += half * 32;
   if (row < g.M && column < g.N) {
-    __stcs(g.mask + row * g.mask_pitch + column / 32, word & word_bits(g.N - column));
+    __stcs(g.mask.words + row * g.mask.pitch + column / 32, word & word_bits(g.N - column));
   }
 }
 
@@ -141,11 +139,11 @@ __device__ __forceinline__ void read_mask(const GemmArguments& g, const ThreadCo
   row += at.warp * 16 + at.lane % 16;
   column += at.lane / 16 * 32;
   const int inside = row < g.M ? g.N - column : 0;  // columns
-  const uint32_t* const from = g.mask + row * g.mask_pitch + column / 32;
+  const uint32_t* const from = g.mask.words + row * g.mask.pitch + column / 32;
 #pragma unroll
   for (int c = 0; c < kTiles; ++c) {
     words[c] = c * kEpilogueN < inside ? ~0u : 0;
-    if (g.mask != nullptr && c * kEpilogueN < inside) words[c] = __ldg(from + c * kEpilogueN / 32);
+    if (g.mask.words != nullptr && c * kEpilogueN < inside) words[c] = __ldg(from + c * kEpilogueN / 32);
   }
 }
 
@@ -251,7 +249,7 @@ __device__ __forceinline__ void store_epilogue(const GemmArguments& g, const Thr
     out.round(values, kRole == Role::kFprop && g.relu);
     out.write(staging, values, at);
     if constexpr (kRole == Role::kFprop) {
-      if (g.mask != nullptr) write_mask<Out>(g, staging, at, tile.row + first_row, column);
+      if (g.mask.words != nullptr) write_mask<Out>(g, staging, at, tile.row + first_row, column);
     }
 
     sm90::fence_proxy_async();
@@ -273,7 +271,5 @@ __device__ __forceinline__ void store_epilogue(const GemmArguments& g, const Thr
     }
   }
 }
-
-#endif  // sm_90a or the host
 
 }  // namespace mpk

@@ -68,6 +68,11 @@ struct BiasVector {
   torch::headeronly::ScalarType dtype;
 };
 
+struct Mask {
+  uint32_t* words;  // or null
+  int64_t pitch;    // words
+};
+
 struct GemmArguments {
   TensorMap a, b, out;
   int M, N, K;
@@ -75,8 +80,7 @@ struct GemmArguments {
   int splits, split_rows;  // split-K: the partial results lie one below the other, split_rows apart
   BiasVector bias;         // fprop
   bool relu;               // fprop
-  uint32_t* mask;          // written by fprop, read by dgrad; or null
-  int64_t mask_pitch;      // words
+  Mask mask;               // written by fprop, read by dgrad
   float* column_sums;      // dgrad: (ceil(M / kWarpgroupRows), N); or null
   const float* added_to;   // wgrad: the memory of out; or null
   int64_t added_to_pitch;  // elements

@@ -40,8 +40,6 @@
 
 namespace mpk {
 
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
 // All tiles of this block in which one consumer warpgroup has a part.
 template <Role kRole, class T, class Out, class Tile>
 __device__ void compute_tiles(const GemmArguments& g, SharedStorage<Tile>& shared) {
@@ -74,8 +72,6 @@ __device__ void compute_tiles(const GemmArguments& g, SharedStorage<Tile>& share
   }
   if (at.thread == 0) sm90::tma_store_wait<0>();
 }
-
-#endif  // sm_90a or the host
 
 template <Role kRole, class T, class Out, class Tile>
 __global__ void __launch_bounds__(kGemmThreads, 1) gemm_kernel(MPK_GRID_CONSTANT(GemmArguments) g) {

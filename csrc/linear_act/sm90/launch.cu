@@ -14,8 +14,8 @@ namespace {
 
 constexpr int64_t kMaxSize = (int64_t{1} << 31) - 512;  // so that coordinates of a tile past the end fit an int
 
-// A matrix that TMA can read or write.
-void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
+// A matrix that TMA can read or write, on the device of `like`.
+void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t columns, const Tensor& like) {
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name, " must be ", rows, " x ",
                   columns);
   STD_TORCH_CHECK(rows > 0 && columns > 0 && rows <= kMaxSize && columns <= kMaxSize, name, " is empty or too large");
@@ -23,6 +23,7 @@ void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t 
   const bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 && tensor.stride(0) * bytes % 16 == 0;
   STD_TORCH_CHECK(tensor.stride(1) == 1 && (tensor.stride(0) >= columns || rows == 1) && aligned, name,
                   " must have contiguous rows at multiples of 16 bytes");
+  check_same_device(name, tensor, like);
 }
 
 TensorMap map_of(const Tensor& tensor, int box_rows) {
@@ -30,16 +31,30 @@ TensorMap map_of(const Tensor& tensor, int box_rows) {
   return encode_tensor_map(tensor.const_data_ptr(), tensor.scalar_type(), tensor.size(0), columns, pitch, box_rows);
 }
 
-// The mask of a rows x columns matrix.
-void check_mask(const Tensor& mask, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Int && mask.dim() == 2 && mask.size(0) == rows &&
-                      mask.size(1) == ceil_div(columns, 32) && (mask.stride(1) == 1 || mask.size(1) == 1),
+// Of a rows x columns matrix.
+Mask mask_of(const std::optional<Tensor>& mask, int64_t rows, int64_t columns, const Tensor& like) {
+  if (!mask) return {};
+  STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Int && mask->dim() == 2 && mask->size(0) == rows &&
+                      mask->size(1) == ceil_div(columns, 32) && (mask->stride(1) == 1 || mask->size(1) == 1),
                   "mask must be int32 ", rows, " x ", ceil_div(columns, 32), " with contiguous rows");
+  check_same_device("mask", *mask, like);
+  return {static_cast<uint32_t*>(mask->mutable_data_ptr()), mask->stride(0)};
 }
 
-void check_sums(const Tensor& sums, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Float && sums.is_contiguous() && sums.numel() == rows * columns,
+// Memory for column sums, or null.
+float* column_sums_of(const std::optional<Tensor>& sums, int64_t rows, int64_t columns, const Tensor& like) {
+  if (!sums) return nullptr;
+  STD_TORCH_CHECK(sums->scalar_type() == ScalarType::Float && sums->is_contiguous() && sums->numel() == rows * columns,
                   "column sums must be float32 ", rows, " x ", columns, ", contiguous");
+  check_same_device("column sums", *sums, like);
+  return sums->mutable_data_ptr<float>();
+}
+
+BiasVector bias_vector(const std::optional<Tensor>& bias, int64_t columns, const Tensor& like) {
+  if (!bias) return {};
+  check_vector("bias", *bias, columns);
+  check_same_device("bias", *bias, like);
+  return {static_cast<const char*>(bias->const_data_ptr()), bias->stride(0), bias->scalar_type()};
 }
 
 // num_sms: the persistent grid has at most so many blocks.
@@ -94,12 +109,13 @@ void run_gemm(GemmArguments g, const Tensor& a, const Tensor& b, const Tensor& o
 
 // The GEMM of an M x N result. With split-K, `out` is the workspace: float32, one partial result per split, each padded to a
 // multiple of kSplitAlignment rows, one below the other; their sum has the epilogue.
-GemmArguments gemm_of(int64_t M, int64_t N, int64_t K, int64_t splits, bool has_epilogue, const char* name, const Tensor& out) {
+GemmArguments gemm_of(int64_t M, int64_t N, int64_t K, int64_t splits, bool has_epilogue, const char* name, const Tensor& out,
+                      const Tensor& like) {
   STD_TORCH_CHECK(splits >= 1 && splits <= ceil_div(K, kBlockK), "more splits than k-blocks");
   STD_TORCH_CHECK(splits == 1 || (out.scalar_type() == ScalarType::Float && !has_epilogue),
                   "the workspace must be float32, without an epilogue");
   const int64_t split_rows = splits == 1 ? M : ceil_div(M, kSplitAlignment) * kSplitAlignment;
-  check_matrix(name, out, splits * split_rows, N);
+  check_matrix(name, out, splits * split_rows, N, like);
   GemmArguments g{};
   g.M = static_cast<int>(M);
   g.N = static_cast<int>(N);
@@ -108,31 +124,17 @@ GemmArguments gemm_of(int64_t M, int64_t N, int64_t K, int64_t splits, bool has_
   return g;
 }
 
-BiasVector bias_vector(const std::optional<Tensor>& bias, int64_t columns, const Tensor& like) {
-  if (!bias) return {};
-  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == columns, "bias must have ", columns, " elements");
-  check_same_device("bias", *bias, like);
-  return {static_cast<const char*>(bias->const_data_ptr()), bias->stride(0), bias->scalar_type()};
-}
-
 // ----- the operators -----
 
 void fprop(Tensor x, Tensor weight, std::optional<Tensor> bias, bool relu, Tensor out, std::optional<Tensor> mask,
            int64_t block_n, int64_t cluster, int64_t num_sms, bool ping_pong, int64_t splits) {
   const int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
-  check_matrix("x", x, M, K);
-  check_matrix("weight", weight, N, K);
-  check_same_device("weight", weight, x);
-  check_same_device("out", out, x);
-  GemmArguments g = gemm_of(M, N, K, splits, bias || relu || mask, "out", out);
+  check_matrix("x", x, M, K, x);
+  check_matrix("weight", weight, N, K, x);
+  GemmArguments g = gemm_of(M, N, K, splits, bias || relu || mask, "out", out, x);
   g.bias = bias_vector(bias, N, x);
   g.relu = relu;
-  if (mask) {
-    check_mask(*mask, M, N);
-    check_same_device("mask", *mask, x);
-    g.mask = static_cast<uint32_t*>(mask->mutable_data_ptr());
-    g.mask_pitch = mask->stride(0);
-  }
+  g.mask = mask_of(mask, M, N, x);
   const OnDevice device(x);
   run_gemm<Role::kFprop>(g, x, weight, out, K, {block_n, cluster, num_sms, ping_pong}, device.stream());
 }
@@ -140,22 +142,11 @@ void fprop(Tensor x, Tensor weight, std::optional<Tensor> bias, bool relu, Tenso
 void dgrad(Tensor grad_z, Tensor weight, std::optional<Tensor> mask, Tensor grad_x, std::optional<Tensor> column_sums,
            int64_t block_n, int64_t cluster, int64_t num_sms, bool ping_pong, int64_t splits) {
   const int64_t M = grad_z.size(0), N = grad_z.size(1), K = weight.size(1);
-  check_matrix("grad_z", grad_z, M, N);
-  check_matrix("weight", weight, N, K);
-  check_same_device("weight", weight, grad_z);
-  check_same_device("grad_x", grad_x, grad_z);
-  GemmArguments g = gemm_of(M, K, N, splits, mask || column_sums, "grad_x", grad_x);
-  if (mask) {
-    check_mask(*mask, M, K);
-    check_same_device("mask", *mask, grad_z);
-    g.mask = const_cast<uint32_t*>(static_cast<const uint32_t*>(mask->const_data_ptr()));  // never written
-    g.mask_pitch = mask->stride(0);
-  }
-  if (column_sums) {
-    check_sums(*column_sums, ceil_div(M, kWarpgroupRows), K);
-    check_same_device("column_sums", *column_sums, grad_z);
-    g.column_sums = column_sums->mutable_data_ptr<float>();
-  }
+  check_matrix("grad_z", grad_z, M, N, grad_z);
+  check_matrix("weight", weight, N, K, grad_z);
+  GemmArguments g = gemm_of(M, K, N, splits, mask || column_sums, "grad_x", grad_x, grad_z);
+  g.mask = mask_of(mask, M, K, grad_z);
+  g.column_sums = column_sums_of(column_sums, ceil_div(M, kWarpgroupRows), K, grad_z);
   const OnDevice device(grad_z);
   run_gemm<Role::kDgrad>(g, grad_z, weight, grad_x, N, {block_n, cluster, num_sms, ping_pong}, device.stream());
 }
@@ -163,11 +154,9 @@ void dgrad(Tensor grad_z, Tensor weight, std::optional<Tensor> mask, Tensor grad
 void wgrad(Tensor grad_z, Tensor x, Tensor out, int64_t splits, int64_t block_n, int64_t cluster, int64_t num_sms,
            bool ping_pong, bool adds) {
   const int64_t M = grad_z.size(0), N = grad_z.size(1), K = x.size(1);
-  check_matrix("grad_z", grad_z, M, N);
-  check_matrix("x", x, M, K);
-  check_same_device("x", x, grad_z);
-  check_same_device("out", out, grad_z);
-  GemmArguments g = gemm_of(N, K, M, splits, adds, "out", out);
+  check_matrix("grad_z", grad_z, M, N, grad_z);
+  check_matrix("x", x, M, K, grad_z);
+  GemmArguments g = gemm_of(N, K, M, splits, adds, "out", out, grad_z);
   if (adds) {
     g.added_to = out.const_data_ptr<float>();
     g.added_to_pitch = out.stride(0);
@@ -187,20 +176,13 @@ void launch_select(const Tensor& grad_out, const std::optional<Tensor>& mask, co
   a.grad_out_strides[1] = grad_out.stride(1);
   a.vectors = grad_out.stride(1) == 1 && grad_out.stride(0) * sizeof(G) % kWidest == 0 &&
               reinterpret_cast<uintptr_t>(a.grad_out) % kWidest == 0;
-  if (mask) {
-    check_mask(*mask, a.rows, a.columns);
-    a.mask = static_cast<const uint32_t*>(mask->const_data_ptr());
-    a.mask_pitch = mask->stride(0);
-  }
+  a.mask = mask_of(mask, a.rows, a.columns, grad_out);
   if (grad_z) {
-    check_matrix("grad_z", *grad_z, a.rows, a.columns);
+    check_matrix("grad_z", *grad_z, a.rows, a.columns, grad_out);
     a.grad_z = static_cast<T*>(grad_z->mutable_data_ptr());
     a.grad_z_pitch = grad_z->stride(0);
   }
-  if (sums) {
-    check_sums(*sums, ceil_div(a.rows, kSelectRows), a.columns);
-    a.sums = sums->mutable_data_ptr<float>();
-  }
+  a.sums = column_sums_of(sums, ceil_div(a.rows, kSelectRows), a.columns, grad_out);
   const int64_t grid = ceil_div(a.rows, kSelectRows) * ceil_div(a.columns, kSelectColumns);
   STD_TORCH_CHECK(grid > 0 && grid <= kMaxSize, "grad_out is empty or too large");
   launch<select_kernel<G, T>>(static_cast<unsigned>(grid), kSelectThreads, 0, stream, a);
@@ -219,9 +201,6 @@ void select_as(const Tensor& grad_out, const std::optional<Tensor>& mask, const 
 // grad_z, and column sums of every kSelectRows rows; either may be omitted.
 void select(Tensor grad_out, std::optional<Tensor> mask, std::optional<Tensor> grad_z, std::optional<Tensor> sums) {
   STD_TORCH_CHECK(grad_out.dim() == 2, "grad_out must be a matrix");
-  for (const auto* other : {&mask, &grad_z, &sums}) {
-    if (*other) check_same_device("tensors", **other, grad_out);
-  }
   const ScalarType dtype = grad_z ? grad_z->scalar_type() : grad_out.scalar_type();
   STD_TORCH_CHECK(grad_out.scalar_type() == dtype || grad_out.scalar_type() == ScalarType::Float,
                   "grad_out must have the compute dtype or float32");
@@ -269,19 +248,11 @@ void sum_parts(Tensor parts, Tensor out, std::optional<Tensor> bias, bool relu, 
   check_same_device("parts", parts, out);
   STD_TORCH_CHECK(dims == 2 || !(bias || relu || mask || adds), "an epilogue is that of a matrix");
   STD_TORCH_CHECK(!adds || out.scalar_type() == ScalarType::Float, "what is added to must be float32");
-  SumEpilogue epilogue{bias_vector(bias, out.size(dims - 1), out), relu, nullptr, 0, adds};
-  if (mask) {
-    check_mask(*mask, out.size(0), out.size(1));
-    check_same_device("mask", *mask, out);
-    epilogue.mask = static_cast<uint32_t*>(mask->mutable_data_ptr());
-    epilogue.mask_pitch = mask->stride(0);
-  }
+  const int64_t columns = out.size(dims - 1);
+  const Mask bits = mask_of(mask, out.size(0), columns, out);
+  const SumEpilogue epilogue{bias_vector(bias, columns, out), relu, bits, adds};
   const OnDevice device(out);
-  const ScalarType dtype = out.scalar_type();
-  if (dtype == ScalarType::Half) return launch_sum<Half>(parts, out, epilogue, device.stream());
-  if (dtype == ScalarType::BFloat16) return launch_sum<BFloat16>(parts, out, epilogue, device.stream());
-  if (dtype == ScalarType::Float) return launch_sum<float>(parts, out, epilogue, device.stream());
-  launch_sum<double>(parts, out, epilogue, device.stream());
+  with_float("out", out.scalar_type(), [&](auto x) { launch_sum<decltype(x)>(parts, out, epilogue, device.stream()); });
 }
 
 const NativeOp registered[] = {

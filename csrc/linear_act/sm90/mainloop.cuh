@@ -16,8 +16,6 @@
 
 namespace mpk {
 
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
 constexpr int kWgmmaK = 16;  // of one instruction
 
 // ----- producer: TMA -----
@@ -106,7 +104,5 @@ __device__ __forceinline__ void wgmma_mainloop(const GemmArguments& g, SharedSto
   sm90::wgmma_wait_all(acc);
   release_stage(g, shared, previous_stage);
 }
-
-#endif  // sm_90a or the host
 
 }  // namespace mpk

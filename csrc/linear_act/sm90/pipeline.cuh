@@ -62,8 +62,6 @@ struct PipelineState {
   }
 };
 
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
 // By one thread, before the cluster's first barrier.
 template <class Tile>
 __device__ void init_barriers(const GemmArguments& g, SharedStorage<Tile>& shared) {
@@ -96,7 +94,5 @@ template <class Tile>
 __device__ __forceinline__ void pass_turn(SharedStorage<Tile>& shared, int warpgroup) {
   if (threadIdx.x % 32 == 0) sm90::barrier_arrive(&shared.turn[1 - warpgroup]);
 }
-
-#endif  // sm_90a or the host
 
 }  // namespace mpk

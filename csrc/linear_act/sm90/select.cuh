@@ -30,8 +30,7 @@ struct SelectArguments {
   const G* grad_out;
   int64_t grad_out_strides[2];
   bool vectors;  // grad_out lies in vectors of 16 bytes
-  const uint32_t* mask;
-  int64_t mask_pitch;
+  Mask mask;
   T* grad_z;  // in vectors of 16 bytes; or null
   int64_t grad_z_pitch;
   float* sums;  // (ceil(rows / kSelectRows), columns); or null
@@ -67,7 +66,8 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(MPK_GRID_CONSTAN
     }
 
     // select, accumulate
-    const uint32_t bits = a.mask == nullptr ? ~0u : __ldg(a.mask + row * a.mask_pitch + column / 32) >> (column % 32);
+    const uint32_t bits =
+        a.mask.words == nullptr ? ~0u : __ldg(a.mask.words + row * a.mask.pitch + column / 32) >> (column % 32);
     Elements<T, kSelectVector> grad_z;
 #pragma unroll
     for (int k = 0; k < kSelectVector; ++k) {
@@ -107,8 +107,7 @@ static_assert(kSelectColumns == kSelectThreads);
 struct SumEpilogue {
   BiasVector bias;
   bool relu;
-  uint32_t* mask;  // of the ReLU; or null
-  int64_t mask_pitch;
+  Mask mask;  // of the ReLU
   bool adds;  // to what is in out, fp32
 };
 
@@ -155,9 +154,9 @@ __global__ void __launch_bounds__(kSelectThreads) sum_kernel(MPK_GRID_CONSTANT(S
   out.at[0] = convert<Out>(sum);  // round: fp32 -> out's dtype
   if constexpr (kSlices == 1) {
     const bool positive = column < a.columns && !(convert<float>(out.at[0]) <= 0);
-    if (a.epilogue.mask != nullptr) {
+    if (a.epilogue.mask.words != nullptr) {
       const uint32_t word = __ballot_sync(~0u, positive);  // a warp has 32 columns
-      if (lane % 32 == 0 && column < a.columns) __stcs(a.epilogue.mask + row * a.epilogue.mask_pitch + column / 32, word);
+      if (lane % 32 == 0 && column < a.columns) __stcs(a.epilogue.mask.words + row * a.epilogue.mask.pitch + column / 32, word);
     }
   }
   if (slice > 0 || column >= a.columns) return;

@@ -16,8 +16,6 @@
 
 namespace mpk {
 
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
 // All tiles of this block and, for each that is computed at a time, one behind them, which does not exist. `thread` is one of
 // kDescribers.
 template <Role kRole, class Tile>
@@ -43,7 +41,5 @@ __device__ void describe_tiles(const GemmArguments& g, SharedStorage<Tile>& shar
     state.advance();
   }
 }
-
-#endif  // sm_90a or the host
 
 }  // namespace mpk

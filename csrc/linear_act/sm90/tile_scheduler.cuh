@@ -23,8 +23,6 @@ struct WorkTile {
   uint32_t phase;
 };
 
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
 // The blocks of a cluster take tiles one above the other, so that they share the columns of b.
 template <class Tile>
 class PersistentTileScheduler {
@@ -55,7 +53,5 @@ class PersistentTileScheduler {
   const GemmArguments& g_;
   int rank_, rows_, columns_, next_;
 };
-
-#endif  // sm_90a or the host
 
 }  // namespace mpk
