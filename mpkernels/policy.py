@@ -4,6 +4,7 @@
 import contextlib
 import contextvars
 import difflib
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -193,8 +194,7 @@ class Policy:
         return cls(**values)
 
     def __str__(self) -> str:
-        own = _texts(self)
-        heads = {name: _texts(Policy.parse(fields)) for name, fields in _NAMED.items()}
+        own, heads = _texts(self), _named_texts()
         fitting = [name for name, texts in heads.items() if all(own.get(key) == texts[key] for key in ("param", "compute"))]
         name = min(fitting, key=lambda name: len(own.items() - heads[name].items()), default=None)
         rest = [f"{key}={value}" for key, value in own.items() if name is None or heads[name].get(key) != value]
@@ -216,6 +216,11 @@ class Policy:
             reduce_dtype=self.grad_dtype or torch.promote_types(torch.float32, gathered),
             output_dtype=self.output_dtype,
         )
+
+
+@functools.cache
+def _named_texts() -> dict[str, dict[str, str]]:
+    return {name: _texts(Policy.parse(fields)) for name, fields in _NAMED.items()}
 
 
 def _texts(policy: Policy) -> dict[str, str]:
