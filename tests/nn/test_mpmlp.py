@@ -14,6 +14,7 @@ from mpkernels import functional
 from mpkernels.ops import linear_act as ops
 from tests import bounds
 from tests.linear_act_cases import same_bits
+from tests.nn.test_mpsequential import results
 
 POLICIES = (None, "float64", "float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "mixed_float16,grad=float16")
 SIZES = (12, 33, 40, 9)
@@ -41,16 +42,6 @@ def made(policy="mixed_float16", **options):
 
 def inputs(model, rows=17):
     return torch.randn(rows, SIZES[0], generator=torch.Generator().manual_seed(1)).to(model[0].weight.dtype).requires_grad_()
-
-
-def results(function, model, x):
-    """Output, gradients of x and of the parameters, of a loss that weighs outputs differently."""
-    model.zero_grad()
-    x = x.detach().requires_grad_()
-    out = function(x)
-    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
-    (out.double() * weights).sum().backward()
-    return [out.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]
 
 
 def one_by_one(model):

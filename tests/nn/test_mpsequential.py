@@ -44,6 +44,7 @@ def calls(monkeypatch):
 
 
 def results(function, model, x) -> list[torch.Tensor]:
+    """Output, gradients of x and of the parameters, of a loss that weighs outputs differently."""
     x = x.detach().requires_grad_()
     model.zero_grad()
     out = function(x)
