@@ -14,7 +14,7 @@ from torch import nn
 from mpkernels.nn.convert.linears import is_linear
 from mpkernels.nn.linear import is_converted
 from mpkernels.policy import Policy
-from mpkernels.runtime.untouched import untouched as buffers_untouched
+from mpkernels.runtime.untouched import untouched
 
 
 def check_is_module(name: str, model: object) -> None:
@@ -75,20 +75,6 @@ def mapped(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
     if type(tree) is dict:
         return {key: mapped(function, value) for key, value in tree.items()}
     return tree
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Inside, the model may run forward and backward; after it gradients, buffers and random numbers are what they were."""
-    grads = [(p, p.grad) for p in model.parameters()]
-    for p, _ in grads:
-        p.grad = None
-    try:
-        with buffers_untouched(model):
-            yield
-    finally:
-        for p, grad in grads:
-            p.grad = grad
 
 
 @contextlib.contextmanager

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpkernels.precision.capture import check_is_module, hooked, mapped, tensors_of, untouched
+from mpkernels.precision.capture import check_is_module, hooked, mapped, tensors_of
 from mpkernels.precision.report import Report
 from mpkernels.precision.tables import described, shown
-from mpkernels.runtime.untouched import call
+from mpkernels.runtime.untouched import call, untouched
 
 SIZES = (1, 2, 3, 7, 17, 33)
 

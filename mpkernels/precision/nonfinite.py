@@ -17,10 +17,10 @@ from mpkernels.precision.capture import (
     run_backward,
     tensors_of,
     uncompiled,
-    untouched,
 )  # fmt: skip
 from mpkernels.precision.report import Report
 from mpkernels.precision.tables import described
+from mpkernels.runtime.untouched import untouched
 
 
 def find_nonfinite(model: nn.Module, step: Callable[[nn.Module], torch.Tensor]) -> Report:
