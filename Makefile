@@ -1,6 +1,6 @@
 # make demo: train on real data under every policy.   make test: prove the ops against fp64.   make help: the rest.
 PYTHON ?= python3
-TORCH := # another torch than the pinned one, as 2.11.0, with the Triton that it asks for
+TORCH := # another torch than the pinned one, as 2.11.0, with the Triton and the setuptools that it asks for
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP = $(PY) -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
@@ -112,7 +112,7 @@ $(STAMPS)/venv:
 	@mkdir -p $(@D) && touch $@
 
 $(STAMPS)/constraints.txt: constraints.txt | $(STAMPS)/venv
-	sed '/^triton==/d; s/^torch==.*/torch==$(TORCH)/' $< > $@
+	sed '/^triton==/d; /^setuptools==/d; s/^torch==.*/torch==$(TORCH)/' $< > $@
 
 $(STAMPS)/demo: $(CONSTRAINTS) | $(STAMPS)/venv
 	$(PIP) $(DEMO)

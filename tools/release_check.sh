@@ -19,7 +19,7 @@ cp -r "$root/tests" "$root/bench" "$root/csrc" "$root/docs" "$root/pyproject.tom
 check() {
     rm -rf "$work/venv"
     "python$1" -m venv "$work/venv" 2>"$work/log" || { echo "no Python $1"; return; }
-    sed "/^triton==/d; s/^torch==.*/torch==$2/" "$root/constraints.txt" >"$work/constraints.txt"
+    sed "/^triton==/d; /^setuptools==/d; s/^torch==.*/torch==$2/" "$root/constraints.txt" >"$work/constraints.txt"
     # shellcheck disable=SC2086
     if ! "$work/venv/bin/python" -m pip install -c "$work/constraints.txt" "$wheel" $tests >"$work/log" 2>&1; then
         grep -q "No matching distribution found for torch" "$work/log" && { echo "no torch $2"; return; }
