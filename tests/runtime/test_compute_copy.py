@@ -23,11 +23,9 @@ def layer_and_optimizer(policy="mixed_float16", make=mpk.optim.AdamW):
     return layer, optimizer
 
 
-def train(layer, optimizer, poison=None):
+def train(layer, optimizer):
     optimizer.zero_grad()
     layer(torch.ones(3, 6)).sum().backward()
-    if poison is not None:
-        layer.weight.grad[0, 0] = poison
     optimizer.step()
 
 
