@@ -60,17 +60,17 @@ class GradReader:
 
         spare: `stats` of a read that nothing is told of any more.
         """
-        self.stats, spare, squares = {}, spare or {}, {}
+        self.stats, spare, squares, many = {}, spare or {}, {}, plan.ranks.many
         for r in plan.readings:
             stats = read_list(r.device, r.params, r.grads, grad_scale, norm, spare.get(r.device))
-            if norm and plan.ranks.many:
+            if norm and many:
                 square = squares_of(stats.grad_norm.to(plan.readings[0].device, non_blocking=True))
                 squares[r.part] = squares[r.part] + square if r.part in squares else square
             before = self.stats.get(r.device)
             self.stats[r.device] = stats if before is None else _joined(before, stats)
         if len(self.stats) > 1:
             combine_devices(list(self.stats.values()))
-        if plan.ranks.many:
+        if many:
             first = self.stats[plan.readings[0].device]
             first.found_inf, first.grad_norm = plan.ranks.agree(first.found_inf, squares if norm else None)
         if norm and self.stats:
@@ -83,7 +83,7 @@ class GradReader:
 
         What the pending clip read holds for the step, but on many ranks: only a collective knows of another rank's writes.
         """
-        clip = self.clip_in_force(plan)
+        clip = None if self._clip is None else self.clip_in_force(plan)
         max_norm = max_norm if clip is None else clip.max_norm
         if clip is None or not self.stats or plan.ranks.many:
             spare, self.stats = self.stats if check else None, {}  # no check: of unscaled gradients the report tells the former

@@ -169,7 +169,7 @@ class Optimizer(StatefulOptimizer):
                 loss = closure()
         try:
             plan = self._current_plan()
-            calls = self._read_for_step(plan, grad_scale, found_inf, are_ours=on_taken is not None)
+            calls = self._prepare_calls(plan, grad_scale, found_inf, are_ours=on_taken is not None)
             unscale = self.write_grads and grad_scale is not None
             unscalings = [Unscaling(call.grads, call.grad_scale, call.found_inf) for _, call in calls] if unscale else ()
         except BaseException:
@@ -204,10 +204,10 @@ class Optimizer(StatefulOptimizer):
             for parameter in group["params"]:
                 parameter.grad = None
 
-    def _read_for_step(
+    def _prepare_calls(
         self, plan: StepPlan, grad_scale: Scalar, found_inf: Scalar, *, are_ours: bool
     ) -> list[tuple[UpdateLists, Any]]:
-        """Read the gradients if need be; the lists of each call of the op, and the call.
+        """The lists of each call of the op, and the call; gradients are read where it needs that.
 
         are_ours: the scalars are our scaler's. What fails here, or allocates, has written nothing.
         """

@@ -11,7 +11,7 @@ from operator import attrgetter, is_, is_not, itemgetter
 import torch
 
 from mpkernels.ops.common.cast import cast
-from mpkernels.ops.common.layout import same_formats
+from mpkernels.ops.common.layout import Tensors, same_formats
 from mpkernels.optim import distributed, hyperparameters
 from mpkernels.optim.state import ParameterState
 from mpkernels.optim.update_lists import readings, update_lists
@@ -22,7 +22,7 @@ from mpkernels.runtime.op import Op
 _NEVER_SEEN = object()
 MAX_PLANS = 8  # of steps that find other parameters with a gradient, as experts and dropped layers alternate
 
-_grad, _is_placed, _params_of = attrgetter("grad"), attrgetter("grads.placed"), itemgetter("params")
+_grad, _is_placed, _params_of = attrgetter("grad"), attrgetter("placed"), itemgetter("params")
 
 
 class GroupValues:
@@ -86,8 +86,8 @@ class Signature:
         grads = self.grads
         if dtensors:
             distributed.redistribute_grads(self.params)
-            grads = map(distributed.local, map(_grad, self.params))
-        return list(compress(grads, self.present))
+            grads = list(map(distributed.local, map(_grad, self.params)))
+        return grads if all(self.present) else list(compress(grads, self.present))
 
     def params_with_gradient(self) -> list[torch.Tensor]:
         return list(compress(self.params, self.present))
@@ -116,10 +116,9 @@ class StepPlan:
         self.local_params = list(map(self.local, self.params))
         self.with_master = [(p, entry) for p, entry in zip(self.params, self.entries, strict=True) if "master" in entry]
         self.compute_copies = self._claim_copies()
-        self.updates = update_lists(self)
-        self.readings = readings(self)
-        shared = {id(update.grads) for update in self.updates}
-        self._grad_lists = [*self.updates, *(reading for reading in self.readings if id(reading.grads) not in shared)]
+        self.copies = {id(copy.weight): copy.tensor for copy in self.compute_copies}
+        self._grad_lists: dict[tuple[int, ...], Tensors] = {}
+        self.updates, self.readings = update_lists(self), readings(self)
         self._owners = [(itemgetter(name), lists.entries) for lists in self.updates for name in ("step", *lists.moments)]
         self._owners.append((itemgetter("master"), [entry for _, entry in self.with_master]))
         self._state_tensors = list(self._find_state_tensors())
@@ -182,20 +181,24 @@ class StepPlan:
 
     # ----- the gradients of a step -----------------------------------------------------------
 
+    def grads_of(self, indices: list[int]) -> Tensors:
+        """The gradients of these, of DTensors what this rank holds, inside a step; one list for all that ask for the same."""
+        return self._grad_lists.setdefault(tuple(indices), Tensors([]))
+
     def rebind(self, grads: list[torch.Tensor]) -> bool:
         """Take these gradients, of DTensors what this rank holds, if they are but for values and places as those before."""
         if self._grads_match is None or not self._grads_match(*grads):
             return False
-        for part in self._grad_lists:
-            part.grads.replace(grads if len(part.indices) == len(grads) else [grads[i] for i in part.indices])
+        for indices, tensors in self._grad_lists.items():
+            tensors.replace(grads if len(indices) == len(grads) else [grads[i] for i in indices])
         return True
 
     def rebuild_grads(self, grads: list[torch.Tensor], op: Op) -> None:
         """Take these gradients, whatever they are. Raises RuntimeError where `op` cannot work on them."""
         self._grads_match = None
-        for part in self._grad_lists:
-            part.grads[:] = [grads[i] for i in part.indices]
-            part.grads.describe()
+        for indices, tensors in self._grad_lists.items():
+            tensors[:] = [grads[i] for i in indices]
+            tensors.describe()
         for lists in self.updates:
             op.check(op.call(*lists.arguments))
         self._grads_match = same_formats(grads)
@@ -206,12 +209,12 @@ class StepPlan:
 
     def release_grads(self) -> None:
         """Or those of this step would live on while the next backward allocates its own."""
-        for part in self._grad_lists:
-            part.grads.clear()
+        for tensors in self._grad_lists.values():
+            tensors.clear()
 
     def has_memory(self) -> bool:
         """Whether no gradient lies at address 0, as what was freed does; what has no elements does too."""
-        return all(map(_is_placed, self.updates))
+        return all(map(_is_placed, self._grad_lists.values()))
 
     # ----- compute copies ---------------------------------------------------------------------
 

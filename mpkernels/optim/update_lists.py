@@ -12,25 +12,23 @@ from mpkernels.optim import distributed
 class UpdateLists:
     """Those of one call of the update op: the parameters of one device whose groups have the same hyperparameters.
 
-    indices: their places among the plan's parameters. group: the index of the first of their groups.
+    indices: the places of these among the plan's. group: the index of the first of their groups.
     arguments: the op's, up to the options of scaling and clipping. has_lr_tensor: its format may change unseen.
     """
 
     def __init__(self, plan, group: int, indices: list[int], moments: tuple[str, ...]):
-        self.group, self.indices, self.moments = group, indices, moments
-        pick = list if len(indices) == len(plan.params) else lambda tensors: [tensors[i] for i in indices]
+        self.group, self.moments = group, moments
         self.device = plan.params[indices[0]].device
-        params, self.entries = pick(plan.local_params), pick(plan.entries)
-        rows = list(zip(params, self.entries, strict=True))
-        self.masters = Tensors(plan.local(entry.get("master", parameter)) for parameter, entry in rows)
-        copies = {id(copy.weight): copy.tensor for copy in plan.compute_copies}
+        self.entries = [plan.entries[i] for i in indices]
+        rows = [(plan.local_params[i], plan.entries[i]) for i in indices]
+        self.masters = Tensors(plan.local(entry.get("master", p)) for p, entry in rows)
         none = torch.empty(0, dtype=torch.float16, device=self.device)
-        self.copies = Tensors(p if "master" in entry else copies.get(id(p), none) for p, entry in rows)
+        self.copies = Tensors(p if "master" in entry else plan.copies.get(id(p), none) for p, entry in rows)
         self.states = {name: Tensors(plan.local(entry[name]) for entry in self.entries) for name in moments}
         self.steps = Tensors(entry["step"] for entry in self.entries)
-        self.grads = Tensors([])  # inside a step; of DTensors what this rank holds
+        self.grads = plan.grads_of(indices)
         states = chain(*self.states.values(), self.steps)
-        dtensors = filter(distributed.is_dtensor, pick(plan.params)) if plan.dtensors else ()
+        dtensors = filter(distributed.is_dtensor, (plan.params[i] for i in indices)) if plan.dtensors else ()
         self.written = [*self.masters, *(copy for copy in self.copies if copy.numel()), *states, *dtensors]
         self._lr: tuple[float, torch.Tensor] | None = None
         self.arguments: tuple = ()
@@ -58,10 +56,8 @@ class Reading:
     """
 
     def __init__(self, plan, device: torch.device, part, indices: list[int]):
-        self.device, self.part, self.indices = device, part, indices
-        self.params = [plan.params[i] for i in indices]
-        same = (lists.grads for lists in plan.updates if lists.indices == indices)
-        self.grads = next(same, Tensors([]))  # usually those of the only update
+        self.device, self.part = device, part
+        self.params, self.grads = [plan.params[i] for i in indices], plan.grads_of(indices)
 
 
 def update_lists(plan) -> list[UpdateLists]:
