@@ -30,6 +30,17 @@ def test_masters_follow_visible_writes(dtype):
     assert torch.equal(parameter, master.to(dtype))
 
 
+def test_masters_follow_data_that_is_replaced():
+    """As by nn.utils.vector_to_parameters: the address is another, the version is not."""
+    parameter, optimizer, master = half_trained()
+    version = parameter._version
+    parameter.data = torch.full_like(parameter, 3.0)
+    assert parameter._version == version
+    set_grads([parameter])
+    optimizer.step()
+    assert torch.equal(master, 3 - 2.0**-12 * parameter.grad.float())
+
+
 def test_masters_survive_a_swap_and_back():
     """EMA weights in, evaluation, the old ones back: no bit of the master is lost, though the version moved."""
     parameter, optimizer, master = half_trained()
