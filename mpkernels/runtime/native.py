@@ -66,9 +66,8 @@ def cuda_why_not(device: torch.device) -> str | None:
         return "this torch is built without CUDA"
     if not hasattr(ops, "cuda_versions"):
         return f"{LIBRARY.name} was built without nvcc"
-    runtime, driver = ops.cuda_versions()
-    reason = _too_old(runtime, driver, torch.cuda.get_device_capability(device))
-    return _load_kernels(device) if reason is None else reason
+    reason = _old_driver(*ops.cuda_versions())  # before torch is asked for a GPU, which raises where there is no driver
+    return reason or _old_gpu(torch.cuda.get_device_capability(device)) or _load_kernels(device)
 
 
 def _load_kernels(device: torch.device) -> str | None:
@@ -80,11 +79,13 @@ def _load_kernels(device: torch.device) -> str | None:
     return None
 
 
-def _too_old(runtime: int, driver: int, capability: tuple[int, int]) -> str | None:
+def _old_driver(runtime: int, driver: int) -> str | None:
     """Versions as CUDA counts them, 13000 for 13.0; a driver of 0 is none. A runtime runs on a driver of its generation."""
-    if driver // 1000 < runtime // 1000:
-        got = f"one for CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "none"
-        return f"needs a driver for CUDA {runtime // 1000}.0, got {got}"
-    if capability < (7, 5):
-        return f"needs sm75, got sm{capability[0]}{capability[1]}"
-    return None
+    if driver // 1000 >= runtime // 1000:
+        return None
+    got = f"one for CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "none"
+    return f"needs a driver for CUDA {runtime // 1000}.0, got {got}"
+
+
+def _old_gpu(capability: tuple[int, int]) -> str | None:
+    return "needs sm75, got sm{}{}".format(*capability) if capability < (7, 5) else None

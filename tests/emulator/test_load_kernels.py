@@ -66,6 +66,17 @@ def test_load_kernels_once_per_device(a_gpu):
     assert a_gpu[1] == [0, 1, 1], "the current device"
 
 
+def test_load_kernels_asks_no_gpu_without_a_driver(a_gpu, monkeypatch):
+    """torch would raise: a node without a GPU, on which tensors are fake."""
+
+    def raises(device):
+        raise RuntimeError("Found no NVIDIA driver on your system")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", raises)
+    monkeypatch.setattr(a_gpu[0], "cuda_versions", lambda: (13000, 0))
+    assert native.cuda_why_not(torch.device("cuda", 0)) == "needs a driver for CUDA 13.0, got none"
+
+
 def test_load_kernels_says_what_does_not_load(a_gpu, monkeypatch):
     def fails(device):
         raise RuntimeError("CUDA error: no kernel image is available")
