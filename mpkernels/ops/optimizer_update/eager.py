@@ -8,7 +8,7 @@ import torch
 
 from mpkernels.ops.common.cast import cast
 from mpkernels.ops.common.multi_tensor import grad_factor, inv_scale, skip_flag, values_are_here
-from mpkernels.ops.optimizer_update.fused import Contiguous, update_fused, why_not_fused
+from mpkernels.ops.optimizer_update.fused import Contiguous, served_by, update_fused
 
 
 def update(call) -> None:
@@ -19,10 +19,10 @@ def update(call) -> None:
     masters, grads, copies, *states = layout.lists
     fused, rest = call.rule.fused(call, step), range(len(masters))
     if fused is not None:
-        why_not = why_not_fused(fused.name, masters, states[0])
-        served = [i for i in rest if why_not[i] is None]
+        is_served = served_by(fused.name, masters, states[0])
+        served = [i for i in rest if is_served[i]]
         update_fused(fused, (masters, grads, copies, states), served, step.factor, step.skip)
-        rest = [i for i in rest if why_not[i] is not None]
+        rest = [i for i in rest if not is_served[i]]
     if rest:
         _one_by_one(call, step, rest, masters, grads, copies, list(filter(None, states)))
     step.count(call.steps)

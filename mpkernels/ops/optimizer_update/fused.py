@@ -16,22 +16,13 @@ from mpkernels.runtime.fake import copy_
 _MOST = {"cpu": 2**18, "cuda": 2**26}  # elements of a segment: 1 MiB stays in the cache; 256 MiB of a GPU's memory
 
 
-def fused_why_not(function: str, master: torch.dtype, moments: torch.dtype) -> str | None:
-    """Why `torch.<function>` does not serve an update of masters and moments of these dtypes, or None."""
-    if not hasattr(torch, function):
-        return f"this torch has no {function}"
-    if master != torch.float32:
-        return "copies of fp64 masters would be rounded twice"
-    if moments != torch.float32:
-        return "it has one dtype for masters and moments"
-    return None
+def served_by(function: str, masters: list[torch.Tensor], moments: list[torch.Tensor]) -> list[bool]:
+    """Whether `torch.<function>`, which a torch may not have, serves each master with its moment, or without any.
 
-
-def why_not_fused(function: str, masters: list[torch.Tensor], moments: list[torch.Tensor]) -> list:
-    """`fused_why_not` of each master with its moment; without moments of the master alone."""
-    kinds = [(master.dtype, moment.dtype) for master, moment in zip(masters, moments or masters, strict=True)]
-    reasons = {kind: fused_why_not(function, *kind) for kind in set(kinds)}
-    return [reasons[kind] for kind in kinds]
+    It has one dtype for both, and from fp64 masters copies would be rounded twice.
+    """
+    has_function, pairs = hasattr(torch, function), zip(masters, moments or masters, strict=True)
+    return [has_function and master.dtype == moment.dtype == torch.float32 for master, moment in pairs]
 
 
 class Contiguous:
