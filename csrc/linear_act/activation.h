@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 
 #include "../common/clones.h"
 #include "../common/dtype.h"
@@ -111,25 +112,22 @@ struct ActivationLoops {
 };
 
 template <Activation kind>
-constexpr ActivationLoops kActivationLoops = {activate_run<kind>, activation_gradient_run<kind>};
+constexpr ActivationLoops kLoopsOf = {activate_run<kind>, activation_gradient_run<kind>};
 
-// Both null for none.
+// In the order of the enumerators; both null for none.
+constexpr ActivationLoops kActivationLoops[] = {
+    {},
+    kLoopsOf<Activation::kRelu>,
+    kLoopsOf<Activation::kRelu2>,
+    kLoopsOf<Activation::kGelu>,
+    kLoopsOf<Activation::kGeluTanh>,
+    kLoopsOf<Activation::kSilu>,
+};
+
 inline ActivationLoops activation_loops(int64_t activation) {
-  switch (static_cast<Activation>(activation)) {
-    case Activation::kNone:
-      return {nullptr, nullptr};
-    case Activation::kRelu:
-      return kActivationLoops<Activation::kRelu>;
-    case Activation::kRelu2:
-      return kActivationLoops<Activation::kRelu2>;
-    case Activation::kGelu:
-      return kActivationLoops<Activation::kGelu>;
-    case Activation::kGeluTanh:
-      return kActivationLoops<Activation::kGeluTanh>;
-    case Activation::kSilu:
-      return kActivationLoops<Activation::kSilu>;
-  }
-  STD_TORCH_CHECK(false, "no activation ", activation);
+  STD_TORCH_CHECK(activation >= 0 && activation < static_cast<int64_t>(std::size(kActivationLoops)), "no activation ",
+                  activation);
+  return kActivationLoops[activation];
 }
 
 }  // namespace

@@ -110,14 +110,14 @@ void multiply_few_rows(const Matrix& a, const Matrix& b, const Output& out) {
 }
 
 // batch_invariant: one order of the sums for any number of rows, and instructions that do not depend on the values.
-void multiply(const IsaKernels& isa, const Bf16DotKernel* bf16_dot, const Matrix& a, const Matrix& b, const Output& out,
+void multiply(const IsaKernels& isa, ScalarType compute_dtype, const Matrix& a, const Matrix& b, const Output& out,
               bool batch_invariant = false) {
   STD_TORCH_CHECK(a.columns == b.columns && out.has_size(a.rows, b.rows), "a result must be as large as the product");
   if (a.rows == 0 || b.rows == 0) return;
   if (a.rows <= kFewRows && b.column_stride == 1 && !batch_invariant) {
     multiply_few_rows(a, b, out);
   } else {
-    multiply_by_tiles(isa, batch_invariant ? nullptr : bf16_dot, a, b, out);
+    multiply_by_tiles(isa, batch_invariant ? nullptr : isa.dot_kernel_for(compute_dtype), a, b, out);
   }
 }
 
@@ -127,7 +127,7 @@ void linear_act_multiply(Tensor a, Tensor b, std::optional<Tensor> bias, ScalarT
                          bool batch_invariant, Tensor out, std::optional<Tensor> saved, std::optional<Tensor> a_scale,
                          std::optional<Tensor> b_scale, int64_t isa_number) {
   const IsaKernels& isa = select_kernels(static_cast<Isa>(isa_number));
-  multiply(isa, isa.dot_kernel_for(compute_dtype), Matrix("a", a, compute_dtype, isa), Matrix("b", b, compute_dtype, isa),
+  multiply(isa, compute_dtype, Matrix("a", a, compute_dtype, isa), Matrix("b", b, compute_dtype, isa),
            Output(out, bias, activation, saved, a_scale, b_scale), batch_invariant);
 }
 
@@ -180,15 +180,14 @@ void linear_act_gradients(Tensor grad_out, std::optional<Tensor> saved, int64_t 
   if (grad_z || grad_bias) activation_backward(grad_out, saved, activation, grad_z, grad_bias);
   if (!grad_x && !grad_weight) return;
   const IsaKernels& isa = select_kernels(Isa::kAuto);
-  const Bf16DotKernel* bf16_dot = isa.dot_kernel_for(compute_dtype);
   const Matrix a("grad_z", grad_z ? *grad_z : grad_out, compute_dtype, isa);
   if (grad_x) {
-    multiply(isa, bf16_dot, a, Matrix("weight", weight, compute_dtype, isa).transposed(), Output(*grad_x));
+    multiply(isa, compute_dtype, a, Matrix("weight", weight, compute_dtype, isa).transposed(), Output(*grad_x));
   }
   if (grad_weight) {
     STD_TORCH_CHECK(x, "grad_weight needs x");
     const Output out = adds_grad_weight ? Output::sum(*grad_weight) : Output(*grad_weight);
-    multiply(isa, bf16_dot, a.transposed(), Matrix("x", *x, compute_dtype, isa).transposed(), out);
+    multiply(isa, compute_dtype, a.transposed(), Matrix("x", *x, compute_dtype, isa).transposed(), out);
   }
 }
 

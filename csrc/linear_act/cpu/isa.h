@@ -33,8 +33,6 @@ inline bool has_avx512() {
 #endif
 
 #ifdef MPK_BF16_DOT_KERNELS
-inline bool has_avx512_bf16() { return __builtin_cpu_supports("avx512bf16"); }
-
 // Linux grants the AMX tile registers, 8 KB of state per thread, to processes that ask for them.
 inline bool has_amx() {
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -51,7 +49,8 @@ inline std::vector<Isa> supported_isas() {
       found.push_back(Isa::kAvx512);
 #ifdef MPK_BF16_DOT_KERNELS
       // On Intel's CPUs AVX-512 BF16 is slower than fp32 products by AVX-512.
-      if (has_avx512_bf16()) found.insert(__builtin_cpu_is("intel") ? found.end() : found.begin(), Isa::kAvx512Bf16);
+      const bool is_slow = __builtin_cpu_is("intel");
+      if (__builtin_cpu_supports("avx512bf16")) found.insert(is_slow ? found.end() : found.begin(), Isa::kAvx512Bf16);
       if (has_amx()) found.insert(found.begin(), Isa::kAmx);
 #endif
     }

@@ -76,10 +76,7 @@ struct Matrix {
 
   // to[j * pitch + i] = element (row + i, column + j).
   void widen_transposed(int64_t row, int64_t column, int64_t count, int64_t length, float* to, int64_t pitch) const {
-    if (column_stride == 1)
-      kernels->transposed(at(row, column), row_stride, count, length, to, pitch);
-    else
-      kernels->rows(at(row, column), column_stride, length, count, to, pitch);
+    transposed().widen(column, row, length, count, to, pitch);
   }
 
   const char* data;
