@@ -30,10 +30,30 @@ FPROP, DGRAD, WGRAD, ANY = (
 )
 ROLES = dict(fprop=FPROP, non_relu=FPROP, dgrad=DGRAD, prev=DGRAD, sums=DGRAD, wgrad=WGRAD, added=WGRAD, any=ANY)
 
+FEW = (  # role, dtypes of a, b and out
+    ("fprop", f16, f16, f16), ("fprop", bf16, f32, bf16), ("wgrad", f16, f16, f32), ("prev", f16, f16, f16),
+    ("non_relu", f16, f16, f16), ("fprop", e4m3, e4m3, bf16),
+)  # fmt: skip
+MORE = (
+    ("fprop", e5m2, e4m3, f32), ("fprop", e4m3, e5m2, f16), ("non_relu", e4m3, e4m3, bf16),
+    ("any", e4m3, e4m3, bf16), ("any", e5m2, e4m3, f32),
+    ("fprop", bf16, bf16, bf16), ("fprop", f16, f16, f32), ("fprop", f16, f32, f32), ("fprop", f32, f32, f32),
+    ("fprop", f64, f64, f64),
+    ("dgrad", f16, f16, f16), ("dgrad", f16, f16, f32), ("dgrad", bf16, f32, f32), ("dgrad", f32, f32, f32),
+    ("dgrad", f64, f64, f64),
+    ("prev", f16, f16, f32), ("sums", f16, f16, f16), ("sums", bf16, bf16, f32),
+    ("prev", bf16, f32, bf16), ("prev", f32, f32, f32), ("prev", f64, f64, f64),
+    ("prev non_relu", bf16, bf16, bf16), ("prev non_relu", f64, f64, f64),
+    ("non_relu", bf16, f32, bf16), ("non_relu", f32, f32, f32), ("non_relu", f64, f64, f64),
+    ("wgrad", bf16, bf16, bf16), ("wgrad", f32, f32, f32), ("wgrad", f64, f64, f64),
+    ("added", f16, f16, f32), ("added", bf16, bf16, f32), ("added", f32, f32, f32),
+    ("any", f16, f16, f16), ("any", f16, f64, f16), ("any", bf16, f64, bf16), ("any", f64, f64, bf16),
+)  # fmt: skip
+
 
 def cases(sm: int, every: bool):
     """(kernel, signature, constexprs, options) of what runs on `sm`; with every=False the largest and smallest tiles."""
-    for role, a, b, out in _gemms(every):
+    for role, a, b, out in (*FEW, *MORE) if every else FEW:
         candidates = tile_config.tiles(sm, a, b, role != "any", role in HEAVY)
         for tile in candidates if every else dict.fromkeys((candidates[0], candidates[-1])):
             yield _gemm(role, a, b, out, tile, sm)
@@ -50,36 +70,6 @@ def cases(sm: int, every: bool):
         yield _select(f32, None, f16, f32)
         yield _select(f64, f64, f64, f64)
         yield _sum(f64, f32)
-
-
-def _gemms(every: bool):
-    """(role, dtypes of a, b and out)."""
-    yield from (("fprop", f16, f16, f16), ("fprop", bf16, f32, bf16), ("wgrad", f16, f16, f32), ("prev", f16, f16, f16))
-    yield from (("non_relu", f16, f16, f16), ("fprop", e4m3, e4m3, bf16))
-    if every:
-        yield from (("fprop", e5m2, e4m3, f32), ("fprop", e4m3, e5m2, f16), ("non_relu", e4m3, e4m3, bf16))
-        yield from (("any", e4m3, e4m3, bf16), ("any", e5m2, e4m3, f32))
-        yield from (
-            ("fprop", bf16, bf16, bf16),
-            ("fprop", f16, f16, f32),
-            ("fprop", f16, f32, f32),
-            ("fprop", f32, f32, f32),
-            ("fprop", f64, f64, f64),
-        )
-        yield from (
-            ("dgrad", f16, f16, f16),
-            ("dgrad", f16, f16, f32),
-            ("dgrad", bf16, f32, f32),
-            ("dgrad", f32, f32, f32),
-            ("dgrad", f64, f64, f64),
-        )
-        yield from (("prev", f16, f16, f32), ("sums", f16, f16, f16), ("sums", bf16, bf16, f32))
-        yield from (("prev", bf16, f32, bf16), ("prev", f32, f32, f32), ("prev", f64, f64, f64))
-        yield from (("prev non_relu", bf16, bf16, bf16), ("prev non_relu", f64, f64, f64))
-        yield from (("non_relu", bf16, f32, bf16), ("non_relu", f32, f32, f32), ("non_relu", f64, f64, f64))
-        yield from (("wgrad", bf16, bf16, bf16), ("wgrad", f32, f32, f32), ("wgrad", f64, f64, f64))
-        yield from (("added", f16, f16, f32), ("added", bf16, bf16, f32), ("added", f32, f32, f32))
-        yield from (("any", f16, f16, f16), ("any", f16, f64, f16), ("any", bf16, f64, bf16), ("any", f64, f64, bf16))
 
 
 def _scales(a, sm):
