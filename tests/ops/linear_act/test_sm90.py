@@ -15,6 +15,7 @@ from mpkernels.ops.linear_act import Activation, schema, sm90
 from mpkernels.ops.linear_act.call import BackwardCall, CallKey, ForwardCall
 from mpkernels.ops.linear_act.epilogues import empty_mask
 from mpkernels.runtime import native
+from mpkernels.testing import gemm
 from mpkernels.testing import linear_act_cases as proven
 from tests import bounds, linear_act_cases
 from tests.emulator import host_kernels
@@ -272,9 +273,9 @@ def test_hopper_ping_pong_where_epilogues_count(rows, columns, K, ping_pong):
 @pytest.mark.parametrize("role", ["fprop", "dgrad", "wgrad"])
 def test_hopper_proof_has_every_tile(role):
     """On the GPU that it is for: each tile is that of a case or of a race."""
-    shapes = [*proven.MANY_TILES, *((M, N, K) for M, K, N in proven._SIZES[False])]
+    shapes = [*proven.MANY_TILES, *((M, N, K) for M, K, N in gemm._SIZES[False])]
     gemms = [{"fprop": (M, N, K), "dgrad": (M, K, N), "wgrad": (N, K, M)}[role] for M, N, K in shapes]
-    chosen = [sm90.choose(*gemm, SMS)[0] for gemm in gemms]
+    chosen = [sm90.choose(*sizes, SMS)[0] for sizes in gemms]
     assert {(config.block_n, config.ping_pong) for config in chosen} == sm90.CLOCKS.keys()
 
 
