@@ -208,22 +208,9 @@ def _stride(vector: tuple | None) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _gemm_launch(
-    device,
-    a,
-    b,
-    a_scale,
-    b_scale,
-    out_dtype,
-    misalignment,
-    bias,
-    prev,
-    saves,
-    activation,
-    prev_activation,
-    sums,
-    tile,
+    device, a, b, a_scale, b_scale, out_dtype, misalignment, bias, prev, saves, activation, prev_activation, sums, tile,
     batch_invariant,
-) -> _Launch:
+) -> _Launch:  # fmt: skip
     """For tensors of these kinds; misalignment: of what is added to, or None."""
     a, b = Operand(*a), Operand(*b)
     (M, K), N = a.shape, b.shape[1]
