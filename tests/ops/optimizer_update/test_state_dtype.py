@@ -13,6 +13,7 @@ from mpkernels.ops.optimizer_update import reference
 from mpkernels.testing import update_cases
 from tests import bounds, steps
 from tests.ops.optimizer_update.rules import ADAMW, LION, SGD
+from tests.optimizers import parameters, train
 from tests.steps import SIZES, check_raises_unchanged, raw, scalar, split, step_counts
 
 STEPS, LR, BETAS = 1000, 1e-2, (0.9, 0.999)
@@ -145,17 +146,8 @@ def test_state_dtype_bound_rejects_a_biased_rounding(way):
 # ----- optimizers -------------------------------------------------------------------------------------
 
 
-def parameters(dtype=torch.float16, seed=0) -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(n, 3, generator=generator).to(dtype)) for n in (5, 40, 7)]
-
-
-def train(optimizer, params, first, count) -> None:
-    for t in range(first, first + count):
-        generator = torch.Generator().manual_seed(t)
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-        optimizer.step()
+def three(dtype=torch.float16) -> list[torch.nn.Parameter]:
+    return parameters(*[dtype] * 3, n=40)
 
 
 def moments(optimizer) -> list[torch.Tensor]:
@@ -165,24 +157,24 @@ def moments(optimizer) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_state_dtype_of_an_optimizer(kind, dtype):
-    params = parameters(dtype)
+    params = three(dtype)
     optimizer = KINDS[kind](params, state_dtype=torch.bfloat16)
-    train(optimizer, params, 0, 3)
+    train(params, optimizer, 3)
     assert {t.dtype for t in moments(optimizer)} == {torch.bfloat16}
     assert all(torch.equal(p, optimizer.state[p].get("master", p).to(dtype)) for p in params)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_dtype_resumes_bitwise(kind):
-    params = parameters()
+    params = three()
     optimizer = KINDS[kind](params, state_dtype=torch.bfloat16)
-    train(optimizer, params, 0, 4)
+    train(params, optimizer, 4)
     others = [torch.nn.Parameter(p.detach().clone()) for p in params]
     other = KINDS[kind](others, state_dtype=torch.bfloat16)
     other.load_state_dict(pickle.loads(pickle.dumps(optimizer.state_dict())))
     assert {t.dtype for t in moments(other)} == {torch.bfloat16}
-    train(optimizer, params, 4, 4)
-    train(other, others, 4, 4)
+    train(params, optimizer, 4, 4)
+    train(others, other, 4, 4)
     assert raw([*others, *moments(other)]) == raw([*params, *moments(optimizer)])
 
 
@@ -190,25 +182,25 @@ def test_state_dtype_resumes_bitwise(kind):
 def test_state_dtype_goes_between_torch_and_ours(kind):
     """From torch: its fp32 moments rounded to nearest. To torch: the bf16 values, which torch casts to the parameter's."""
     torchs = {"adamw": torch.optim.AdamW, "sgd": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True)}[kind]
-    params, others = parameters(torch.float32), parameters(torch.float32)
+    params, others = three(torch.float32), three(torch.float32)
     theirs, ours = torchs(params, lr=LR), KINDS[kind](others, state_dtype=torch.bfloat16)
-    train(theirs, params, 0, 3)
+    train(params, theirs, 3)
     ours.load_state_dict(theirs.state_dict())
     assert raw(moments(ours)) == raw(t.bfloat16() for t in moments(theirs))
-    train(ours, others, 3, 2)
+    train(others, ours, 2, 3)
     theirs.load_state_dict(ours.state_dict())
     assert raw(moments(theirs)) == raw(t.float() for t in moments(ours))
-    train(theirs, params, 5, 1)
-    full = KINDS[kind](parameters(torch.float32))
+    train(params, theirs, 1, 5)
+    full = KINDS[kind](three(torch.float32))
     full.load_state_dict(ours.state_dict())
     assert {t.dtype for t in moments(full)} == {torch.float32}
 
 
 def test_state_dtype_goes_with_a_copy_of_the_optimizer():
-    params = parameters()
+    params = three()
     optimizer = pickle.loads(pickle.dumps(KINDS["adamw"](params, state_dtype=torch.bfloat16)))
     params = optimizer.param_groups[0]["params"]
-    train(optimizer, params, 0, 1)
+    train(params, optimizer, 1)
     assert {t.dtype for t in moments(optimizer)} == {torch.bfloat16}
 
 
@@ -221,11 +213,11 @@ def test_state_dtype_goes_with_a_copy_of_the_optimizer():
 ])  # fmt: skip
 def test_state_dtype_refuses(kind, options, message):
     with pytest.raises(ValueError, match=message):
-        KINDS[kind](parameters(), **options)
+        KINDS[kind](three(), **options)
 
 
 def test_state_dtype_of_the_master_is_the_default():
-    params, others = parameters(), parameters()
+    params, others = three(), three()
     for optimizer, some in ((KINDS["adamw"](params), params), (KINDS["adamw"](others, state_dtype=torch.float32), others)):
-        train(optimizer, some, 0, 2)
+        train(some, optimizer, 2)
     assert raw(params) == raw(others)
