@@ -67,7 +67,9 @@ class Implementation:
             return False
         if self.sm is None or device.type != "cuda":
             return True
-        return torch.version.hip is None and torch.cuda.get_device_capability(device) == divmod(self.sm, 10)
+        if torch.version.hip is not None or not torch.cuda.is_available():
+            return False
+        return torch.cuda.get_device_capability(device) == divmod(self.sm, 10)
 
     def why_not(self, device: torch.device) -> str | None:
         """One sentence why it serves no call on `device`, one of its device types, or None."""
@@ -182,6 +184,8 @@ def triton_why_not(device: torch.device) -> str | None:
         return "needs a CUDA GPU (or TRITON_INTERPRET=1, which is slow)"
     if torch.version.hip is not None:  # NOTE: ROCm calls its GPUs cuda, and gfx90a reports the capability of Hopper
         return f"needs an NVIDIA GPU, this torch is built for ROCm {torch.version.hip}"
+    if not torch.cuda.is_available():  # of a FakeTensor, say
+        return "there is no GPU here"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (8, 0):
         return f"needs sm80, got sm{major}{minor}"

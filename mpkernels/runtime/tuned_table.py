@@ -54,7 +54,9 @@ def load(device: torch.device) -> dict[GemmKey, Entry]:
 
 
 def entries(device: torch.device) -> dict[str, dict]:
-    """What the files say of `device`, as they say it."""
+    """What the files say of `device`, as they say it; nothing of a GPU that is not there, as a FakeTensor's."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return {}
     packaged, own = packaged_file(device), own_file(device)
     return _entries(packaged, cache.read(packaged)) | _entries(own, _of_this_machine(own, device))
 

@@ -92,6 +92,7 @@ def test_readme_small_gradients_arrive():
 def test_readme_matrix_knows_the_least_gpus(monkeypatch, capability):
     """Triton needs sm80 and CUDA C++ sm75, as the matrix has it; sm90 of the GEMM is in the registry."""
     device, text = torch.device("cuda", 7), f"sm{capability[0]}{capability[1]}"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.version, "hip", None)
     least = {backend: sm.removesuffix("+") for backend, sm in report.LEAST_SM.items()}

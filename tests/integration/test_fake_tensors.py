@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import mpkernels as mpk
+from mpkernels.runtime import resolve
 
 MAKE = {
     "AdamW": lambda p, **o: mpk.optim.AdamW(p, amsgrad=True, **o),
@@ -70,6 +71,22 @@ def test_checkpoints_of_fake_tensors(name):
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         assert formats(params, optimizer) == formats(*train(name, "scaler", "cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("backend", ["auto", "eager", "native", "triton"])
+def test_layers_of_a_gpu_that_is_not_there(backend, monkeypatch):
+    """No verdict and no table is of it: torch's ops serve, but where a kernel is asked for."""
+    monkeypatch.setenv("MPKERNELS_BACKEND", backend)
+    resolve.choose.cache_clear()
+    resolve.triton_why_not.cache_clear()
+    with FakeTensorMode(), torch.no_grad():
+        x, weight = (torch.empty(rows, 8, dtype=torch.float16, device="cuda") for rows in (2, 4))
+        if backend == "triton":
+            with pytest.raises(RuntimeError, match=r"on cuda cannot use triton: (there is no GPU here|triton is not)"):
+                mpk.functional.linear_act(x, weight)
+        else:
+            assert mpk.functional.linear_act(x, weight, activation="relu").shape == (2, 4)
 
 
 def test_layers_and_their_copies():

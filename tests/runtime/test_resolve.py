@@ -111,7 +111,9 @@ def test_resolve_forced_for_all_leaves_other_architectures(capability, backend, 
     """Hopper's GEMM exists on Hopper: forcing native for the step elsewhere leaves linear_act to auto."""
     from mpkernels.ops.linear_act import forward_op, sm90
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(resolve, "_candidates", lambda *_: ["eager"])
     monkeypatch.setattr(Implementation, "why_not", lambda self, device: None)
     monkeypatch.setattr(sm90, "why_not", lambda key: None)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "native")
@@ -192,6 +194,7 @@ def test_resolve_does_not_take_a_rocm_gpu_for_hopper(monkeypatch):
 
     gpu = torch.device("cuda", 0)
     pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     hopper = Implementation("native", ("cpu", "cuda"), sm=90)
     for hip in (None, "6.4.1"):
