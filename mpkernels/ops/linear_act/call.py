@@ -236,6 +236,7 @@ def _check_scaled(op: str, call: ForwardCall) -> bool:
         raise RuntimeError(f"{op}: a weight with a scale has no weight_copy")
     if call.activation_grad_fused or call.prev_activation or call.prev_saved is not None or call.prev_bias is not None:
         raise RuntimeError(f"{op}: operands with scales have no fused backward")
+    _weight_shape(op, call)  # before a scale's, which follows from it
     for name, scale, operand in (("x_scale", x_scale, x), ("weight_scale", weight_scale, weight)):
         by_row = (*operand.shape[:-1], 1)
         if scale.shape not in ((), by_row):

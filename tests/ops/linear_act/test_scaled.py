@@ -275,6 +275,7 @@ def scaled(**changed):
         ({"x_scale": None, "weight_scale": None}, "x must be float16.* got torch.float8_e4m3fn, which needs a scale"),
         ({"x": torch.ones(3, 8)}, "x must be float8_e4m3fn or float8_e5m2, got torch.float32"),
         ({"weight": torch.ones(5, 8)}, "weight must be float8"),
+        ({"weight": torch.ones(1, 5, 8).to(e4m3)}, r"weight must have shape \(N, K\), got \(1, 5, 8\)"),
         ({"compute_dtype": bf16}, "compute_dtype must be that of an x with a scale"),
         ({"compute_dtype": e5m2}, "compute_dtype must be that of an x with a scale"),
         ({"out_dtype": e4m3}, "out_dtype must be float16, bfloat16, float32 or float64, got torch.float8_e4m3fn"),
