@@ -40,8 +40,10 @@ class ExternalWrites:
     def _open(self, plan: StepPlan) -> None:
         self._close()
         self._plan, self._params = plan, [parameter for parameter, _ in plan.with_master]
-        self._versions = [self._stamps.get(id(p), (None,))[0] for p in self._params]
         self._addresses = addresses(map(local, self._params))
+        known = [self._stamps.get(id(p), (None, None)) for p in self._params]
+        rows = zip(known, self._addresses, strict=True)
+        self._versions = [version if address == now else None for (version, address), now in rows]
         self._are_unseen = list(map(_may_be_written_unseen, self._params))
         self._any_unseen = any(self._are_unseen)
 
@@ -61,12 +63,19 @@ class ExternalWrites:
         """After they were written."""
         self._versions = list(map(_version, self._params))
 
-    def take_over_for_readers(self, state: dict) -> None:
-        """Before masters are read outside of a step."""
+    def take_over_for_readers(self, state: dict, *, unseen: bool = False) -> None:
+        """Before masters are read outside of a step. unseen: also what moved neither version nor address.
+
+        What `p.data = ...` put there may be put back before the next step, unseen: that looks at these parameters again.
+        """
         self._close()
         for parameter, master in master_weights.pairs(state):
-            if _may_be_written_unseen(parameter) or self._stamps.get(id(parameter)) != compute_copy.stamp(parameter):
+            may_be, known = _may_be_written_unseen(parameter), self._stamps.get(id(parameter))
+            is_written = not may_be and known != compute_copy.stamp(parameter)
+            if unseen or may_be or is_written:
                 master_weights.take_over(master, parameter)
+            if is_written:
+                self._stamps.pop(id(parameter), None)
 
     def forget(self, params: list[torch.Tensor], state: dict) -> None:
         """The masters of these start from their parameters at the next step. What is in the state no more goes too."""

@@ -48,13 +48,10 @@ def strays(rounded: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[bool]:
 
 @contextlib.contextmanager
 def all_swapped_in(state: dict):
-    """Inside, each parameter that has a master is it; what was written to the parameters is taken over first."""
+    """Inside, each parameter that has a master is it."""
     masters = pairs(state)
     if any(is_dtensor(p) for p, _ in masters):
         raise RuntimeError("master_weights cannot put masters in the place of DTensors: use master_state_dict")
-    with torch.no_grad():
-        for parameter, master in masters:
-            take_over(master, parameter)
     with contextlib.ExitStack() as swaps:
         for parameter, master in masters:
             swaps.enter_context(_swapped_in(parameter, master))

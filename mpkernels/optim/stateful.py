@@ -100,8 +100,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
         So do writes through `.data`, numpy and DLPack views, and collectives (`dist.broadcast(p, 0)`, all_reduce, scatter).
         """
-        for parameter, master in master_weights.pairs(self.state):
-            master_weights.take_over(master, parameter)
+        self._writes.take_over_for_readers(self.state, unseen=True)
         for compute_copy in self._plans.compute_copies():
             compute_copy.stamp = None
 
@@ -130,6 +129,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         load or copy the optimizer.
         """
         self._refuse_while_swapped("master_weights")
+        with torch.no_grad():
+            self._writes.take_over_for_readers(self.state, unseen=True)
         with master_weights.all_swapped_in(self.state):
             self._is_swapped = True
             try:

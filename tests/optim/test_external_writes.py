@@ -54,6 +54,51 @@ def test_masters_survive_a_swap_and_back():
     assert torch.equal(master, bits)
 
 
+READERS = {
+    "state_dict": lambda optimizer: optimizer.state_dict(),
+    "check_masters": lambda optimizer: optimizer.check_masters(),
+    "master_state_dict": lambda optimizer: optimizer.master_state_dict(nn.Linear(1, 1)),
+    "master_weights": lambda optimizer: _enter_and_leave(optimizer.master_weights()),
+    "sync_masters_": lambda optimizer: optimizer.sync_masters_(),
+}
+
+
+def _enter_and_leave(context):
+    with context:
+        pass
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_masters_survive_data_that_is_replaced_for_a_reader_and_put_back(reader):
+    """EMA weights in by `.data`, a checkpoint, the old ones back: version and address are as before at the next step."""
+    parameter, optimizer, _ = half_trained()
+    data, kept = parameter.data, parameter.detach().clone()
+    parameter.data = torch.full_like(parameter, 9.0)
+    READERS[reader](optimizer)
+    parameter.data = data
+    set_grads([parameter])
+    parameter.grad.zero_()
+    optimizer.step()
+    assert torch.equal(parameter, kept)
+
+
+def test_masters_survive_data_that_is_replaced_for_a_step_of_another_plan_and_put_back():
+    params = parameters(torch.float16, torch.float16)
+    optimizer = mpk.optim.SGD(params, lr=2.0**-12)
+    train(params, optimizer)
+    parameter, kept = params[0], params[0].detach().clone()
+    data, parameter.data = parameter.data, torch.full_like(parameter, 9.0)
+    set_grads(params)
+    params[1].grad = None
+    optimizer.step()
+    parameter.data = data
+    set_grads(params)
+    for p in params:
+        p.grad.zero_()
+    optimizer.step()
+    assert torch.equal(parameter, kept)
+
+
 def test_masters_follow_hidden_writes_after_sync():
     parameter, optimizer, master = half_trained()
     parameter.data.fill_(5.0)
