@@ -23,8 +23,8 @@ def check_batch_invariant(model: nn.Module, x: Any, *, sizes: Iterable[int] = SI
     The report names the first module, in the order in which modules ended, of which a row has other bits, and the smallest
     such M. A result is compared along the one dimension that grows with the rows; what has none (a mean) is not.
     The model runs in its own mode, without gradients, and stays what it was: buffers, hooks, random numbers.
-    Raises TypeError for what is no module, ValueError for `sizes` and for an `x` of one row, RuntimeError where a dropout
-    is on, which no two runs agree under, and where no result has rows.
+    Raises TypeError for what is no module, ValueError for `sizes` and for an `x` of one row or nested, RuntimeError where a
+    dropout is on, which no two runs agree under, and where no result has rows.
     """
     check_is_module("check_batch_invariant", model)
     x = dict(x) if isinstance(x, Mapping) else x  # a tokenizer's is of another class
@@ -82,6 +82,8 @@ def _run_hooked(model: nn.Module, x: Any, n: int, most: int) -> list[tuple[str, 
 
 def _rows(x: Any) -> int:
     for tensor in tensors_of(x):
+        if tensor.is_nested:
+            raise ValueError("check_batch_invariant: x is a nested tensor, which cannot be cut to fewer rows: give a dense one")
         if tensor.dim():
             return tensor.shape[0]
     raise ValueError("check_batch_invariant: x has no tensor with a dimension")

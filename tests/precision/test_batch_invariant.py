@@ -125,6 +125,9 @@ def test_batch_invariant_refuses(x):
             mpk.check_batch_invariant(model, x, sizes=sizes)
     with pytest.raises(ValueError, match="x has 1 rows, and none of the sizes"):
         mpk.check_batch_invariant(model, x[:1])
+    jagged = torch.nested.nested_tensor_from_jagged(torch.ones(5, 8), torch.tensor([0, 2, 5]))
+    with pytest.raises(ValueError, match="x is a nested tensor, which cannot be cut to fewer rows"):
+        mpk.check_batch_invariant(model, jagged)
     with pytest.raises(ValueError, match="no tensor with a dimension"):
         mpk.check_batch_invariant(model, torch.tensor(1.0))
     with pytest.raises(RuntimeError, match=r"1 is a dropout that is on: call model\.eval\(\) first"):
