@@ -85,7 +85,8 @@ class _Search:
         if self.found is None and not all(map(_finite, tensors_of(out))):
             bad = [which for which, p in module.named_parameters(recurse=False) if not _finite(p)]
             why = f"; its {' and '.join(bad)} is not finite" if bad else ""
-            message = f"first in forward: {described(name, module)} returns {_worst(out)}; it read amax {_amax(given):g}{why}"
+            read = f"amax {_amax(given):g}{_and_minus_inf(given)}"
+            message = f"first in forward: {described(name, module)} returns {_worst(out)}; it read {read}{why}"
             self.found = Report(False, message, name, "forward", amax=_amax(given))
         self.last, self.last_amax = name or type(module).__name__, _amax(out)
         for t in tensors_of(out):
@@ -134,6 +135,11 @@ def _finite(t: torch.Tensor) -> bool:
 def _finite_or_mask(t: torch.Tensor) -> bool:
     """-inf is what masks of attention have."""
     return not t.is_floating_point() or not bool((t.isnan() | t.isposinf()).any())
+
+
+def _and_minus_inf(tree: Any) -> str:
+    """Said of what `_amax` leaves out, which may be no mask."""
+    return " and -inf" if any(bool((t == -math.inf).any()) for t in tensors_of(tree) if t.is_floating_point()) else ""
 
 
 def _amax(tree: Any) -> float:

@@ -62,6 +62,14 @@ def test_find_nonfinite_in_the_data(value):
     assert str(report).startswith("in the data: the model (Sequential) was given ")
 
 
+def test_find_nonfinite_says_that_a_module_read_minus_inf():
+    x = torch.ones(2, 4)
+    x[0, 0] = -torch.inf
+    report = mpk.find_nonfinite(nn.Sequential(nn.Linear(4, 4)), lambda model: model(x).mean())
+    assert report.module == "0"
+    assert report.message.endswith("it read amax 1 and -inf"), report
+
+
 def test_find_nonfinite_knows_attention_masks():
     """Whose -inf is no fault of the data; x beside it is looked at, too."""
     model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), X.view(2, 3, 8)
