@@ -76,6 +76,7 @@ KEY_FIGURES = (
 
 AGAINST_AMP = (
     *_compare(f"{_MLP}, mixed_bfloat16", "training/mlp", _BF16, "torch fp32"),
+    *_compare(f"{_MLP}, mixed_float16", "training/mlp", OURS, "torch fp32"),
     *_compare(f"{_MLP}, mixed_float16", "training/mlp", OURS, "torch autocast fp16"),
     *_compare(f"{_MLP}, mixed_bfloat16", "training/mlp", _BF16, "torch autocast bf16"),
 )

@@ -310,6 +310,24 @@ def test_differs_clipping_happens_in_the_step():
     assert 0 < moved.norm() < 0.1 * 1e-3 * 1.01
 
 
+def test_differs_clips_what_is_there_at_the_step():
+    """Of two gradients of norm 3 and 4 one goes: clipped to 1 the other has norm 1, torch's 3 / 5."""
+    moved = []
+    for cls, scaler in ((mpk.optim.SGD, mpk.GradScaler(init_scale=1.0)), (torch.optim.SGD, torch.amp.GradScaler("cpu", 1.0))):
+        params = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+        optimizer = cls(params, lr=1.0)
+        scaler.scale(3 * params[0] + 4 * params[1]).backward()
+        if isinstance(scaler, mpk.GradScaler):
+            assert scaler.clip_grad_norm_(optimizer, 1.0) == 5
+        else:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+        params[1].grad = None
+        scaler.step(optimizer)
+        moved.append(-params[0].item())
+    assert moved == pytest.approx([1.0, 0.6], rel=1e-5)
+
+
 def test_differs_grad_dtype_under_compiled_autograd():
     enable = pytest.importorskip("torch._dynamo.compiled_autograd")._enable
     for policy, refused in (("mixed_float16,grad=float16", True), ("mixed_float16", False)):
