@@ -30,6 +30,12 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": lambda params: optim.SGD(params, momentum=0.9),
 }
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+NOT_COUNTED = {  # by the op of backward that reads what a fake forward says is empty
+    "aten.mkldnn_rnn_layer_backward.default": (
+        "not counted: what an nn.LSTM on a CPU keeps for backward inside oneDNN, which may be several times its activations: "
+        "activations and peak are too small by it"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -61,12 +67,13 @@ class Plan:
     """The combinations, by policy, optimizer and batch size in the order in which they were given; prints as a table.
 
     memory: the budget in bytes, or None. largest_batch: the largest batch that fits it, by (policy, optimizer), or None where
-    no `memory` was given or one batch size was.
+    no `memory` was given or one batch size was. notes: sentences on memory of this model that no row counts.
     """
 
     rows: tuple[PlanRow, ...]
     memory: int | None
     largest_batch: Mapping[tuple[str, str], int | None]
+    notes: tuple[str, ...] = ()
 
     @property
     def best(self) -> PlanRow:
@@ -93,7 +100,7 @@ class Plan:
             fits = [] if row.fits is None else ["yes" if row.fits else "no"]
             figures = [size_text(getattr(row, size)) for size in sizes]
             lines.append([row.policy, row.optimizer, str(row.batch_size), *figures, flops_text(row.flops), *fits])
-        text = table(head, lines, left=2)
+        text = "\n".join([table(head, lines, left=2), *self.notes])
         if self.memory is None:
             return text
         if all(row.fits is False for row in self.rows):
@@ -119,7 +126,8 @@ def plan(
     optimizers: names of `mpk.optim`, "SGD" with momentum, or names of one's own with functions of the parameters.
     batch_sizes: the smallest and the largest run; between them each op's memory is interpolated where both ran the same ops.
     A model on a GPU needs a torch that was built for GPUs, but no GPU. What is not seen: memory that an op frees before it
-    returns, gaps between blocks, what torch does not allocate, and the addresses given to a step's op: 160 bytes a parameter.
+    returns, gaps between blocks, what torch does not allocate, and the addresses given to a step's op: 160 bytes a parameter;
+    and what an nn.LSTM on a CPU keeps for backward inside oneDNN, most of what it needs: `notes` says so where there is one.
     Raises TypeError and ValueError for arguments that are not as above, ValueError for a policy whose parameters have
     another dtype than the model's, RuntimeError for a model on meta, and for one that needs values.
     """
@@ -134,17 +142,18 @@ def plan(
         if not callable(function) or isinstance(function, nn.Module):
             raise TypeError(f"plan: {name} must be a function, got {type(function).__name__}")
     budget = None if memory is None else int(memory)
-    rows, largest = [], {}
+    rows, largest, notes = [], {}, []
     for policy in chosen:
         for name, maker in makers.items():
             runs = _Runs(make_model, make_batch, policy, maker, sizes)
             largest[str(policy), name] = runs.largest(budget)
+            notes += [NOT_COUNTED[op] for trace in runs.traces.values() for op in trace.ops if op in NOT_COUNTED]
             for n in sizes:
                 trace = runs.trace(n)
                 figures = _figures(trace)
                 fits = None if budget is None else figures["peak"] <= budget
                 rows.append(PlanRow(str(policy), name, n, **figures, fits=fits, flops=trace.flops))
-    return Plan(tuple(rows), budget, largest)
+    return Plan(tuple(rows), budget, largest, tuple(dict.fromkeys(notes)))
 
 
 def _optimizers(given: Iterable[str] | Mapping[str, Callable]) -> dict[str, Callable]:

@@ -218,6 +218,28 @@ def test_plan_of_a_compiled_model_is_that_of_the_model():
     assert plan(lambda: torch.compile(mlp())).rows == plan(mlp).rows
 
 
+class Reads(nn.Module):
+    """A recurrent layer and a linear on what it returns."""
+
+    def __init__(self, cls):
+        super().__init__()
+        self.recurrent, self.head = cls(8, 16, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.recurrent(x)[0])
+
+
+@pytest.mark.parametrize("cls, is_counted", [(nn.LSTM, False), (nn.GRU, True), (nn.RNN, True)])
+def test_plan_says_that_the_memory_of_an_lstm_is_not_counted(cls, is_counted):
+    """oneDNN's workspace, which a fake tensor shows as empty."""
+    for memory in (None, 1e3, 1e9):
+        sizes = {"policies": ["float32"], "batch_sizes": (2, 4), "memory": memory}
+        plan = mpk.plan(lambda: Reads(cls), lambda n: torch.randn(n, 5, 8), **sizes)
+        said = "not counted: what an nn.LSTM on a CPU keeps for backward inside oneDNN"
+        assert [note.startswith(said) for note in plan.notes] == [True] * (not is_counted)
+        assert (said in str(plan)) == (not is_counted)
+
+
 class OfValues(nn.Linear):
     """Its sizes or branches depend on the data."""
 
