@@ -89,6 +89,7 @@ class GradScaler(ScaleState):
     @not_compiled
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the scale; those of our optimizers become fp32 where they have 16 bits."""
+        _check_is_optimizer("unscale_", optimizer)
         stage = self._stage(optimizer)
         if stage is OptState.UNSCALED:
             raise RuntimeError(
@@ -109,8 +110,9 @@ class GradScaler(ScaleState):
         accumulated into, the clip is dropped: torch, which clips at the call, does not clip what comes after it. Code that
         writes to all gradients clips afterwards. For another optimizer, or after `unscale_`, it is torch's (not with a
         `process_group`, of which that knows nothing).
-        Raises ValueError for an optimizer with its own `max_norm`.
+        Raises ValueError for an optimizer with its own `max_norm`, TypeError for what is no optimizer, as its parameters.
         """
+        _check_is_optimizer("clip_grad_norm_", optimizer)
         if getattr(optimizer, "max_norm", None) is not None:
             raise ValueError(
                 f"the optimizer clips by itself: it was made with max_norm={optimizer.max_norm}; leave one of the two out"
@@ -141,6 +143,7 @@ class GradScaler(ScaleState):
         Raises RuntimeError for a second step before `update()` and for a closure, as torch, and inside a backward, whose
         gradients are not all there yet. After an exception in the optimizer's step it can be taken again or left out.
         """
+        _check_is_optimizer("step", optimizer)
         if not self._enabled:
             return super().step(optimizer, *args, **kwargs)
         ours = isinstance(optimizer, Optimizer)
@@ -249,6 +252,11 @@ class GradScaler(ScaleState):
         """
         watch, has_ended = self._layer_watch, self._stage(optimizer) is not OptState.STEPPED
         return overflow_report.report(optimizer, None if watch is None else lambda: watch._sentence(has_ended))
+
+
+def _check_is_optimizer(name: str, optimizer: object) -> None:
+    if not callable(getattr(optimizer, "step", None)):
+        raise TypeError(f"{name}: optimizer must be an optimizer, whose gradients these are, got {type(optimizer).__name__}")
 
 
 def _any(found: list[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -246,6 +246,21 @@ def test_clip_grad_norm_errors():
         scaler.clip_grad_norm_(optimizer, 1.0)
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_scaler_says_that_it_wants_an_optimizer(enabled):
+    """torch.nn.utils.clip_grad_norm_ takes parameters."""
+    params, scaler = parameters(torch.float32), mpk.GradScaler(enabled=enabled)
+    give_grads(params, scaler)
+    for given, said in ((params, "list"), (iter(params), "list_iterator"), (None, "NoneType")):
+        for name, call in {
+            "clip_grad_norm_": lambda given: scaler.clip_grad_norm_(given, 1.0),
+            "step": scaler.step,
+            "unscale_": scaler.unscale_,
+        }.items():
+            with pytest.raises(TypeError, match=rf"{name}: optimizer must be an optimizer.*, got {said}"):
+                call(given)
+
+
 def test_unscale_keeps_no_gradients_of_parameters_that_come_and_go():
     params, scaler = parameters(torch.float32, torch.float32), mpk.GradScaler()
     optimizer = mpk.optim.AdamW(params)
