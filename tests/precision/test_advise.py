@@ -274,6 +274,19 @@ def test_advise_of_a_layer_that_is_never_called():
     assert "unused: was not called" in str(advice)
 
 
+def test_advise_of_a_compiled_model_is_what_convert_takes():
+    """Names are those of the model that was compiled, in every report, and convert takes them."""
+    model = torch.compile(Net(before=1e5, after=1e-5), backend="eager")
+    advice = advise(model)
+    assert advice.policy == {"first": FP16, "planted": BF16, "last": FP16}
+    mpk.convert(model, advice.policy, min_size=0)
+    converted = {row.name: str(row.policy) for row in mpk.convert_report(model)}
+    assert converted == advice.policy
+    with mpk.watch(model) as watch:
+        step(model).backward()
+        assert [layer.name for layer in watch.report().layers] == list(advice.policy)
+
+
 def test_advise_of_what_is_no_linear():
     """An MPMLP itself, and a module of the user's that has the name of transformers' linear."""
 

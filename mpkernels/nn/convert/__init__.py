@@ -152,7 +152,12 @@ class _Linear(_Before):
 
 
 def _matches(name: str, glob: str) -> bool:
-    """Whether `glob` is the name, or that of a module around it, to the letter or as a glob."""
+    """Whether `glob` is the name, or that of a module around it, to the letter or as a glob.
+
+    In a compiled model the name counts as advise and watch say it, too: without what torch.compile puts before it.
+    """
+    if name.startswith("_orig_mod.") and _matches(name.removeprefix("_orig_mod."), glob):
+        return True
     is_literal = name == glob or name.startswith(f"{glob}.")
     return is_literal or fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name, f"{glob}.*")
 

@@ -49,9 +49,11 @@ def convert_report(model: nn.Module) -> Report:
     """What became of each linear of `model`, and why one was left alone.
 
     An activation: the linear's own, or that of the nn.ReLU which its nn.Sequential runs with it as things stand.
+    The names of a compiled model are those of what torch.compile was given, as advise and watch say them.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a Module, got {type(model).__name__}")
+    model = getattr(model, "_orig_mod", model)
     rows, hint, emulating = [], "", {}
     for name, linear in linears(model):
         notes = list(getattr(vars(linear).get("_before"), "notes", ()))
