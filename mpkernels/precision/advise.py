@@ -44,7 +44,7 @@ def advise(
     Raises TypeError for what is no module or function, and for a loss that is no tensor; ValueError for a loss that is no
     scalar, a model without linears, an unknown policy, one whose parameters are wider than the model's, a model that is stored
     in 16 bits, with which there is nothing wider to compare, and a budget that nothing meets (it says what comes nearest);
-    RuntimeError for a model on meta, and a loss without a graph.
+    RuntimeError for a model on meta, a loss without a graph, and a step that calls an optimizer, before that writes.
     """
     check_is_module("advise", model)
     check_is_step("advise", step)

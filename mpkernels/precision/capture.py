@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mpkernels.nn.convert.linears import is_linear
 from mpkernels.nn.linear import is_converted
@@ -147,7 +148,8 @@ def capture(model: nn.Module, step: Callable, targets: Mapping[str, nn.Module], 
                 analyse(replace(call, grad_out=grad))
 
     with untouched(model), without_policies(model), hooked(model, register), torch.enable_grad():
-        loss = step(model)
+        with without_optimizers("advise"):
+            loss = step(model)
         check_loss("advise", loss)
         value = float(loss.detach())
         is_backward = True
@@ -193,6 +195,20 @@ class _Outside:
     def leave(self, module: nn.Module, args: tuple, out: Any) -> None:
         if self.was_on:
             torch.set_autocast_enabled(self.device, True)
+
+
+@contextlib.contextmanager
+def without_optimizers(name: str) -> Iterator[None]:
+    """Inside, a step of an optimizer raises RuntimeError before it writes."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError(f"{name}: step has called optimizer.step() itself: it must only return the loss, without backward")
+
+    handle = register_optimizer_step_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def run_backward(name: str, loss: torch.Tensor) -> None:

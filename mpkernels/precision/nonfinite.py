@@ -17,6 +17,7 @@ from mpkernels.precision.capture import (
     run_backward,
     tensors_of,
     uncompiled,
+    without_optimizers,
 )  # fmt: skip
 from mpkernels.precision.report import Report
 from mpkernels.precision.tables import described
@@ -33,7 +34,7 @@ def find_nonfinite(model: nn.Module, step: Callable[[nn.Module], torch.Tensor]) 
     counts, and of its parameters. It waits for the device.
     The model stays what it was: gradients, buffers, hooks, random numbers.
     Raises TypeError for what is no module or function, and for a loss that is no tensor, ValueError for a loss that is no
-    scalar, RuntimeError for one without a graph and for a step that does not call the model.
+    scalar, RuntimeError for one without a graph and for a step that does not call the model, or calls an optimizer.
     """
     check_is_module("find_nonfinite", model)
     check_is_step("find_nonfinite", step)
@@ -41,7 +42,8 @@ def find_nonfinite(model: nn.Module, step: Callable[[nn.Module], torch.Tensor]) 
     with untouched(model), torch.enable_grad():
         search = _Search()
         with hooked(model, search.register):
-            loss = step(model)
+            with without_optimizers("find_nonfinite"):
+                loss = step(model)
             check_loss("find_nonfinite", loss)
             if search.found is None and not _finite(loss):
                 last = f" (the last, {search.last}, returned amax {search.last_amax:g})" if search.last is not None else ""

@@ -101,3 +101,23 @@ def backward_itself(model):
 def test_questions_refuse_steps(ask, step, error, message):
     with pytest.raises(error, match=f"{ask.__name__}: {message}"):
         ask(nn.Linear(8, 4), step)
+
+
+@of_a_step
+@pytest.mark.parametrize("make", [torch.optim.SGD, mpk.optim.SGD], ids=["torch", "ours"])
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_questions_refuse_a_step_of_an_optimizer_before_it_writes(ask, make, is_scaled):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    optimizer, scaler = make(model.parameters(), lr=0.1), mpk.GradScaler(enabled=is_scaled)
+    step(model).backward()
+    before = everything(model)
+
+    def training_step(model):
+        loss = step(model)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        return loss
+
+    with pytest.raises(RuntimeError, match=rf"{ask.__name__}: step has called optimizer.step\(\) itself: it must only return"):
+        ask(model, training_step)
+    assert everything(model) == before
