@@ -93,6 +93,9 @@ class Advice:
         text = table(("layer", "policy", *judged), lines, left=2 + len(judged))
         notes = [f"{shown(row.name)}: {row.note}" for row in self.rows if row.note and not row.policies]
         last = f"loss {self.loss:.4g}; what the policies add to it: {noise:.1e}, of a budget of {self.loss_budget:.1e}"
+        if not math.isfinite(self.loss):
+            last = f"loss {self.loss:.4g}: the data, or what the model makes of it in its own dtype, is not finite, so that no "
+            last += "policy can be judged: mpk.find_nonfinite(model, step) says where it begins"
         return "\n".join([text, *notes, last])
 
     def _cell(self, row: AdviceRow, key: str) -> str:

@@ -193,6 +193,9 @@ def test_advise_of_nan_in_the_data():
         "float32, the widest, does not mend it: x has NaN in forward, which no format mends"
     )  # fmt: skip
     assert advice.policy["first"] == FP32
+    last = str(advice).splitlines()[-1]
+    assert last.startswith("loss nan: the data, or what the model makes of it in its own dtype, is not finite")
+    assert last.endswith("mpk.find_nonfinite(model, step) says where it begins")
 
 
 def test_advise_of_a_tied_weight():
