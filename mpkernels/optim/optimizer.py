@@ -160,6 +160,8 @@ class Optimizer(StatefulOptimizer):
             grad_scale, found_inf, on_taken = self._scaling
         else:
             grad_scale, found_inf, on_taken = getattr(self, "grad_scale", None), getattr(self, "found_inf", None), None
+            if isinstance(found_inf, int):  # torch's GradScaler where it saw no gradient: 0, the sum of no tensors
+                found_inf = None
             _check_scalars(grad_scale=grad_scale, found_inf=found_inf)
         loss = None
         if closure is not None:
@@ -311,9 +313,9 @@ class Optimizer(StatefulOptimizer):
         return LastRead(list(self._reader.stats.values()), self.steps_called, names_of(self.param_groups), many_ranks)
 
 
-def _check_scalars(**scalars: torch.Tensor | int | None) -> None:
+def _check_scalars(**scalars: torch.Tensor | None) -> None:
     for name, tensor in scalars.items():
-        if tensor is None or isinstance(tensor, int):  # 0: torch's GradScaler without any gradient, the sum of no tensors
+        if tensor is None:
             continue
         is_tensor = isinstance(tensor, torch.Tensor)
         if not is_tensor or tensor.numel() != 1 or tensor.dtype != torch.float32 or tensor.is_meta:

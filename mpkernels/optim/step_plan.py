@@ -36,6 +36,7 @@ class GroupValues:
         self._requirements, self._kept = {**requirements, "lr": hyperparameters.LEARNING_RATE_AT_A_STEP}, kept
         self._values_of = itemgetter(*requirements)
         self._seen: list[tuple] = []
+        self._keys: list[tuple] = []  # of these what groups are compared by: the immutable values are themselves
         self._are_immutable = True
         self.generation = 0
         self.partition: list[int] = []
@@ -53,17 +54,21 @@ class GroupValues:
 
     def look(self, groups: list[dict]) -> None:
         """Raise ValueError for a value that a user or a scheduler has put there since and that is not allowed."""
-        before = self._seen if len(self._seen) == len(groups) else [()] * len(groups)
-        seen = [tuple(map(group.get, self._requirements)) for group in groups]
-        for group, values, old in zip(groups, seen, before, strict=True):
-            pairs = zip_longest(self._requirements, values, old, fillvalue=_NEVER_SEEN)
-            if new := [name for name, value, was in pairs if value is not was]:
+        seen, keys, moments = [*self._seen], [*self._keys], [*self.moments]
+        if len(seen) != len(groups):
+            seen, keys, moments = [()] * len(groups), [()] * len(groups), [()] * len(groups)
+        for i, group in enumerate(groups):  # of hundreds, few have changed
+            values = tuple(map(group.get, self._requirements))
+            new = [n for n, v, old in zip_longest(self._requirements, values, seen[i], fillvalue=_NEVER_SEEN) if v is not old]
+            if new:
                 hyperparameters.check({name: self._requirements[name] for name in new}, group)
-        keys = list(map(hyperparameters.comparable, seen))  # immutable values are themselves
+                seen[i], moments[i] = values, self._kept.moments_of(group)
+            if new or not self._are_immutable:
+                keys[i] = hyperparameters.comparable(values)
         first: dict[tuple, int] = {}
         self.partition = [first.setdefault(key, i) for i, key in enumerate(keys)]
-        self.moments = list(map(self._kept.moments_of, groups))
-        self._seen, self._are_immutable = seen, all(map(is_, chain.from_iterable(seen), chain.from_iterable(keys)))
+        self._seen, self._keys, self.moments = seen, keys, moments
+        self._are_immutable = all(map(is_, chain.from_iterable(seen), chain.from_iterable(keys)))
         self.generation += 1
 
 

@@ -180,6 +180,18 @@ def test_no_gradients_at_all_under_torchs_scaler():
     assert raw(params) == before
 
 
+def test_gradients_that_a_hook_makes_under_torchs_scaler():
+    """torch's scaler saw none and gives the sum of no found_inf, an int."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = mpk.optim.SGD([p], lr=1.0), torch.amp.GradScaler("cpu")
+    optimizer.register_step_pre_hook(lambda *_: setattr(p, "grad", torch.full((3,), 4.0)))
+    scaler.scale(torch.zeros(()))
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    optimizer.step()  # torch leaves what it gave
+    assert p.tolist() == [-7.0] * 3
+
+
 def test_disabled_scaler():
     params, twins = parameters(torch.float32), parameters(torch.float32)
     scaler, optimizer, plain = mpk.GradScaler(enabled=False), mpk.optim.SGD(params, lr=0.1), mpk.optim.SGD(twins, lr=0.1)

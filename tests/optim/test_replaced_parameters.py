@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mpkernels as mpk
-from mpkernels.optim import master_weights
+from mpkernels.optim import hyperparameters, master_weights
 from tests.optimizers import everything, parameters, train
 from tests.steps import raw
 
@@ -227,3 +227,17 @@ def test_groups_of_equal_hyperparameters_are_one_call(monkeypatch):
             p.grad = params[i].grad.clone()
             single.step()
         assert raw(params) == raw(twins)
+
+
+def test_one_group_that_changes_is_looked_at_alone(monkeypatch):
+    """As of a schedule for some layers: what the others are compared by is not made anew."""
+    params = [nn.Parameter(torch.zeros(4)) for _ in range(5)]
+    optimizer = mpk.optim.AdamW([{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(params)])
+    for p in params:
+        p.grad = torch.ones(4)
+    optimizer.step()
+    made, comparable = [], hyperparameters.comparable
+    monkeypatch.setattr(hyperparameters, "comparable", lambda values: made.append(values) or comparable(values))
+    optimizer.param_groups[3]["lr"] = 0.7
+    optimizer.step()
+    assert [0.7 in values for values in made if len(values) > 2] == [True]  # betas are compared by themselves
