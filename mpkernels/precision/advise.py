@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
-from mpkernels.nn.convert.linears import linears, why_not
+from mpkernels.nn.convert.linears import linears, uncompiled, why_not
 from mpkernels.policy import Policy, PolicyName
 from mpkernels.precision import choose
 from mpkernels.precision.advice import Advice, AdviceRow
-from mpkernels.precision.capture import Call, capture, check_is_module, check_is_step, is_positive, several, uncompiled
+from mpkernels.precision.capture import Call, capture, check_is_module, check_is_step, is_positive, several
 from mpkernels.precision.layer import Layer, PolicyRow, Ranges, cost_of
 from mpkernels.precision.tables import size_text
 from mpkernels.precision.verdict import problem

@@ -27,11 +27,6 @@ def check_is_module(name: str, model: object) -> None:
             raise RuntimeError(f"{name}: {which} is on meta and has no values: load the model first")
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """What torch.compile was given, if it was: hooks in a compiled model break its graph, and names would be other ones."""
-    return getattr(model, "_orig_mod", model)
-
-
 def check_is_step(name: str, step: object) -> None:
     """TypeError for what cannot be called, which most often is the loss itself."""
     if not callable(step):
@@ -147,7 +142,7 @@ def capture(model: nn.Module, step: Callable, targets: Mapping[str, nn.Module], 
             with torch.no_grad():
                 analyse(replace(call, grad_out=grad))
 
-    with untouched(model), without_policies(model), hooked(model, register), torch.enable_grad():
+    with untouched(model), without_gradients(model), without_policies(model), hooked(model, register), torch.enable_grad():
         with without_optimizers("advise"):
             loss = step(model)
         check_loss("advise", loss)
@@ -164,6 +159,19 @@ def capture(model: nn.Module, step: Callable, targets: Mapping[str, nn.Module], 
 def _dense(t: torch.Tensor) -> torch.Tensor:
     """Of a jagged tensor the matrix in which its rows lie."""
     return t.detach().values() if t.is_nested else t.detach()
+
+
+@contextlib.contextmanager
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """Inside there are none, for a backward; after it they are what they were."""
+    grads = [(p, p.grad) for p in model.parameters()]
+    for p, _ in grads:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad in grads:
+            p.grad = grad
 
 
 @contextlib.contextmanager

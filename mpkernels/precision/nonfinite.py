@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpkernels.nn.convert.linears import uncompiled
 from mpkernels.precision.capture import (
     check_is_module,
     check_is_step,
@@ -16,7 +17,7 @@ from mpkernels.precision.capture import (
     mapped,
     run_backward,
     tensors_of,
-    uncompiled,
+    without_gradients,
     without_optimizers,
 )  # fmt: skip
 from mpkernels.precision.report import Report
@@ -39,7 +40,7 @@ def find_nonfinite(model: nn.Module, step: Callable[[nn.Module], torch.Tensor]) 
     check_is_module("find_nonfinite", model)
     check_is_step("find_nonfinite", step)
     model = uncompiled(model)
-    with untouched(model), torch.enable_grad():
+    with untouched(model), without_gradients(model), torch.enable_grad():
         search = _Search()
         with hooked(model, search.register):
             with without_optimizers("find_nonfinite"):

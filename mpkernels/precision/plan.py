@@ -12,11 +12,11 @@ from torch import nn
 from mpkernels import optim
 from mpkernels.amp import GradScaler
 from mpkernels.nn import convert
-from mpkernels.nn.convert.linears import linears
+from mpkernels.nn.convert.linears import linears, uncompiled
 from mpkernels.optim.optimizer import Optimizer
 from mpkernels.policy import Policy, PolicyName, dtype_name
 from mpkernels.precision import memory as step_memory
-from mpkernels.precision.capture import is_positive, mapped, several, tensors_of, uncompiled
+from mpkernels.precision.capture import is_positive, mapped, several, tensors_of
 from mpkernels.precision.memory import Trace, Usage
 from mpkernels.precision.tables import flops_text, shown, size_text, table
 from mpkernels.runtime.fake import is_fake

@@ -12,11 +12,11 @@ from torch import distributed, nn
 
 from mpkernels.amp import GradScaler
 from mpkernels.amp.skip_watch import copy_to_host
-from mpkernels.nn.convert.linears import is_linear, why_not
+from mpkernels.nn.convert.linears import is_linear, uncompiled, why_not
 from mpkernels.nn.linear import is_converted, is_watched
 from mpkernels.precision import watch_report
 from mpkernels.precision.adapt import LAG, Adapt, Adaptation
-from mpkernels.precision.capture import check_is_module, uncompiled
+from mpkernels.precision.capture import check_is_module
 from mpkernels.precision.tables import shown
 from mpkernels.precision.taps import COLUMNS, NOTHING, InputTap, Tap, end_step_of
 from mpkernels.precision.watch_report import WatchReport

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A forward and backward that are not the user's leave gradients, buffers and random numbers as they were."""
+"""A forward and backward that are not the user's leave buffers and random numbers as they were."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -31,22 +31,17 @@ def run_once(model: nn.Module, example_inputs: object) -> None:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Inside there are no gradients. Restore those, buffers, values and objects, and the states of random number generators."""
+    """Restore buffers, values and objects, and the states of the random number generators."""
     global is_inside
     # Not every GPU that there is: to ask one for its state initialises CUDA there.
     gpus = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     buffers = [(m, name, b, None if b is None else b.clone()) for m in model.modules() for name, b in m._buffers.items()]
-    grads = [(p, p.grad) for p in model.parameters()]
     was_inside, is_inside = is_inside, True
     try:
-        for p, _ in grads:
-            p.grad = None
         with torch.random.fork_rng(gpus):
             yield
     finally:
         is_inside = was_inside
-        for p, grad in grads:
-            p.grad = grad
         with torch.no_grad():
             for module, name, buffer, values in buffers:
                 module._buffers[name] = buffer

@@ -25,8 +25,8 @@ def of(op: str, *, few: bool, full: bool = False) -> Iterator[Case]:
     return families[op](few, full)
 
 
-def sizes(part: str, device: torch.device) -> dict[str, Callable[[torch.device], tuple]]:
-    """What a race of a part of an op's cases is run on: a name and the arguments of the op, made on the device."""
+def sizes(part: str, device: torch.device) -> dict[str, Callable[[str, torch.device], tuple]]:
+    """What a race of a part of an op's cases is run on: a name, and what makes the op's arguments for a backend on a device."""
     few = device.type == "cpu"
     if part in gemm.RACES:
         return gemm.sizes(part, few)

@@ -126,3 +126,12 @@ def wrapped_models(rank):
 
 def test_warmup_refuses_distributed_models():
     run_ranks(1, wrapped_models)
+
+
+def test_warmup_keeps_gradients_of_another_dtype():
+    """As they are where `p.data` was replaced by a narrower copy: torch takes none of them back once it is taken away."""
+    layer = mpk.MPLinear(4, 3, policy="mixed_float16")
+    layer(torch.ones(2, 4)).sum().backward()
+    layer.weight.data, before = layer.weight.data.half(), layer.weight.grad
+    mpk.warmup(layer, torch.ones(2, 4))
+    assert layer.weight.grad is before

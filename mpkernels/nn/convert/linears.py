@@ -14,6 +14,11 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, m) for name, m in list(model.named_modules()) if isinstance(m, nn.Linear) or _kind(m) is not None)
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What torch.compile was given, if it was: hooks in a compiled model break its graph, and names would be other ones."""
+    return getattr(model, "_orig_mod", model)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether its output is `act(x @ weight.T + bias)`; transformers' Conv1D has its weight transposed."""
     return isinstance(module, nn.Linear) or _kind(module) == "Conv1D"

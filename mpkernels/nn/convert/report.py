@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mpkernels.nn.convert.linears import linears, why_not
+from mpkernels.nn.convert.linears import linears, uncompiled, why_not
 from mpkernels.nn.linear import MPLinear, is_converted
 from mpkernels.nn.sequential import MPSequential, is_plain, narrows, step
 from mpkernels.ops.linear_act import Activation, name_of
@@ -53,7 +53,7 @@ def convert_report(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a Module, got {type(model).__name__}")
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     rows, hint, emulating = [], "", {}
     for name, linear in linears(model):
         notes = list(getattr(vars(linear).get("_before"), "notes", ()))
